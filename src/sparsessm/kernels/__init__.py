@@ -1,0 +1,200 @@
+"""The kernels' door: the same names as reference.py, native where the extension is built and the inputs are float32 on the CPU.
+
+bfloat16 and float16 inputs are computed in float32; float64 and other devices use the reference. Shapes are checked here and
+refused by name. Channel tensors may be strided views as long as their last dimension is contiguous; others are copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sparsessm.kernels import reference
+from sparsessm.kernels.reference import ScanStats
+
+try:
+    from sparsessm.kernels import _native  # pyright: ignore[reportAttributeAccessIssue]
+except ImportError:  # built without a C++ compiler: everything still works, slowly
+    _native = None
+
+NATIVE: bool = _native is not None
+LEVELS: tuple[str, ...] = ("reference", *(_native.levels() if _native else ()))  # what this CPU can run, slowest first
+LEVEL: str = LEVELS[-1]  # what runs
+
+__all__ = ["LEVEL", "LEVELS", "NATIVE", "ScanStats", "selective_scan", "selective_scan_backward", "selective_scan_stats"]
+
+MAX_STATES = 256
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor | None = None,
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The selective scan of Mamba-1 (arXiv 2312.00752, eq. 2): h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t.
+
+    Args:
+        u: (batch, L, D) input after convolution and SiLU.
+        delta: (batch, L, D) step sizes, after softplus.
+        A: (D, N), negative. B, C: (batch, L, N). D: (D,).
+        z: (batch, L, D) gate; the output is multiplied by silu(z) if given.
+        initial_state: (batch, D, N); zeros if not given.
+
+    Returns:
+        y (batch, L, D) = (C_t . h_t + D u_t) [* silu(z_t)] in u's dtype, and the last state (batch, D, N).
+
+    Raises:
+        ValueError: a shape that does not fit, named.
+    """
+    _check(u, delta, A, B, C, D, z, initial_state)
+    if not _runs_native(u):
+        return reference.selective_scan(u, delta, A, B, C, D, z, initial_state)
+    inputs = _prepare(u, delta, A, B, C, D, z, initial_state)
+    y, last = torch.empty(u.shape), torch.empty(u.shape[0], *A.shape)
+    _native.selective_scan(LEVEL, torch.get_num_threads(), *inputs, y, last)
+    return y.to(u.dtype), last
+
+
+def selective_scan_stats(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    *,
+    removed: str = "memoryless",
+    energy: bool = False,
+    gram: str | None = None,
+    removed_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor, ScanStats]:
+    """`selective_scan` that also sums, in the same pass, what the scores for A_log need (docs/methods.md).
+
+    Long sequences are fed in slabs of time, all sequences of the calibration set at once, so that the sums over the batch are
+    complete at every step and (L, D, N) exists only for the slab: pass the returned states as the next slab's initial ones.
+
+    Args:
+        removed: what a removed entry of A_log computes: "memoryless" (a_t = 0) or "unit" (A = -1).
+        energy: sum_b h_{t-1}^2 and sum_b a_t for each t.
+        gram: "full" for the N x N Gram of output errors per channel, "diagonal" for its diagonal, None for neither.
+        removed_state: (batch, D, N) state of the recurrence with A = -1 at the start ("unit" only).
+
+    Returns:
+        y, last state, and the sums (`ScanStats`): gram, cross, power in float64 and without the factor ||W_out[:, d]||^2.
+
+    Raises:
+        ValueError: a shape or option that does not fit, named.
+    """
+    _check(u, delta, A, B, C, D, z, initial_state)
+    if removed_state is not None:
+        _expect("removed_state", removed_state, (u.shape[0], *A.shape))
+    if removed not in ("memoryless", "unit"):
+        raise ValueError(f"removed is {removed!r}; allowed: 'memoryless', 'unit'")
+    if gram not in (None, "full", "diagonal"):
+        raise ValueError(f"gram is {gram!r}; allowed: None, 'full', 'diagonal'")
+    if not _runs_native(u):
+        return reference.selective_scan_stats(
+            u, delta, A, B, C, D, z, initial_state, removed=removed, energy=energy, gram=gram, removed_state=removed_state
+        )
+    inputs = _prepare(u, delta, A, B, C, D, z, initial_state)
+    (channels, states), unit = A.shape, removed == "unit"
+    y, last = torch.empty(u.shape), torch.empty(u.shape[0], *A.shape)
+    by_time = [torch.empty(u.shape[1], states, channels) if energy else None for _ in range(2)]
+    other = torch.empty_like(last) if unit and gram else None
+    full = torch.empty(channels, states, states, dtype=torch.float64) if gram == "full" else None
+    diagonal = torch.empty(channels, states, dtype=torch.float64) if gram == "diagonal" else None
+    cross = torch.empty(channels, states, dtype=torch.float64) if gram else None
+    power = torch.empty(channels, dtype=torch.float64) if gram else None
+    before = removed_state.float().contiguous() if removed_state is not None and unit and gram else None
+    _native.selective_scan_stats(
+        LEVEL, torch.get_num_threads(), *inputs, y, last, unit, before, other, *by_time, full, diagonal, cross, power
+    )
+    energies, decays = (x if x is None else x.transpose(1, 2) for x in by_time)
+    return y.to(u.dtype), last, ScanStats(energies, decays, full if gram == "full" else diagonal, cross, power, other)
+
+
+def selective_scan_backward(
+    dy: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor | None = None,
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of `selective_scan`'s y; the states are recomputed, nothing but the inputs is kept from the forward pass.
+
+    Args:
+        dy: (batch, L, D) gradient of the loss with respect to y. The others as in `selective_scan`.
+
+    Returns:
+        Gradients of u, delta, A, B, C, D and z (None without z), each in its tensor's shape.
+    """
+    _check(u, delta, A, B, C, D, z, initial_state)
+    _expect("dy", dy, u.shape)
+    if not _runs_native(u):
+        return reference.selective_scan_backward(dy, u, delta, A, B, C, D, z, initial_state)
+    inputs = _prepare(u, delta, A, B, C, D, z, initial_state)
+    (batch, length, channels), states = u.shape, A.shape[1]
+    groups = max(1, min(4, channels // 64))  # fixed by the shape, so that sums do not depend on the number of threads
+    du, ddelta = torch.empty(u.shape), torch.empty(u.shape)
+    dz = None if z is None else torch.empty(u.shape)
+    dA, dD = torch.empty(batch, channels, states), torch.empty(batch, channels)
+    dB, dC = torch.empty(groups, batch, length, states), torch.empty(groups, batch, length, states)
+    _native.selective_scan_backward(
+        LEVEL, torch.get_num_threads(), _rows(dy), *inputs, du, ddelta, dA, dB, dC, dD, dz
+    )
+    return du, ddelta, dA.sum(0), dB.sum(0), dC.sum(0), dD.sum(0), dz
+
+
+def _runs_native(u: Tensor) -> bool:
+    return LEVEL != "reference" and u.device.type == "cpu" and u.dtype != torch.float64
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Float32 with a contiguous last dimension; a view of a wider tensor (x and z inside in_proj's output) is not copied."""
+    x = x.detach().float()
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _prepare(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None, state: Tensor | None
+) -> list[Tensor | None]:
+    packed = [None if x is None else x.detach().float().contiguous() for x in (A, D, state)]
+    gate = None if z is None else _rows(z)
+    return [_rows(u), _rows(delta), packed[0], _rows(B), _rows(C), packed[1], gate, packed[2]]
+
+
+def _expect(name: str, x: Tensor, shape: Sequence[int]) -> None:
+    if tuple(x.shape) != tuple(shape):
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {tuple(shape)}")
+
+
+def _check(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None, state: Tensor | None
+) -> None:
+    if u.ndim != 3 or A.ndim != 2:
+        raise ValueError(f"u has shape {tuple(u.shape)} and A {tuple(A.shape)}, expected (batch, L, D) and (D, N)")
+    (batch, length, channels), states = u.shape, A.shape[1]
+    if not 1 <= states <= MAX_STATES:
+        raise ValueError(f"A has {states} states, allowed: 1 to {MAX_STATES}")
+    _expect("delta", delta, u.shape)
+    _expect("A", A, (channels, states))
+    _expect("B", B, (batch, length, states))
+    _expect("C", C, (batch, length, states))
+    _expect("D", D, (channels,))
+    if z is not None:
+        _expect("z", z, u.shape)
+    if state is not None:
+        _expect("initial_state", state, (batch, channels, states))

@@ -1,0 +1,3 @@
+#define LANES 8
+#define LEVEL avx2
+#include "scan_impl.h"

@@ -1,0 +1,171 @@
+// sparsessm.kernels._native: the door from Python. Arrays come in through DLPack (float32, CPU, last stride 1); shapes
+// are checked again here, because a wrong one would read out of bounds.
+#include "scan.h"
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace nb = nanobind;
+using namespace sparsessm;
+
+namespace {
+
+template <typename T, int DIMS> using Array = nb::ndarray<T, nb::ndim<DIMS>, nb::device::cpu>;
+template <int DIMS> using Floats = Array<float, DIMS>;
+
+std::vector<const Level *> supported() {
+    std::vector<const Level *> levels{&portable_level()};
+#ifdef SPARSESSM_X86
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) levels.push_back(&avx2_level());
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl"))
+        levels.push_back(&avx512_level());
+#endif
+    return levels;
+}
+
+const Level &find(const std::string &name) {
+    for (const Level *level : supported())
+        if (name == level->name) return *level;
+    throw std::invalid_argument("this CPU does not support the kernel level '" + name + "'");
+}
+
+template <typename A>
+void expect(const char *name, const A &array, std::initializer_list<int64_t> shape, bool packed) {
+    const int dims = static_cast<int>(shape.size());
+    for (int d = 0; d < dims; ++d)
+        if (static_cast<int64_t>(array.shape(d)) != shape.begin()[d])
+            throw std::invalid_argument(std::string(name) + ": dimension " + std::to_string(d) + " is " +
+                                        std::to_string(array.shape(d)) + ", expected " +
+                                        std::to_string(shape.begin()[d]));
+    int64_t stride = 1;
+    for (int d = dims - 1; d >= 0; --d) {
+        if ((packed || d == dims - 1) && array.shape(d) > 1 && array.stride(d) != stride)
+            throw std::invalid_argument(std::string(name) + ": dimension " + std::to_string(d) + " is not contiguous");
+        stride *= static_cast<int64_t>(array.shape(d));
+    }
+}
+
+Rows rows(const char *name, const Floats<3> &array, int64_t batch, int64_t length, int64_t last) {
+    expect(name, array, {batch, length, last}, false);
+    return {array.data(), array.stride(0), array.stride(1)};
+}
+
+template <typename A>
+auto packed(const char *name, const std::optional<A> &array, std::initializer_list<int64_t> shape)
+    -> decltype(array->data()) {
+    if (!array) return nullptr;
+    expect(name, *array, shape, true);
+    return array->data();
+}
+
+Scan describe(const Floats<3> &u, const Floats<3> &delta, const Floats<2> &A, const Floats<3> &B, const Floats<3> &C,
+              const Floats<1> &D, const std::optional<Floats<3>> &z, const std::optional<Floats<3>> &initial) {
+    Scan s{};
+    s.batch = u.shape(0), s.length = u.shape(1), s.channels = u.shape(2), s.states = A.shape(1);
+    s.u = rows("u", u, s.batch, s.length, s.channels);
+    s.delta = rows("delta", delta, s.batch, s.length, s.channels);
+    s.B = rows("B", B, s.batch, s.length, s.states);
+    s.C = rows("C", C, s.batch, s.length, s.states);
+    if (z) s.z = rows("z", *z, s.batch, s.length, s.channels);
+    expect("A", A, {s.channels, s.states}, true);
+    expect("D", D, {s.channels}, true);
+    s.A = A.data(), s.D = D.data();
+    s.initial = packed("initial_state", initial, {s.batch, s.channels, s.states});
+    return s;
+}
+
+void selective_scan(const std::string &level, int threads, Floats<3> u, Floats<3> delta, Floats<2> A, Floats<3> B,
+                    Floats<3> C, Floats<1> D, std::optional<Floats<3>> z, std::optional<Floats<3>> initial, Floats<3> y,
+                    Floats<3> last) {
+    Scan s = describe(u, delta, A, B, C, D, z, initial);
+    s.y = rows("y", y, s.batch, s.length, s.channels);
+    expect("last_state", last, {s.batch, s.channels, s.states}, true);
+    s.last = last.data();
+    const Level &kernels = find(level);
+    nb::gil_scoped_release release;
+    kernels.scan(s, threads);
+}
+
+void selective_scan_stats(const std::string &level, int threads, Floats<3> u, Floats<3> delta, Floats<2> A, Floats<3> B,
+                          Floats<3> C, Floats<1> D, std::optional<Floats<3>> z, std::optional<Floats<3>> initial,
+                          Floats<3> y, Floats<3> last, bool unit, std::optional<Floats<3>> removed_initial,
+                          std::optional<Floats<3>> removed_last, std::optional<Floats<3>> energy,
+                          std::optional<Floats<3>> decay, std::optional<Array<double, 3>> gram,
+                          std::optional<Array<double, 2>> diagonal, std::optional<Array<double, 2>> cross,
+                          std::optional<Array<double, 1>> power) {
+    Scan s = describe(u, delta, A, B, C, D, z, initial);
+    s.y = rows("y", y, s.batch, s.length, s.channels);
+    expect("last_state", last, {s.batch, s.channels, s.states}, true);
+    s.last = last.data();
+    Stats o{};
+    o.unit = unit;
+    o.removed_initial = packed("removed_state", removed_initial, {s.batch, s.channels, s.states});
+    o.removed_last = packed("removed_last", removed_last, {s.batch, s.channels, s.states});
+    o.energy = packed("energy", energy, {s.length, s.states, s.channels});
+    o.decay = packed("decay", decay, {s.length, s.states, s.channels});
+    o.gram = packed("gram", gram, {s.channels, s.states, s.states});
+    o.diagonal = packed("diagonal", diagonal, {s.channels, s.states});
+    o.cross = packed("cross", cross, {s.channels, s.states});
+    o.power = packed("power", power, {s.channels});
+    if ((o.gram || o.diagonal) && (!o.cross || !o.power || (unit && !o.removed_last)))
+        throw std::invalid_argument("error statistics need cross, power and, for 'unit', removed_last");
+    if (!o.energy != !o.decay) throw std::invalid_argument("energy and decay come together");
+    const Level &kernels = find(level);
+    nb::gil_scoped_release release;
+    kernels.stats(s, o, threads);
+}
+
+void selective_scan_backward(const std::string &level, int threads, Floats<3> dy, Floats<3> u, Floats<3> delta,
+                             Floats<2> A, Floats<3> B, Floats<3> C, Floats<1> D, std::optional<Floats<3>> z,
+                             std::optional<Floats<3>> initial, Floats<3> du, Floats<3> ddelta, Floats<3> dA,
+                             Floats<4> dB, Floats<4> dC, Floats<2> dD, std::optional<Floats<3>> dz) {
+    Scan s = describe(u, delta, A, B, C, D, z, initial);
+    Backward g{};
+    g.groups = dB.shape(0);
+    g.dy = rows("dy", dy, s.batch, s.length, s.channels);
+    g.du = rows("du", du, s.batch, s.length, s.channels);
+    g.ddelta = rows("ddelta", ddelta, s.batch, s.length, s.channels);
+    if (z.has_value() != dz.has_value()) throw std::invalid_argument("dz comes with z");
+    if (dz) g.dz = rows("dz", *dz, s.batch, s.length, s.channels);
+    expect("dA", dA, {s.batch, s.channels, s.states}, true);
+    expect("dB", dB, {g.groups, s.batch, s.length, s.states}, true);
+    expect("dC", dC, {g.groups, s.batch, s.length, s.states}, true);
+    expect("dD", dD, {s.batch, s.channels}, true);
+    g.dA = dA.data(), g.dB = dB.data(), g.dC = dC.data(), g.dD = dD.data();
+    const Level &kernels = find(level);
+    nb::gil_scoped_release release;
+    kernels.backward(s, g, threads);
+}
+
+} // namespace
+
+NB_MODULE(_native, m) {
+    m.def("levels", [] {
+        std::vector<std::string> names;
+        for (const Level *level : supported()) names.push_back(level->name);
+        return names;
+    });
+    m.def("selective_scan", &selective_scan, nb::arg("level"), nb::arg("threads"), nb::arg("u"), nb::arg("delta"),
+          nb::arg("A"), nb::arg("B"), nb::arg("C"), nb::arg("D"), nb::arg("z").none(), nb::arg("initial_state").none(),
+          nb::arg("y"), nb::arg("last_state"));
+    m.def("selective_scan_stats", &selective_scan_stats, nb::arg("level"), nb::arg("threads"), nb::arg("u"),
+          nb::arg("delta"), nb::arg("A"), nb::arg("B"), nb::arg("C"), nb::arg("D"), nb::arg("z").none(),
+          nb::arg("initial_state").none(), nb::arg("y"), nb::arg("last_state"), nb::arg("unit"),
+          nb::arg("removed_state").none(), nb::arg("removed_last").none(), nb::arg("energy").none(),
+          nb::arg("decay").none(), nb::arg("gram").none(), nb::arg("diagonal").none(), nb::arg("cross").none(),
+          nb::arg("power").none());
+    m.def("selective_scan_backward", &selective_scan_backward, nb::arg("level"), nb::arg("threads"), nb::arg("dy"),
+          nb::arg("u"), nb::arg("delta"), nb::arg("A"), nb::arg("B"), nb::arg("C"), nb::arg("D"), nb::arg("z").none(),
+          nb::arg("initial_state").none(), nb::arg("du"), nb::arg("ddelta"), nb::arg("dA"), nb::arg("dB"),
+          nb::arg("dC"), nb::arg("dD"), nb::arg("dz").none());
+}

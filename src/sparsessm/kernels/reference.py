@@ -1,0 +1,99 @@
+"""The definition of every kernel, in plain PyTorch: slow, exact, any dtype and device. Tests compare the native copies with it.
+
+The selective scan is Gu & Dao, arXiv 2312.00752, eq. 2 with zero-order-hold A and Euler B, as in the authors' `selective_scan_ref`;
+the statistics are those of docs/methods.md. Channel-last throughout; letters: b sequence, t time, d channel, n state.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class ScanStats(NamedTuple):
+    """Sums of one `selective_scan_stats` call; None where it was not asked for. h' is the state with the entry removed."""
+
+    energy: Tensor | None  # (L, D, N): sum_b h_{t-1}^2, the energy of the state before the update
+    decay: Tensor | None  # (L, D, N): sum_b a_t
+    gram: Tensor | None  # (D, N, N) float64: sum_{b,t} e_n e_m with e_n = silu(z) C_n (h - h')_n; or (D, N), its diagonal
+    cross: Tensor | None  # (D, N) float64: sum_{b,t} e_n silu(z) u
+    power: Tensor | None  # (D,) float64: sum_{b,t} (silu(z) u)^2
+    removed_state: Tensor | None  # (batch, D, N): last h' of the recurrence with A = -1 ("unit" only)
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor | None = None,
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    state = u.new_zeros(u.shape[0], *A.shape) if initial_state is None else initial_state
+    outputs = []
+    for t in range(u.shape[1]):
+        decay = torch.exp(delta[:, t, :, None] * A)  # (b, d, n)
+        state = decay * state + (delta[:, t] * u[:, t])[..., None] * B[:, t, None, :]
+        outputs.append((state * C[:, t, None, :]).sum(-1) + D * u[:, t])
+    y = torch.stack(outputs, 1) if outputs else torch.zeros_like(u)
+    return (y if z is None else y * F.silu(z)), state
+
+
+def selective_scan_stats(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    *,
+    removed: str = "memoryless",
+    energy: bool = False,
+    gram: str | None = None,
+    removed_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor, ScanStats]:
+    y, last = selective_scan(u, delta, A, B, C, D, z, initial_state)
+    state = u.new_zeros(u.shape[0], *A.shape) if initial_state is None else initial_state
+    other = torch.zeros_like(state) if removed_state is None else removed_state
+    gate = torch.ones_like(u) if z is None else F.silu(z)
+    energies, decays = u.new_zeros(u.shape[1], *A.shape), u.new_zeros(u.shape[1], *A.shape)
+    pairs, cross = A.new_zeros(*A.shape, A.shape[1], dtype=torch.float64), torch.zeros_like(A, dtype=torch.float64)
+    for t in range(u.shape[1]):
+        decay = torch.exp(delta[:, t, :, None] * A)
+        entering = (delta[:, t] * u[:, t])[..., None] * B[:, t, None, :]
+        energies[t], decays[t] = (state**2).sum(0), decay.sum(0)
+        state = decay * state + entering
+        other = entering if removed == "memoryless" else torch.exp(-delta[:, t, :, None]) * other + entering
+        error = (gate[:, t, :, None] * C[:, t, None, :] * (state - other)).double()  # (b, d, n)
+        pairs += torch.einsum("bdn,bdm->dnm", error, error)
+        cross += torch.einsum("bdn,bd->dn", error, (gate[:, t] * u[:, t]).double())
+    power = ((gate * u).double() ** 2).sum((0, 1))
+    chosen = {None: None, "full": pairs, "diagonal": pairs.diagonal(dim1=1, dim2=2).clone()}[gram]
+    by_time = (energies, decays) if energy else (None, None)
+    sums = (chosen, cross, power) if gram else (None, None, None)
+    return y, last, ScanStats(*by_time, *sums, other if gram and removed == "unit" else None)
+
+
+def selective_scan_backward(
+    dy: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor | None = None,
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    inputs = [x.detach().requires_grad_() for x in (u, delta, A, B, C, D) + (() if z is None else (z,))]
+    with torch.enable_grad():
+        y, _ = selective_scan(*inputs[:6], inputs[6] if z is not None else None, initial_state)
+        grads = torch.autograd.grad(y, inputs, dy)
+    return (*grads[:6], grads[6] if z is not None else None)

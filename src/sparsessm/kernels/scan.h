@@ -1,0 +1,51 @@
+// What the kernels take: plain pointers with strides (in floats), channel-last. Filled by native.cpp, read by scan_impl.h.
+#pragma once
+#include <cstdint>
+
+namespace sparsessm {
+
+// x[batch, time, channel or state]; the last stride is 1. A null pointer means "not given".
+struct Rows {
+    float *data = nullptr;
+    int64_t batch = 0, time = 0;
+    float *at(int64_t b, int64_t t) const { return data + b * batch + t * time; }
+};
+
+struct Scan {
+    int64_t batch, length, channels, states;
+    Rows u, delta, z, B, C, y;
+    const float *A, *D;      // (channels, states), (channels)
+    const float *initial;    // (batch, channels, states) or null
+    float *last;             // (batch, channels, states)
+};
+
+struct Stats {
+    bool unit;                  // removed value: A = -1 instead of a_t = 0
+    const float *removed_initial; // (batch, channels, states) or null: the state of the recurrence with A = -1
+    float *removed_last;
+    float *energy, *decay;      // (length, states, channels) or null: sum over the batch of h_{t-1}^2 and of a_t
+    double *gram;               // (channels, states, states) or null
+    double *diagonal;           // (channels, states) or null
+    double *cross, *power;      // (channels, states), (channels): with gram or diagonal
+};
+
+struct Backward {
+    Rows dy, du, ddelta, dz;
+    float *dA, *dD;             // (batch, channels, states), (batch, channels): the caller sums over the batch
+    float *dB, *dC;             // (groups, batch, length, states): the caller sums over the groups
+    int64_t groups;
+};
+
+// One set of kernels per instruction set.
+struct Level {
+    const char *name;
+    void (*scan)(const Scan &, int threads);
+    void (*stats)(const Scan &, const Stats &, int threads);
+    void (*backward)(const Scan &, const Backward &, int threads);
+};
+
+const Level &portable_level();
+const Level &avx2_level();
+const Level &avx512_level();
+
+} // namespace sparsessm

@@ -1,0 +1,45 @@
+// parallel_for over independent units of work. Where torch has loaded an OpenMP runtime we borrow its pool (two pools
+// would spin against each other); otherwise plain threads. Every unit's result is its own, so the number of threads
+// never changes a bit of any result.
+#pragma once
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <thread>
+#include <vector>
+#if defined(__linux__)
+#include <dlfcn.h>
+#endif
+
+namespace sparsessm {
+
+inline void parallel_for(int64_t units, int threads, const std::function<void(int64_t)> &work) {
+    if (threads > units) threads = static_cast<int>(units);
+    if (threads <= 1) {
+        for (int64_t unit = 0; unit < units; ++unit) work(unit);
+        return;
+    }
+    struct Job {
+        std::atomic<int64_t> next{0};
+        int64_t units;
+        const std::function<void(int64_t)> &work;
+    } job{{0}, units, work};
+    auto run = [](void *data) {
+        auto &mine = *static_cast<Job *>(data);
+        for (int64_t unit; (unit = mine.next.fetch_add(1)) < mine.units;) mine.work(unit);
+    };
+#if defined(__linux__)
+    using Parallel = void (*)(void (*)(void *), void *, unsigned, unsigned);
+    static const auto borrowed = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    if (borrowed) {
+        borrowed(run, &job, static_cast<unsigned>(threads), 0);
+        return;
+    }
+#endif
+    std::vector<std::thread> pool;
+    for (int i = 1; i < threads; ++i) pool.emplace_back(run, &job);
+    run(&job);
+    for (auto &thread : pool) thread.join();
+}
+
+} // namespace sparsessm
