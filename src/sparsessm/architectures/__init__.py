@@ -1,0 +1,33 @@
+"""`adapt(model)`: a stock transformers model -> the adapter that knows what can be pruned in it. One row a model type."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from sparsessm.architectures.base import REMOVED_A_LOG, Architecture, Block, Tap, Target
+from sparsessm.architectures.mamba1 import Mamba1
+
+MODEL_TYPES: Mapping[str, type[Mamba1]] = {"mamba": Mamba1}
+
+__all__ = ["MODEL_TYPES", "REMOVED_A_LOG", "Architecture", "Block", "Tap", "Target", "adapt"]
+
+
+def adapt(model: nn.Module, stored: Mapping[str, torch.dtype] | None = None) -> Architecture:
+    """Wrap a transformers causal language model.
+
+    Args:
+        model: e.g. `MambaForCausalLM`, in float32.
+        stored: parameter name -> dtype of its checkpoint; pruned values are rounded to it. Not given: the live dtype.
+
+    Raises:
+        ValueError: the model type has no adapter; the supported ones are listed.
+    """
+    config = getattr(model, "config", None)
+    model_type = getattr(config, "model_type", type(model).__name__)
+    if model_type not in MODEL_TYPES:
+        raise ValueError(f"model type {model_type!r} has no adapter; supported: {', '.join(sorted(MODEL_TYPES))}")
+    model.eval()
+    return MODEL_TYPES[model_type](model, stored or {})

@@ -1,0 +1,84 @@
+"""`exact` (ours): the output error that removing entries of A_log causes, without a Taylor expansion.
+
+Inside a layer states do not interact and the output is linear in them, so the error of any mask is the quadratic form 1' G 1 per
+channel (docs/methods.md). The default uses the full G: greedy elimination, with the part of the error that the skip weight D can
+absorb already subtracted (G - r r'/q is the error after the best refit of D). `diagonal` uses G's diagonal alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsessm.compensate import error_of, refit_skip
+from sparsessm.methods.base import Method, Rule
+from sparsessm.observers import ErrorSums, StateError
+
+
+def elimination_scores(gram: Tensor, group: int, removable: int) -> Tensor:
+    """Greedy elimination in every channel at once, written as scores.
+
+    Each step removes the entry with the smallest increase G_jj + 2 sum_{m removed} G_jm. The score of an entry is the largest
+    increase met up to its removal: sorting all channels' entries by it reproduces the greedy order across channels, for every
+    sparsity at once, because an entry can only go after those that its channel gave up before it.
+
+    Args:
+        gram: (D, N, N) symmetric. group: entries per N:M group (N if there are no groups). removable: how many of a group may go.
+
+    Returns:
+        (D, N) float64; infinite where an entry may not be removed.
+    """
+    channels, states, _ = gram.shape
+    rows = torch.arange(channels)
+    increase = gram.diagonal(dim1=1, dim2=2).clone()
+    scores = torch.full((channels, states), torch.inf, dtype=torch.float64)
+    open_ = torch.ones(channels, states, dtype=torch.bool)
+    left = torch.full((channels, states // group), removable)
+    highest = torch.full((channels,), -torch.inf, dtype=torch.float64)
+    for _ in range(states // group * removable):
+        best = increase.masked_fill(~open_, torch.inf).argmin(1)  # (D,)
+        highest = torch.maximum(highest, increase[rows, best])
+        # Entries of one channel must not tie, or the order inside the channel would be lost: nudge by one ulp.
+        scores[rows, best] = highest
+        highest = torch.nextafter(highest, torch.full_like(highest, torch.inf))
+        increase += 2 * gram[rows, best]
+        open_[rows, best] = False
+        left[rows, best // group] -= 1
+        open_ &= (left > 0).repeat_interleave(group, 1)
+    return scores
+
+
+def _score(weight: Tensor, seen: ErrorSums, rule: Rule) -> Tensor:
+    if rule.diagonal:
+        return seen.diagonal
+    share = (seen.cross / seen.power[:, None]).where(seen.power[:, None] > 0, 0.0)
+    refitted = seen.gram - seen.cross[:, :, None] * share[:, None, :]
+    return elimination_scores(refitted, *rule.pattern.groups(weight.shape[1]))
+
+
+def _repair(seen: ErrorSums, keep: Tensor, rule: Rule) -> Mapping[str, Tensor]:
+    return {} if rule.diagonal else {"D": refit_skip(seen, keep)}
+
+
+def _error(seen: ErrorSums, keep: Tensor, rule: Rule) -> tuple[float, float]:
+    return error_of(seen, keep, refit=not rule.diagonal), seen.signal
+
+
+def _watch(weight: Tensor, rule: Rule) -> Any:
+    return StateError(rule.removed, rule.diagonal)
+
+
+exact = Method(
+    name="exact",
+    paper="ours; docs/methods.md",
+    summary="exact output error (full Gram, greedy) and refit of D",
+    families=("ssm",),
+    watch=_watch,
+    score=_score,
+    repair=_repair,
+    error=_error,
+    options=("diagonal",),
+)

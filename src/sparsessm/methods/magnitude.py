@@ -1,0 +1,38 @@
+"""The two methods that look at no data: the smallest absolute values (Han et al., arXiv 1506.02626), and the floor, a random choice."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsessm.methods.base import Method, Rule
+
+
+def _magnitude(weight: Tensor, seen: Any, rule: Rule) -> Tensor:
+    return weight.abs()
+
+
+def _random(weight: Tensor, seen: Any, rule: Rule) -> Tensor:
+    generator = torch.Generator().manual_seed(rule.seed)
+    return torch.rand(weight.shape, generator=generator)
+
+
+magnitude = Method(
+    name="magnitude",
+    paper="Han et al. 2015, arXiv 1506.02626",
+    summary="smallest |weight|; needs no data",
+    families=("ssm",),
+    watch=None,
+    score=_magnitude,
+)
+
+random = Method(
+    name="random",
+    paper="-",
+    summary="a seeded random choice: the floor for every other method",
+    families=("ssm",),
+    watch=None,
+    score=_random,
+)

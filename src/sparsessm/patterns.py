@@ -1,0 +1,96 @@
+"""Stage 3, score -> keep-mask. The only place that chooses elements; a smaller score is removed first, ties by lower index.
+
+A pattern works on the last two axes [out, in] of a score tensor; leading axes are independent problems.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """The `round(sparsity * out * in)` smallest scores of the matrix are removed."""
+
+    def __str__(self) -> str:
+        return "unstructured"
+
+    def keep(self, score: Tensor, sparsity: float) -> Tensor:
+        """Bool mask of score's shape, True = kept."""
+        flat = score.flatten(-2)
+        return _keep_largest(flat, flat.shape[-1] - round(sparsity * flat.shape[-1])).view(score.shape)
+
+    def groups(self, states: int) -> tuple[int, int]:
+        """(entries that choose among each other in a row, how many of them may be removed)."""
+        return states, states
+
+
+@dataclass(frozen=True)
+class NofM:
+    """N kept of every M consecutive inputs of a row (hardware's meaning of N:M; Wanda's `prune_n` counts the removed ones)."""
+
+    n: int
+    m: int
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+    @property
+    def sparsity(self) -> float:
+        return 1 - self.n / self.m
+
+    def keep(self, score: Tensor, sparsity: float | None = None) -> Tensor:
+        """Bool mask of score's shape; the sparsity is the pattern's own.
+
+        Raises:
+            ValueError: M does not divide the row length.
+        """
+        if score.shape[-1] % self.m:
+            raise ValueError(f"pattern {self}: {self.m} does not divide the row length {score.shape[-1]}")
+        groups = score.unflatten(-1, (-1, self.m))
+        return _keep_largest(groups, self.n).view(score.shape)
+
+    def groups(self, states: int) -> tuple[int, int]:
+        return self.m, self.m - self.n
+
+
+Pattern = Unstructured | NofM
+
+
+def parse(text: str) -> Pattern:
+    """"unstructured" or "N:M" -> pattern.
+
+    Raises:
+        ValueError: anything else, with what is allowed.
+    """
+    if text == "unstructured":
+        return Unstructured()
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    if match and 0 < int(match[1]) < int(match[2]):
+        return NofM(int(match[1]), int(match[2]))
+    raise ValueError(f"unknown pattern {text!r}; known: 'unstructured', or 'N:M' with 0 < N < M (N kept of every M), e.g. '2:4'")
+
+
+def share(scores: list[Tensor], sparsity: float) -> list[int]:
+    """One threshold over several matrices: how many entries each loses when the smallest of all of them go."""
+    flat = torch.cat([score.flatten() for score in scores])
+    kept = _keep_largest(flat, flat.numel() - round(sparsity * flat.numel()))
+    return [int((~part).sum()) for part in kept.split([score.numel() for score in scores])]
+
+
+def _keep_largest(score: Tensor, count: int) -> Tensor:
+    """Mask of the `count` largest along the last axis; exactly `count`, ties lose the lower index first."""
+    size = score.shape[-1]
+    if count == size:
+        return torch.ones_like(score, dtype=torch.bool)
+    removed = size - count
+    if removed == 0:
+        return torch.ones_like(score, dtype=torch.bool)
+    edge = torch.kthvalue(score, removed, dim=-1, keepdim=True).values  # the largest removed score
+    below, equal = score < edge, score == edge
+    room = removed - below.sum(-1, keepdim=True)
+    return ~(below | (equal & (equal.cumsum(-1) <= room)))
