@@ -64,7 +64,9 @@ def test_scan(level: str, shape: tuple[int, int, int, int], gate: bool) -> None:
 @pytest.mark.parametrize("removed", ["memoryless", "unit"])
 @pytest.mark.parametrize("gram", ["full", "diagonal", None])
 @pytest.mark.parametrize("energy", [True, False])
-def test_stats(level: str, shape: tuple[int, int, int, int], removed: str, gram: str | None, energy: bool) -> None:
+def test_stats(
+    level: str, shape: tuple[int, int, int, int], removed: str, gram: str | None, energy: bool
+) -> None:
     x = inputs(*shape)
     before = x[7] * 0.5
     got = kernels.selective_scan_stats(*x, removed=removed, energy=energy, gram=gram, removed_state=before)
@@ -183,7 +185,9 @@ def test_empty_sequence(level: str) -> None:
     assert y.shape == (2, 0, 5) and torch.equal(last, x[7])
 
 
-@pytest.mark.parametrize("index,name", [(1, "delta"), (3, "B"), (4, "C"), (5, "D"), (6, "z"), (7, "initial_state")])
+@pytest.mark.parametrize(
+    "index,name", [(1, "delta"), (3, "B"), (4, "C"), (5, "D"), (6, "z"), (7, "initial_state")]
+)
 def test_wrong_shapes_are_named(index: int, name: str) -> None:
     x = inputs(2, 6, 5, 4)
     x[index] = x[index][..., :-1]

@@ -17,6 +17,8 @@ struct Scan {
     const float *A, *D;      // (channels, states), (channels)
     const float *initial;    // (batch, channels, states) or null
     float *last;             // (batch, channels, states)
+
+    int64_t updates() const { return batch * length * channels * states; }
 };
 
 struct Stats {

@@ -94,7 +94,7 @@ void advance_all(const Scan &s, Tile &tile, const vec *A, vec *H) {
 
 void scan(const Scan &s, int threads) {
     const int64_t blocks = (s.channels + LANES - 1) / LANES;
-    parallel_for(s.batch * blocks, threads, [&](int64_t unit) {
+    parallel_for(s.batch * blocks, s.updates(), threads, [&](int64_t unit) {
         const int64_t b = unit / blocks, c0 = unit % blocks * LANES;
         const int lanes = static_cast<int>(std::min<int64_t>(LANES, s.channels - c0));
         std::vector<vec> A(s.states), H(s.states);
@@ -190,7 +190,7 @@ void stats(const Scan &s, const Stats &o, int threads) {
                                   : observe<true, false, false>)
                          : (error ? (o.unit ? observe<false, true, true> : observe<false, true, false>)
                                   : observe<false, false, false>);
-    parallel_for(blocks, threads, [&](int64_t block) {
+    parallel_for(blocks, s.updates(), threads, [&](int64_t block) {
         const int64_t c0 = block * LANES;
         const int lanes = static_cast<int>(std::min<int64_t>(LANES, s.channels - c0));
         std::vector<vec> A(N), H(s.batch * N), R(o.unit && error ? s.batch * N : 0);
@@ -254,7 +254,7 @@ constexpr int BACK = 8;
 
 void backward(const Scan &s, const Backward &g, int threads) {
     const int64_t blocks = (s.channels + LANES - 1) / LANES, N = s.states, tiles = (s.length + BACK - 1) / BACK;
-    parallel_for(s.batch * g.groups, threads, [&](int64_t unit) {
+    parallel_for(s.batch * g.groups, s.updates(), threads, [&](int64_t unit) {
         const int64_t b = unit / g.groups, group = unit % g.groups;
         const int64_t first = blocks * group / g.groups, past = blocks * (group + 1) / g.groups, mine = past - first;
         std::vector<vec> A(mine * N), start(mine * tiles * N), dH(mine * N, vec{}), dA(mine * N, vec{}), dD(mine, vec{});

@@ -13,7 +13,9 @@
 
 namespace sparsessm {
 
-inline void parallel_for(int64_t units, int threads, const std::function<void(int64_t)> &work) {
+// `cost` is about the number of state updates in all: below some 20 microseconds of work threads do not pay.
+inline void parallel_for(int64_t units, int64_t cost, int threads, const std::function<void(int64_t)> &work) {
+    if (cost < 50000) threads = 1;
     if (threads > units) threads = static_cast<int>(units);
     if (threads <= 1) {
         for (int64_t unit = 0; unit < units; ++unit) work(unit);

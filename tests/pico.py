@@ -1,0 +1,40 @@
+"""Pico models: real configurations, two layers, random weights; the models of every test come from here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
+
+TEXT = (
+    "the state of the model forgets the rest; a scan reads token after token, and what it keeps is small.\n"
+    * 3
+)
+
+
+def pico_mamba(**overrides: Any) -> MambaForCausalLM:
+    """A Mamba-1 of 2 layers, d_model 16, 8 states, vocabulary 64; the same weights every time."""
+    fields = {"vocab_size": 64, "hidden_size": 16, "state_size": 8, "num_hidden_layers": 2} | overrides
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = MambaForCausalLM(MambaConfig(**fields))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith(("A_log", ".D", "norm.weight", "norm_f.weight", "bias")):
+                    parameter.add_(0.1 * torch.randn_like(parameter))  # away from their regular start values
+    return model.eval()
+
+
+def pico_tokenizer(vocab_size: int = 64) -> PreTrainedTokenizerFast:
+    """A byte-level BPE over the bytes of a short English text; id 0 is <|endoftext|>."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=["<|endoftext|>"], show_progress=False
+    )
+    tokenizer.train_from_iterator([TEXT], trainer)
+    end = "<|endoftext|>"
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=end, eos_token=end)
