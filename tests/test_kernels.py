@@ -91,6 +91,24 @@ def test_backward(level: str, shape: tuple[int, int, int, int], gate: bool) -> N
         assert_close(a, b)
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 37, 21), (1, 2, 130)])
+@pytest.mark.parametrize("width", [1, 2, 4])
+@pytest.mark.parametrize("silu", [True, False])
+def test_causal_conv1d(level: str, shape: tuple[int, int, int], width: int, silu: bool) -> None:
+    """Against torch's own convolution, padded on the left."""
+    g = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(*s, generator=g) for s in (shape, (shape[2], width), (shape[2],)))
+    before = torch.randn(shape[0], width - 1, shape[2], generator=g)
+    for past in (before, None):
+        padded = torch.cat([torch.zeros_like(before) if past is None else past, x], 1).double()
+        want = F.conv1d(padded.transpose(1, 2), weight.double()[:, None], bias.double(), groups=shape[2])
+        want = (F.silu(want) if silu else want).transpose(1, 2)
+        assert_close(kernels.causal_conv1d(x, weight, bias, past, silu=silu), want)
+        assert_close(reference.causal_conv1d(x, weight, bias, past, silu=silu), want)
+    with pytest.raises(ValueError, match="^before has shape"):
+        kernels.causal_conv1d(x, weight, bias, torch.zeros(shape[0], width, shape[2]))
+
+
 def test_reference_backward_is_the_gradient() -> None:
     x = [t.double().requires_grad_() for t in inputs(1, 6, 3, 2)]
     assert torch.autograd.gradcheck(lambda *args: reference.selective_scan(*args)[0], x)

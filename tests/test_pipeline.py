@@ -112,6 +112,8 @@ def test_report_says_what_happened() -> None:
     row = report.rows[1]
     assert (row.target, row.layer, row.family) == ("backbone.layers.1.mixer.A_log", 1, "ssm")
     assert (row.total, row.pruned) == (256, 128)
+    assert row.repaired == ("backbone.layers.1.mixer.D",)
+    assert run(pico_mamba(), diagonal=True).rows[0].repaired == ()
     assert row.score["min"] <= row.score["median"] <= row.score["max"]
     assert report.recipe["sparsity"] == 0.5 and report.recipe["length"] == 40
 

@@ -70,10 +70,10 @@ class StateEnergy:
 
     def add(self, stats: ScanStats, output_energy: Tensor, output: Tensor) -> None:
         assert stats.energy is not None and stats.decay is not None
-        length, windows = output.shape[1], output.shape[0]
-        weights = self._weights[self._time : self._time + length]
-        mean_decay = stats.decay / windows  # (T, D, N)
-        self._sum = self._sum + torch.einsum("t,tdn->dn", weights, (mean_decay.square() * stats.energy).double())
+        windows, length, _ = output.shape
+        weights = self._weights[self._time : self._time + length] / windows**2  # of (sum_b a_t)^2
+        by_time = stats.decay.square().mul_(stats.energy)  # (T, D, N)
+        self._sum = self._sum + by_time.mul_(weights.float()[:, None, None]).sum(0).double()
         self._time += length
 
     def result(self) -> Tensor:

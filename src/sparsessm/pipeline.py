@@ -44,9 +44,11 @@ def prune(
         score = _score(method, target, seen, rule)  # 2 score
         keep = rule.pattern.keep(score, rule.sparsity)  # 3 mask
         target.replace(target.matrix.masked_fill(~keep, target.removed[rule.removed]))
-        for companion, change in method.repair(seen, keep, rule).items() if method.repair else ():  # 4 compensate
+        repairs = method.repair(seen, keep, rule) if method.repair else {}  # 4 compensate
+        for companion, change in repairs.items():
             target.shift(companion, change)
-        rows.append(_row(method, target, seen, score, keep, rule))
+        repaired = tuple(target.name.removesuffix(target.kind) + companion for companion in repairs)
+        rows.append(_row(method, target, seen, score, keep, rule, repaired))
     seconds = time.perf_counter() - began
     return Report(recipe.model_dump(), rows, fingerprint(tokens) if tokens is not None else "", seconds)
 
@@ -112,7 +114,15 @@ def _score(method: Method, target: Target, seen: Any, rule: Rule) -> Tensor:
     return score
 
 
-def _row(method: Method, target: Target, seen: Any, score: Tensor, keep: Tensor, rule: Rule) -> Row:
+def _row(
+    method: Method,
+    target: Target,
+    seen: Any,
+    score: Tensor,
+    keep: Tensor,
+    rule: Rule,
+    repaired: tuple[str, ...],
+) -> Row:
     error, signal = method.error(seen, keep, rule) if method.error else (None, None)
     finite = score[score.isfinite()].double()
     summary = {"min": finite.min(), "median": finite.median(), "max": finite.max()} if finite.numel() else {}
@@ -128,4 +138,5 @@ def _row(method: Method, target: Target, seen: Any, score: Tensor, keep: Tensor,
         error=error,
         signal=signal,
         score={name: float(value) for name, value in summary.items()},
+        repaired=repaired,
     )

@@ -59,7 +59,7 @@ def mixer_forward(
     """The mixer over one slab: x (W, T, d_model), normalised -> (W, T, d_model) and the state after it."""
     xz = mixer.in_proj(x)  # (W, T, 2D)
     conv_input, z = xz.chunk(2, dim=-1)  # views, (W, T, D) each
-    u, conv_state = causal_conv(mixer, conv_input, None if state is None else state.conv)
+    u, conv_state = convolve(mixer, conv_input, None if state is None else state.conv)
     step, B, C = mixer.x_proj(u).split([mixer.time_step_rank, mixer.ssm_state_size, mixer.ssm_state_size], dim=-1)
     delta = F.softplus(mixer.dt_proj(step))  # (W, T, D)
     A = -torch.exp(_precise(mixer.A_log))  # (D, N)
@@ -77,18 +77,14 @@ def mixer_forward(
     return mixer.out_proj(y), MixerState(conv_state, scan_state, removed_state)
 
 
-def causal_conv(mixer: Any, x: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Depthwise causal convolution and activation, channel-last: x (W, T, D), the K-1 inputs before it (zeros if None)."""
-    weight, width, length = mixer.conv1d.weight[:, 0], mixer.conv_kernel_size, x.shape[1]  # (D, K)
+def convolve(mixer: Any, x: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Convolution and activation of x (W, T, D) after `before` (W, K-1, D); returns the result and the next `before`."""
+    past = mixer.conv_kernel_size - 1
+    fused = mixer.activation in ("silu", "swish")
+    u = kernels.causal_conv1d(x, mixer.conv1d.weight[:, 0], mixer.conv1d.bias, before, silu=fused)
     if before is None:
-        before = x.new_zeros(x.shape[0], width - 1, x.shape[2])
-    padded = torch.cat([before, x], dim=1)  # (W, K-1+T, D)
-    out = padded[:, :length] * weight[:, 0]
-    for k in range(1, width):
-        out.addcmul_(padded[:, k : k + length], weight[:, k])
-    if mixer.conv1d.bias is not None:
-        out += mixer.conv1d.bias
-    return mixer.act(out), padded[:, length:].clone()
+        before = x.new_zeros(x.shape[0], past, x.shape[2])
+    return (u if fused else mixer.act(u)), torch.cat([before, x[:, -past:]], 1)[:, -past:] if past else before
 
 
 def _precise(parameter: Tensor) -> Tensor:

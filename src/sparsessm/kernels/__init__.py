@@ -23,7 +23,16 @@ NATIVE: bool = _native is not None
 LEVELS: tuple[str, ...] = ("reference", *(_native.levels() if _native else ()))  # what this CPU can run, slowest first
 LEVEL: str = LEVELS[-1]  # what runs
 
-__all__ = ["LEVEL", "LEVELS", "NATIVE", "ScanStats", "selective_scan", "selective_scan_backward", "selective_scan_stats"]
+__all__ = [
+    "LEVEL",
+    "LEVELS",
+    "NATIVE",
+    "ScanStats",
+    "causal_conv1d",
+    "selective_scan",
+    "selective_scan_backward",
+    "selective_scan_stats",
+]
 
 MAX_STATES = 256
 
@@ -156,6 +165,34 @@ def selective_scan_backward(
         LEVEL, torch.get_num_threads(), _rows(dy), *inputs, du, ddelta, dA, dB, dC, dD, dz
     )
     return du, ddelta, dA.sum(0), dB.sum(0), dC.sum(0), dD.sum(0), dz
+
+
+def causal_conv1d(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, before: Tensor | None = None, *, silu: bool = False
+) -> Tensor:
+    """Depthwise causal convolution, channel-last, with SiLU if asked for: y_t = bias + sum_k weight_k x_{t - K + 1 + k}.
+
+    Args:
+        x: (batch, L, D). weight: (D, K). bias: (D,). before: (batch, K-1, D), the inputs before x; zeros if not given.
+
+    Returns:
+        (batch, L, D) in x's dtype.
+
+    Raises:
+        ValueError: a shape that does not fit, named.
+    """
+    (batch, _, channels), width = x.shape, weight.shape[1]
+    _expect("weight", weight, (channels, width))
+    if bias is not None:
+        _expect("bias", bias, (channels,))
+    if before is not None:
+        _expect("before", before, (batch, width - 1, channels))
+    if not _runs_native(x):
+        return reference.causal_conv1d(x, weight, bias, before, silu=silu)
+    y = torch.empty(x.shape)
+    packed = [None if t is None else t.detach().float().contiguous() for t in (weight, bias, before)]
+    _native.causal_conv1d(LEVEL, torch.get_num_threads(), _rows(x), *packed, silu, y)
+    return y.to(x.dtype)
 
 
 def _runs_native(u: Tensor) -> bool:

@@ -147,6 +147,23 @@ void selective_scan_backward(const std::string &level, int threads, Floats<3> dy
     kernels.backward(s, g, threads);
 }
 
+void causal_conv1d(const std::string &level, int threads, Floats<3> x, Floats<2> weight, std::optional<Floats<1>> bias,
+                   std::optional<Floats<3>> before, bool silu, Floats<3> y) {
+    Conv c{};
+    c.batch = x.shape(0), c.length = x.shape(1), c.channels = x.shape(2), c.width = weight.shape(1);
+    if (c.width < 1) throw std::invalid_argument("weight: dimension 1 is 0, expected at least 1");
+    c.x = rows("x", x, c.batch, c.length, c.channels);
+    c.y = rows("y", y, c.batch, c.length, c.channels);
+    if (before) c.before = rows("before", *before, c.batch, c.width - 1, c.channels);
+    expect("weight", weight, {c.channels, c.width}, true);
+    c.weight = weight.data();
+    c.bias = packed("bias", bias, {c.channels});
+    c.silu = silu;
+    const Level &kernels = find(level);
+    nb::gil_scoped_release release;
+    kernels.conv(c, threads);
+}
+
 } // namespace
 
 NB_MODULE(_native, m) {
@@ -168,4 +185,6 @@ NB_MODULE(_native, m) {
           nb::arg("u"), nb::arg("delta"), nb::arg("A"), nb::arg("B"), nb::arg("C"), nb::arg("D"), nb::arg("z").none(),
           nb::arg("initial_state").none(), nb::arg("du"), nb::arg("ddelta"), nb::arg("dA"), nb::arg("dB"),
           nb::arg("dC"), nb::arg("dD"), nb::arg("dz").none());
+    m.def("causal_conv1d", &causal_conv1d, nb::arg("level"), nb::arg("threads"), nb::arg("x"), nb::arg("weight"),
+          nb::arg("bias").none(), nb::arg("before").none(), nb::arg("silu"), nb::arg("y"));
 }

@@ -97,3 +97,14 @@ def selective_scan_backward(
         y, _ = selective_scan(*inputs[:6], inputs[6] if z is not None else None, initial_state)
         grads = torch.autograd.grad(y, inputs, dy)
     return (*grads[:6], grads[6] if z is not None else None)
+
+
+def causal_conv1d(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, before: Tensor | None = None, *, silu: bool = False
+) -> Tensor:
+    width, length = weight.shape[1], x.shape[1]
+    past = x.new_zeros(x.shape[0], width - 1, x.shape[2]) if before is None else before
+    padded = torch.cat([past, x], 1)
+    y = sum((padded[:, k : k + length] * weight[:, k] for k in range(width)), torch.zeros_like(x))
+    y = y if bias is None else y + bias
+    return F.silu(y) if silu else y

@@ -38,12 +38,20 @@ struct Backward {
     int64_t groups;
 };
 
+struct Conv {
+    int64_t batch, length, channels, width;
+    Rows x, before, y;          // before: (batch, width - 1, channels) or null
+    const float *weight, *bias; // (channels, width), (channels) or null
+    bool silu;
+};
+
 // One set of kernels per instruction set.
 struct Level {
     const char *name;
     void (*scan)(const Scan &, int threads);
     void (*stats)(const Scan &, const Stats &, int threads);
     void (*backward)(const Scan &, const Backward &, int threads);
+    void (*conv)(const Conv &, int threads);
 };
 
 const Level &portable_level();

@@ -361,6 +361,29 @@ void backward(const Scan &s, const Backward &g, int threads) {
     });
 }
 
+// Depthwise causal convolution: y_t = silu(bias + sum_k weight_k x_{t - width + 1 + k}), one pass over x.
+void conv(const Conv &c, int threads) {
+    const int64_t blocks = (c.channels + LANES - 1) / LANES, past = c.width - 1;
+    parallel_for(c.batch * blocks, c.batch * c.length * c.channels, threads, [&](int64_t unit) {
+        const int64_t b = unit / blocks, c0 = unit % blocks * LANES;
+        const int lanes = static_cast<int>(std::min<int64_t>(LANES, c.channels - c0));
+        std::vector<vec> weight(c.width), window(c.width, vec{}); // window[k]: the input that weight[k] meets
+        gather(c.weight + c0 * c.width, c.width, lanes, weight.data());
+        const vec bias = c.bias ? load(c.bias + c0, lanes) : vec{};
+        for (int64_t k = 0; k < past && c.before.data; ++k) window[k + 1] = load(c.before.at(b, k) + c0, lanes);
+        for (int64_t t = 0; t < c.length; ++t) {
+            vec y = bias;
+            for (int64_t k = 0; k < past; ++k) {
+                window[k] = window[k + 1];
+                y += weight[k] * window[k];
+            }
+            window[past] = load(c.x.at(b, t) + c0, lanes);
+            y += weight[past] * window[past];
+            store(c.y.at(b, t) + c0, c.silu ? y * sigmoid(y) : y, lanes);
+        }
+    });
+}
+
 } // namespace
 
 #define JOIN(a, b) a##b
@@ -368,7 +391,7 @@ void backward(const Scan &s, const Backward &g, int threads) {
 #define QUOTE(name) #name
 #define NAME(name) QUOTE(name)
 const Level &LEVEL_FUNCTION(LEVEL)() {
-    static const Level level{NAME(LEVEL), scan, stats, backward};
+    static const Level level{NAME(LEVEL), scan, stats, backward, conv};
     return level;
 }
 

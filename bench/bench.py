@@ -1,0 +1,209 @@
+"""`make bench`: the scan and the calibration at the shape of mamba-130m, random weights, 2048 tokens. Prints ratios and writes JSON.
+
+Variants are interleaved round by round and compared by the median of their per-round ratios: machines drift. Memory is the peak
+of a fresh process each. Options: --rounds N (default 5), --windows W (default 8), --json FILE.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch.nn import functional as F
+from transformers import MambaConfig, MambaForCausalLM
+
+from sparsessm import kernels
+from sparsessm.architectures import adapt
+from sparsessm.calibrate import walk
+from sparsessm.methods import METHODS, Rule
+from sparsessm.patterns import Unstructured
+
+LENGTH = 2048
+WIDTH, CHANNELS, STATES, RANK = 768, 1536, 16, 48  # mamba-130m
+MIB = 2**20
+
+
+def model(layers: int) -> MambaForCausalLM:
+    torch.manual_seed(0)
+    config = MambaConfig(hidden_size=WIDTH, state_size=STATES, num_hidden_layers=layers, vocab_size=50280)
+    return MambaForCausalLM(config).eval()
+
+
+def interleaved(rounds: int, **variants: Callable[[], Any]) -> dict[str, list[float]]:
+    """Seconds of each variant in each round; one warm-up round is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for turn in range(rounds + 1):
+        for name, run in variants.items():
+            start = time.perf_counter()
+            run()
+            if turn:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def ratio(times: dict[str, list[float]], over: str, under: str) -> float:
+    return statistics.median(a / b for a, b in zip(times[over], times[under], strict=True))
+
+
+def milliseconds(times: dict[str, list[float]]) -> dict[str, float]:
+    return {name: round(1000 * statistics.median(seconds), 2) for name, seconds in times.items()}
+
+
+def scan(rounds: int) -> dict[str, Any]:
+    """(a) One layer's scan over one window: every native level, the torch reference, and the stock block as a whole."""
+    g = torch.Generator().manual_seed(0)
+    u, z = torch.randn(2, 1, LENGTH, CHANNELS, generator=g)
+    delta = F.softplus(torch.randn(1, LENGTH, CHANNELS, generator=g) - 2)
+    B, C = torch.randn(2, 1, LENGTH, STATES, generator=g)
+    A, D = -torch.exp(torch.randn(CHANNELS, STATES, generator=g)), torch.randn(CHANNELS, generator=g)
+
+    def at(level: str) -> Callable[[], Any]:
+        def run() -> None:
+            kernels.LEVEL = level
+            kernels.selective_scan(u, delta, A, B, C, D, z)
+
+        return run
+
+    dense = model(1)
+    architecture = adapt(dense)
+    hidden = torch.randn(1, LENGTH, WIDTH, generator=g)
+    stock_block: Any = dense.backbone.layers[0]
+    best = kernels.LEVELS[-1]
+    with torch.inference_mode():
+        times = interleaved(
+            rounds,
+            **{level: at(level) for level in kernels.LEVELS},
+            our_block=lambda: architecture.blocks[0].forward(hidden),
+            stock_block=lambda: stock_block(hidden),
+        )
+    kernels.LEVEL = best
+    return {
+        "ms": milliseconds(times),
+        "reference / native": round(ratio(times, "reference", best), 1),
+        "stock block / our block": round(ratio(times, "stock_block", "our_block"), 1),
+    }
+
+
+def calibration(rounds: int, windows: int) -> dict[str, Any]:
+    """(b) One layer: matrix products alone, the look of each method, and the forward that hands the windows on."""
+    architecture = adapt(model(1))
+    tokens = torch.randint(0, 50280, (windows, LENGTH), generator=torch.Generator().manual_seed(0))
+    mixer: Any = architecture.model.backbone.layers[0].mixer  # pyright: ignore[reportAttributeAccessIssue]
+    rows = [torch.randn(LENGTH, width) for width in (WIDTH, CHANNELS, RANK, CHANNELS)]
+    products = [mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj]
+    stop = next(walk(architecture, tokens, passes=1))
+    target = stop.block.targets[0]
+
+    def multiply() -> None:
+        for _ in range(windows):
+            for product, x in zip(products, rows, strict=True):
+                product(x)
+
+    def look(method: str, diagonal: bool = False) -> Callable[[], Any]:
+        rule = Rule(Unstructured(), 0.5, "memoryless", diagonal, "power:1", LENGTH, 0)
+        watch = METHODS[method].watch
+        assert watch is not None
+        return lambda: stop.seen(target, watch(target.matrix, rule))
+
+    with torch.inference_mode():
+        times = interleaved(
+            rounds,
+            products=multiply,
+            advance=stop.advance,
+            exact=look("exact"),
+            exact_diagonal=look("exact", True),
+            sparsessm=look("sparsessm"),
+            sparsessm_vote=look("sparsessm-vote"),
+        )
+    per_window = {name: [second / windows for second in seconds] for name, seconds in times.items()}
+    return {
+        "ms per window and layer": milliseconds(per_window),
+        "ratio to the layer's matrix products": {
+            name: round(ratio(times, name, "products"), 2) for name in times if name != "products"
+        },
+    }
+
+
+def peak(layers: int, windows: int) -> dict[str, float]:
+    """(c) In this process: MiB of the weights, and the peak of a calibration beyond what was resident before it."""
+    architecture = adapt(model(layers))
+    tokens = torch.randint(0, 50280, (windows, LENGTH), generator=torch.Generator().manual_seed(0))
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
+    before = _status("VmRSS")
+    rule = Rule(Unstructured(), 0.5, "memoryless", False, "power:1", LENGTH, 0)
+    for stop in walk(architecture, tokens, passes=2):
+        target = stop.block.targets[0]
+        watch = METHODS["exact"].watch
+        assert watch is not None
+        METHODS["exact"].score(target.matrix, stop.seen(target, watch(target.matrix, rule)), rule)
+    weights = sum(p.numel() * p.element_size() for p in architecture.model.parameters())
+    return {"weights": weights / MIB, "calibration": _status("VmHWM") - before}
+
+
+def _status(field: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
+
+
+def memory(windows: int) -> dict[str, Any]:
+    buffer = windows * LENGTH * WIDTH * 4 / MIB
+    result: dict[str, Any] = {"residual stream of the windows, MiB": round(buffer)}
+    for layers in (2, 8):
+        code = f"import json, bench; print(json.dumps(bench.peak({layers}, {windows})))"
+        here = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+        out = subprocess.run([sys.executable, "-c", code], env=here, capture_output=True, text=True, check=True)
+        measured = json.loads(out.stdout.splitlines()[-1])
+        result[f"{layers} layers, MiB"] = {name: round(value) for name, value in measured.items()}
+    return result
+
+
+def cpu() -> str:
+    """The processor's name."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def show(title: str, values: dict[str, Any], indent: str = "") -> None:
+    print(f"{indent}{title}")
+    for name, value in values.items():
+        if isinstance(value, dict):
+            show(name, value, indent + "  ")
+        else:
+            print(f"{indent}  {name:<28} {value}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    where = {"cpu": cpu(), "threads": torch.get_num_threads(), "kernels": kernels.LEVEL, "torch": torch.__version__}
+    show("machine", where)
+    results = {"machine": where, "shape": "mamba-130m, 2048 tokens"}
+    for title, run in (
+        ("(a) scan", lambda: scan(options.rounds)),
+        ("(b) calibration", lambda: calibration(options.rounds, options.windows)),
+        ("(c) memory", lambda: memory(options.windows)),
+    ):
+        results[title] = run()
+        show(title, results[title])
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
