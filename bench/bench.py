@@ -1,7 +1,9 @@
-"""`make bench`: the scan and the calibration at the shape of mamba-130m, random weights, 2048 tokens. Prints ratios and writes JSON.
+"""`make bench`: the scan and the calibration at the shape of mamba-130m, random weights, 2048 tokens. Prints
+ratios and writes JSON.
 
-Variants are interleaved round by round and compared by the median of their per-round ratios: machines drift. Memory is the peak
-of a fresh process each. Options: --rounds N (default 5), --windows W (default 8), --json FILE.
+Variants are interleaved round by round and compared by the median of their per-round ratios: machines drift.
+Memory is the peak of a fresh process each. Options: --rounds N (default 5), --windows W (default 8), --json
+FILE.
 """
 
 from __future__ import annotations
@@ -61,7 +63,8 @@ def milliseconds(times: dict[str, list[float]]) -> dict[str, float]:
 
 
 def scan(rounds: int) -> dict[str, Any]:
-    """(a) One layer's scan over one window: every native level, the torch reference, and the stock block as a whole."""
+    """(a) One layer's scan over one window: every native level, the torch reference, and the stock block as a
+    whole."""
     g = torch.Generator().manual_seed(0)
     u, z = torch.randn(2, 1, LENGTH, CHANNELS, generator=g)
     delta = F.softplus(torch.randn(1, LENGTH, CHANNELS, generator=g) - 2)
@@ -96,7 +99,8 @@ def scan(rounds: int) -> dict[str, Any]:
 
 
 def calibration(rounds: int, windows: int) -> dict[str, Any]:
-    """(b) One layer: matrix products alone, the look of each method, and the forward that hands the windows on."""
+    """(b) One layer: matrix products alone, the look of each method, and the forward that hands the windows
+    on."""
     architecture = adapt(model(1))
     tokens = torch.randint(0, 50280, (windows, LENGTH), generator=torch.Generator().manual_seed(0))
     mixer: Any = architecture.model.backbone.layers[0].mixer  # pyright: ignore[reportAttributeAccessIssue]
@@ -136,7 +140,8 @@ def calibration(rounds: int, windows: int) -> dict[str, Any]:
 
 
 def peak(layers: int, windows: int) -> dict[str, float]:
-    """(c) In this process: MiB of the weights, and the peak of a calibration beyond what was resident before it."""
+    """(c) In this process: MiB of the weights, and the peak of a calibration beyond what was resident before
+    it."""
     architecture = adapt(model(layers))
     tokens = torch.randint(0, 50280, (windows, LENGTH), generator=torch.Generator().manual_seed(0))
     Path("/proc/self/clear_refs").write_text("5")  # reset the peak
@@ -162,7 +167,9 @@ def memory(windows: int) -> dict[str, Any]:
     for layers in (2, 8):
         code = f"import json, bench; print(json.dumps(bench.peak({layers}, {windows})))"
         here = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-        out = subprocess.run([sys.executable, "-c", code], env=here, capture_output=True, text=True, check=True)
+        out = subprocess.run(
+            [sys.executable, "-c", code], env=here, capture_output=True, text=True, check=True
+        )
         measured = json.loads(out.stdout.splitlines()[-1])
         result[f"{layers} layers, MiB"] = {name: round(value) for name, value in measured.items()}
     return result
@@ -172,7 +179,9 @@ def cpu() -> str:
     """The processor's name."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
 
 
 def show(title: str, values: dict[str, Any], indent: str = "") -> None:
@@ -185,13 +194,20 @@ def show(title: str, values: dict[str, Any], indent: str = "") -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
-    where = {"cpu": cpu(), "threads": torch.get_num_threads(), "kernels": kernels.LEVEL, "torch": torch.__version__}
+    where = {
+        "cpu": cpu(),
+        "threads": torch.get_num_threads(),
+        "kernels": kernels.LEVEL,
+        "torch": torch.__version__,
+    }
     show("machine", where)
     results = {"machine": where, "shape": "mamba-130m, 2048 tokens"}
     for title, run in (

@@ -6,8 +6,8 @@ import pytest
 import torch
 from pico import pico_mamba
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel
 from transcription import normalise, trace
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from sparsessm import kernels
 from sparsessm.architectures import MODEL_TYPES, adapt

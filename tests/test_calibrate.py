@@ -1,4 +1,5 @@
-"""calibrate.py: the walk sees the pruned blocks before it, in any slab width, and names what is not finite."""
+"""calibrate.py: the walk sees the pruned blocks before it, in any slab width, and names what is not
+finite."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ TOKENS = torch.randint(0, 64, (3, 50), generator=torch.Generator().manual_seed(0
 
 
 def test_inputs_come_from_the_pruned_blocks_before() -> None:
-    """Against the stock forward of the model as it is left behind: its hidden states are the inputs of its blocks."""
+    """Against the stock forward of the model as it is left behind: its hidden states are the inputs of its
+    blocks."""
     model = pico_mamba(num_hidden_layers=3)
     seen = []
     for stop in walk(adapt(model), TOKENS, passes=1):

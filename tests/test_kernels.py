@@ -1,4 +1,5 @@
-"""The native kernels against the float64 reference, at every level this CPU has, on random and on hostile shapes."""
+"""The native kernels against the float64 reference, at every level this CPU has, on random and on hostile
+shapes."""
 
 from __future__ import annotations
 

@@ -99,7 +99,8 @@ def _dense_layer(model: Any, dense: Any, tokens: Tensor, layer: int) -> list[Tra
     refit=st.booleans(),
 )
 def test_quadratic_form_is_the_measured_error(seed: int, removed: str, share: float, refit: bool) -> None:
-    """1'G1 is the output error of ANY mask, measured by running the layer again with the mask (float64, 1e-6 relative)."""
+    """1'G1 is the output error of ANY mask, measured by running the layer again with the mask (float64, 1e-6
+    relative)."""
     from sparsessm import kernels
 
     g = torch.Generator().manual_seed(seed)
@@ -132,7 +133,8 @@ def test_quadratic_form_is_the_measured_error(seed: int, removed: str, share: fl
 
 
 def test_reported_error_is_the_error_of_the_chosen_mask() -> None:
-    """End to end in float32: the first layer's reported error against the transcription of the pruned layer."""
+    """End to end in float32: the first layer's reported error against the transcription of the pruned
+    layer."""
     tokens, model, dense = windows(3), pico_mamba(), pico_mamba()
     recipe = Recipe(sparsity=0.6).resolved(model="pico", states=8, trained_length=48)
     report = prune(adapt(model), recipe, tokens)

@@ -44,7 +44,8 @@ def test_the_requested_share_is_removed(method: str, budget: str, sparsity: floa
 
 
 def test_one_budget_over_all_layers_is_one_threshold() -> None:
-    """For magnitude the scores do not depend on the data: the model's smallest |A_log| must be exactly those removed."""
+    """For magnitude the scores do not depend on the data: the model's smallest |A_log| must be exactly those
+    removed."""
     model = pico_mamba()
     dense = torch.stack([layer.mixer.A_log.detach().clone() for layer in model.backbone.layers])
     run(model, method="magnitude", budget="model", sparsity=0.4)

@@ -1,4 +1,5 @@
-"""Independent float64 transcriptions of the formulas in docs/methods.md, written as loops over full (L, D, N) arrays.
+"""Independent float64 transcriptions of the formulas in docs/methods.md, written as loops over full (L, D, N)
+arrays.
 
 Slow and memory-hungry on purpose: they share no code with the package.
 """

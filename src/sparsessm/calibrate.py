@@ -1,8 +1,9 @@
 """Stage 1: walk the blocks once, feed the observers.
 
-All windows advance through a block together, one slab of time after the other, each carrying its state. That is what makes sums
-over the batch exact at every time step with one slab in memory (the paper's S_t needs all windows at once), and it bounds the
-memory of calibration by the residual stream of the windows plus one slab of one block, however many layers there are.
+All windows advance through a block together, one slab of time after the other, each carrying its state. That
+is what makes sums over the batch exact at every time step with one slab in memory (the paper's S_t needs all
+windows at once), and it bounds the memory of calibration by the residual stream of the windows plus one slab
+of one block, however many layers there are.
 """
 
 from __future__ import annotations
@@ -18,14 +19,15 @@ from sparsessm.architectures import Architecture, Block, Tap, Target
 
 Progress = Callable[[str, int, int], None]
 
-# Rows (windows x tokens) of one slab: enough for full-speed matrix products, few enough to stay near the cache.
+# Rows (windows x tokens) of a slab: enough for full-speed matrix products, few enough to stay near the cache.
 ROWS = 2048
-LONGEST = 128  # tokens a slab, where windows are few: bounds the (T, D, N) sums of the methods that look at every step
+# Most tokens a slab, where windows are few: bounds the (T, D, N) sums of the methods that look at every step.
+LONGEST = 128
 
 
 @dataclass
 class Stop:
-    """The walk stands before `block`; `hidden` (W, L, d_model) is what the pruned blocks before it produce."""
+    """The walk stands before `block`; `hidden` (W, L, d_model) comes from the pruned blocks before it."""
 
     block: Block
     hidden: Tensor
@@ -59,12 +61,15 @@ def slab_width(windows: int, length: int) -> int:
     return max(1, min(length, LONGEST, ROWS // windows))
 
 
-def walk(architecture: Architecture, tokens: Tensor, passes: int, progress: Progress | None = None) -> Iterator[Stop]:
-    """Stop before each block in turn; when the caller comes back, the windows go through the block as the caller left it.
+def walk(
+    architecture: Architecture, tokens: Tensor, passes: int, progress: Progress | None = None
+) -> Iterator[Stop]:
+    """Stop before each block in turn; afterwards the windows go through the block as the caller left it.
 
     Args:
         tokens: (W, L) int64 calibration windows.
-        passes: runs through each block that the caller will make, the advancing one included; for the progress bar.
+        passes: runs through each block that the caller will make, the advancing one included; for the
+            progress bar.
         progress: called with ("calibrate", slabs done, slabs in all).
 
     Raises:
@@ -93,4 +98,6 @@ def _refuse_non_finite(out: Tensor, block: str, start: int) -> None:
     bad = ~torch.isfinite(out).all(-1)  # (W, T)
     if bad.any():
         window, position = (int(i) for i in bad.nonzero()[0])
-        raise ValueError(f"{block}: output is not finite in calibration window {window} at token {start + position}")
+        raise ValueError(
+            f"{block}: output is not finite in calibration window {window} at token {start + position}"
+        )

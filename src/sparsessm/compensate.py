@@ -10,8 +10,9 @@ from sparsessm.observers import ErrorSums
 def refit_skip(seen: ErrorSums, keep: Tensor) -> Tensor:
     """The change of D that best absorbs what the removed entries of A_log took from the layer's output.
 
-    The error of channel d is sum_{n removed} e_n(t); the part of it that is proportional to the input u can be put back through
-    the skip weight D, at no cost. Least squares in closed form, per channel: change = (sum_{n removed} r_n) / q.
+    The error of channel d is sum_{n removed} e_n(t); the part of it that is proportional to the input u can
+    be put back through the skip weight D, at no cost. Least squares in closed form, per channel:
+    change = (sum_{n removed} r_n) / q.
 
     Args:
         seen: sums over the calibration windows. keep: (D, N) bool.
@@ -24,7 +25,10 @@ def refit_skip(seen: ErrorSums, keep: Tensor) -> Tensor:
 
 
 def error_of(seen: ErrorSums, keep: Tensor, *, refit: bool) -> float:
-    """Output error of a mask, in residual-stream units: sum_d 1' G 1 over the removed entries, less what the refit absorbs."""
+    """Output error of a mask in residual-stream units: sum_d 1' G 1, less what the refit absorbs.
+
+    From a diagonal Gram it is the diagonal's part only.
+    """
     removed = (~keep).double()
     if seen.gram.ndim == 2:
         return float((seen.gram * removed).sum())

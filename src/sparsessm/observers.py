@@ -1,7 +1,9 @@
-"""Stage 1, running sums of what a target does to the calibration windows. All are bounded in memory: nothing of size (L, D, N).
+"""Stage 1, running sums of what a target does to the calibration windows. All are bounded in memory: nothing
+of size (L, D, N).
 
-An observer is fed by the block's forward, slab by slab in the order of time, each slab holding all windows (calibrate.py).
-`options` asks the kernel for its statistics; letters as in architectures/base.py, formulas in docs/methods.md.
+An observer is fed by the block's forward, slab by slab in the order of time, each slab holding all windows
+(calibrate.py). `options` asks the kernel for its statistics; letters as in architectures/base.py, formulas in
+docs/methods.md.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from sparsessm.patterns import Pattern
 
 @dataclass(frozen=True)
 class ErrorSums:
-    """What removing entries of A_log does to the layer's output, as a quadratic form per channel, in residual-stream units.
+    """What removing entries of A_log does to the layer's output, as a quadratic form per channel, in
+    residual-stream units.
 
     error(mask) = sum_d 1_d' G_d 1_d exactly, with the layer's input fixed and W_out' W_out taken as diagonal.
     """
@@ -44,12 +47,13 @@ class StateError:
 
     def add(self, stats: ScanStats, output_energy: Tensor, output: Tensor) -> None:
         assert stats.gram is not None and stats.cross is not None and stats.power is not None
-        new = (
-            stats.gram * output_energy.view(-1, *[1] * (stats.gram.ndim - 1)),
-            stats.cross * output_energy[:, None],
-            stats.power * output_energy,
-        )
-        self._sums = new if self._sums is None else tuple(a.add_(b) for a, b in zip(self._sums, new, strict=True))
+        gram = stats.gram * output_energy.view(-1, *[1] * (stats.gram.ndim - 1))
+        cross, power = stats.cross * output_energy[:, None], stats.power * output_energy
+        if self._sums is not None:
+            gram, cross, power = (
+                new.add_(old) for new, old in zip((gram, cross, power), self._sums, strict=True)
+            )
+        self._sums = gram, cross, power
         self._signal += float(output.square().sum((0, 1)).double() @ output_energy)
 
     def result(self) -> ErrorSums:
@@ -82,7 +86,8 @@ class StateEnergy:
 
 
 class StateVote:
-    """How often an entry is among the smallest A_log^2 S_t of its step (method `sparsessm-vote`): a (D, N) count.
+    """How often an entry is among the smallest A_log^2 S_t of its step (method `sparsessm-vote`): a (D, N)
+    count.
 
     The choice at each step is the pattern's own, so N:M votes inside its groups.
     """

@@ -1,4 +1,5 @@
-"""Stage 3, score -> keep-mask. The only place that chooses elements; a smaller score is removed first, ties by lower index.
+"""Stage 3, score -> keep-mask. The only place that chooses elements; a smaller score is removed first, ties
+by lower index.
 
 A pattern works on the last two axes [out, in] of a score tensor; leading axes are independent problems.
 """
@@ -31,7 +32,8 @@ class Unstructured:
 
 @dataclass(frozen=True)
 class NofM:
-    """N kept of every M consecutive inputs of a row (hardware's meaning of N:M; Wanda's `prune_n` counts the removed ones)."""
+    """N kept of every M consecutive inputs of a row (hardware's meaning of N:M; Wanda's `prune_n` counts the
+    removed ones)."""
 
     n: int
     m: int
@@ -62,7 +64,7 @@ Pattern = Unstructured | NofM
 
 
 def parse(text: str) -> Pattern:
-    """"unstructured" or "N:M" -> pattern.
+    """The pattern that "unstructured" or "N:M" names.
 
     Raises:
         ValueError: anything else, with what is allowed.
@@ -72,11 +74,15 @@ def parse(text: str) -> Pattern:
     match = re.fullmatch(r"(\d+):(\d+)", text)
     if match and 0 < int(match[1]) < int(match[2]):
         return NofM(int(match[1]), int(match[2]))
-    raise ValueError(f"unknown pattern {text!r}; known: 'unstructured', or 'N:M' with 0 < N < M (N kept of every M), e.g. '2:4'")
+    raise ValueError(
+        f"unknown pattern {text!r}; known: 'unstructured', or 'N:M' with 0 < N < M (N kept of every M), "
+        "e.g. '2:4'"
+    )
 
 
 def share(scores: list[Tensor], sparsity: float) -> list[int]:
-    """One threshold over several matrices: how many entries each loses when the smallest of all of them go."""
+    """One threshold over several matrices: how many entries each loses when the smallest of all of them
+    go."""
     flat = torch.cat([score.flatten() for score in scores])
     kept = _keep_largest(flat, flat.numel() - round(sparsity * flat.numel()))
     return [int((~part).sum()) for part in kept.split([score.numel() for score in scores])]

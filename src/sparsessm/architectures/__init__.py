@@ -1,4 +1,4 @@
-"""`adapt(model)`: a stock transformers model -> the adapter that knows what can be pruned in it. One row a model type."""
+"""`adapt(model)`: a stock transformers model -> its adapter; `MODEL_TYPES` has one row a model type."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ def adapt(model: nn.Module, stored: Mapping[str, torch.dtype] | None = None) -> 
 
     Args:
         model: e.g. `MambaForCausalLM`, in float32.
-        stored: parameter name -> dtype of its checkpoint; pruned values are rounded to it. Not given: the live dtype.
+        stored: parameter name -> dtype of its checkpoint; pruned values are rounded to it. Not given: the
+            live dtype.
 
     Raises:
         ValueError: the model type has no adapter; the supported ones are listed.
@@ -28,6 +29,8 @@ def adapt(model: nn.Module, stored: Mapping[str, torch.dtype] | None = None) -> 
     config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", type(model).__name__)
     if model_type not in MODEL_TYPES:
-        raise ValueError(f"model type {model_type!r} has no adapter; supported: {', '.join(sorted(MODEL_TYPES))}")
+        raise ValueError(
+            f"model type {model_type!r} has no adapter; supported: {', '.join(sorted(MODEL_TYPES))}"
+        )
     model.eval()
     return MODEL_TYPES[model_type](model, stored or {})

@@ -1,14 +1,16 @@
 """WHAT can be pruned in a model: the words every adapter speaks.
 
-An adapter wraps a stock transformers model. It declares the prunable matrices (`Target`) of each layer (`Block`) and computes the
-layer's forward with the model's own weights around our kernels, in slabs of time, so that calibration can advance all windows
-together. It knows nothing of methods: what is measured comes in as a `Tap`.
+An adapter wraps a stock transformers model. It declares the prunable matrices (`Target`) of each layer
+(`Block`) and computes the layer's forward with the model's own weights around our kernels, in slabs of time,
+so that calibration can advance all windows together. It knows nothing of methods: what is measured comes in
+as a `Tap`.
 
 Letters used in formulas, here and in the kernels (Gu & Dao, arXiv 2312.00752):
 
-    W windows · L tokens a window · T tokens a slab · D channels (d_inner) · N states a channel (d_state) · K width of the convolution
-    u input of the scan (W, T, D) · Δ, delta step size (W, T, D) · A = -exp(A_log) (D, N) · B, C input and readout (W, T, N)
-    D skip weight (D,) · z gate (W, T, D) · h state (W, D, N): h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t u_t, y_t = (C_t·h_t + D u_t)·silu(z_t)
+    W windows · L tokens a window · T tokens a slab · D channels (d_inner) · N states a channel (d_state)
+    K width of the convolution · u input of the scan (W, T, D) · Δ or delta, step size (W, T, D)
+    A = -exp(A_log) (D, N) · B, C input and readout (W, T, N) · D skip weight (D,) · z gate (W, T, D)
+    h state (W, D, N): h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t u_t, y_t = (C_t·h_t + D u_t)·silu(z_t)
 """
 
 from __future__ import annotations
@@ -21,13 +23,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-# What a removed entry of A_log becomes, by the name of what it then computes. 38 is exact in float16, bfloat16 and float32 and
-# makes exp(Δ·A) exactly 0 for every Δ > 0 that occurs (A = -3e16), with no infinity that stock code could turn into NaN.
+# What a removed entry of A_log becomes, by the name of what it then computes. 38 is exact in float16,
+# bfloat16 and float32 and makes exp(Δ·A) exactly 0 for every Δ > 0 that occurs (A = -3e16), with no infinity
+# that stock code could turn into NaN.
 REMOVED_A_LOG: Mapping[str, float] = {"memoryless": 38.0, "unit": 0.0}
 
 
 class Tap(Protocol):
-    """Something that watches a target while its block runs (observers.py). `options` go to `selective_scan_stats`."""
+    """What watches a target while its block runs (observers.py); `options` go to `selective_scan_stats`."""
 
     options: Mapping[str, Any]
 
@@ -45,7 +48,8 @@ class Target:
         layer: index of its block.
         parameter: the live parameter, [out, in]; for A_log [channel, state].
         axes: names of its two axes.
-        stored: dtype in which the checkpoint holds it; values are rounded to it, so that what we measure is what gets saved.
+        stored: dtype in which the checkpoint holds it; values are rounded to it, so that what we measure is
+            what gets saved.
         removed: name of a removed value -> the number stored for it.
         companions: parameters that a repair of this target may change, by name, with their stored dtype.
     """
@@ -93,14 +97,14 @@ class Block(ABC):
     def forward(
         self, hidden: Tensor, state: Any = None, taps: Mapping[str, Tap] | None = None
     ) -> tuple[Tensor, Any]:
-        """Run a slab (W, T, d_model) after `state` (None: the beginning); returns the slab's output and the next state.
+        """Run a slab (W, T, d_model) after `state` (None: the beginning); returns output and next state.
 
         `taps` maps a target's kind to what watches it.
         """
 
 
 class Architecture(ABC):
-    """A stock model seen as embedding, blocks and head. Forward passes are float32, without gradients, in evaluation mode."""
+    """A stock model seen as embedding, blocks and head; in evaluation mode and without gradients."""
 
     model: nn.Module
     blocks: tuple[Block, ...]

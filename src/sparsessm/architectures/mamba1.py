@@ -1,6 +1,7 @@
-"""Mamba-1 (`MambaForCausalLM`): its targets, and its mixer's forward around our scan kernel instead of the stock Python loop.
+"""Mamba-1 (`MambaForCausalLM`): its targets, and its mixer's forward around our scan kernel.
 
-Line by line the same computation as transformers' `MambaMixer.forward`, channel-last: the tests compare the two.
+The same computation as transformers' `MambaMixer.forward`, channel-last and without its Python loop over
+time; the tests compare the two.
 """
 
 from __future__ import annotations
@@ -60,7 +61,9 @@ def mixer_forward(
     xz = mixer.in_proj(x)  # (W, T, 2D)
     conv_input, z = xz.chunk(2, dim=-1)  # views, (W, T, D) each
     u, conv_state = convolve(mixer, conv_input, None if state is None else state.conv)
-    step, B, C = mixer.x_proj(u).split([mixer.time_step_rank, mixer.ssm_state_size, mixer.ssm_state_size], dim=-1)
+    step, B, C = mixer.x_proj(u).split(
+        [mixer.time_step_rank, mixer.ssm_state_size, mixer.ssm_state_size], dim=-1
+    )
     delta = F.softplus(mixer.dt_proj(step))  # (W, T, D)
     A = -torch.exp(_precise(mixer.A_log))  # (D, N)
     skip = _precise(mixer.D)
@@ -78,7 +81,7 @@ def mixer_forward(
 
 
 def convolve(mixer: Any, x: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Convolution and activation of x (W, T, D) after `before` (W, K-1, D); returns the result and the next `before`."""
+    """Convolution and activation of x (W, T, D) after `before` (W, K-1, D) -> result and next `before`."""
     past = mixer.conv_kernel_size - 1
     fused = mixer.activation in ("silu", "swish")
     u = kernels.causal_conv1d(x, mixer.conv1d.weight[:, 0], mixer.conv1d.bias, before, silu=fused)
@@ -93,7 +96,7 @@ def _precise(parameter: Tensor) -> Tensor:
 
 
 def output_energy(mixer: Any) -> Tensor:
-    """(D,) float64: the squared norm of each channel's column of out_proj, what an error in the channel costs the stream."""
+    """(D,) float64: squared norms of out_proj's columns, what an error in a channel costs the stream."""
     return mixer.out_proj.weight.detach().double().square().sum(0)
 
 

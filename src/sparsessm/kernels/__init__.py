@@ -1,12 +1,15 @@
-"""The kernels' door: the same names as reference.py, native where the extension is built and the inputs are float32 on the CPU.
+"""The kernels' door: the names of reference.py, native where the extension is built, for inputs on the CPU.
 
-bfloat16 and float16 inputs are computed in float32; float64 and other devices use the reference. Shapes are checked here and
-refused by name. Channel tensors may be strided views as long as their last dimension is contiguous; others are copied.
+bfloat16 and float16 inputs are computed in float32; float64 and other devices use the reference. Shapes are
+checked here and refused by name. Channel tensors may be strided views as long as their last dimension is
+contiguous; others are copied.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,12 +18,13 @@ from sparsessm.kernels import reference
 from sparsessm.kernels.reference import ScanStats
 
 try:
-    from sparsessm.kernels import _native  # pyright: ignore[reportAttributeAccessIssue]
+    _native: Any = import_module("sparsessm.kernels._native")
 except ImportError:  # built without a C++ compiler: everything still works, slowly
     _native = None
 
 NATIVE: bool = _native is not None
-LEVELS: tuple[str, ...] = ("reference", *(_native.levels() if _native else ()))  # what this CPU can run, slowest first
+# What this CPU can run, slowest first.
+LEVELS: tuple[str, ...] = ("reference", *(_native.levels() if _native else ()))
 LEVEL: str = LEVELS[-1]  # what runs
 
 __all__ = [
@@ -47,7 +51,7 @@ def selective_scan(
     z: Tensor | None = None,
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The selective scan of Mamba-1 (arXiv 2312.00752, eq. 2): h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t.
+    """The selective scan (arXiv 2312.00752, eq. 2): h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t.
 
     Args:
         u: (batch, L, D) input after convolution and SiLU.
@@ -88,17 +92,20 @@ def selective_scan_stats(
 ) -> tuple[Tensor, Tensor, ScanStats]:
     """`selective_scan` that also sums, in the same pass, what the scores for A_log need (docs/methods.md).
 
-    Long sequences are fed in slabs of time, all sequences of the calibration set at once, so that the sums over the batch are
-    complete at every step and (L, D, N) exists only for the slab: pass the returned states as the next slab's initial ones.
+    Long sequences are fed in slabs of time, all sequences of the calibration set at once, so that the sums
+    over the batch are complete at every step and (L, D, N) exists only for the slab: pass the returned states
+    as the next slab's initial ones.
 
     Args:
         removed: what a removed entry of A_log computes: "memoryless" (a_t = 0) or "unit" (A = -1).
         energy: sum_b h_{t-1}^2 and sum_b a_t for each t.
-        gram: "full" for the N x N Gram of output errors per channel, "diagonal" for its diagonal, None for neither.
+        gram: "full" for the N x N Gram of output errors per channel, "diagonal" for its diagonal, None for
+            neither.
         removed_state: (batch, D, N) state of the recurrence with A = -1 at the start ("unit" only).
 
     Returns:
-        y, last state, and the sums (`ScanStats`): gram, cross, power in float64 and without the factor ||W_out[:, d]||^2.
+        y, last state, and the sums (`ScanStats`): gram, cross, power in float64 and without the factor
+        ||W_out[:, d]||^2.
 
     Raises:
         ValueError: a shape or option that does not fit, named.
@@ -111,9 +118,8 @@ def selective_scan_stats(
     if gram not in (None, "full", "diagonal"):
         raise ValueError(f"gram is {gram!r}; allowed: None, 'full', 'diagonal'")
     if not _runs_native(u):
-        return reference.selective_scan_stats(
-            u, delta, A, B, C, D, z, initial_state, removed=removed, energy=energy, gram=gram, removed_state=removed_state
-        )
+        options: Any = {"removed": removed, "energy": energy, "gram": gram, "removed_state": removed_state}
+        return reference.selective_scan_stats(u, delta, A, B, C, D, z, initial_state, **options)
     inputs = _prepare(u, delta, A, B, C, D, z, initial_state)
     (channels, states), unit = A.shape, removed == "unit"
     y, last = torch.empty(u.shape), torch.empty(u.shape[0], *A.shape)
@@ -124,11 +130,12 @@ def selective_scan_stats(
     cross = torch.empty(channels, states, dtype=torch.float64) if gram else None
     power = torch.empty(channels, dtype=torch.float64) if gram else None
     before = removed_state.float().contiguous() if removed_state is not None and unit and gram else None
-    _native.selective_scan_stats(
-        LEVEL, torch.get_num_threads(), *inputs, y, last, unit, before, other, *by_time, full, diagonal, cross, power
-    )
+    chosen = (*by_time, full, diagonal, cross, power)
+    threads = torch.get_num_threads()
+    _native.selective_scan_stats(LEVEL, threads, *inputs, y, last, unit, before, other, *chosen)
     energies, decays = (x if x is None else x.transpose(1, 2) for x in by_time)
-    return y.to(u.dtype), last, ScanStats(energies, decays, full if gram == "full" else diagonal, cross, power, other)
+    sums = ScanStats(energies, decays, full if gram == "full" else diagonal, cross, power, other)
+    return y.to(u.dtype), last, sums
 
 
 def selective_scan_backward(
@@ -142,7 +149,7 @@ def selective_scan_backward(
     z: Tensor | None = None,
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of `selective_scan`'s y; the states are recomputed, nothing but the inputs is kept from the forward pass.
+    """Gradients of `selective_scan`'s y; states are recomputed, only the inputs are kept from the forward.
 
     Args:
         dy: (batch, L, D) gradient of the loss with respect to y. The others as in `selective_scan`.
@@ -156,7 +163,8 @@ def selective_scan_backward(
         return reference.selective_scan_backward(dy, u, delta, A, B, C, D, z, initial_state)
     inputs = _prepare(u, delta, A, B, C, D, z, initial_state)
     (batch, length, channels), states = u.shape, A.shape[1]
-    groups = max(1, min(4, channels // 64))  # fixed by the shape, so that sums do not depend on the number of threads
+    # Partial sums over channels: their number depends on the shape alone, so no bit depends on the threads.
+    groups = max(1, min(4, channels // 64))
     du, ddelta = torch.empty(u.shape), torch.empty(u.shape)
     dz = None if z is None else torch.empty(u.shape)
     dA, dD = torch.empty(batch, channels, states), torch.empty(batch, channels)
@@ -170,10 +178,11 @@ def selective_scan_backward(
 def causal_conv1d(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, before: Tensor | None = None, *, silu: bool = False
 ) -> Tensor:
-    """Depthwise causal convolution, channel-last, with SiLU if asked for: y_t = bias + sum_k weight_k x_{t - K + 1 + k}.
+    """Depthwise causal convolution, channel-last: y_t = bias + sum_k weight_k x_{t-K+1+k}; then SiLU.
 
     Args:
-        x: (batch, L, D). weight: (D, K). bias: (D,). before: (batch, K-1, D), the inputs before x; zeros if not given.
+        x: (batch, L, D). weight: (D, K). bias: (D,). before: (batch, K-1, D), the inputs before x; zeros if
+            not given.
 
     Returns:
         (batch, L, D) in x's dtype.
@@ -200,13 +209,20 @@ def _runs_native(u: Tensor) -> bool:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """Float32 with a contiguous last dimension; a view of a wider tensor (x and z inside in_proj's output) is not copied."""
+    """Float32 with a contiguous last dimension; x and z, views into in_proj's output, are not copied."""
     x = x.detach().float()
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _prepare(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None, state: Tensor | None
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor | None,
+    state: Tensor | None,
 ) -> list[Tensor | None]:
     packed = [None if x is None else x.detach().float().contiguous() for x in (A, D, state)]
     gate = None if z is None else _rows(z)
@@ -219,10 +235,19 @@ def _expect(name: str, x: Tensor, shape: Sequence[int]) -> None:
 
 
 def _check(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None, state: Tensor | None
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor | None,
+    state: Tensor | None,
 ) -> None:
     if u.ndim != 3 or A.ndim != 2:
-        raise ValueError(f"u has shape {tuple(u.shape)} and A {tuple(A.shape)}, expected (batch, L, D) and (D, N)")
+        raise ValueError(
+            f"u has shape {tuple(u.shape)} and A {tuple(A.shape)}, expected (batch, L, D) and (D, N)"
+        )
     (batch, length, channels), states = u.shape, A.shape[1]
     if not 1 <= states <= MAX_STATES:
         raise ValueError(f"A has {states} states, allowed: 1 to {MAX_STATES}")

@@ -1,7 +1,9 @@
-"""The definition of every kernel, in plain PyTorch: slow, exact, any dtype and device. Tests compare the native copies with it.
+"""The definition of every kernel, in plain PyTorch: slow, exact, any dtype and device. Tests compare the
+native copies with it.
 
-The selective scan is Gu & Dao, arXiv 2312.00752, eq. 2 with zero-order-hold A and Euler B, as in the authors' `selective_scan_ref`;
-the statistics are those of docs/methods.md. Channel-last throughout; letters: b sequence, t time, d channel, n state.
+The selective scan is Gu & Dao, arXiv 2312.00752, eq. 2 with zero-order-hold A and Euler B, as in the authors'
+`selective_scan_ref`; the statistics are those of docs/methods.md. Channel-last throughout; letters: b
+sequence, t time, d channel, n state.
 """
 
 from __future__ import annotations
@@ -14,11 +16,14 @@ from torch.nn import functional as F
 
 
 class ScanStats(NamedTuple):
-    """Sums of one `selective_scan_stats` call; None where it was not asked for. h' is the state with the entry removed."""
+    """Sums of one `selective_scan_stats` call; None where it was not asked for. h' is the state with the
+    entry removed."""
 
     energy: Tensor | None  # (L, D, N): sum_b h_{t-1}^2, the energy of the state before the update
     decay: Tensor | None  # (L, D, N): sum_b a_t
-    gram: Tensor | None  # (D, N, N) float64: sum_{b,t} e_n e_m with e_n = silu(z) C_n (h - h')_n; or (D, N), its diagonal
+    gram: (
+        Tensor | None
+    )  # (D, N, N) float64: sum_{b,t} e_n e_m with e_n = silu(z) C_n (h - h')_n; or (D, N), its diagonal
     cross: Tensor | None  # (D, N) float64: sum_{b,t} e_n silu(z) u
     power: Tensor | None  # (D,) float64: sum_{b,t} (silu(z) u)^2
     removed_state: Tensor | None  # (batch, D, N): last h' of the recurrence with A = -1 ("unit" only)
@@ -64,7 +69,10 @@ def selective_scan_stats(
     other = torch.zeros_like(state) if removed_state is None else removed_state
     gate = torch.ones_like(u) if z is None else F.silu(z)
     energies, decays = u.new_zeros(u.shape[1], *A.shape), u.new_zeros(u.shape[1], *A.shape)
-    pairs, cross = A.new_zeros(*A.shape, A.shape[1], dtype=torch.float64), torch.zeros_like(A, dtype=torch.float64)
+    pairs, cross = (
+        A.new_zeros(*A.shape, A.shape[1], dtype=torch.float64),
+        torch.zeros_like(A, dtype=torch.float64),
+    )
     for t in range(u.shape[1]):
         decay = torch.exp(delta[:, t, :, None] * A)
         entering = (delta[:, t] * u[:, t])[..., None] * B[:, t, None, :]
@@ -92,11 +100,14 @@ def selective_scan_backward(
     z: Tensor | None = None,
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    inputs = [x.detach().requires_grad_() for x in (u, delta, A, B, C, D) + (() if z is None else (z,))]
+    u, delta, A, B, C, D = (x.detach().requires_grad_() for x in (u, delta, A, B, C, D))
+    z = None if z is None else z.detach().requires_grad_()
     with torch.enable_grad():
-        y, _ = selective_scan(*inputs[:6], inputs[6] if z is not None else None, initial_state)
-        grads = torch.autograd.grad(y, inputs, dy)
-    return (*grads[:6], grads[6] if z is not None else None)
+        y, _ = selective_scan(u, delta, A, B, C, D, z, initial_state)
+        du, ddelta, dA, dB, dC, dD, *rest = torch.autograd.grad(
+            y, [u, delta, A, B, C, D, *([] if z is None else [z])], dy
+        )
+    return du, ddelta, dA, dB, dC, dD, rest[0] if rest else None
 
 
 def causal_conv1d(

@@ -8,7 +8,8 @@ from sparsessm.methods import exact, magnitude, sparsessm
 from sparsessm.methods.base import Method, Rule
 
 METHODS: Mapping[str, Method] = {
-    row.name: row for row in (magnitude.random, magnitude.magnitude, sparsessm.vote, sparsessm.weighted, exact.exact)
+    row.name: row
+    for row in (magnitude.random, magnitude.magnitude, sparsessm.vote, sparsessm.weighted, exact.exact)
 }
 
 __all__ = ["METHODS", "Method", "Rule"]

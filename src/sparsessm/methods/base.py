@@ -33,8 +33,10 @@ class Method:
         families: target families it applies to.
         watch: (weight, rule) -> the observer that calibration feeds; None: no calibration needed.
         score: (weight [out, in], observer's result, rule) -> scores [out, in]; the smallest are removed.
-        repair: (observer's result, keep, rule) -> companion parameter -> change; None: survivors stay as they are.
-        error: (observer's result, keep, rule) -> (output error of the mask, energy of the dense output), where the method knows it.
+        repair: (observer's result, keep, rule) -> companion parameter -> change; None: survivors stay as they
+            are.
+        error: (observer's result, keep, rule) -> (output error of the mask, energy of the dense output),
+            where the method knows it.
         options: recipe fields that only some methods read and this one does.
     """
 

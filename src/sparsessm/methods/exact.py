@@ -1,8 +1,9 @@
 """`exact` (ours): the output error that removing entries of A_log causes, without a Taylor expansion.
 
-Inside a layer states do not interact and the output is linear in them, so the error of any mask is the quadratic form 1' G 1 per
-channel (docs/methods.md). The default uses the full G: greedy elimination, with the part of the error that the skip weight D can
-absorb already subtracted (G - r r'/q is the error after the best refit of D). `diagonal` uses G's diagonal alone.
+Inside a layer states do not interact and the output is linear in them, so the error of any mask is the
+quadratic form 1' G 1 per channel (docs/methods.md). The default uses the full G: greedy elimination, with the
+part of the error that the skip weight D can absorb already subtracted (G - r r'/q is the error after the best
+refit of D). `diagonal` uses G's diagonal alone.
 """
 
 from __future__ import annotations
@@ -21,12 +22,15 @@ from sparsessm.observers import ErrorSums, StateError
 def elimination_scores(gram: Tensor, group: int, removable: int) -> Tensor:
     """Greedy elimination in every channel at once, written as scores.
 
-    Each step removes the entry with the smallest increase G_jj + 2 sum_{m removed} G_jm. The score of an entry is the largest
-    increase met up to its removal: sorting all channels' entries by it reproduces the greedy order across channels, for every
+    Each step removes the entry with the smallest increase G_jj + 2 sum_{m removed} G_jm. The score of an
+    entry is the largest
+    increase met up to its removal: sorting all channels' entries by it reproduces the greedy order across
+        channels, for every
     sparsity at once, because an entry can only go after those that its channel gave up before it.
 
     Args:
-        gram: (D, N, N) symmetric. group: entries per N:M group (N if there are no groups). removable: how many of a group may go.
+        gram: (D, N, N) symmetric. group: entries per N:M group (N if there are no groups). removable: how
+            many of a group may go.
 
     Returns:
         (D, N) float64; infinite where an entry may not be removed.
@@ -41,7 +45,8 @@ def elimination_scores(gram: Tensor, group: int, removable: int) -> Tensor:
     for _ in range(states // group * removable):
         best = increase.masked_fill(~open_, torch.inf).argmin(1)  # (D,)
         highest = torch.maximum(highest, increase[rows, best])
-        # Entries of one channel must not tie, or the order inside the channel would be lost: nudge by one ulp.
+        # Entries of one channel must not tie, or the order inside the channel would be lost: nudge by one
+        # ulp.
         scores[rows, best] = highest
         highest = torch.nextafter(highest, torch.full_like(highest, torch.inf))
         increase += 2 * gram[rows, best]

@@ -1,4 +1,5 @@
-"""The two methods that look at no data: the smallest absolute values (Han et al., arXiv 1506.02626), and the floor, a random choice."""
+"""The two methods that look at no data: the smallest absolute values (Han et al., arXiv 1506.02626), and the
+floor, a random choice."""
 
 from __future__ import annotations
 

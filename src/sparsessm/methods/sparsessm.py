@@ -1,9 +1,9 @@
 """SparseSSM (Tuo & Wang, arXiv 2506.09613): both published ways to aggregate the score of A_log over time.
 
-Version 1 (Theorem 1, Algorithm 1): at each step t the entries with the smallest A_log^2 S_t get a vote; most votes are removed.
-Version 2 (the authors' public code, October 2025): sum_t w_t (mean_b a_t)^2 S_t with weights that fall with t.
-S_t = sum_b h_{t-1}^2 is the energy of the state before the update. Faults of the public code that are not reproduced are listed in
-docs/methods.md.
+Version 1 (Theorem 1, Algorithm 1): at each step t the entries with the smallest A_log^2 S_t get a vote; most
+votes are removed. Version 2 (the authors' public code, October 2025): sum_t w_t (mean_b a_t)^2 S_t with
+weights that fall with t. S_t = sum_b h_{t-1}^2 is the energy of the state before the update. Faults of the
+public code that are not reproduced are listed in docs/methods.md.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ def time_weights(text: str, length: int) -> Tensor:
     """Weights (L,) float64, summing to 1, of the token positions 0..L-1.
 
     Args:
-        text: "uniform"; "linear" (L - t); "power:P" (1/(t+1)^P); "discount:G" (G^t); "window:S" (the first share S of positions).
+        text: "uniform"; "linear" (L - t); "power:P" (1/(t+1)^P); "discount:G" (G^t); "window:S" (the first
+            share S of positions).
 
     Raises:
         ValueError: anything else, with what is allowed.
@@ -45,7 +46,8 @@ def time_weights(text: str, length: int) -> Tensor:
         weights = (t < max(1, math.ceil(value * length))).double()
     else:
         raise ValueError(
-            f"time_weights is {text!r}; allowed: uniform, linear, power:P (P >= 0), discount:G (0 < G <= 1), window:S (0 < S <= 1)"
+            f"time_weights is {text!r}; allowed: uniform, linear, power:P (P >= 0), discount:G (0 < G <= 1), "
+            "window:S (0 < S <= 1)"
         )
     return weights / weights.sum()
 
