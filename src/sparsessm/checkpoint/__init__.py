@@ -1,0 +1,17 @@
+"""Stock checkpoints in, stock checkpoints out: the only seam between pruning and running.
+
+Stage 5 of the flow. `load` hands a model over in float32 together with the dtype each of its tensors is
+stored in; `save` writes the same format back, each tensor in that dtype, with the record of the pruning
+beside it (`docs/checkpoint.md` describes the files).
+
+    reading.py        find, check, assemble
+    writing.py        the way back
+    atomic.py         a directory appears whole or not at all
+    files.py          JSON, safetensors and .bin, one file or sharded
+    state_spaces.py   the original format in the words of transformers
+"""
+
+from .reading import Checkpoint, load, local_folder, read_record
+from .writing import refuse_existing, save
+
+__all__ = ["Checkpoint", "load", "local_folder", "read_record", "refuse_existing", "save"]

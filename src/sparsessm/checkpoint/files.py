@@ -1,0 +1,134 @@
+"""The files of a checkpoint: JSON, and tensors as safetensors or `pytorch_model.bin`, one file or sharded.
+
+Knows nothing of models. `reading.py` takes tensors from here one by one, `writing.py` hands them over in
+shards.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+SAFETENSORS, BIN = "model.safetensors", "pytorch_model.bin"
+SHARD_BYTES = 5 * 10**9
+"""Most bytes in one safetensors file, the stock writer's limit."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        ValueError: the file is absent, or holds something else.
+    """
+    if not path.is_file():
+        raise ValueError(f"no {path.name} in {str(path.parent)!r}: not a checkpoint directory")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path}: not readable as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def few(names: list[str], most: int = 5) -> str:
+    """Names for an error message: the first `most`, and how many more there are."""
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
+
+
+def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a checkpoint directory, in the dtype it is stored in; stock order of preference."""
+    for name, read in ((SAFETENSORS, _read_safetensors), (BIN, _read_bin)):
+        files: Iterable[Path] = ()
+        if (folder / name).is_file():
+            files = [folder / name]
+        elif (folder / f"{name}.index.json").is_file():
+            files = _shards(folder, folder / f"{name}.index.json")
+        seen: set[str] = set()
+        for file in files:
+            for tensor_name, tensor in read(file):
+                if tensor_name in seen:
+                    raise ValueError(f"{file}: tensor {tensor_name} is in more than one shard")
+                seen.add(tensor_name)
+                yield tensor_name, tensor
+        if files:
+            return
+    raise ValueError(f"no {SAFETENSORS} or {BIN} in {str(folder)!r}")
+
+
+def _shards(folder: Path, index: Path) -> list[Path]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index}: no weight_map")
+    names = sorted({str(name) for name in weight_map.values()})
+    if missing := [name for name in names if Path(name).name != name or not (folder / name).is_file()]:
+        raise ValueError(f"{index} names files that are not beside it: {few(missing)}")
+    return [folder / name for name in names]
+
+
+def _read_safetensors(file: Path) -> Iterator[tuple[str, Tensor]]:
+    try:
+        with safe_open(file, framework="pt") as content:
+            for name in content.keys():
+                yield name, content.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: truncated or not a safetensors file ({error})") from error
+
+
+def _read_bin(file: Path) -> Iterator[tuple[str, Tensor]]:
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except pickle.UnpicklingError as error:
+        reason = f"not a file of plain tensors; refused, nothing in it was executed ({_first_line(error)})"
+        raise ValueError(f"{file}: {reason}") from error
+    except Exception as error:  # the zip reader has a different one in each release
+        raise ValueError(f"{file}: truncated or corrupt ({_first_line(error)})") from error
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{file}: expected a dictionary of tensors, got {type(content).__name__}")
+    for name, tensor in content.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise ValueError(f"{file}: expected a tensor, got {type(tensor).__name__} under {name!r}")
+        yield name, tensor
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or repr(error)).split("\n")[0]
+
+
+def write_safetensors(folder: Path, sizes: Mapping[str, int], tensor: Callable[[str], Tensor]) -> None:
+    """Write tensors as the stock writer does: shards of at most `SHARD_BYTES`, with an index if there are
+    several.
+
+    Args:
+        folder: where to.
+        sizes: bytes of each tensor, by name, in the order to write them.
+        tensor: the tensor of a name; asked for one shard at a time, so a large model is never in memory
+            twice.
+    """
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > SHARD_BYTES:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards, 1):
+        file = SAFETENSORS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file({name: tensor(name) for name in names}, folder / file, {"format": "pt"})
+        (folder / file).chmod(folder.stat().st_mode & 0o666)  # safetensors lets only the owner read
+        weight_map.update(dict.fromkeys(names, file))
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        (folder / f"{SAFETENSORS}.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,288 @@
+"""Read a checkpoint: find the directory, check every tensor, assemble the stock model and its tokenizer.
+
+The hub, a transformers directory, an original state-spaces directory and the models inside the package all
+come in here. Nothing that is read is ever executed, and whatever is wrong with the files is said here, by
+name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.resources
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from ..architectures import MODEL_TYPES
+from . import state_spaces
+from .files import few, read_json, read_tensors
+
+RECORD, CONFIG, GENERATION = "pruning.json", "config.json", "generation_config.json"
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_TOKENIZER_FILES = (
+    *VOCABULARIES,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+_SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*")
+
+
+@dataclass
+class Checkpoint:
+    """A model in memory and all that is needed to write it back as it came.
+
+    Attributes:
+        model: in float32, on the CPU, in eval mode.
+        tokenizer: the tokenizer that belongs to it.
+        source: what `load` was given.
+        format: the layout on disk, which `save` keeps.
+        stored: dtype on disk of each tensor, by its name in `model.state_dict()`.
+        trained_length: the tokenizer's `model_max_length` in tokens, None if it states none.
+        files: what `save` writes back byte for byte: config, generation config, tokenizer, licence.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    source: str
+    format: Literal["transformers", "state-spaces"]
+    stored: dict[str, torch.dtype]
+    trained_length: int | None
+    files: dict[str, bytes] = field(default_factory=dict, repr=False)
+
+
+def load(source: str | os.PathLike[str], *, tokenizer: str | os.PathLike[str] | None = None) -> Checkpoint:
+    """Read a model and its tokenizer.
+
+    Args:
+        source: a hub id, a transformers directory (safetensors or `.bin`, one file or sharded), an original
+            state-spaces directory, or `builtin:NAME`.
+        tokenizer: a hub id, a directory or a `tokenizer.json` to use instead of the one in `source`.
+
+    Raises:
+        ValueError: the source cannot be found or read, its model type has no adapter, its tensors are
+            missing, extra, of a wrong shape or not finite, a file is truncated or asks for foreign code, or
+            the tokenizer does not fit.
+    """
+    source = os.fspath(source)
+    with quiet():
+        folder = _folder(source)
+        fields = read_json(folder / CONFIG)
+        original = state_spaces.is_original(fields)
+        config = _config(source, fields, original)
+        model, stored = _model(source, folder, config, original)
+        if (folder / GENERATION).is_file():
+            model.generation_config = transformers.GenerationConfig.from_dict(read_json(folder / GENERATION))
+        fallback = state_spaces.TOKENIZER if original else None
+        words, files = _tokenizer(source, folder, tokenizer, fallback, config)
+    rows = config.vocab_size  # of the embedding: its shape has been checked
+    size = max(len(words), 1 + max(words.get_vocab().values(), default=0))
+    if size > rows:
+        raise ValueError(f"the tokenizer has {size} tokens, but the embedding of {source!r} only {rows} rows")
+    for path in sorted(folder.glob("LICENSE*")) + [folder / CONFIG, folder / GENERATION]:
+        if path.is_file():
+            files[path.name] = path.read_bytes()
+    length = int(words.model_max_length)
+    return Checkpoint(
+        model=model,
+        tokenizer=words,
+        source=source,
+        format="state-spaces" if original else "transformers",
+        stored=stored,
+        trained_length=length if length < 1e6 else None,  # transformers says "no limit" by a huge number
+        files=files,
+    )
+
+
+def read_record(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The `pruning.json` of a local (or built-in) checkpoint directory; None if it has none.
+
+    Raises:
+        ValueError: no such directory, or the file is not a JSON object.
+    """
+    folder = local_folder(os.fspath(path))
+    if folder is None:
+        raise ValueError(f"no such directory: {os.fspath(path)!r}")
+    return read_json(folder / RECORD) if (folder / RECORD).exists() else None
+
+
+def local_folder(source: str) -> Path | None:
+    """The directory on this machine that `source` names, None if it names none."""
+    if not source.startswith("builtin:"):
+        return Path(source) if os.path.isdir(source) else None
+    name = source.removeprefix("builtin:")
+    shelf = importlib.resources.files("sparsessm").joinpath("builtin")
+    models = shelf.iterdir() if shelf.is_dir() else ()
+    known = sorted(model.name for model in models if model.joinpath(CONFIG).is_file())
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f"; did you mean 'builtin:{near[0]}'?" if near else ""
+        raise ValueError(f"unknown built-in model {name!r}; known: {', '.join(known) or 'none'}{hint}")
+    return Path(str(shelf.joinpath(name, CONFIG))).parent
+
+
+def _folder(source: str) -> Path:
+    """The directory `source` names; a hub id is fetched into the hub's own cache first."""
+    if (folder := local_folder(source)) is not None:
+        return folder
+    if os.path.exists(source):
+        raise ValueError(f"{source!r} is a file; give the directory of the checkpoint")
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source):
+        raise ValueError(f"no such directory: {source!r}")
+    try:
+        folder = Path(snapshot_download(source, allow_patterns=[*_SMALL_FILES, "model*.safetensors"]))
+        if not any(folder.glob("model*.safetensors")):
+            snapshot_download(source, allow_patterns=["pytorch_model*.bin"])
+    except Exception as error:  # a dozen kinds, by cause: offline, unknown, private, interrupted
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{source!r} is no directory here, and the hub did not give it: {reason}") from error
+    return folder
+
+
+def _config(source: str, fields: dict[str, Any], original: bool) -> transformers.PretrainedConfig:
+    """The stock configuration object for the fields of a `config.json` of either format."""
+    kind = "mamba" if original else fields.get("model_type")
+    if not isinstance(kind, str) or kind not in MODEL_TYPES:
+        known = ", ".join(sorted(MODEL_TYPES))
+        raise ValueError(f"{source!r}: no adapter for model_type {kind!r}; supported: {known}")
+    if fields.get("quantization_config"):
+        raise ValueError(f"{source!r} is quantised (quantization_config); prune the model it was made from")
+    try:
+        if original:
+            return transformers.MambaConfig(**state_spaces.settings(fields))
+        return transformers.CONFIG_MAPPING[kind].from_dict(fields)
+    except Exception as error:  # each transformers release has its own validation errors
+        raise ValueError(f"{source}/{CONFIG}: {error}") from error
+
+
+def _model(
+    source: str, folder: Path, config: transformers.PretrainedConfig, original: bool
+) -> tuple[PreTrainedModel, dict[str, torch.dtype]]:
+    """Read, check and assemble the tensors; returns the model and the dtype each tensor had on disk."""
+    try:
+        with torch.device("meta"):  # shapes only
+            empty = transformers.AutoModelForCausalLM.from_config(config)
+            empty.tie_weights()
+    except Exception as error:
+        raise ValueError(f"{source}/{CONFIG} describes no model that can be built: {error}") from error
+    expected, copies = untied(empty)
+    tensors: dict[str, Tensor] = {}
+    stored: dict[str, torch.dtype] = {}
+    not_finite: list[str] = []
+    for name, tensor in read_tensors(folder):
+        if original:
+            name = state_spaces.to_transformers(name)
+        # A copy even in the same dtype: the file would stay mapped, and whoever rewrites it change the model.
+        value = tensor.to(torch.float32, copy=True) if tensor.is_floating_point() else tensor.clone()
+        if not torch.isfinite(value).all():
+            not_finite.append(name)
+        tensors[name], stored[name] = value, tensor.dtype
+    for copy, name in copies.items():
+        if copy in tensors and name in tensors and copy not in not_finite:
+            if not torch.equal(tensors[copy], tensors[name]):
+                raise ValueError(f"{source!r}: {copy} differs from {name}, although {CONFIG} ties the two")
+            del tensors[copy], stored[copy]
+    shapes = [
+        f"{name} {tuple(tensors[name].shape)}, expected {tuple(expected[name].shape)}"
+        for name in expected
+        if name in tensors and tensors[name].shape != expected[name].shape
+    ]
+    faults = {
+        "missing tensors": [name for name in expected if name not in tensors],
+        "tensors the model does not have": [name for name in tensors if name not in expected],
+        "wrong shapes": shapes,
+        "NaN or Inf in": not_finite,
+    }
+    if any(faults.values()):
+        told = "; ".join(f"{what}: {few(names)}" for what, names in faults.items() if names)
+        raise ValueError(f"{source!r} does not hold the model of its {CONFIG}: {told}")
+    model = type(empty).from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32)
+    return model.eval(), stored
+
+
+def untied(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors a checkpoint holds, each once, and the tied names: copy -> the name it is stored under."""
+    first: dict[int, str] = {}
+    tensors: dict[str, Tensor] = {}
+    copies: dict[str, str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) in first:
+            copies[name] = first[id(tensor)]
+        else:
+            first[id(tensor)] = name
+            tensors[name] = tensor
+    return tensors, copies
+
+
+def _tokenizer(
+    source: str,
+    folder: Path,
+    given: str | os.PathLike[str] | None,
+    fallback: str | None,
+    config: transformers.PretrainedConfig,
+) -> tuple[PreTrainedTokenizerBase, dict[str, bytes]]:
+    """The tokenizer, and the files it came from if they can be carried over as they are."""
+    if given is None and not any((folder / name).is_file() for name in VOCABULARIES):
+        if fallback is None:
+            raise ValueError(f"no tokenizer in {source!r}; name one with tokenizer= (--tokenizer)")
+        given = fallback
+    if given is not None:
+        given = os.fspath(given)
+        if os.path.isfile(given):
+            return _bare_tokenizer(given, config), {}
+        try:
+            folder = _folder(given)
+        except ValueError as error:
+            takes = "tokenizer= (--tokenizer) takes a hub id, a directory or a tokenizer.json"
+            raise ValueError(f"no tokenizer: {error}; {takes}") from error
+    try:
+        options = {"local_files_only": True, "trust_remote_code": False}
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
+    except Exception as error:
+        raise ValueError(f"the tokenizer in {str(folder)!r} cannot be read: {error}") from error
+    present = [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
+    return tokenizer, {path.name: path.read_bytes() for path in present}
+
+
+def _bare_tokenizer(file: str, config: transformers.PretrainedConfig) -> PreTrainedTokenizerBase:
+    """A lone `tokenizer.json` does not say which tokens begin and end a text; the model's config does."""
+    try:
+        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=file)
+    except Exception as error:
+        raise ValueError(f"{file}: not a tokenizer.json ({error})") from error
+    special = {index: str(token) for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    for role in ("bos", "eos"):
+        index = getattr(config, f"{role}_token_id", None)
+        if isinstance(index, int) and index in special:
+            setattr(tokenizer, f"{role}_token", special[index])
+    return tokenizer
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' bars and warnings off the terminal: the faults it would mention are raised here."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,171 @@
+"""Write a checkpoint in the format it came in, whole or not at all.
+
+The files that came with the model go out byte for byte, its tensors in the dtypes they came in; only
+`pruning.json` and the model card are ours. That the directory appears in one step is `atomic.py`'s part.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from . import atomic, state_spaces
+from .files import BIN, write_safetensors
+from .reading import CONFIG, GENERATION, RECORD, VOCABULARIES, Checkpoint, local_folder, quiet, untied
+
+CARD = "README.md"
+_NOT_COMPARED = {"dtype", "torch_dtype", "_name_or_path", "transformers_version", "architectures"}
+
+
+def refuse_existing(path: str | os.PathLike[str], force: bool, source: str | None = None) -> None:
+    """Refuse a target that `save` could not take; meant to be asked before hours of work.
+
+    Raises:
+        ValueError: `path` exists and `force` is false; it is a file, or a directory that is no checkpoint;
+            it is not writable; or it overlaps the directory of `source`.
+    """
+    target = Path(path).resolve()
+    atomic.recover(target)
+    shown = os.fspath(path)
+    origin = local_folder(source) if source is not None else None
+    if origin is not None:
+        origin = origin.resolve()
+        if target == origin or origin in target.parents or target in origin.parents:
+            raise ValueError(f"{shown!r} overlaps the source {source!r}; write the result somewhere else")
+    if target.exists():
+        if not target.is_dir():
+            raise ValueError(f"{shown!r} is a file; the result is a directory")
+        if not force:
+            raise ValueError(
+                f"{shown!r} exists; choose another name, or replace it with force=True (--force)"
+            )
+        # A slip of the hand must not take a home directory with it.
+        if any(target.iterdir()) and not (target / CONFIG).is_file():
+            raise ValueError(
+                f"{shown!r} is not replaced: it is no checkpoint (no {CONFIG}); remove it yourself"
+            )
+    nearest = next((parent for parent in target.parents if parent.exists()), target)
+    if not nearest.is_dir():
+        raise ValueError(f"{shown!r} cannot be made: {str(nearest)!r} is a file")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ValueError(f"{shown!r} cannot be made: no right to write in {str(nearest)!r}")
+
+
+def save(
+    checkpoint: Checkpoint,
+    path: str | os.PathLike[str],
+    *,
+    record: Mapping[str, Any] | None = None,
+    card: str | None = None,
+    force: bool = False,
+) -> Path:
+    """Write the checkpoint in the format it came in, whole or not at all.
+
+    Args:
+        checkpoint: what to write; each tensor in the dtype `checkpoint.stored` names for it, else in its own.
+        path: the directory to make.
+        record: content of `pruning.json`.
+        card: text of `README.md`.
+        force: replace a checkpoint that is already there.
+
+    Raises:
+        ValueError: as `refuse_existing`; a tensor is not finite in its stored dtype; the record is not JSON.
+        OSError: the disk is full, or writing failed otherwise; nothing is left behind, an old target is
+            intact.
+    """
+    refuse_existing(path, force, checkpoint.source)
+    try:
+        content = None if record is None else json.dumps(record, indent=2, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{RECORD} cannot hold this record: {error}") from error
+    try:
+        with quiet(), atomic.replacing(Path(path), force=force) as folder:
+            if checkpoint.format == "state-spaces":
+                _write_bin(checkpoint, folder)
+            else:
+                _write_safetensors(checkpoint, folder)
+            _write_small_files(checkpoint, folder)
+            if content is not None:
+                (folder / RECORD).write_text(content, encoding="utf-8")
+            if card is not None:
+                (folder / CARD).write_text(card, encoding="utf-8")
+    except (
+        OSError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:  # torch and safetensors have their own full disks
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise OSError(f"could not write {os.fspath(path)!r}, nothing was left behind: {cause}") from error
+    return Path(path)
+
+
+def _stored(checkpoint: Checkpoint, name: str, tensor: Tensor) -> Tensor:
+    value = tensor.detach().to(checkpoint.stored.get(name, tensor.dtype)).contiguous()
+    if not torch.isfinite(value).all():
+        raise ValueError(f"{name} is NaN or Inf as {value.dtype}; not written")
+    return value
+
+
+def _write_safetensors(checkpoint: Checkpoint, folder: Path) -> None:
+    tensors, _ = untied(checkpoint.model)
+    sizes = {name: t.numel() * checkpoint.stored.get(name, t.dtype).itemsize for name, t in tensors.items()}
+    write_safetensors(folder, sizes, lambda name: _stored(checkpoint, name, tensors[name]))
+
+
+def _write_bin(checkpoint: Checkpoint, folder: Path) -> None:
+    """The original writer keeps both names of a tied tensor, over one storage."""
+    tensors, copies = untied(checkpoint.model)
+    values = {name: _stored(checkpoint, name, tensor) for name, tensor in tensors.items()}
+    values |= {copy: values[name] for copy, name in copies.items()}
+    with open(folder / BIN, "wb") as file:
+        torch.save({state_spaces.to_original(name): value for name, value in values.items()}, file)
+
+
+def _write_small_files(checkpoint: Checkpoint, folder: Path) -> None:
+    model, files = checkpoint.model, checkpoint.files
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    if (fields := _changed_config(checkpoint)) is not None:
+        (folder / CONFIG).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+    if checkpoint.format == "transformers" and GENERATION not in files and model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    if not any(name in files for name in VOCABULARIES):
+        checkpoint.tokenizer.save_pretrained(folder)
+        _name_tokenizer_class(folder / "tokenizer_config.json")
+
+
+def _changed_config(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """Fields of `config.json` if it must be written anew; None while the one that came in still holds."""
+    config = checkpoint.model.config
+    if CONFIG not in checkpoint.files:
+        if checkpoint.format == "state-spaces":
+            raise ValueError(f"a state-spaces checkpoint needs the {CONFIG} it came with (Checkpoint.files)")
+        dtypes = list(checkpoint.stored.values())
+        most = max(dtypes, key=dtypes.count, default=torch.float32)
+        named = {
+            "architectures": [type(checkpoint.model).__name__],
+            "dtype": str(most).removeprefix("torch."),
+        }
+        return config.to_diff_dict() | named
+    if checkpoint.format == "state-spaces":
+        return None
+    came = json.loads(checkpoint.files[CONFIG])
+    before, now = type(config).from_dict(dict(came)).to_dict(), config.to_dict()
+    shared = (now.keys() & before.keys()) - _NOT_COMPARED
+    changed = {key: now[key] for key in shared if now[key] != before[key]}
+    return came | changed if changed else None
+
+
+def _name_tokenizer_class(file: Path) -> None:
+    """transformers 5 writes a class that release 4 does not know; both know the same by its older name."""
+    fields = json.loads(file.read_text(encoding="utf-8"))
+    if fields.get("tokenizer_class") == "TokenizersBackend":
+        fields["tokenizer_class"] = "PreTrainedTokenizerFast"
+        file.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
