@@ -1,0 +1,32 @@
+# make demo, make test: all that is needed is Python >= 3.11 with venv, a C++ compiler and make.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/sparsessm/kernels/*.cpp src/sparsessm/kernels/*.h)
+
+.PHONY: demo test lint bench clean
+
+demo: $(INSTALLED) ## prune the built-in model, every method side by side
+	$(BIN)/sparsessm demo
+
+test: $(INSTALLED) ## the whole suite, two workers, coverage of src
+	$(BIN)/python -m pytest -n 2 --cov --cov-report=term
+
+lint: $(INSTALLED) ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: $(INSTALLED) ## the kernels and the calibration, in time and memory
+	$(BIN)/python bench/bench.py
+
+clean: ## what building and testing left, .venv excepted
+	rm -rf build dist .coverage* .hypothesis .pytest_cache .ruff_cache demo-out
+	find src tests tools bench -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+# Installed anew when the declaration, the pins or a kernel changed; Python files are read where they lie.
+$(INSTALLED): $(INPUTS)
+	$(BIN)/python -c "" 2>/dev/null || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
