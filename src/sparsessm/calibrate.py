@@ -78,7 +78,7 @@ def walk(
     with torch.inference_mode():
         hidden = architecture.embed(tokens).clone()
     slabs = -(-tokens.shape[1] // slab_width(*tokens.shape))
-    total, done = slabs * passes * len(architecture.blocks), 0
+    total, done = slabs * (passes * len(architecture.blocks) - 1), 0  # nobody needs the last block's output
 
     def tick() -> None:
         nonlocal done
@@ -89,7 +89,8 @@ def walk(
     for block in architecture.blocks:
         stop = Stop(block, hidden, tick)
         yield stop
-        stop.advance()
+        if block is not architecture.blocks[-1]:
+            stop.advance()
 
 
 def _refuse_non_finite(out: Tensor, block: str, start: int) -> None:
