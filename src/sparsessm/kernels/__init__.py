@@ -8,7 +8,6 @@ contiguous; others are copied.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -18,9 +17,10 @@ from sparsessm.kernels import reference
 from sparsessm.kernels.reference import ScanStats
 
 try:
-    _native: Any = import_module("sparsessm.kernels._native")
+    from sparsessm.kernels import _native as _loaded  # pyright: ignore[reportAttributeAccessIssue]
 except ImportError:  # built without a C++ compiler: everything still works, slowly
-    _native = None
+    _loaded = None
+_native: Any = _loaded
 
 NATIVE: bool = _native is not None
 # What this CPU can run, slowest first.

@@ -1,0 +1,185 @@
+"""sparsessm: one-shot pruning of state space language models.
+
+    import sparsessm
+
+    model = sparsessm.load("builtin:pycode")
+    report = sparsessm.prune(model, sparsity=0.5)
+    print(sparsessm.evaluate(model))
+    sparsessm.save(model, "out", report)
+
+This file is the door: four functions before `checkpoint`, `data`, `pipeline`, `report` and `evaluation`.
+Importing it is light; torch and transformers come in with the first call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sparsessm.evaluation import Perplexity
+    from sparsessm.recipe import Recipe
+    from sparsessm.report import Report
+
+    from .checkpoint import Checkpoint
+
+__all__ = ["evaluate", "load", "prune", "save"]
+try:
+    __version__ = version("sparsessm")
+except PackageNotFoundError:  # a source tree on the path, not installed
+    __version__ = "0+unknown"
+
+Progress = Callable[[str, int, int], None]  # (stage, done, total)
+
+
+def load(source: str | Path, tokenizer: str | None = None) -> Checkpoint:
+    """Load a model and its tokenizer, in float32 on the CPU.
+
+    Args:
+        source: a hub id, a local directory (transformers or state-spaces format), or "builtin:pycode".
+        tokenizer: hub id or directory of a tokenizer, for a model that has none.
+
+    Raises:
+        ValueError: no such model, an architecture without an adapter, or tensors that are missing, extra,
+            corrupt or not finite.
+    """
+    from . import checkpoint
+
+    return checkpoint.load(str(source), tokenizer=tokenizer)
+
+
+def prune(
+    checkpoint: Checkpoint, *, recipe: Recipe | None = None, progress: Progress | None = None, **fields: Any
+) -> Report:
+    """Prune `checkpoint.model` in place, without training.
+
+    Args:
+        checkpoint: what `load` returned.
+        recipe: what to do; the defaults if None.
+        progress: called with (stage, done, total).
+        fields: fields of the recipe (see `recipe.Recipe`), which replace those in `recipe`: `sparsity=0.5`.
+
+    Returns:
+        What was removed from which tensor; `save` writes it beside the model.
+
+    Raises:
+        ValueError: an unknown or impossible field, a text shorter than one window, or activations that are
+            not finite.
+    """
+    resolved = resolve(checkpoint, recipe, **fields)
+    return follow(checkpoint, resolved, draw(checkpoint, resolved), progress)
+
+
+def resolve(checkpoint: Checkpoint, recipe: Recipe | None = None, **fields: Any) -> Recipe:
+    """First step of `prune`: replace `fields` in the recipe and fill in what depends on the model.
+
+    Raises:
+        ValueError: an unknown or impossible field, or a pattern that does not fit the model's states.
+    """
+    from sparsessm.architectures import adapt
+    from sparsessm.recipe import Recipe
+
+    recipe = (recipe or Recipe()).updated(**fields)
+    states = adapt(checkpoint.model, checkpoint.stored).states
+    return recipe.resolved(model=checkpoint.source, states=states, trained_length=checkpoint.trained_length)
+
+
+def draw(checkpoint: Checkpoint, recipe: Recipe) -> Tensor | None:
+    """Second step of `prune`: the calibration windows (samples, length), None if the method needs no data.
+
+    Raises:
+        ValueError: unknown data, or a text shorter than one window.
+    """
+    from sparsessm.data import calibration_windows
+    from sparsessm.pipeline import needs_data
+    from sparsessm.recipe import window_length
+
+    if not needs_data(recipe):
+        return None
+    length = recipe.length or window_length(checkpoint.trained_length)
+    return calibration_windows(
+        recipe.data, checkpoint.tokenizer, samples=recipe.samples, length=length, seed=recipe.seed
+    )
+
+
+def follow(
+    checkpoint: Checkpoint, recipe: Recipe, tokens: Tensor | None, progress: Progress | None = None
+) -> Report:
+    """Third step of `prune`: change the model as the resolved recipe says, looking at these tokens.
+
+    Raises:
+        ValueError: activations that are not finite.
+    """
+    from sparsessm.architectures import adapt
+    from sparsessm.report import contents
+
+    from . import pipeline
+
+    report = pipeline.prune(adapt(checkpoint.model, checkpoint.stored), recipe, tokens, progress)
+    kinds = contents(checkpoint.model.state_dict(), checkpoint.stored)
+    report.sizes = {kind: size for kind, (size, _) in kinds.items()}
+    return report
+
+
+def evaluate(
+    checkpoint: Checkpoint,
+    data: str = "stdlib",
+    *,
+    length: int | None = None,
+    limit: int | None = None,
+    progress: Progress | None = None,
+) -> Perplexity:
+    """Measure perplexity and bits per byte on the evaluation split of a text, in non-overlapping windows.
+
+    Args:
+        checkpoint: what `load` returned, pruned or not.
+        data: name of a data set, or a .txt, .jsonl or .parquet file.
+        length: tokens in a window; 2048, or the model's own length if that is shorter.
+        limit: use only the first `limit` windows.
+        progress: called with (stage, done, total).
+
+    Raises:
+        ValueError: unknown data, or a text shorter than one window.
+    """
+    from sparsessm.data import evaluation_windows
+    from sparsessm.evaluation import perplexity
+    from sparsessm.recipe import window_length
+
+    length = length or window_length(checkpoint.trained_length)
+    windows, n_bytes = evaluation_windows(
+        data, checkpoint.tokenizer, length=length, limit=limit
+    )  # (W, length)
+    return perplexity(checkpoint.model, windows, n_bytes, data=data, progress=progress)
+
+
+def save(
+    checkpoint: Checkpoint, path: str | Path, report: Report | None = None, *, force: bool = False
+) -> Path:
+    """Write the model in the format it came in, with `pruning.json` and a model card if there is a report.
+
+    Args:
+        checkpoint: what `load` returned, pruned or not.
+        path: the directory; it appears only when it is complete.
+        report: what `prune` returned.
+        force: replace an existing directory.
+
+    Returns:
+        The directory.
+
+    Raises:
+        ValueError: the directory exists and `force` is False.
+    """
+    from sparsessm.checkpoint.reading import local_folder
+
+    from . import checkpoint as files
+
+    record = card = None
+    if report is not None:
+        source = checkpoint.source
+        hub_id = source if local_folder(source) is None else None
+        record, card = report.record(), report.card(source, base_model=hub_id, format=checkpoint.format)
+    return files.save(checkpoint, path, record=record, card=card, force=force)

@@ -1,0 +1,123 @@
+"""The door as a notebook uses it: load, prune, evaluate, save. test_readme.py runs the README's example."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import random
+import textwrap
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from pico import TEXT, pico_mamba, pico_tokenizer
+
+import sparsessm
+from sparsessm.architectures import REMOVED_A_LOG
+from sparsessm.checkpoint import Checkpoint
+from sparsessm.recipe import Recipe
+
+TOKENS = torch.arange(40).reshape(2, 20) % 64
+
+
+@pytest.fixture
+def dense(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Checkpoint:
+    """A pico checkpoint, in a directory with a text."""
+    monkeypatch.chdir(tmp_path)
+    pico_mamba().save_pretrained("dense")
+    pico_tokenizer().save_pretrained("dense")
+    Path("text.txt").write_text(" ".join(random.Random(0).choices(TEXT.split(), k=2000)))
+    return sparsessm.load("dense")
+
+
+def removed(checkpoint: Checkpoint) -> list[float]:
+    """Share of removed entries, layer by layer, counted in the weights."""
+    tensors = checkpoint.model.state_dict()
+    return [
+        (tensors[name] == REMOVED_A_LOG["memoryless"]).float().mean().item()
+        for name in tensors
+        if name.endswith("A_log")
+    ]
+
+
+def test_prune_works_in_place_and_save_and_load_change_nothing(dense: Checkpoint) -> None:
+    report = sparsessm.prune(dense, sparsity=0.25, data="text.txt", samples=2, length=16)
+    assert removed(dense) == [0.25, 0.25]
+    assert report.totals["ssm"]["pruned"] == 128
+    assert report.recipe["model"] == "dense"
+    assert report.recipe["length"] == 16
+    assert report.sizes["A_log"] == 2 * 256 * 4
+    assert sparsessm.save(dense, Path("out"), report) == Path("out")
+    again = sparsessm.load(Path("out"))
+    with torch.inference_mode():
+        torch.testing.assert_close(again.model(TOKENS).logits, dense.model(TOKENS).logits, rtol=0, atol=0)
+    assert Recipe.load("out").model_dump() == report.recipe
+    with pytest.raises(ValueError, match="'out' exists"):
+        sparsessm.save(dense, "out", report)
+    sparsessm.save(dense, "out", force=True)
+    assert not Path("out/pruning.json").exists()  # no report, no record
+
+
+def test_fields_replace_those_of_a_recipe(dense: Checkpoint) -> None:
+    recipe = Recipe(method="magnitude", sparsity=0.5)
+    report = sparsessm.prune(dense, recipe=recipe, sparsity=0.75)
+    assert removed(dense) == [0.75, 0.75]
+    assert report.recipe["method"] == "magnitude"
+    assert report.fingerprint == ""  # it looked at no data
+    with pytest.raises(ValueError, match="unknown recipe field 'sparsty'"):
+        sparsessm.prune(dense, sparsty=0.5)
+    with pytest.raises(ValueError, match="groups of 3 do not divide the model's d_state of 8"):
+        sparsessm.prune(dense, pattern="1:3")
+
+
+def test_progress_is_told_and_evaluate_stays_a_function(dense: Checkpoint) -> None:
+    told: list[tuple[str, int, int]] = []
+
+    def progress(stage: str, done: int, total: int) -> None:
+        told.append((stage, done, total))
+
+    for _ in range(2):
+        measured = sparsessm.evaluate(dense, "text.txt", length=16, limit=3, progress=progress)
+    assert (measured.windows, measured.length, measured.data) == (3, 16, "text.txt")
+    assert measured.perplexity > 1
+    sparsessm.prune(dense, data="text.txt", samples=2, length=16, progress=progress)
+    assert {"evaluate", "calibrate"} == {stage for stage, _, _ in told}
+    assert ("evaluate", 3, 3) in told
+    assert told[-1][1] == told[-1][2]
+
+
+def test_a_window_has_the_length_the_model_was_trained_on(dense: Checkpoint) -> None:
+    short = replace(dense, trained_length=32)
+    assert sparsessm.evaluate(short, "text.txt", limit=1).length == 32
+    assert sparsessm.prune(short, data="text.txt", samples=1).recipe["length"] == 32
+
+
+def test_the_card_names_a_hub_model_as_its_base_and_no_local_one(dense: Checkpoint) -> None:
+    report = sparsessm.prune(dense, method="magnitude")
+    sparsessm.save(dense, "local", report)
+    assert "base_model" not in Path("local/README.md").read_text()
+    sparsessm.save(replace(dense, source="org/mamba"), "hub", report)
+    assert "\nbase_model: org/mamba\n" in Path("hub/README.md").read_text()
+    assert json.loads(Path("hub/pruning.json").read_text())["totals"]["ssm"]["pruned"] == 256
+
+
+@pytest.mark.parametrize("function", [sparsessm.load, sparsessm.prune, sparsessm.evaluate, sparsessm.save])
+def test_every_function_is_typed_and_says_what_it_raises(function: Callable[..., object]) -> None:
+    signature = inspect.signature(function)
+    assert signature.return_annotation is not inspect.Signature.empty
+    assert all(p.annotation is not inspect.Parameter.empty for p in signature.parameters.values())
+    assert "Raises:" in (function.__doc__ or "")
+    for name in signature.parameters:
+        assert f"{name}:" in (function.__doc__ or "")
+
+
+def example() -> str:
+    """The code in the package's own docstring."""
+    lines = (sparsessm.__doc__ or "").splitlines()
+    return textwrap.dedent("\n".join(line for line in lines if line.startswith("    ") or not line)).strip()
+
+
+def test_the_readme_shows_the_example_of_the_docstring() -> None:
+    assert f"```python\n{example()}\n```" in (Path(__file__).parents[1] / "README.md").read_text()

@@ -1,0 +1,148 @@
+"""What the pages tell a reader to type works: every command parses, those of the README run as they stand.
+
+Each section of the README runs in a fresh directory, top to bottom, commands and Python alike. Long ones are
+made short (one calibration window, little text), and what needs a network is replaced: hub models by the
+built-in one, WikiText-2 by a small file.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+import typer
+from pico import TEXT
+from typer.testing import CliRunner
+
+import sparsessm
+from sparsessm import cli
+from sparsessm.recipe import Recipe
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = PAGES[0].read_text(encoding="utf-8")
+BLOCK = re.compile(r"^```(\w*)\n([\s\S]*?)^```$|((?:^    .*\n)+)", flags=re.MULTILINE)
+HUB = re.compile(r"[\w-]+/[\w.-]+")
+# Appended to a command that would take long; of an option given twice the last counts.
+SHORT = {
+    "prune": ["--samples", "1", "--length", "64", "--no-eval"],
+    "eval": ["--limit", "1", "--length", "64"],
+    "demo": ["--samples", "1"],
+}
+
+
+def blocks(page: str) -> Iterator[tuple[str, str]]:
+    """(language, text) of each fenced block and, with language "", each indented one."""
+    for match in BLOCK.finditer(page):
+        yield match[1] or "", match[2] or match[3]
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """The arguments of each `sparsessm ...` line; continued lines are one, comments do not count."""
+    for line in text.replace("\\\n", " ").splitlines():
+        line = line.strip().removeprefix("$ ")
+        if line.startswith("sparsessm "):
+            yield shlex.split(line, comments=True)[1:]
+
+
+def mentioned(page: str) -> Iterator[list[str]]:
+    """All commands of a page: in its blocks, and between single backticks."""
+    for language, text in blocks(page):
+        yield from commands(text if language != "python" else "")
+    for words in re.findall(r"`(sparsessm [^`\n]+)`", BLOCK.sub("", page)):
+        yield from commands(words.replace("...", ""))
+
+
+def test_the_reader_of_pages() -> None:
+    page = "a\n\n    sparsessm list  # all\n    ls\n\nb `sparsessm demo` c\n"
+    page += "```python\nimport x\n```\n```\nsparsessm eval y\n```\n"
+    assert list(blocks(page)) == [
+        ("", "    sparsessm list  # all\n    ls\n"),
+        ("python", "import x\n"),
+        ("", "sparsessm eval y\n"),
+    ]
+    assert list(mentioned(page)) == [["list"], ["eval", "y"], ["demo"]]
+
+
+def parse(arguments: list[str]) -> None:
+    """Parse with the program's own parser, without running; `prune`'s options must make a recipe."""
+    group = typer.main.get_command(cli.app)
+    name, *rest = arguments
+    if name.startswith("-"):
+        group.make_context("sparsessm", arguments, resilient_parsing=True)
+        return
+    command = group.commands[name]  # pyright: ignore[reportAttributeAccessIssue]
+    # prose may name a command without its arguments, or `prune` without its output
+    bare = not rest or "--help" in rest or (name == "prune" and not {"-o", "--out"} & set(rest))
+    context = command.make_context(name, rest, resilient_parsing=bare)
+    if name == "prune" and not bare:
+        options = context.params.items()
+        Recipe(**{key: value for key, value in options if key in Recipe.model_fields and value is not None})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_command_of_a_page_parses(page: Path) -> None:
+    for arguments in mentioned(page.read_text(encoding="utf-8")):
+        parse(arguments)
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        "```sh\n$ sparsessm prune x -o y \\\n --sparsty 1  # comment\n```\n",
+        "text\n\n    sparsessm prunee x\n",
+        "say `sparsessm prune x -o y --method wnada` or so",
+        "    sparsessm eval --limit 1\n",
+    ],
+)
+def test_the_check_finds_what_is_wrong(page: str) -> None:
+    (arguments,) = mentioned(page)
+    with pytest.raises(Exception, match="sparsty|prunee|wnada|models"):
+        parse(arguments)
+
+
+def test_make_targets_exist() -> None:
+    rules = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    for page in PAGES:
+        for target in re.findall(r"(?:^ *(?:\$ )?|`)make ([a-z-]+)", page.read_text(), flags=re.MULTILINE):
+            assert target in rules, page
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_files_that_a_page_links_to_exist(page: Path) -> None:
+    for name in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / name).exists(), name
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        text
+        for text in re.split(r"^## ", README, flags=re.MULTILINE)
+        if any(commands(text)) or "```python" in text
+    ],
+    ids=lambda section: section.splitlines()[0],
+)
+def test_a_section_of_the_readme_runs(section: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text(TEXT * 20)
+    monkeypatch.setattr(cli, "DEMO_TOKENS", 2048)
+    monkeypatch.setattr(sparsessm, "prune", partial(sparsessm.prune, samples=1, length=64))
+    monkeypatch.setattr(sparsessm, "evaluate", partial(sparsessm.evaluate, limit=1, length=64))
+    for language, text in blocks(section):
+        if language == "python":
+            exec(compile(text, "README.md", "exec"), {})
+            continue
+        for arguments in commands(text):
+            local = ["text.txt" if word == "wikitext2" else HUB.sub(_local, word) for word in arguments]
+            outcome = CliRunner().invoke(cli.app, [*local, *SHORT.get(arguments[0], [])])
+            assert outcome.exit_code == 0, (arguments, outcome.stderr, outcome.exception)
+
+
+def _local(match: re.Match[str]) -> str:
+    """A path that an earlier command made stays; a hub id becomes the built-in model."""
+    return match[0] if Path(match[0]).exists() else "builtin:pycode"
