@@ -231,7 +231,10 @@ def list_() -> None:
 
     methods = [[row.name, ", ".join(row.families), row.summary, row.paper] for row in METHODS.values()]
     texts = [[row.name, row.calibration, row.evaluation, row.summary] for row in DATASETS.values()]
-    patterns = [[name, str(kind.__doc__)] for name, kind in (("unstructured", Unstructured), ("N:M", NofM))]
+    patterns = [
+        [name, str(kind.__doc__).splitlines()[0]]
+        for name, kind in (("unstructured", Unstructured), ("N:M", NofM))
+    ]
     models = [[name, str(kind.__doc__).splitlines()[0]] for name, kind in MODEL_TYPES.items()]
     tables.show(
         tables.table("Methods (--method)", ["name", "targets", "summary", "source"], methods, left=4),

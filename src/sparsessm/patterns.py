@@ -15,7 +15,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Unstructured:
-    """The `round(sparsity * out * in)` smallest scores of the matrix are removed."""
+    """The smallest scores of the whole matrix are removed, wherever they lie.
+
+    How many: `round(sparsity * out * in)`.
+    """
 
     def __str__(self) -> str:
         return "unstructured"
@@ -32,8 +35,10 @@ class Unstructured:
 
 @dataclass(frozen=True)
 class NofM:
-    """N kept of every M consecutive inputs of a row (hardware's meaning of N:M; Wanda's `prune_n` counts the
-    removed ones)."""
+    """N are kept of every M consecutive entries of a row (for A_log: states of a channel).
+
+    Hardware's meaning of N:M; Wanda's `prune_n` counts the removed ones.
+    """
 
     n: int
     m: int
