@@ -77,7 +77,7 @@ def test_targets() -> None:
     names = [target.name for target in architecture.targets]
     assert names == [f"backbone.layers.{i}.mixer.A_log" for i in range(2)]
     first, second = architecture.targets
-    assert (first.shape, first.axes, first.family, first.layer) == ((32, 8), ("channel", "state"), "ssm", 0)
+    assert (first.matrix.shape, first.family, first.kind, first.layer) == ((32, 8), "ssm", "A_log", 0)
     assert (first.stored, second.stored) == (torch.bfloat16, torch.float32)
     first.replace(torch.full((32, 8), 1.0009765625))
     assert (first.matrix == 1.0).all(), "values are rounded to what the checkpoint can hold"
@@ -95,3 +95,8 @@ def test_unknown_model_type_lists_the_supported() -> None:
     model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=16))
     with pytest.raises(ValueError, match=f"'gpt2' has no adapter; supported: {', '.join(MODEL_TYPES)}"):
         adapt(model)
+
+
+def test_another_activation_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="hidden_act is 'gelu'"):
+        adapt(pico_mamba(hidden_act="gelu"))

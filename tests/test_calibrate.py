@@ -25,7 +25,7 @@ def test_inputs_come_from_the_pruned_blocks_before() -> None:
     for stop in walk(adapt(model), TOKENS, passes=1):
         seen.append(stop.hidden.clone())
         target = stop.block.targets[0]
-        target.replace(torch.full(target.shape, 38.0))
+        target.replace(torch.full(target.matrix.shape, 38.0))
     for got, want in zip(seen, stock_inputs(model), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
     assert (seen[1] - stock_inputs(pico_mamba(num_hidden_layers=3))[1]).abs().max() > 1e-4, (

@@ -227,6 +227,47 @@ def test_the_binding_checks_shapes_itself() -> None:
         _native.selective_scan("abacus", 1, *x, torch.empty(2, 6, 5), torch.empty(2, 5, 4))
 
 
+def test_native_gram_is_exact_channel_by_channel(level: str) -> None:
+    """Weak channels too: each channel against its own maximum, over ten decades of input."""
+    x = inputs(2, 70, 33, 6)
+    x[0] *= torch.logspace(-5, 5, 33)
+    for removed in ("memoryless", "unit"):
+        options: dict[str, str] = {"removed": removed, "gram": "full"}
+        got = kernels.selective_scan_stats(*x[:7], None, **options)[2]
+        want = reference.selective_scan_stats(*(t.double() for t in x[:7]), None, **options)[2]
+        for a, b in ((got.gram, want.gram), (got.cross, want.cross), (got.power, want.power)):
+            error, scale = ((t.abs().view(33, -1)).amax(1) for t in (a - b, b))
+            assert (error <= 1e-5 * scale).all()
+
+
+def test_the_binding_refuses_another_dtype() -> None:
+    from sparsessm.kernels import _native
+
+    x = inputs(1, 4, 5, 3)
+    with pytest.raises(TypeError):
+        _native.selective_scan("portable", 1, *x, torch.empty(1, 4, 5).double(), torch.empty(1, 5, 3))
+
+
+@pytest.mark.parametrize("batch,channels", [(0, 3), (2, 0)])
+def test_empty_batch_and_no_channels_are_refused(batch: int, channels: int) -> None:
+    with pytest.raises(ValueError, match="batch and D must be at least 1"):
+        kernels.selective_scan_stats(*inputs(batch, 4, channels, 2), energy=True, gram="full")
+
+
+def test_integers_are_refused() -> None:
+    x = inputs(1, 4, 3, 2)
+    with pytest.raises(ValueError, match="u is torch.int64"):
+        kernels.selective_scan(x[0].long(), *x[1:])
+    with pytest.raises(ValueError, match="x has shape"):
+        kernels.causal_conv1d(x[0][0], torch.ones(3, 4))
+
+
+def test_backward_of_an_empty_sequence(level: str) -> None:
+    x = [t[:, :0] if i in (0, 1, 3, 4, 6) else t for i, t in enumerate(inputs(2, 3, 5, 4))]
+    du, _, dA, _, _, dD, _ = kernels.selective_scan_backward(torch.zeros(2, 0, 5), *x)
+    assert du.shape == (2, 0, 5) and (dA == 0).all() and (dD == 0).all()
+
+
 def test_options_are_checked() -> None:
     x = inputs(1, 2, 3, 2)
     with pytest.raises(ValueError, match="removed is 'gone'"):

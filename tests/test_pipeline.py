@@ -132,3 +132,31 @@ def test_not_a_number_is_refused_by_name() -> None:
 def test_unresolved_recipe_is_refused() -> None:
     with pytest.raises(ValueError, match="call Recipe.resolved first"):
         prune(adapt(pico_mamba()), Recipe(), TOKENS)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("removed", ["memoryless", "unit"])
+def test_what_was_removed_before_is_removed_first(method: str, removed: str) -> None:
+    """Pruning twice: the second mask contains the first, and the report counts what is there."""
+    model = pico_mamba()
+    run(model, method="random", removed=removed, sparsity=0.3)
+    first = [layer.mixer.A_log.detach().clone() for layer in model.backbone.layers]
+    report = run(model, method=method, removed=removed, sparsity=0.5, budget="layer")
+    value = {"memoryless": 38.0, "unit": 0.0}[removed]
+    for row, before, layer in zip(report.rows, first, model.backbone.layers, strict=True):
+        after = layer.mixer.A_log.detach()
+        assert (after[before == value] == value).all()
+        assert row.pruned == int((after == value).sum()) == 128
+
+
+def test_seeds_of_layers_do_not_repeat() -> None:
+    """Layer 1 of seed 0 must not draw what layer 0 of seed 1 draws."""
+    one, other = pico_mamba(), pico_mamba()
+    run(one, method="random", seed=0), run(other, method="random", seed=1)
+    masks = [layer.mixer.A_log == 38 for model in (one, other) for layer in model.backbone.layers]
+    assert not any(torch.equal(a, b) for i, a in enumerate(masks) for b in masks[:i])
+
+
+def test_a_diagonal_gram_reports_no_error() -> None:
+    """Its sum is not the error of the mask, so none is claimed."""
+    assert run(pico_mamba(), diagonal=True).rows[0].error is None

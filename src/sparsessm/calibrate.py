@@ -66,6 +66,8 @@ def walk(
 ) -> Iterator[Stop]:
     """Stop before each block in turn; afterwards the windows go through the block as the caller left it.
 
+    The last block is not run again: nobody needs its output.
+
     Args:
         tokens: (W, L) int64 calibration windows.
         passes: runs through each block that the caller will make, the advancing one included; for the
@@ -76,9 +78,9 @@ def walk(
         ValueError: an activation that is not finite; names the block, the first window and position.
     """
     with torch.inference_mode():
-        hidden = architecture.embed(tokens).clone()
+        hidden = architecture.embed(tokens)
     slabs = -(-tokens.shape[1] // slab_width(*tokens.shape))
-    total, done = slabs * (passes * len(architecture.blocks) - 1), 0  # nobody needs the last block's output
+    total, done = slabs * (passes * len(architecture.blocks) - 1), 0
 
     def tick() -> None:
         nonlocal done

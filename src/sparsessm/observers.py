@@ -32,10 +32,6 @@ class ErrorSums:
     power: Tensor  # (D,) float64: energy of that input
     signal: float  # energy of the layer's output in the same units
 
-    @property
-    def diagonal(self) -> Tensor:
-        return self.gram if self.gram.ndim == 2 else self.gram.diagonal(dim1=1, dim2=2)
-
 
 class StateError:
     """The Gram of output errors per channel (method `exact`)."""

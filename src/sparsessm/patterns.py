@@ -95,10 +95,7 @@ def share(scores: list[Tensor], sparsity: float) -> list[int]:
 
 def _keep_largest(score: Tensor, count: int) -> Tensor:
     """Mask of the `count` largest along the last axis; exactly `count`, ties lose the lower index first."""
-    size = score.shape[-1]
-    if count == size:
-        return torch.ones_like(score, dtype=torch.bool)
-    removed = size - count
+    removed = score.shape[-1] - count
     if removed == 0:
         return torch.ones_like(score, dtype=torch.bool)
     edge = torch.kthvalue(score, removed, dim=-1, keepdim=True).values  # the largest removed score

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sparsessm import patterns
@@ -40,8 +42,7 @@ def prune(
     rows: list[Row] = []
     for target, look in _visit(architecture, recipe, tokens, progress):
         rule = _rule(recipe, target, tokens, shares.get(target.name))
-        seen = look(method.watch(target.matrix, rule)) if method.watch else None  # 1 calibrate
-        score = _score(method, target, seen, rule)  # 2 score
+        seen, score = _look(method, target, look, rule)  # 1 calibrate, 2 score
         keep = rule.pattern.keep(score, rule.sparsity)  # 3 mask
         target.replace(target.matrix.masked_fill(~keep, target.removed[rule.removed]))
         repairs = method.repair(seen, keep, rule) if method.repair else {}  # 4 compensate
@@ -82,9 +83,8 @@ def _share_budget(
     method, names, scores = METHODS[recipe.method], [], []
     for target, look in _visit(architecture, recipe, tokens, progress):
         rule = _rule(recipe, target, tokens, None)
-        seen = look(method.watch(target.matrix, rule)) if method.watch else None
         names.append(target.name)
-        scores.append(_score(method, target, seen, rule).double())
+        scores.append(_look(method, target, look, rule)[1])
     removed = patterns.share(scores, _sparsity(recipe))
     return {name: count / score.numel() for name, count, score in zip(names, removed, scores, strict=True)}
 
@@ -103,15 +103,24 @@ def _rule(recipe: Recipe, target: Target, tokens: Tensor | None, sparsity: float
         diagonal=recipe.diagonal,
         time_weights=recipe.time_weights,
         length=0 if tokens is None else tokens.shape[1],
-        seed=recipe.seed + target.layer,
+        seed=_seed(recipe.seed, target.name),
     )
 
 
-def _score(method: Method, target: Target, seen: Any, rule: Rule) -> Tensor:
-    score = method.score(target.matrix, seen, rule)
+def _seed(seed: int, name: str) -> int:
+    """A seed of its own for every target."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:6], "big")
+
+
+def _look(method: Method, target: Target, look: Look, rule: Rule) -> tuple[Any, Tensor]:
+    """What the method's observer saw, and the scores (float64) it gives; the smallest will be removed."""
+    weight = target.matrix
+    seen = look(method.watch(weight, rule)) if method.watch else None
+    score = method.score(weight, seen, rule).double()
     if score.isnan().any():
         raise ValueError(f"{target.name}: method {method.name!r} gave a score that is not a number")
-    return score
+    # Removing what was removed before costs nothing, whatever a method makes of the value stored for it.
+    return seen, score.masked_fill(weight == target.removed[rule.removed], -torch.inf)
 
 
 def _row(
@@ -123,8 +132,8 @@ def _row(
     rule: Rule,
     repaired: tuple[str, ...],
 ) -> Row:
-    error, signal = method.error(seen, keep, rule) if method.error else (None, None)
-    finite = score[score.isfinite()].double()
+    error, signal = (method.error(seen, keep, rule) if method.error else None) or (None, None)
+    finite = score[score.isfinite()]
     summary = {"min": finite.min(), "median": finite.median(), "max": finite.max()} if finite.numel() else {}
     return Row(
         target=target.name,

@@ -47,7 +47,6 @@ class Target:
         kind: the parameter's own name inside its layer, e.g. "A_log".
         layer: index of its block.
         parameter: the live parameter, [out, in]; for A_log [channel, state].
-        axes: names of its two axes.
         stored: dtype in which the checkpoint holds it; values are rounded to it, so that what we measure is
             what gets saved.
         removed: name of a removed value -> the number stored for it.
@@ -59,7 +58,6 @@ class Target:
     kind: str
     layer: int
     parameter: nn.Parameter
-    axes: tuple[str, str]
     stored: torch.dtype
     removed: Mapping[str, float]
     companions: Mapping[str, tuple[nn.Parameter, torch.dtype]] = field(default_factory=dict)
@@ -68,11 +66,6 @@ class Target:
     def matrix(self) -> Tensor:
         """The weight as a detached view [out, in]."""
         return self.parameter.detach()
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        out, inner = self.parameter.shape
-        return out, inner
 
     def replace(self, weight: Tensor) -> None:
         """Write a new weight [out, in], rounded to the stored dtype."""
@@ -112,7 +105,7 @@ class Architecture(ABC):
 
     @abstractmethod
     def embed(self, tokens: Tensor) -> Tensor:
-        """(W, L) token ids -> (W, L, d_model)."""
+        """(W, L) token ids -> (W, L, d_model), a new tensor."""
 
     @abstractmethod
     def head(self, hidden: Tensor) -> Tensor:

@@ -40,7 +40,6 @@ class Mamba1Block(Block):
                 kind="A_log",
                 layer=index,
                 parameter=mixer.A_log,
-                axes=("channel", "state"),
                 stored=stored.get(a_log, mixer.A_log.dtype),
                 removed=REMOVED_A_LOG,
                 companions={"D": (mixer.D, stored.get(skip, mixer.D.dtype))},
@@ -83,11 +82,10 @@ def mixer_forward(
 def convolve(mixer: Any, x: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
     """Convolution and activation of x (W, T, D) after `before` (W, K-1, D) -> result and next `before`."""
     past = mixer.conv_kernel_size - 1
-    fused = mixer.activation in ("silu", "swish")
-    u = kernels.causal_conv1d(x, mixer.conv1d.weight[:, 0], mixer.conv1d.bias, before, silu=fused)
+    u = kernels.causal_conv1d(x, mixer.conv1d.weight[:, 0], mixer.conv1d.bias, before, silu=True)
     if before is None:
         before = x.new_zeros(x.shape[0], past, x.shape[2])
-    return (u if fused else mixer.act(u)), torch.cat([before, x[:, -past:]], 1)[:, -past:] if past else before
+    return u, torch.cat([before, x[:, -past:]], 1)[:, -past:] if past else before
 
 
 def _precise(parameter: Tensor) -> Tensor:
@@ -107,7 +105,10 @@ class Mamba1(Architecture):
         self.model = model
         self._backbone: Any = model.backbone
         self._lm_head: Any = model.lm_head
-        self.states = int(self._backbone.config.state_size)
+        config = self._backbone.config
+        if config.hidden_act not in ("silu", "swish"):
+            raise ValueError(f"hidden_act is {config.hidden_act!r}; a Mamba with 'silu' is supported")
+        self.states = int(config.state_size)
         self.blocks = tuple(Mamba1Block(layer, i, stored) for i, layer in enumerate(self._backbone.layers))
 
     def embed(self, tokens: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """The kernels' door: the names of reference.py, native where the extension is built, for inputs on the CPU.
 
-bfloat16 and float16 inputs are computed in float32; float64 and other devices use the reference. Shapes are
-checked here and refused by name. Channel tensors may be strided views as long as their last dimension is
-contiguous; others are copied.
+Natively, bfloat16 and float16 inputs are computed in float32; float64 and other devices use the reference.
+Shapes are checked here and refused by name. Channel tensors may be strided views as long as their last
+dimension is contiguous; others are copied.
 """
 
 from __future__ import annotations
@@ -190,6 +190,11 @@ def causal_conv1d(
     Raises:
         ValueError: a shape that does not fit, named.
     """
+    if x.ndim != 3 or weight.ndim != 2 or 0 in (x.shape[0], x.shape[2], weight.shape[1]):
+        raise ValueError(
+            f"x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}, "
+            "expected (batch, L, D) and (D, K)"
+        )
     (batch, _, channels), width = x.shape, weight.shape[1]
     _expect("weight", weight, (channels, width))
     if bias is not None:
@@ -249,6 +254,10 @@ def _check(
             f"u has shape {tuple(u.shape)} and A {tuple(A.shape)}, expected (batch, L, D) and (D, N)"
         )
     (batch, length, channels), states = u.shape, A.shape[1]
+    if batch < 1 or channels < 1:
+        raise ValueError(f"u has shape {tuple(u.shape)}; batch and D must be at least 1")
+    if not u.is_floating_point():
+        raise ValueError(f"u is {u.dtype}; a floating point dtype is needed")
     if not 1 <= states <= MAX_STATES:
         raise ValueError(f"A has {states} states, allowed: 1 to {MAX_STATES}")
     _expect("delta", delta, u.shape)

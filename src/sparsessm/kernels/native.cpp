@@ -49,7 +49,7 @@ void expect(const char *name, const A &array, std::initializer_list<int64_t> sha
                                         std::to_string(shape.begin()[d]));
     int64_t stride = 1;
     for (int d = dims - 1; d >= 0; --d) {
-        if ((packed || d == dims - 1) && array.shape(d) > 1 && array.stride(d) != stride)
+        if (array.size() && (packed || d == dims - 1) && array.shape(d) > 1 && array.stride(d) != stride)
             throw std::invalid_argument(std::string(name) + ": dimension " + std::to_string(d) + " is not contiguous");
         stride *= static_cast<int64_t>(array.shape(d));
     }
@@ -167,24 +167,25 @@ void causal_conv1d(const std::string &level, int threads, Floats<3> x, Floats<2>
 } // namespace
 
 NB_MODULE(_native, m) {
+    // Never converted: a converted copy of an output array would swallow the result.
+    const auto array = [](const char *name) { return nb::arg(name).noconvert(); };
+    const auto maybe = [](const char *name) { return nb::arg(name).noconvert().none(); };
     m.def("levels", [] {
         std::vector<std::string> names;
         for (const Level *level : supported()) names.push_back(level->name);
         return names;
     });
-    m.def("selective_scan", &selective_scan, nb::arg("level"), nb::arg("threads"), nb::arg("u"), nb::arg("delta"),
-          nb::arg("A"), nb::arg("B"), nb::arg("C"), nb::arg("D"), nb::arg("z").none(), nb::arg("initial_state").none(),
-          nb::arg("y"), nb::arg("last_state"));
-    m.def("selective_scan_stats", &selective_scan_stats, nb::arg("level"), nb::arg("threads"), nb::arg("u"),
-          nb::arg("delta"), nb::arg("A"), nb::arg("B"), nb::arg("C"), nb::arg("D"), nb::arg("z").none(),
-          nb::arg("initial_state").none(), nb::arg("y"), nb::arg("last_state"), nb::arg("unit"),
-          nb::arg("removed_state").none(), nb::arg("removed_last").none(), nb::arg("energy").none(),
-          nb::arg("decay").none(), nb::arg("gram").none(), nb::arg("diagonal").none(), nb::arg("cross").none(),
-          nb::arg("power").none());
-    m.def("selective_scan_backward", &selective_scan_backward, nb::arg("level"), nb::arg("threads"), nb::arg("dy"),
-          nb::arg("u"), nb::arg("delta"), nb::arg("A"), nb::arg("B"), nb::arg("C"), nb::arg("D"), nb::arg("z").none(),
-          nb::arg("initial_state").none(), nb::arg("du"), nb::arg("ddelta"), nb::arg("dA"), nb::arg("dB"),
-          nb::arg("dC"), nb::arg("dD"), nb::arg("dz").none());
-    m.def("causal_conv1d", &causal_conv1d, nb::arg("level"), nb::arg("threads"), nb::arg("x"), nb::arg("weight"),
-          nb::arg("bias").none(), nb::arg("before").none(), nb::arg("silu"), nb::arg("y"));
+    m.def("selective_scan", &selective_scan, nb::arg("level"), nb::arg("threads"), array("u"), array("delta"),
+          array("A"), array("B"), array("C"), array("D"), maybe("z"), maybe("initial_state"), array("y"),
+          array("last_state"));
+    m.def("selective_scan_stats", &selective_scan_stats, nb::arg("level"), nb::arg("threads"), array("u"),
+          array("delta"), array("A"), array("B"), array("C"), array("D"), maybe("z"), maybe("initial_state"),
+          array("y"), array("last_state"), nb::arg("unit"), maybe("removed_state"), maybe("removed_last"),
+          maybe("energy"), maybe("decay"), maybe("gram"), maybe("diagonal"), maybe("cross"), maybe("power"));
+    m.def("selective_scan_backward", &selective_scan_backward, nb::arg("level"), nb::arg("threads"), array("dy"),
+          array("u"), array("delta"), array("A"), array("B"), array("C"), array("D"), maybe("z"),
+          maybe("initial_state"), array("du"), array("ddelta"), array("dA"), array("dB"), array("dC"), array("dD"),
+          maybe("dz"));
+    m.def("causal_conv1d", &causal_conv1d, nb::arg("level"), nb::arg("threads"), array("x"), array("weight"),
+          maybe("bias"), maybe("before"), nb::arg("silu"), array("y"));
 }

@@ -6,19 +6,25 @@
 //
 // Time is cut into tiles short enough for everything that a tile touches to stay in the first-level cache.
 #include "scan.h"
-#include "threads.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
+#include <thread>
 #include <vector>
 #if defined(__AVX2__)
 #include <immintrin.h>
+#endif
+#if defined(__linux__)
+#include <dlfcn.h>
 #endif
 
 namespace sparsessm {
 namespace {
 
+// Inside the anonymous namespace: code compiled for one instruction set must never be linked into another level.
 #include "simd.h"
+#include "threads.h"
 
 constexpr int TILE = 16;
 
@@ -223,7 +229,7 @@ void stats(const Scan &s, const Stats &o, int threads) {
                 }
             }
             if (o.energy)
-                for (int64_t row = 0; row < tile.steps * N; ++row)
+                for (int64_t row = 0; row < std::min<int64_t>(TILE, s.length - t0) * N; ++row)
                     for (int lane = 0; lane < lanes; ++lane) {
                         const int64_t at = (t0 * N + row) * s.channels + c0 + lane;
                         o.energy[at] = static_cast<float>(energy[row][lane]);

@@ -1,20 +1,9 @@
 // parallel_for over independent units of work. Where torch has loaded an OpenMP runtime we borrow its pool (two pools
 // would spin against each other); otherwise plain threads. Every unit's result is its own, so the number of threads
-// never changes a bit of any result.
-#pragma once
-#include <atomic>
-#include <cstdint>
-#include <functional>
-#include <thread>
-#include <vector>
-#if defined(__linux__)
-#include <dlfcn.h>
-#endif
-
-namespace sparsessm {
+// never changes a bit of any result. Included by scan_impl.h, which brings the headers.
 
 // `cost` is about the number of state updates in all: below some 20 microseconds of work threads do not pay.
-inline void parallel_for(int64_t units, int64_t cost, int threads, const std::function<void(int64_t)> &work) {
+template <typename Work> void parallel_for(int64_t units, int64_t cost, int threads, const Work &work) {
     if (cost < 50000) threads = 1;
     if (threads > units) threads = static_cast<int>(units);
     if (threads <= 1) {
@@ -24,7 +13,7 @@ inline void parallel_for(int64_t units, int64_t cost, int threads, const std::fu
     struct Job {
         std::atomic<int64_t> next{0};
         int64_t units;
-        const std::function<void(int64_t)> &work;
+        const Work &work;
     } job{{0}, units, work};
     auto run = [](void *data) {
         auto &mine = *static_cast<Job *>(data);
@@ -43,5 +32,3 @@ inline void parallel_for(int64_t units, int64_t cost, int threads, const std::fu
     run(&job);
     for (auto &thread : pool) thread.join();
 }
-
-} // namespace sparsessm

@@ -47,5 +47,5 @@ class Method:
     watch: Callable[[Tensor, Rule], Any] | None
     score: Callable[[Tensor, Any, Rule], Tensor]
     repair: Callable[[Any, Tensor, Rule], Mapping[str, Tensor]] | None = None
-    error: Callable[[Any, Tensor, Rule], tuple[float, float]] | None = None
+    error: Callable[[Any, Tensor, Rule], tuple[float, float] | None] | None = None
     options: tuple[str, ...] = ()

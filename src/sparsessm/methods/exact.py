@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsessm.compensate import error_of, refit_skip
+from sparsessm.compensate import damped_power, error_of, refit_skip
 from sparsessm.methods.base import Method, Rule
 from sparsessm.observers import ErrorSums, StateError
 
@@ -23,14 +23,14 @@ def elimination_scores(gram: Tensor, group: int, removable: int) -> Tensor:
     """Greedy elimination in every channel at once, written as scores.
 
     Each step removes the entry with the smallest increase G_jj + 2 sum_{m removed} G_jm. The score of an
-    entry is the largest
-    increase met up to its removal: sorting all channels' entries by it reproduces the greedy order across
-        channels, for every
-    sparsity at once, because an entry can only go after those that its channel gave up before it.
+    entry is the largest increase met up to its removal: sorting all channels' entries by it reproduces the
+    greedy order across channels, for every sparsity at once, because an entry can only go after those that
+    its channel gave up before it.
 
     Args:
-        gram: (D, N, N) symmetric. group: entries per N:M group (N if there are no groups). removable: how
-            many of a group may go.
+        gram: (D, N, N) symmetric.
+        group: entries of an N:M group (N if there are no groups).
+        removable: how many entries of a group may go.
 
     Returns:
         (D, N) float64; infinite where an entry may not be removed.
@@ -45,9 +45,8 @@ def elimination_scores(gram: Tensor, group: int, removable: int) -> Tensor:
     for _ in range(states // group * removable):
         best = increase.masked_fill(~open_, torch.inf).argmin(1)  # (D,)
         highest = torch.maximum(highest, increase[rows, best])
-        # Entries of one channel must not tie, or the order inside the channel would be lost: nudge by one
-        # ulp.
         scores[rows, best] = highest
+        # Entries of a channel must not tie, or its order would be lost: the next is one ulp higher at least.
         highest = torch.nextafter(highest, torch.full_like(highest, torch.inf))
         increase += 2 * gram[rows, best]
         open_[rows, best] = False
@@ -58,8 +57,8 @@ def elimination_scores(gram: Tensor, group: int, removable: int) -> Tensor:
 
 def _score(weight: Tensor, seen: ErrorSums, rule: Rule) -> Tensor:
     if rule.diagonal:
-        return seen.diagonal
-    share = (seen.cross / seen.power[:, None]).where(seen.power[:, None] > 0, 0.0)
+        return seen.gram
+    share = seen.cross / damped_power(seen)[:, None]
     refitted = seen.gram - seen.cross[:, :, None] * share[:, None, :]
     return elimination_scores(refitted, *rule.pattern.groups(weight.shape[1]))
 
@@ -68,8 +67,8 @@ def _repair(seen: ErrorSums, keep: Tensor, rule: Rule) -> Mapping[str, Tensor]:
     return {} if rule.diagonal else {"D": refit_skip(seen, keep)}
 
 
-def _error(seen: ErrorSums, keep: Tensor, rule: Rule) -> tuple[float, float]:
-    return error_of(seen, keep, refit=not rule.diagonal), seen.signal
+def _error(seen: ErrorSums, keep: Tensor, rule: Rule) -> tuple[float, float] | None:
+    return None if rule.diagonal else (error_of(seen, keep, refit_skip(seen, keep)), seen.signal)
 
 
 def _watch(weight: Tensor, rule: Rule) -> Any:
