@@ -11,7 +11,7 @@ from pico import pico_mamba
 
 from sparsessm import calibrate
 from sparsessm.architectures import adapt
-from sparsessm.calibrate import slab_width, walk
+from sparsessm.calibrate import slab_width, survey, walk
 from sparsessm.observers import StateError
 
 TOKENS = torch.randint(0, 64, (3, 50), generator=torch.Generator().manual_seed(0))
@@ -98,3 +98,20 @@ def test_progress_reaches_the_end() -> None:
         stop.seen(stop.block.targets[0], StateError("memoryless", diagonal=True))
     done = [call[1] for call in calls]
     assert done == list(range(1, calls[-1][2] + 1))
+
+
+def test_a_survey_sees_the_dense_model_in_one_pass() -> None:
+    """The same sums as a walk that changes nothing, at half the runs through the blocks."""
+    calls: list[tuple[str, int, int]] = []
+    seen = survey(
+        adapt(pico_mamba()),
+        TOKENS,
+        lambda target: StateError("unit", diagonal=False) if target.layer else None,
+        progress=lambda *call: calls.append(call),
+    )
+    [(target, got)] = list(seen)
+    assert target.layer == 1
+    for stop in walk(adapt(pico_mamba()), TOKENS, passes=2):
+        want = stop.seen(stop.block.targets[0], StateError("unit", diagonal=False))
+    torch.testing.assert_close(got.gram, want.gram)
+    assert [call[1] for call in calls] == list(range(1, calls[-1][2] + 1))

@@ -35,14 +35,15 @@ class Stop:
 
     def seen(self, target: Target, observer: Any) -> Any:
         """Run the block over all windows with `observer` watching `target`; returns the observer's result."""
-        self._run({target.kind: observer}, in_place=False)
+        self.run({target.kind: observer}, in_place=False)
         return observer.result()
 
     def advance(self) -> None:
         """Replace the windows by the block's output, with the block as it is now."""
-        self._run({}, in_place=True)
+        self.run({}, in_place=True)
 
-    def _run(self, taps: Mapping[str, Tap], *, in_place: bool) -> None:
+    def run(self, taps: Mapping[str, Tap], *, in_place: bool) -> None:
+        """One pass of all windows through the block, watched by `taps` (target kind -> observer)."""
         windows, length, _ = self.hidden.shape
         width = slab_width(windows, length)
         state = None
@@ -59,6 +60,35 @@ class Stop:
 def slab_width(windows: int, length: int) -> int:
     """Tokens a slab."""
     return max(1, min(length, LONGEST, ROWS // windows))
+
+
+def survey(
+    architecture: Architecture,
+    tokens: Tensor,
+    watch: Callable[[Target], Any | None],
+    progress: Progress | None = None,
+) -> Iterator[tuple[Target, Any]]:
+    """Look at the model as it is, every target in one pass through each block.
+
+    Args:
+        tokens: (W, L) int64 calibration windows.
+        watch: target -> its observer, or None to leave it out.
+        progress: called with ("survey", slabs done, slabs in all).
+
+    Yields:
+        (target, the observer's result) in the order of the model.
+
+    Raises:
+        ValueError: as `walk`.
+    """
+    with torch.inference_mode():
+        hidden = architecture.embed(tokens)
+    tick = _counter("survey", slab_count(tokens) * len(architecture.blocks), progress)
+    for block in architecture.blocks:
+        watched = [(target, observer) for target in block.targets if (observer := watch(target)) is not None]
+        Stop(block, hidden, tick).run({target.kind: observer for target, observer in watched}, in_place=True)
+        for target, observer in watched:
+            yield target, observer.result()
 
 
 def walk(
@@ -79,20 +109,29 @@ def walk(
     """
     with torch.inference_mode():
         hidden = architecture.embed(tokens)
-    slabs = -(-tokens.shape[1] // slab_width(*tokens.shape))
-    total, done = slabs * (passes * len(architecture.blocks) - 1), 0
-
-    def tick() -> None:
-        nonlocal done
-        done += 1
-        if progress:
-            progress("calibrate", min(done, total), total)
-
+    tick = _counter("calibrate", slab_count(tokens) * (passes * len(architecture.blocks) - 1), progress)
     for block in architecture.blocks:
         stop = Stop(block, hidden, tick)
         yield stop
         if block is not architecture.blocks[-1]:
             stop.advance()
+
+
+def slab_count(tokens: Tensor) -> int:
+    """Slabs that one pass takes."""
+    return -(-tokens.shape[1] // slab_width(*tokens.shape))
+
+
+def _counter(stage: str, total: int, progress: Progress | None) -> Callable[[], None]:
+    done = 0
+
+    def tick() -> None:
+        nonlocal done
+        done += 1
+        if progress:
+            progress(stage, min(done, total), total)
+
+    return tick
 
 
 def _refuse_non_finite(out: Tensor, block: str, start: int) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparsessm import patterns
 from sparsessm.architectures import Architecture, Target
-from sparsessm.calibrate import Progress, walk
+from sparsessm.calibrate import Progress, survey, walk
 from sparsessm.data import fingerprint
 from sparsessm.methods import METHODS, Method, Rule
 from sparsessm.recipe import Recipe
@@ -42,7 +42,8 @@ def prune(
     rows: list[Row] = []
     for target, look in _visit(architecture, recipe, tokens, progress):
         rule = _rule(recipe, target, tokens, shares.get(target.name))
-        seen, score = _look(method, target, look, rule)  # 1 calibrate, 2 score
+        seen = look(method.watch(target.matrix, rule)) if method.watch else None  # 1 calibrate
+        score = _score(method, target, seen, rule)  # 2 score
         keep = rule.pattern.keep(score, rule.sparsity)  # 3 mask
         target.replace(target.matrix.masked_fill(~keep, target.removed[rule.removed]))
         repairs = method.repair(seen, keep, rule) if method.repair else {}  # 4 compensate
@@ -68,9 +69,7 @@ def _visit(
             if target.family == recipe.target:
                 yield target, lambda observer: None
         return
-    if tokens is None:
-        raise ValueError(f"method {recipe.method!r} needs calibration windows, none were given")
-    for stop in walk(architecture, tokens, passes=2, progress=progress):
+    for stop in walk(architecture, _needed(recipe, tokens), passes=2, progress=progress):
         for target in stop.block.targets:
             if target.family == recipe.target:
                 yield target, lambda observer, stop=stop, target=target: stop.seen(target, observer)
@@ -80,13 +79,31 @@ def _share_budget(
     architecture: Architecture, recipe: Recipe, tokens: Tensor | None, progress: Progress | None
 ) -> dict[str, float]:
     """Each target's sparsity under one threshold over all of them, from the scores of the dense model."""
-    method, names, scores = METHODS[recipe.method], [], []
-    for target, look in _visit(architecture, recipe, tokens, progress):
-        rule = _rule(recipe, target, tokens, None)
-        names.append(target.name)
-        scores.append(_look(method, target, look, rule)[1])
+    method = METHODS[recipe.method]
+    rules = {
+        target.name: _rule(recipe, target, tokens, None)
+        for target in architecture.targets
+        if target.family == recipe.target
+    }
+
+    def watch(target: Target) -> Any | None:
+        if method.watch is None or target.name not in rules:
+            return None
+        return method.watch(target.matrix, rules[target.name])
+
+    if method.watch is None:
+        seen = ((target, None) for target in architecture.targets if target.name in rules)
+    else:
+        seen = survey(architecture, _needed(recipe, tokens), watch, progress)
+    scores = [_score(method, target, what, rules[target.name]) for target, what in seen]
     removed = patterns.share(scores, _sparsity(recipe))
-    return {name: count / score.numel() for name, count, score in zip(names, removed, scores, strict=True)}
+    return {name: count / score.numel() for name, count, score in zip(rules, removed, scores, strict=True)}
+
+
+def _needed(recipe: Recipe, tokens: Tensor | None) -> Tensor:
+    if tokens is None:
+        raise ValueError(f"method {recipe.method!r} needs calibration windows, none were given")
+    return tokens
 
 
 def _sparsity(recipe: Recipe) -> float:
@@ -112,15 +129,14 @@ def _seed(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:6], "big")
 
 
-def _look(method: Method, target: Target, look: Look, rule: Rule) -> tuple[Any, Tensor]:
-    """What the method's observer saw, and the scores (float64) it gives; the smallest will be removed."""
+def _score(method: Method, target: Target, seen: Any, rule: Rule) -> Tensor:
+    """Scores (float64) of a target; the smallest will be removed."""
     weight = target.matrix
-    seen = look(method.watch(weight, rule)) if method.watch else None
     score = method.score(weight, seen, rule).double()
     if score.isnan().any():
         raise ValueError(f"{target.name}: method {method.name!r} gave a score that is not a number")
     # Removing what was removed before costs nothing, whatever a method makes of the value stored for it.
-    return seen, score.masked_fill(weight == target.removed[rule.removed], -torch.inf)
+    return score.masked_fill(weight == target.removed[rule.removed], -torch.inf)
 
 
 def _row(
