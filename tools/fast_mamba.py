@@ -1,0 +1,194 @@
+"""The forward and backward that trains `builtin:pycode`: a stock Mamba's parameters, computed channel-last.
+
+The scan is the package's kernel, with its hand-written backward. Matrix products run in bfloat16 (twice
+float32 on a CPU with avx512_bf16), everything else in float32. The pieces with a hand-written backward exist
+because autograd would keep and touch several times more memory; elementwise work is fused by torch.compile.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparsessm import kernels
+
+CHUNK = 1024  # rows of logits alive at a time
+
+
+class _Linear(torch.autograd.Function):
+    """x (T, in) @ weight (out, in)ᵀ with bfloat16 operands and float32 results."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        x, weight = x.bfloat16(), weight.bfloat16()
+        ctx.save_for_backward(x, weight)
+        return (x @ weight.t()).float()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        dy = dy.bfloat16()
+        return (dy @ weight).float(), (dy.t() @ x).float()
+
+
+def _conv_forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Causal depthwise convolution and SiLU: x (W, L, D), weight (D, K), bias (D,)."""
+    length, taps = x.shape[1], weight.shape[1]
+    padded = F.pad(x, (0, 0, taps - 1, 0))
+    out = bias
+    for k in range(taps):
+        out = out + weight[:, k] * padded[:, k : k + length]
+    return F.silu(out)
+
+
+def _conv_backward_pre(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Gradient of the convolution's sum, before its SiLU (computed again, cheaper than keeping it)."""
+    length, taps = x.shape[1], weight.shape[1]
+    padded = F.pad(x, (0, 0, taps - 1, 0))
+    out = bias
+    for k in range(taps):
+        out = out + weight[:, k] * padded[:, k : k + length]
+    gate = torch.sigmoid(out)
+    return dy * gate * (1 + out * (1 - gate))
+
+
+def _conv_backward(dpre: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias from the gradient of the sum."""
+    length, taps = x.shape[1], weight.shape[1]
+    padded = F.pad(x, (0, 0, taps - 1, 0))
+    ahead = F.pad(dpre, (0, 0, 0, taps - 1))
+    dx = weight[:, 0] * ahead[:, taps - 1 : taps - 1 + length]
+    for k in range(1, taps):
+        dx = dx + weight[:, k] * ahead[:, taps - 1 - k : taps - 1 - k + length]
+    dweight = torch.stack([(dpre * padded[:, k : k + length]).sum((0, 1)) for k in range(taps)], dim=1)
+    return dx, dweight, dpre.sum((0, 1))
+
+
+def _norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return x * scale * weight, scale
+
+
+def _norm_backward(dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    unit = x * scale
+    dunit = dy * weight
+    dx = scale * (dunit - unit * (dunit * unit).mean(-1, keepdim=True))
+    return dx, (dy * unit).sum((0, 1))
+
+
+def _loss_chunk(logits: Tensor, targets: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Summed loss and its gradient over the logits (T, V)."""
+    logits = logits.float()
+    logsum = torch.logsumexp(logits, -1, keepdim=True)
+    right = torch.arange(logits.shape[1])[None, :] == targets[:, None]
+    dlogits = ((torch.exp(logits - logsum) - right.float()) / count).bfloat16()
+    loss = logsum.sum() - torch.where(right, logits, 0.0).sum()
+    return loss, dlogits
+
+
+def compile_pieces() -> None:
+    """Fuses the elementwise pieces (needs a C++ compiler; without this call they run unfused)."""
+    for piece in (
+        _conv_forward,
+        _conv_backward_pre,
+        _conv_backward,
+        _norm_forward,
+        _norm_backward,
+        _loss_chunk,
+    ):
+        globals()[piece.__name__] = torch.compile(piece, dynamic=False)
+
+
+class _Conv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        return _conv_forward(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight, bias = ctx.saved_tensors
+        return _conv_backward(_conv_backward_pre(dy, x, weight, bias), x, weight)
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        out, scale = _norm_forward(x, weight, eps)
+        ctx.save_for_backward(x, weight, scale)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+        return *_norm_backward(dy, *ctx.saved_tensors), None
+
+
+class _Scan(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(u, delta, A, B, C, D, z)
+        return kernels.selective_scan(u, delta, A, B, C, D, z)[0]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
+        return tuple(kernels.selective_scan_backward(dy.contiguous(), *ctx.saved_tensors))
+
+
+class _Loss(torch.autograd.Function):
+    """Mean cross-entropy of hidden (T, d) under tied embeddings (V, d); gradients are made in the forward."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, embedding: Tensor, targets: Tensor) -> Tensor:
+        hidden, embedding = hidden.bfloat16(), embedding.bfloat16()
+        count = hidden.shape[0]
+        dhidden = torch.empty(hidden.shape)
+        dembedding = torch.zeros(embedding.shape)
+        loss = torch.zeros(())
+        for i in range(0, count, CHUNK):
+            part = hidden[i : i + CHUNK]
+            summed, dlogits = _loss_chunk(part @ embedding.t(), targets[i : i + CHUNK], count)
+            loss += summed
+            dhidden[i : i + CHUNK] = dlogits @ embedding
+            dembedding += dlogits.t() @ part
+        ctx.save_for_backward(dhidden, dembedding)
+        return loss / count
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, Tensor, None]:
+        dhidden, dembedding = ctx.saved_tensors
+        return dhidden * dloss, dembedding * dloss, None
+
+
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    shape = x.shape
+    return _Linear.apply(x.reshape(-1, shape[-1]), weight).view(*shape[:-1], -1)
+
+
+def final_hidden(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Hidden states after the final norm: (W, L) int64 -> (W, L, d_model)."""
+    config, backbone = model.config, model.backbone
+    rank, states, eps = config.time_step_rank, config.state_size, config.layer_norm_epsilon
+    hidden = F.embedding(tokens, backbone.embeddings.weight)  # (W, L, d)
+    for block in backbone.layers:
+        mixer = block.mixer
+        normed = _Norm.apply(hidden, block.norm.weight, eps)
+        into_x, into_z = mixer.in_proj.weight.chunk(2)
+        x = _linear(normed, into_x)  # (W, L, D)
+        z = _linear(normed, into_z)  # (W, L, D)
+        u = _Conv.apply(x, mixer.conv1d.weight[:, 0], mixer.conv1d.bias)
+        step, B, C = _linear(u, mixer.x_proj.weight).split([rank, states, states], dim=-1)
+        delta = F.softplus(_linear(step, mixer.dt_proj.weight) + mixer.dt_proj.bias)
+        y = _Scan.apply(u, delta, -torch.exp(mixer.A_log), B.contiguous(), C.contiguous(), mixer.D, z)
+        hidden = hidden + _linear(y, mixer.out_proj.weight)
+    return _Norm.apply(hidden, backbone.norm_f.weight, eps)
+
+
+def loss(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Mean negative log-likelihood in nats of tokens[:, 1:] given their past; tokens (W, L + 1)."""
+    hidden = final_hidden(model, tokens[:, :-1].contiguous())
+    return _Loss.apply(hidden.flatten(0, 1), model.backbone.embeddings.weight, tokens[:, 1:].flatten())
