@@ -11,17 +11,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from pico import pico_mamba, pico_tokenizer
+import transformers
+from pico import TEXT, pico_mamba, pico_tokenizer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, MambaForCausalLM
 
+import sparsessm
 from sparsessm import checkpoint
+from sparsessm.architectures import REMOVED_A_LOG, adapt
 from sparsessm.checkpoint import files
 
 NEOX = Path(__file__).parents[2] / "shared/data/tokenizers/gpt-neox-20b/tokenizer.json"
 TOKENS = torch.arange(40).reshape(2, 20) % 64
+EMBEDDING, HEAD = "backbone.embeddings.weight", "lm_head.weight"
+ORIGINAL_EMBEDDING = "backbone.embedding.weight"
 FLOAT32_NAMES = re.compile(r"A_log|\.D$|norm")
 
 
@@ -31,6 +36,20 @@ def write_stock(folder: Path, dtype: torch.dtype = torch.float32, **overrides: o
     model.save_pretrained(folder)
     pico_tokenizer().save_pretrained(folder)
     return model.float()
+
+
+def write_mixed(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The same with A_log, D and norms in float32, at values that `dtype` does not have."""
+    write_stock(folder, dtype)
+    file = folder / "model.safetensors"
+    mixed = {k: v.float() * 1.0001 if FLOAT32_NAMES.search(k) else v for k, v in load_file(file).items()}
+    for name in mixed:  # long steps, large B and C: in a fresh model the states hardly reach the logits
+        if name.endswith("dt_proj.bias"):
+            mixed[name] += 3
+        elif name.endswith(("x_proj.weight", "in_proj.weight")):
+            mixed[name] *= 8
+    save_file(mixed, file, {"format": "pt"})
+    return mixed
 
 
 def write_original(
@@ -100,10 +119,7 @@ def test_stock_there_and_back(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_each_tensor_keeps_its_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
-    write_stock(tmp_path / "in", dtype)
-    file = tmp_path / "in/model.safetensors"
-    mixed = {k: v.float() * 1.0001 if FLOAT32_NAMES.search(k) else v for k, v in load_file(file).items()}
-    save_file(mixed, file, {"format": "pt"})
+    mixed = write_mixed(tmp_path / "in", dtype)
     came = checkpoint.load(tmp_path / "in")
     assert came.stored == {name: value.dtype for name, value in mixed.items()}
     checkpoint.save(came, tmp_path / "out")
@@ -174,17 +190,75 @@ def test_untied_and_tied_heads(tmp_path: Path, tied: bool) -> None:
     assert torch.equal(stock_logits(tmp_path / "out"), logits(model))
 
 
-def test_two_equal_copies_of_a_tied_head_are_one(tmp_path: Path) -> None:
-    model = write_stock(tmp_path / "in")
-    file = tmp_path / "in/model.safetensors"
-    tensors = load_file(file)
-    save_file(
-        tensors | {"lm_head.weight": tensors["backbone.embeddings.weight"].clone()}, file, {"format": "pt"}
-    )
+def write_named(folder: Path, form: str, stored_names: list[str]) -> MambaForCausalLM:
+    """A tied pico model whose one embedding is stored under these names."""
+    model = write_stock(folder)
+    tensors = load_file(folder / "model.safetensors")
+    embedding = tensors.pop(EMBEDDING)
+    tensors |= {name: embedding.clone() for name in stored_names}
+    (folder / "model.safetensors").unlink()
+    if form == "bin":
+        torch.save(tensors, folder / "pytorch_model.bin")
+    else:
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return model
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+@pytest.mark.parametrize(
+    "stored_names",
+    [[EMBEDDING], [HEAD], [EMBEDDING, HEAD], [ORIGINAL_EMBEDDING, HEAD], [ORIGINAL_EMBEDDING, EMBEDDING]],
+    ids=" ".join,
+)
+def test_a_tied_pair_under_any_of_its_names(tmp_path: Path, form: str, stored_names: list[str]) -> None:
+    model = write_named(tmp_path / "in", form, stored_names)
     came = checkpoint.load(tmp_path / "in")
-    assert "lm_head.weight" not in came.stored
+    assert EMBEDDING in came.stored and not {HEAD, ORIGINAL_EMBEDDING} & came.stored.keys()
     assert came.model.lm_head.weight is came.model.backbone.embeddings.weight
     assert torch.equal(logits(came.model), logits(model))
+    if EMBEDDING in stored_names or not transformers.__version__.startswith("4."):  # 4 loses a lone head
+        assert torch.equal(logits(came.model), stock_logits(tmp_path / "in"))
+    checkpoint.save(came, tmp_path / "out")
+    model.save_pretrained(tmp_path / "stock")
+    assert dtypes(tmp_path / "out") == dtypes(tmp_path / "stock")
+    assert torch.equal(stock_logits(tmp_path / "out"), logits(model))
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_original_name_of_the_embedding(tmp_path: Path, form: str, tied: bool) -> None:
+    """Stock `load_state_dict` maps this name, by MambaModel's hook; `from_pretrained` may leave it random."""
+    model = write_stock(tmp_path / "in", tie_word_embeddings=tied)
+    tensors = load_file(tmp_path / "in/model.safetensors")
+    tensors[ORIGINAL_EMBEDDING] = tensors.pop(EMBEDDING)
+    if form == "bin":
+        (tmp_path / "in/model.safetensors").unlink()
+        torch.save(tensors, tmp_path / "in/pytorch_model.bin")
+    else:
+        save_file(tensors, tmp_path / "in/model.safetensors", {"format": "pt"})
+    stock = MambaForCausalLM(model.config).eval()
+    stock.load_state_dict(tensors, strict=False)
+    came = checkpoint.load(tmp_path / "in")
+    assert torch.equal(logits(came.model), logits(stock)) and torch.equal(logits(stock), logits(model))
+    checkpoint.save(came, tmp_path / "out")
+    assert EMBEDDING in dtypes(tmp_path / "out") and ORIGINAL_EMBEDDING not in dtypes(tmp_path / "out")
+    assert torch.equal(stock_logits(tmp_path / "out"), logits(model))
+
+
+@pytest.mark.parametrize("missing", [HEAD, ORIGINAL_EMBEDDING])
+def test_an_original_with_one_name_of_a_tied_pair(tmp_path: Path, missing: str) -> None:
+    model = pico_mamba()
+    write_original(tmp_path / "in", model)
+    file = tmp_path / "in/pytorch_model.bin"
+    tensors = torch.load(file, weights_only=True)
+    del tensors[missing]
+    torch.save(tensors, file)
+    pico_tokenizer().save_pretrained(tmp_path / "in")
+    came = checkpoint.load(tmp_path / "in")
+    assert torch.equal(logits(came.model), logits(model))
+    checkpoint.save(came, tmp_path / "out")
+    written = torch.load(tmp_path / "out/pytorch_model.bin", weights_only=True)
+    assert written.keys() == tensors.keys() | {missing}
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -231,7 +305,8 @@ def test_a_tokenizer_of_ones_own(tmp_path: Path) -> None:
     write_stock(tmp_path / "in")
     pico_tokenizer(50).save_pretrained(tmp_path / "words")
     came = checkpoint.load(tmp_path / "in", tokenizer=tmp_path / "words")
-    assert len(came.tokenizer) == 50
+    assert len(came.tokenizer) == 50 and came.tokenizer_source == str(tmp_path / "words")
+    assert checkpoint.load(tmp_path / "in").tokenizer_source is None
     checkpoint.save(came, tmp_path / "out")
     assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == 50
 
@@ -276,8 +351,8 @@ def test_record_and_card(tmp_path: Path) -> None:
     assert (tmp_path / "out/README.md").read_text(encoding="utf-8") == "# π\n"
     assert checkpoint.read_record(tmp_path / "in") is None
     assert (tmp_path / "out/config.json").read_bytes() == (tmp_path / "in/config.json").read_bytes()
-    with pytest.raises(ValueError, match="no such directory: 'nowhere'"):
-        checkpoint.read_record("nowhere")
+    with pytest.raises(ValueError, match=r"no such directory: '\./nowhere'"):
+        checkpoint.read_record("./nowhere")
     with pytest.raises(ValueError, match="pruning.json cannot hold this record"):
         checkpoint.save(came, tmp_path / "nan", record={"perplexity": float("nan")})
     assert names(tmp_path) == {"in", "out"}
@@ -302,14 +377,21 @@ def test_nothing_is_said(tmp_path: Path) -> None:
 def test_a_hub_id_without_a_network(tmp_path: Path) -> None:
     repository = tmp_path / "hub/models--some--mamba"
     write_stock(repository / "snapshots/0123abc")
-    (repository / "refs").mkdir()
-    (repository / "refs/main").write_text("0123abc")
+    (repository / "snapshots/0123abc/pruning.json").write_text('{"format": 1}')
+    write_stock(tmp_path / "hub/models--some--dense/snapshots/4567def")
+    for name, commit in (("mamba", "0123abc"), ("dense", "4567def")):
+        refs = tmp_path / f"hub/models--some--{name}/refs"
+        refs.mkdir()
+        (refs / "main").write_text(commit)
     write_original(tmp_path / "original", pico_mamba())
     code = (
         "import sys; from sparsessm import checkpoint\n"
         "for source in sys.argv[1:]:\n"
         "    try: print(checkpoint.load(source).format)\n"
         "    except ValueError as error: print(error)\n"
+        "print(checkpoint.read_record('some/mamba'), checkpoint.read_record('some/dense'))\n"
+        "try: checkpoint.read_record('some/other')\n"
+        "except ValueError as error: print(error)\n"
     )
     offline = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     told = run(code, "some/mamba", "some/other", tmp_path / "original", **offline).stdout.splitlines()
@@ -318,3 +400,48 @@ def test_a_hub_id_without_a_network(tmp_path: Path) -> None:
     assert told[2].startswith(
         "no tokenizer: 'EleutherAI/gpt-neox-20b' is no directory here, and the hub did not "
     )
+    assert told[3] == "{'format': 1} None"
+    assert told[4] == told[1]
+
+
+STOCK_LOGITS = """
+import sys, torch, transformers
+from safetensors.torch import load_file, save_file
+tokens = load_file(sys.argv[1])["tokens"]
+for folder in sys.argv[2:]:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        save_file({"logits": model(tokens).logits}, folder + ".logits")
+assert not any(name.split(".")[0] == "sparsessm" for name in sys.modules)
+"""
+
+
+def test_a_pruned_model_is_the_same_in_stock_code(tmp_path: Path) -> None:
+    """The promise to whoever gets a result: plain transformers computes what was measured here."""
+    (tmp_path / "text.txt").write_text(TEXT * 20)
+    cases: dict[Path, tuple[Tensor, str]] = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        source = tmp_path / f"{dtype}"
+        mixed = write_mixed(source, dtype)
+        dense = adapt(checkpoint.load(source).model).logits(TOKENS)
+        for removed, value in REMOVED_A_LOG.items():
+            came = sparsessm.load(source)
+            report = sparsessm.prune(
+                came, removed=removed, data=str(tmp_path / "text.txt"), samples=4, length=16
+            )
+            out = sparsessm.save(came, tmp_path / f"{dtype}-{removed}", report)
+            assert dtypes(out) == dtypes(source)
+            written = load_file(out / "model.safetensors")
+            for row in report.rows:
+                assert row.pruned == row.total // 2 == int((written[row.target] == value).sum())
+            skip_weight = "backbone.layers.0.mixer.D"
+            assert not torch.equal(written[skip_weight], mixed[skip_weight])  # its refit counts too
+            ours = adapt(came.model, came.stored).logits(TOKENS)
+            assert (ours - dense).abs().max() > 1e-3 * dense.abs().max()
+            cases[out] = ours, f"{dtype}, {removed}"
+    save_file({"tokens": TOKENS}, tmp_path / "tokens")
+    done = run(STOCK_LOGITS, tmp_path / "tokens", *cases)
+    assert done.returncode == 0, done.stderr
+    for out, (ours, case) in cases.items():
+        stock = load_file(f"{out}.logits")["logits"]
+        assert (ours - stock).abs().max() <= 1e-5 * stock.abs().max(), case

@@ -91,6 +91,28 @@ def test_two_different_copies_of_a_tied_head(stock: Path) -> None:
         checkpoint.load(stock)
 
 
+def test_two_different_embeddings(stock: Path) -> None:
+    edit(stock, lambda t: t.update({"backbone.embedding.weight": torch.zeros(64, 16)}))
+    with pytest.raises(ValueError, match=r"two different tensors for backbone\.embeddings\.weight, under"):
+        checkpoint.load(stock)
+
+
+def test_a_tied_pair_that_is_missing_or_not_finite(stock: Path) -> None:
+    edit(stock, lambda t: t.update({"lm_head.weight": torch.full((64, 16), torch.nan)}))
+    with pytest.raises(ValueError, match=r"config\.json: NaN or Inf in: lm_head\.weight$"):
+        checkpoint.load(stock)
+    edit(stock, lambda t: (t.pop("lm_head.weight"), t.pop("backbone.embeddings.weight")))
+    with pytest.raises(ValueError, match=r"config\.json: missing tensors: backbone\.embeddings\.weight$"):
+        checkpoint.load(stock)
+
+
+def test_an_untied_head_is_not_the_embedding(tmp_path: Path) -> None:
+    write_stock(tmp_path / "in", tie_word_embeddings=False)
+    edit(tmp_path / "in", lambda t: t.pop("backbone.embeddings.weight"))
+    with pytest.raises(ValueError, match=r"missing tensors: backbone\.embeddings\.weight$"):
+        checkpoint.load(tmp_path / "in")
+
+
 @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
 def test_truncation_at_any_byte(stock: Path, file: str) -> None:
     if file == "pytorch_model.bin":

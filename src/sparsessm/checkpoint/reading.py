@@ -54,6 +54,7 @@ class Checkpoint:
         stored: dtype on disk of each tensor, by its name in `model.state_dict()`.
         trained_length: the tokenizer's `model_max_length` in tokens, None if it states none.
         files: what `save` writes back byte for byte: config, generation config, tokenizer, licence.
+        tokenizer_source: the `tokenizer` that `load` was given, None if it was given none.
     """
 
     model: PreTrainedModel
@@ -63,6 +64,7 @@ class Checkpoint:
     stored: dict[str, torch.dtype]
     trained_length: int | None
     files: dict[str, bytes] = field(default_factory=dict, repr=False)
+    tokenizer_source: str | None = None
 
 
 def load(source: str | os.PathLike[str], *, tokenizer: str | os.PathLike[str] | None = None) -> Checkpoint:
@@ -105,18 +107,21 @@ def load(source: str | os.PathLike[str], *, tokenizer: str | os.PathLike[str] | 
         stored=stored,
         trained_length=length if length < 1e6 else None,  # transformers says "no limit" by a huge number
         files=files,
+        tokenizer_source=None if tokenizer is None else os.fspath(tokenizer),
     )
 
 
 def read_record(path: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """The `pruning.json` of a local (or built-in) checkpoint directory; None if it has none.
+    """The `pruning.json` of a checkpoint; None if it has none.
+
+    Args:
+        path: whatever `load` takes as a source; of a hub id no weights are fetched.
 
     Raises:
-        ValueError: no such directory, or the file is not a JSON object.
+        ValueError: the source cannot be found, or the file is not a JSON object.
     """
-    folder = local_folder(os.fspath(path))
-    if folder is None:
-        raise ValueError(f"no such directory: {os.fspath(path)!r}")
+    with quiet():
+        folder = _folder(os.fspath(path), weights=False)
     return read_json(folder / RECORD) if (folder / RECORD).exists() else None
 
 
@@ -135,8 +140,11 @@ def local_folder(source: str) -> Path | None:
     return Path(str(shelf.joinpath(name, CONFIG))).parent
 
 
-def _folder(source: str) -> Path:
-    """The directory `source` names; a hub id is fetched into the hub's own cache first."""
+def _folder(source: str, *, weights: bool = True) -> Path:
+    """The directory `source` names; a hub id is fetched into the hub's own cache first.
+
+    Without `weights` only the small files are fetched: the model that a tokenizer came with may be large.
+    """
     if (folder := local_folder(source)) is not None:
         return folder
     if os.path.exists(source):
@@ -144,8 +152,9 @@ def _folder(source: str) -> Path:
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source):
         raise ValueError(f"no such directory: {source!r}")
     try:
-        folder = Path(snapshot_download(source, allow_patterns=[*_SMALL_FILES, "model*.safetensors"]))
-        if not any(folder.glob("model*.safetensors")):
+        wanted = [*_SMALL_FILES, "model*.safetensors"] if weights else [*_SMALL_FILES]
+        folder = Path(snapshot_download(source, allow_patterns=wanted))
+        if weights and not any(folder.glob("model*.safetensors")):
             snapshot_download(source, allow_patterns=["pytorch_model*.bin"])
     except Exception as error:  # a dozen kinds, by cause: offline, unknown, private, interrupted
         reason = str(error).strip().split("\n")[0]
@@ -184,18 +193,23 @@ def _model(
     stored: dict[str, torch.dtype] = {}
     not_finite: list[str] = []
     for name, tensor in read_tensors(folder):
-        if original:
-            name = state_spaces.to_transformers(name)
+        # In both formats: transformers' own MambaModel maps the original name when it loads a state dict.
+        name = state_spaces.to_transformers(name)
         # A copy even in the same dtype: the file would stay mapped, and whoever rewrites it change the model.
         value = tensor.to(torch.float32, copy=True) if tensor.is_floating_point() else tensor.clone()
         if not torch.isfinite(value).all():
             not_finite.append(name)
+        if name in tensors and not torch.equal(tensors[name], value):
+            raise ValueError(f"{source!r} holds two different tensors for {name}, under its two names")
         tensors[name], stored[name] = value, tensor.dtype
-    for copy, name in copies.items():
-        if copy in tensors and name in tensors and copy not in not_finite:
-            if not torch.equal(tensors[copy], tensors[name]):
-                raise ValueError(f"{source!r}: {copy} differs from {name}, although {CONFIG} ties the two")
-            del tensors[copy], stored[copy]
+    for copy, name in copies.items():  # a tied pair may be stored under either name, or both
+        if copy not in tensors:
+            continue
+        value, dtype = tensors.pop(copy), stored.pop(copy)
+        if name not in tensors:
+            tensors[name], stored[name] = value, dtype
+        elif not {copy, name} & set(not_finite) and not torch.equal(value, tensors[name]):
+            raise ValueError(f"{source!r}: {copy} differs from {name}, although {CONFIG} ties the two")
     shapes = [
         f"{name} {tuple(tensors[name].shape)}, expected {tuple(expected[name].shape)}"
         for name in expected
@@ -245,7 +259,7 @@ def _tokenizer(
         if os.path.isfile(given):
             return _bare_tokenizer(given, config), {}
         try:
-            folder = _folder(given)
+            folder = _folder(given, weights=False)
         except ValueError as error:
             takes = "tokenizer= (--tokenizer) takes a hub id, a directory or a tokenizer.json"
             raise ValueError(f"no tokenizer: {error}; {takes}") from error
