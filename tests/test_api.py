@@ -43,7 +43,7 @@ def removed(checkpoint: Checkpoint) -> list[float]:
 
 
 def test_prune_works_in_place_and_save_and_load_change_nothing(dense: Checkpoint) -> None:
-    report = sparsessm.prune(dense, sparsity=0.25, data="text.txt", samples=2, length=16)
+    report = sparsessm.prune(dense, sparsity=0.25, budget="layer", data="text.txt", samples=2, length=16)
     assert removed(dense) == [0.25, 0.25]
     assert report.totals["ssm"]["pruned"] == 128
     assert report.recipe["model"] == "dense"
@@ -61,7 +61,7 @@ def test_prune_works_in_place_and_save_and_load_change_nothing(dense: Checkpoint
 
 
 def test_fields_replace_those_of_a_recipe(dense: Checkpoint) -> None:
-    recipe = Recipe(method="magnitude", sparsity=0.5)
+    recipe = Recipe(method="magnitude", sparsity=0.5, budget="layer")
     report = sparsessm.prune(dense, recipe=recipe, sparsity=0.75)
     assert removed(dense) == [0.75, 0.75]
     assert report.recipe["method"] == "magnitude"
@@ -70,6 +70,41 @@ def test_fields_replace_those_of_a_recipe(dense: Checkpoint) -> None:
         sparsessm.prune(dense, sparsty=0.5)
     with pytest.raises(ValueError, match="groups of 3 do not divide the model's d_state of 8"):
         sparsessm.prune(dense, pattern="1:3")
+
+
+def test_the_tokenizer_that_was_given_is_in_the_recipe_and_repeats(dense: Checkpoint) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        Path("dense", name).unlink(missing_ok=True)
+    pico_tokenizer(60).save_pretrained("words")
+    model = sparsessm.load("dense", tokenizer="words")
+    fast = {"data": "text.txt", "samples": 2, "length": 16}
+    report = sparsessm.prune(model, recipe=Recipe(tokenizer="another"), **fast)
+    assert report.recipe["tokenizer"] == "words"  # the one that was used
+    sparsessm.save(model, "out", report)
+    recipe = Recipe.load("out")
+    again = sparsessm.load(str(recipe.model), tokenizer=recipe.tokenizer)
+    assert sparsessm.prune(again, recipe=recipe).fingerprint == report.fingerprint
+
+
+def test_a_model_with_its_own_tokenizer_says_none(dense: Checkpoint) -> None:
+    assert sparsessm.prune(dense, method="magnitude").recipe["tokenizer"] is None
+
+
+def test_a_second_pruning_in_memory_is_said(dense: Checkpoint) -> None:
+    assert sparsessm.prune(dense, method="magnitude").record()["pruned_before"] is False
+    second = sparsessm.prune(replace(dense), method="random")  # the same model in another wrapping
+    assert second.record()["pruned_before"] is True
+    assert sparsessm.prune(sparsessm.load("dense"), method="random").record()["pruned_before"] is False
+
+
+def test_an_interrupted_pruning_counts(dense: Checkpoint) -> None:
+    def stop(stage: str, done: int, total: int) -> None:
+        if done == total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sparsessm.prune(dense, data="text.txt", samples=2, length=16, progress=stop)
+    assert sparsessm.prune(dense, method="magnitude").pruned_before
 
 
 def test_progress_is_told_and_evaluate_stays_a_function(dense: Checkpoint) -> None:
@@ -82,7 +117,7 @@ def test_progress_is_told_and_evaluate_stays_a_function(dense: Checkpoint) -> No
         measured = sparsessm.evaluate(dense, "text.txt", length=16, limit=3, progress=progress)
     assert (measured.windows, measured.length, measured.data) == (3, 16, "text.txt")
     assert measured.perplexity > 1
-    sparsessm.prune(dense, data="text.txt", samples=2, length=16, progress=progress)
+    sparsessm.prune(dense, data="text.txt", budget="layer", samples=2, length=16, progress=progress)
     assert {"evaluate", "calibrate"} == {stage for stage, _, _ in told}
     assert ("evaluate", 3, 3) in told
     assert told[-1][1] == told[-1][2]

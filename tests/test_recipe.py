@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -96,7 +97,8 @@ def test_yaml_there_and_back(tmp_path_factory: pytest.TempPathFactory, **fields:
         del fields["sparsity"]
     recipe = Recipe(**fields)
     path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
-    path.write_text(recipe.to_yaml(), encoding="utf-8")
+    text = yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True)
+    path.write_text(text, encoding="utf-8")
     assert Recipe.load(path) == recipe
 
 
@@ -149,6 +151,12 @@ def test_idle_options_are_not_written() -> None:
         assert Recipe(**written) == Recipe(method=name)
 
 
+def test_the_budget_is_not_written_with_a_pattern_that_fixes_it() -> None:
+    assert "budget" not in result(pattern="2:4").model_dump()
+    assert result(pattern="2:4").resolved(model="m", states=8, trained_length=None).budget == "layer"
+    assert result(budget="model").model_dump()["budget"] == "model"
+
+
 def test_updated_replaces_and_checks_as_a_whole() -> None:
     recipe = Recipe(pattern="2:4", samples=3)
     assert recipe.updated(samples=5) == Recipe(pattern="2:4", samples=5)
@@ -159,6 +167,50 @@ def test_updated_replaces_and_checks_as_a_whole() -> None:
         recipe.updated(sparsity=0.9)
     with pytest.raises(ValueError, match="frozen"):
         recipe.samples = 4  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def result(**fields: Any) -> Recipe:
+    """The recipe as a result carries it: every field is said."""
+    recipe = Recipe(**fields).resolved(model="m", states=8, trained_length=None)
+    return Recipe(**recipe.model_dump())
+
+
+@pytest.mark.parametrize("old", sorted(METHODS))
+@pytest.mark.parametrize("new", sorted(METHODS))
+def test_another_method_replaces_that_of_a_result(old: str, new: str) -> None:
+    assert result(method=old).updated(method=new) == result(method=new)
+
+
+def test_what_the_new_method_does_not_read_is_dropped_only_if_it_was_not_given_now() -> None:
+    full = result(method="exact", diagonal=True)
+    assert full.updated(seed=1).diagonal
+    assert full.updated(method="exact").diagonal
+    with pytest.raises(ValueError, match="diagonal has no effect with method 'magnitude'"):
+        full.updated(method="magnitude", diagonal=True)
+    with pytest.raises(ValueError, match="diagonal has no effect with method 'magnitude'"):
+        result(method="magnitude").updated(diagonal=True)
+    with pytest.raises(ValueError, match="unknown method 'magnitud'"):
+        full.updated(method="magnitud")
+
+
+def test_another_pattern_brings_its_own_sparsity_and_budget() -> None:
+    for budget in ("layer", "model"):
+        full = result(budget=budget, sparsity=0.3)
+        changed = full.updated(pattern="1:4").resolved(model="m", states=8, trained_length=None)
+        assert (changed.pattern, changed.sparsity, changed.budget) == ("1:4", 0.75, "layer")
+        assert full.updated(pattern="unstructured") == full
+        with pytest.raises(ValueError, match="sparsity is 0.3, but pattern '1:4'"):
+            full.updated(pattern="1:4", sparsity=0.3)
+    full = result(pattern="1:4")
+    assert full.updated(pattern="3:4").resolved(model="m", states=8, trained_length=None).sparsity == 0.25
+    assert full.updated(pattern="unstructured", sparsity=0.1, budget="model").sparsity == 0.1
+    assert full.updated(pattern="unstructured").sparsity is None
+    with pytest.raises(ValueError, match="sparsity is 0.9, but pattern '1:4'"):
+        full.updated(sparsity=0.9)
+    with pytest.raises(ValueError, match="budget 'model' has no effect with pattern '1:4'"):
+        full.updated(budget="model")
+    with pytest.raises(ValueError, match="budget 'model' has no effect with pattern '2:4'"):
+        full.updated(pattern="2:4", budget="model")
 
 
 def test_removed_values_are_those_of_the_architectures() -> None:

@@ -67,6 +67,35 @@ def test_the_record_is_strict_json_even_for_a_ruined_model() -> None:
     assert record["bytes"] == {"A_log": 8}
 
 
+def test_what_cannot_be_repeated_is_said() -> None:
+    assert report(row()).record()["pruned_before"] is False
+    assert "The same recipe gives the same masks" in report(row()).card("m")
+    again = report(row(), pruned_before=True)
+    assert again.record()["pruned_before"] is True
+    assert "had been pruned before" in again.card("m")
+    assert "the same masks" not in again.card("m")
+
+
+@pytest.mark.parametrize(
+    ("data", "measured", "fingerprint", "said"),
+    [
+        ("my.txt", "my.txt", "ab", True),
+        ("my.txt", "other.txt", "ab", False),
+        ("my.txt", "my.txt", "", False),  # a method that looks at no text
+        ("stdlib", "stdlib", "ab", False),
+        ("my.txt", None, "ab", False),
+    ],
+)
+def test_a_file_that_was_calibrated_and_measured_on_is_named(
+    data: str, measured: str | None, fingerprint: str, said: bool
+) -> None:
+    figures = {"dense": {**DENSE, "data": measured}, "pruned": {**PRUNED, "data": measured}}
+    made = report(row(), fingerprint=fingerprint, recipe={"data": data})
+    made.perplexity = figures if measured else {}
+    assert bool(made.caveat()) == said
+    assert ("my.txt is one file without a held-out part" in made.card("m")) == said
+
+
 def front_matter(card: str) -> dict[str, Any]:
     return yaml.safe_load(card.split("---\n")[1])
 

@@ -17,9 +17,11 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.nn import Module
 
     from sparsessm.evaluation import Perplexity
     from sparsessm.recipe import Recipe
@@ -33,6 +35,8 @@ try:
 except PackageNotFoundError:  # a source tree on the path, not installed
     __version__ = "0+unknown"
 
+# Models that `prune` has changed in this process: their `source` no longer says all that they are.
+_pruned: WeakSet[Module] = WeakSet()
 Progress = Callable[[str, int, int], None]  # (stage, done, total)
 
 
@@ -64,7 +68,8 @@ def prune(
         fields: fields of the recipe (see `recipe.Recipe`), which replace those in `recipe`: `sparsity=0.5`.
 
     Returns:
-        What was removed from which tensor; `save` writes it beside the model.
+        What was removed from which tensor; `save` writes it beside the model. Its recipe names the model and
+        the tokenizer of `checkpoint`, whatever `recipe` says.
 
     Raises:
         ValueError: an unknown or impossible field, a text shorter than one window, or activations that are
@@ -83,7 +88,7 @@ def resolve(checkpoint: Checkpoint, recipe: Recipe | None = None, **fields: Any)
     from sparsessm.architectures import adapt
     from sparsessm.recipe import Recipe
 
-    recipe = (recipe or Recipe()).updated(**fields)
+    recipe = (recipe or Recipe()).updated(**{**fields, "tokenizer": checkpoint.tokenizer_source})
     states = adapt(checkpoint.model, checkpoint.stored).states
     return recipe.resolved(model=checkpoint.source, states=states, trained_length=checkpoint.trained_length)
 
@@ -119,7 +124,10 @@ def follow(
 
     from . import pipeline
 
+    before = checkpoint.model in _pruned
+    _pruned.add(checkpoint.model)  # before the work: an interrupted run has changed the model too
     report = pipeline.prune(adapt(checkpoint.model, checkpoint.stored), recipe, tokens, progress)
+    report.pruned_before = before
     kinds = contents(checkpoint.model.state_dict(), checkpoint.stored)
     report.sizes = {kind: size for kind, (size, _) in kinds.items()}
     return report
@@ -139,7 +147,7 @@ def evaluate(
         checkpoint: what `load` returned, pruned or not.
         data: name of a data set, or a .txt, .jsonl or .parquet file.
         length: tokens in a window; 2048, or the model's own length if that is shorter.
-        limit: use only the first `limit` windows.
+        limit: use only so many windows, evenly spaced over the text.
         progress: called with (stage, done, total).
 
     Raises:

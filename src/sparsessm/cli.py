@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from .checkpoint import Checkpoint
     from .evaluation import Perplexity
 
-EVALUATED_TOKENS = 32768  # held-out tokens that `prune` measures on, before and after
+EVALUATED_TOKENS = 32768  # tokens that `prune` measures on, before and after
 DEMO_MODEL = "builtin:pycode"
 DEMO_TOKENS = 65536
 DEMO_METHODS = ("random", "magnitude", "sparsessm-vote", "sparsessm", "exact")
@@ -70,7 +70,9 @@ Text = Annotated[str, typer.Option(help=Recipe.model_fields["data"].description)
 Length = Annotated[
     int | None, typer.Option(min=2, help="Tokens in a window [default: 2048, or the model's own].")
 ]
-Limit = Annotated[int | None, typer.Option(min=1, help="Use only so many windows.")]
+Limit = Annotated[
+    int | None, typer.Option(min=1, help="Use only so many windows, evenly spaced over the text.")
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -135,6 +137,8 @@ def prune(
         if measured := record["perplexity"]:
             records = {name: measured[name] for name in ("dense", "pruned")}
             _show_perplexities(records, {"pruned": measured["difference"]})
+        if report.caveat():
+            tables.show(report.caveat())
         tables.show(report.honesty(), f"Saved to {out}; pruning took {report.seconds:.0f} s.")
 
 
@@ -149,7 +153,7 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Measure perplexity and bits per byte; with two or more models, the paired change against the first."""
-    measured, changes = {}, {}
+    measured, changes, others = {}, {}, []
     with _answering(quiet) as progress:
         from .evaluation import difference
 
@@ -160,7 +164,9 @@ def evaluate(
             measured[model] = sparsessm.evaluate(
                 checkpoint, data, length=length, limit=limit, progress=progress
             )
-            if model != models[0]:
+            if measured[model].fingerprint != measured[models[0]].fingerprint:
+                others.append(model)
+            elif model != models[0]:
                 changes[model] = asdict(difference(measured[models[0]], measured[model]))
     records = {model: perplexity.record() for model, perplexity in measured.items()}
     if as_json:
@@ -170,6 +176,9 @@ def evaluate(
         _print_json({"models": lines})
     elif not quiet:
         _show_perplexities(records, changes)
+        if others:
+            names = f"The tokenizer of {', '.join(others)} cuts the text otherwise than that of {models[0]}"
+            tables.show(f"{names}: the perplexities do not compare, bits per byte do.")
 
 
 @app.command()
@@ -182,10 +191,9 @@ def inspect(
     with _answering(quiet):
         from .architectures import REMOVED_A_LOG
         from .checkpoint import read_record
-        from .checkpoint.reading import local_folder
 
         checkpoint = sparsessm.load(directory)
-        record = read_record(directory) if local_folder(directory) else None
+        record = read_record(directory)
         tensors = checkpoint.model.state_dict()
         kinds = contents(tensors, checkpoint.stored)
         dtypes = {
@@ -197,9 +205,8 @@ def inspect(
             for row in rows
         }
         for row in rows:
-            # `unit` stores 0, and the kept entries of a model near its start are 0 too: there may be more.
-            missing = row["pruned"] - found[row["target"]]
-            if missing > 0 or (missing and row["removed"] != "unit"):
+            # There may be more: of an earlier pruning, and `unit` stores 0, as do models near their start.
+            if found[row["target"]] < row["pruned"]:
                 count = f"{row['pruned']} removed entries, its tensor has {found[row['target']]}"
                 raise ValueError(
                     f"pruning.json does not fit the tensors: it says that {row['target']} has {count}"
@@ -317,7 +324,10 @@ def _answering(quiet: bool) -> Iterator[tables.Progress]:
 def _measure(
     checkpoint: Checkpoint, recipe: Recipe, tokens: int, progress: tables.Progress
 ) -> Callable[[Checkpoint, str], Perplexity]:
-    """How to measure a model on about so many held-out tokens of the recipe's data, always the same ones."""
+    """How to measure a model on about so many tokens of the recipe's data, always the same ones.
+
+    They are held out, unless the data is a local file; `Report.caveat` says so then.
+    """
     from .data import evaluation_windows
     from .evaluation import perplexity
 

@@ -132,13 +132,12 @@ class Recipe(BaseModel):
                 )
         pattern = parse(self.pattern)
         if isinstance(pattern, NofM):
-            share = 1 - pattern.n / pattern.m
-            if self.sparsity is not None and abs(self.sparsity - share) > 1e-9:
+            if self.sparsity is not None and abs(self.sparsity - pattern.sparsity) > 1e-9:
                 raise ValueError(
                     f"sparsity is {self.sparsity:g}, but pattern {self.pattern!r} keeps {pattern.n} of "
-                    f"{pattern.m}, which is sparsity {share:g}; give only one of them"
+                    f"{pattern.m}, which is sparsity {pattern.sparsity:g}; give only one of them"
                 )
-            if self.budget != "layer":
+            if "budget" in self.model_fields_set and self.budget != "layer":
                 raise ValueError(
                     f"budget {self.budget!r} has no effect with pattern {self.pattern!r}, "
                     "which fixes the number kept in every group"
@@ -147,8 +146,9 @@ class Recipe(BaseModel):
 
     @model_serializer(mode="wrap")
     def _without_idle_options(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out what the method does not read: what is written had an effect, and loads again."""
+        """Leave out what method and pattern do not read: what is written had an effect, and loads again."""
         idle = set(OPTIONS) - set(METHODS[self.method].options)
+        idle |= {"budget"} if isinstance(parse(self.pattern), NofM) else set()
         return {name: value for name, value in handler(self).items() if name not in idle}
 
     @classmethod
@@ -176,13 +176,22 @@ class Recipe(BaseModel):
         except (ValueError, yaml.YAMLError) as error:
             raise ValueError(f"recipe {path}: {' '.join(str(error).split())}") from None
 
-    def to_yaml(self) -> str:
-        """The recipe as the text of a YAML file that `load` reads back to an equal recipe."""
-        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
-
     def updated(self, **fields: Any) -> Recipe:
-        """A copy with `fields` replaced, checked as a whole; what was never given stays at its default."""
-        return Recipe(**{**self.model_dump(exclude_unset=True), **fields})
+        """A copy with `fields` replaced, checked as a whole; what was never given stays at its default.
+
+        A complete recipe (that of a result) says more than its user chose. What its old method or pattern
+        brought along makes room for the new one, unless it is among `fields` itself: options that the new
+        method does not read, and with another pattern the sparsity and the budget.
+
+        Raises:
+            ValueError: an unknown or impossible field, or `fields` that do not fit together or to the rest.
+        """
+        kept = self.model_dump(exclude_unset=True)
+        method = METHODS.get(fields.get("method", self.method))
+        brought = {*OPTIONS} - {*method.options} if method else set()
+        if fields.get("pattern", self.pattern) != self.pattern:
+            brought |= {"sparsity", "budget"}
+        return Recipe(**{name: value for name, value in kept.items() if name not in brought} | fields)
 
     def resolved(self, *, model: str, states: int, trained_length: int | None) -> Recipe:
         """Fill what depends on the model, so that the recipe in the result says everything.
@@ -197,6 +206,7 @@ class Recipe(BaseModel):
         """
         pattern = parse(self.pattern)
         sparsity = DEFAULT_SPARSITY if self.sparsity is None else self.sparsity
+        budget = self.budget
         if isinstance(pattern, NofM):
             if states % pattern.m:
                 divisors = ", ".join(str(m) for m in range(2, states + 1) if states % m == 0)
@@ -204,9 +214,10 @@ class Recipe(BaseModel):
                     f"pattern {self.pattern!r}: groups of {pattern.m} do not divide the model's d_state "
                     f"of {states}; allowed M: {divisors}"
                 )
-            sparsity = 1 - pattern.n / pattern.m
+            sparsity, budget = pattern.sparsity, "layer"  # both are the pattern's own
         length = self.length or window_length(trained_length)
-        return Recipe(**{**self.model_dump(), "model": model, "sparsity": sparsity, "length": length})
+        facts = {"model": model, "sparsity": sparsity, "budget": budget, "length": length}
+        return Recipe(**{**self.model_dump(), **facts})
 
 
 def window_length(trained_length: int | None) -> int:

@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+from .data import DATASETS
+
 if TYPE_CHECKING:
     from torch import Tensor, dtype
 
@@ -62,7 +64,7 @@ class Row:
     @property
     def relative_error(self) -> float | None:
         """error / signal; None if either is unknown."""
-        return self.error / self.signal if self.error is not None and self.signal else None
+        return _relative(self.error, self.signal)
 
 
 @dataclass
@@ -76,6 +78,7 @@ class Report:
         seconds: wall time of the pruning.
         perplexity: records under "dense", "pruned" and "difference"; empty if not measured.
         sizes: bytes in the checkpoint by kind of tensor ("A_log", "in_proj", ...), in the stored dtypes.
+        pruned_before: the model had been pruned in memory already, so the recipe alone does not repeat it.
     """
 
     recipe: dict[str, Any]
@@ -84,6 +87,7 @@ class Report:
     seconds: float
     perplexity: dict[str, Any] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
+    pruned_before: bool = False
 
     @property
     def totals(self) -> dict[str, dict[str, Any]]:
@@ -119,6 +123,7 @@ class Report:
                 **{package: _version(package) for package in ("sparsessm", "torch", "transformers")},
             },
             "recipe": dict(self.recipe),
+            "pruned_before": self.pruned_before,
             "calibration": {"sha256": self.fingerprint or None},
             "seconds": round(self.seconds, 3),
             "totals": self.totals,
@@ -146,6 +151,11 @@ class Report:
             "---",
         ]
         recipe = [[name, f"`{value}`"] for name, value in self.recipe.items() if value is not None]
+        repeat = "The same recipe gives the same masks: `sparsessm prune --recipe pruning.json -o DIR`."
+        if self.pruned_before:
+            repeat = (
+                "The model in memory had been pruned before: this is its last run, not all that was done."
+            )
         return "\n".join(
             [
                 *front,
@@ -163,7 +173,7 @@ class Report:
                 *_markdown(["option", "value"], recipe),
                 "",
                 f"SHA-256 of the calibration tokens: `{self.fingerprint or 'none were needed'}`.",
-                "The same recipe gives the same masks: `sparsessm prune --recipe pruning.json -o DIR`.",
+                repeat,
                 "",
                 "## What it cost",
                 "",
@@ -188,6 +198,17 @@ class Report:
         return size + (
             "Removed entries are stored as ordinary values in tensors of the same shape: "
             "zeros or other constants alone make neither the file smaller nor the model faster."
+        )
+
+    def caveat(self) -> str:
+        """The sentence for a perplexity measured on the text of the calibration; empty if it was not."""
+        data = self.recipe.get("data")
+        measured = self.perplexity.get("pruned", {}).get("data")
+        if not self.fingerprint or data != measured or data in DATASETS:
+            return ""
+        return (
+            f"{data} is one file without a held-out part: the perplexity was measured on the same text "
+            "as the calibration, so it may flatter the result."
         )
 
     def _removed(self) -> list[str]:
@@ -221,7 +242,8 @@ class Report:
         columns, cells = perplexity_table(records, changes)
         first = next(iter(records.values()))
         text = f"Measured on {first['windows']} windows of {first['length']} tokens of `{first['data']}`"
-        return [*_markdown(columns, cells), "", text + "; the change is that on the same windows."]
+        lines = [*_markdown(columns, cells), "", text + "; the change is that on the same windows."]
+        return [*lines, *([self.caveat()] if self.caveat() else [])]
 
 
 def removed_table(
@@ -230,9 +252,8 @@ def removed_table(
     """Columns and text cells: a line for each row of a record, then one for each family."""
     cells = []
     for row in rows:
-        error = row["error"] / row["signal"] if row["error"] is not None and row["signal"] else None
         counts = [str(row["pruned"]), str(row["total"]), percent(row["sparsity"])]
-        cells.append([row["target"], *counts, number(error, ".2e")])
+        cells.append([row["target"], *counts, number(_relative(row["error"], row["signal"]), ".2e")])
     for family, total in totals.items():
         counts = [str(total["pruned"]), str(total["entries"]), percent(total["sparsity"])]
         cells.append([f"all {family}", *counts, number(total["error"], ".2e")])
@@ -295,6 +316,10 @@ def contents(tensors: Mapping[str, Tensor], stored: Mapping[str, dtype]) -> dict
         size += tensors[name].numel() * stored[name].itemsize
         kinds[kind_of(name)] = size, dtypes | {stored[name]}
     return dict(sorted(kinds.items(), key=lambda item: -item[1][0]))
+
+
+def _relative(error: float | None, signal: float | None) -> float | None:
+    return error / signal if error is not None and signal else None
 
 
 def _markdown(columns: list[str], cells: list[list[str]]) -> list[str]:
