@@ -370,22 +370,22 @@ def test_missing_kernels_are_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -
 def test_demo_shows_every_method_and_replaces_only_a_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     small = ["demo", "--samples", "1"]
     text = run(*small).stdout
-    for method in cli.DEMO_METHODS:
-        assert method in text
+    for name in cli.DEMO_RUNS:
+        assert name in text
     assert "change in % (95 %)" in text
     assert "of the bytes of this model" in text
     record = json.loads(Path("demo-out/pruning.json").read_text())
     methods = record["perplexity"]["methods"]
-    assert methods.keys() == set(cli.DEMO_METHODS)
+    assert methods.keys() == set(cli.DEMO_RUNS)
     best = min(methods, key=lambda name: methods[name]["pruned"]["nll"])
-    assert record["recipe"]["method"] == best
+    assert {name: record["recipe"][name] for name in ("method", "budget")} == cli.DEMO_RUNS[best]
     assert f"The best, {best}, is saved to demo-out" in text
     del record["perplexity"]["methods"]
     Path("demo-out/pruning.json").write_text(json.dumps(record))
     assert "'demo-out' exists" in refused(*small)  # somebody's own result
     record["perplexity"]["methods"] = methods
     Path("demo-out/pruning.json").write_text(json.dumps(record))
-    monkeypatch.setattr(cli, "DEMO_METHODS", ("random",))
+    monkeypatch.setattr(cli, "DEMO_RUNS", {"random": cli.DEMO_RUNS["random"]})
     document = json.loads(run(*small, "--json", "--quiet").stdout)
     assert document["best"] == document["recipe"]["method"] == "random"
     assert json.loads(Path("demo-out/pruning.json").read_text())["recipe"] == document["recipe"]

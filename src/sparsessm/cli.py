@@ -37,6 +37,9 @@ EVALUATED_TOKENS = 32768  # tokens that `prune` measures on, before and after
 DEMO_MODEL = "builtin:pycode"
 DEMO_TOKENS = 65536
 DEMO_METHODS = ("random", "magnitude", "sparsessm-vote", "sparsessm", "exact")
+DEMO_RUNS = {method: {"method": method, "budget": "layer"} for method in DEMO_METHODS} | {
+    f"{method}, budget model": {"method": method, "budget": "model"} for method in ("sparsessm", "exact")
+}
 
 app = typer.Typer(
     name="sparsessm",
@@ -257,12 +260,12 @@ def demo(
         Path, typer.Option("--out", "-o", help="For the best result; an older demo is replaced.")
     ] = (Path("demo-out")),
     sparsity: Annotated[float, typer.Option(help="Share of A_log removed.")] = 0.5,
-    samples: Annotated[int, typer.Option(min=1, help="Number of calibration windows.")] = 32,
+    samples: Annotated[int, typer.Option(min=1, help="Number of calibration windows.")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything drawn.")] = 0,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Prune the built-in model with five methods, compare them on held-out text, and save the best."""
+    """Prune the built-in model by every method, compare them on held-out text, and save the best."""
     with _answering(quiet) as progress:
         from .checkpoint import read_record, refuse_existing
         from .pipeline import needs_data
@@ -273,35 +276,39 @@ def demo(
         torch.manual_seed(seed)
         checkpoint = sparsessm.load(DEMO_MODEL)
         options: dict[str, Any] = {"sparsity": sparsity, "samples": samples, "seed": seed}
-        recipes = [sparsessm.resolve(checkpoint, method=method, **options) for method in DEMO_METHODS]
+        recipes = {name: sparsessm.resolve(checkpoint, **run, **options) for name, run in DEMO_RUNS.items()}
         progress.say("reading the standard library")
-        tokens = sparsessm.draw(checkpoint, next(filter(needs_data, recipes), recipes[0]))  # the same for all
-        measure = _measure(checkpoint, recipes[0], DEMO_TOKENS, progress)
+        every = list(recipes.values())
+        tokens = sparsessm.draw(checkpoint, next(filter(needs_data, every), every[0]))  # the same for all
+        measure = _measure(checkpoint, every[0], DEMO_TOKENS, progress)
         dense = measure(checkpoint, "dense model")
         runs: dict[str, tuple[Checkpoint, Report]] = {}
-        for recipe in recipes:
+        for name, recipe in recipes.items():
             checkpoint = sparsessm.load(DEMO_MODEL)
-            progress.say(f"pruning by {recipe.method}")
+            progress.say(f"pruning by {name}")
             report = sparsessm.follow(checkpoint, recipe, tokens if needs_data(recipe) else None, progress)
-            report.perplexity = _compared(dense, measure(checkpoint, f"pruned by {recipe.method}"))
-            runs[recipe.method] = checkpoint, report
-        measured = {method: report.perplexity for method, (_, report) in runs.items()}
-        best = min(measured, key=lambda method: measured[method]["pruned"]["nll"])
+            report.perplexity = _compared(dense, measure(checkpoint, f"pruned by {name}"))
+            runs[name] = checkpoint, report
+        measured = {name: report.perplexity for name, (_, report) in runs.items()}
+        best = min(measured, key=lambda name: measured[name]["pruned"]["nll"])
         checkpoint, report = runs[best]
         report.perplexity = {
             **measured[best],
             "methods": {
-                method: {name: measured[method][name] for name in ("pruned", "difference")}
-                for method in measured
+                name: {part: measured[name][part] for part in ("pruned", "difference")} for name in measured
             },
         }
         sparsessm.save(checkpoint, out, report, force=former)
     if as_json:
         _print_json({"out": str(out), "best": best, **report.record()})
     elif not quiet:
-        records = {"dense": dense.record(), **{method: measured[method]["pruned"] for method in measured}}
-        _show_perplexities(records, {method: measured[method]["difference"] for method in measured})
-        tables.show(f"{percent(sparsity)} of the entries of A_log removed. {report.honesty()}")
+        records = {"dense": dense.record(), **{name: measured[name]["pruned"] for name in measured}}
+        _show_perplexities(records, {name: measured[name]["difference"] for name in measured})
+        tables.show(
+            f"{percent(sparsity)} of the entries of A_log removed: the same share in every layer or, with "
+            "budget model (the default of prune), the cheapest of all layers together."
+        )
+        tables.show(report.honesty())
         tables.show(f"The best, {best}, is saved to {out}: a stock checkpoint.")
 
 

@@ -64,7 +64,7 @@ class Recipe(BaseModel):
         "memoryless", description="What a removed entry becomes: memoryless (decay 0) or unit (A = -1)."
     )
     budget: Literal["layer", "model"] = Field(
-        "layer", description="One threshold for each layer, or one over the whole model."
+        "model", description="One threshold over the whole model, or one for each layer."
     )
     diagonal: bool = Field(False, description="Method exact: leave out the off-diagonal Gram (cheaper).")
     time_weights: str = Field(
