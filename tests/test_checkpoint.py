@@ -433,7 +433,7 @@ def test_a_pruned_model_is_the_same_in_stock_code(tmp_path: Path) -> None:
             assert dtypes(out) == dtypes(source)
             written = load_file(out / "model.safetensors")
             for row in report.rows:
-                assert row.pruned == row.total // 2 == int((written[row.target] == value).sum())
+                assert row.pruned == int((written[row.target] == value).sum())
             skip_weight = "backbone.layers.0.mixer.D"
             assert not torch.equal(written[skip_weight], mixed[skip_weight])  # its refit counts too
             ours = adapt(came.model, came.stored).logits(TOKENS)

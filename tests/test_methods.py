@@ -32,6 +32,7 @@ def windows(count: int, length: int = 48, seed: int = 0) -> Tensor:
 def masks(model: Any, tokens: Tensor, **fields: Any) -> list[np.ndarray]:
     """Keep-masks that the pipeline chose, by comparing A_log before and after."""
     before = [layer.mixer.A_log.detach().clone() for layer in model.backbone.layers]
+    fields = {"budget": "layer"} | fields  # the papers' rule
     recipe = Recipe(**fields).resolved(model="pico", states=8, trained_length=tokens.shape[1])
     prune(adapt(model), recipe, tokens)
     after = [layer.mixer.A_log.detach() for layer in model.backbone.layers]

@@ -22,6 +22,7 @@ TOKENS = torch.randint(0, 64, (4, 40), generator=torch.Generator().manual_seed(0
 def run(
     model: Any, tokens: Tensor | None = TOKENS, stored: dict[str, torch.dtype] | None = None, **fields: Any
 ) -> Report:
+    fields = {"budget": "layer"} | fields
     recipe = Recipe(**fields).resolved(model="pico", states=8, trained_length=40)
     return prune(adapt(model, stored), recipe, tokens)
 
