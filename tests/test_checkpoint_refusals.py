@@ -310,9 +310,12 @@ def test_an_existing_target(loaded: Checkpoint, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"out' exists; choose another name, or replace it with force=True"):
         checkpoint.save(loaded, target, record={"run": 2})
     assert checkpoint.read_record(target) == {"run": 1}
-    (target / "stray").touch()
+    (target / "model-00001-of-00009.safetensors").touch()
     checkpoint.save(loaded, target, record={"run": 2}, force=True)
-    assert checkpoint.read_record(target) == {"run": 2} and not (target / "stray").exists()
+    assert (
+        checkpoint.read_record(target) == {"run": 2}
+        and not (target / "model-00001-of-00009.safetensors").exists()
+    )
     assert names(tmp_path) == {"in", "out"}
 
 
@@ -439,3 +442,20 @@ def test_a_living_writer_is_left_alone(tmp_path: Path) -> None:
         target.mkdir()
         (target / "another").touch()
     assert names(tmp_path) == {"out"} and names(target) == {"another"}
+
+
+def test_force_does_not_take_a_project(tmp_path: Path) -> None:
+    """A config.json does not make a checkpoint, and a checkpoint's neighbours stay."""
+    project = tmp_path / "project"
+    (project / ".git").mkdir(parents=True)
+    (project / "config.json").write_text('{"name": "webapp"}')
+    with pytest.raises(ValueError, match="config.json is of something else"):
+        checkpoint.refuse_existing(project, True)
+    (project / "config.json").write_text('{"model_type": "mamba"}')
+    with pytest.raises(ValueError, match="it also has '.git'"):
+        checkpoint.refuse_existing(project, True)
+    (project / ".git").rmdir()
+    checkpoint.refuse_existing(project, True)
+    (project / "notes.md").touch()
+    with pytest.raises(ValueError, match="it also has 'notes.md'"):
+        checkpoint.refuse_existing(project, True)

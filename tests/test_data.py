@@ -297,3 +297,11 @@ def test_real_corpora() -> None:
     wiki, wiki_bytes = data.evaluation_windows(str(SHARED / "wikitext2.test.raw.txt"), neox, length=2048)
     assert wiki_bytes == pytest.approx(1290590 * 2047 / 2048, rel=2e-2)
     assert data.fingerprint(wiki) != data.fingerprint(windows)
+
+
+def test_half_a_surrogate_pair_is_named(tmp_path: Path) -> None:
+    """Valid JSON that is no text."""
+    path = tmp_path / "text.jsonl"
+    path.write_text('{"text": "fine"}\n{"text": "\\ud800 not"}\n')
+    with pytest.raises(ValueError, match="line 2: not a Unicode text"):
+        data.documents(str(path), "calibration")

@@ -13,6 +13,7 @@ import yaml
 from sparsessm.report import (
     Report,
     Row,
+    checked,
     contents,
     finite,
     kind_of,
@@ -183,3 +184,21 @@ def test_numbers() -> None:
     assert [percent(0.5), percent(-1e-9, "+"), percent(math.nan)] == ["50.00 %", "+0.00 %", "-"]
     assert [number(1.25, ".1f"), number(None, ".1f"), number(math.inf, ".1f")] == ["1.2", "-", "-"]
     assert finite({"a": (1.0, math.nan), "b": True, "c": "nan"}) == {"a": [1.0, None], "b": True, "c": "nan"}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {},
+        {"format": 2},
+        {"format": 1},
+        {"format": 1, "targets": 3, "totals": {}, "recipe": {}},
+        {"format": 1, "targets": [{"target": "x", "removed": "gone"}], "totals": {}, "recipe": {}},
+        {"format": 1, "targets": [], "totals": None, "recipe": {}},
+        {"format": 1, "targets": [], "totals": {}, "recipe": None},
+    ],
+)
+def test_what_is_no_record_is_refused_by_path(record: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=r"^dir/pruning.json: (record format|not a record)"):
+        checked(record, "dir/pruning.json")
+    assert checked(None, "dir/pruning.json") is None

@@ -23,11 +23,11 @@ import typer
 import sparsessm
 
 from . import kernels, tables
-from .data import DATASETS
+from .data import DATASETS, fingerprint
 from .methods import METHODS
 from .patterns import NofM, Unstructured
 from .recipe import Recipe, window_length
-from .report import Report, contents, finite, percent, perplexity_table, removed_table
+from .report import Report, checked, contents, finite, percent, perplexity_table, removed_table
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
@@ -69,7 +69,9 @@ FromFile = Annotated[
     typer.Option(help="A recipe (YAML), or a result to repeat; options beside it replace its fields."),
 ]
 Models = Annotated[list[str], typer.Argument(help="Models; all others are compared with the first.")]
-Text = Annotated[str, typer.Option(help=Recipe.model_fields["data"].description)]
+Text = Annotated[
+    str, typer.Option(help=str(Recipe.model_fields["data"].description).replace("Calibration", "Evaluation"))
+]
 Length = Annotated[
     int | None, typer.Option(min=2, help="Tokens in a window [default: 2048, or the model's own].")
 ]
@@ -124,6 +126,12 @@ def prune(
         torch.manual_seed(wanted.seed)
         progress.say(f"reading {wanted.data}")
         tokens = sparsessm.draw(checkpoint, wanted)
+        if (
+            recipe
+            and tokens is not None
+            and (before := Recipe.calibrated_on(recipe)) not in (None, fingerprint(tokens))
+        ):
+            progress.say(f"note: not the calibration tokens of {recipe} ({before[:12]}...); masks may differ")
         measure = None if no_eval else _measure(checkpoint, wanted, EVALUATED_TOKENS, progress)
         dense = measure(checkpoint, "dense model") if measure else None
         progress.say(f"pruning by {wanted.method}")
@@ -187,6 +195,7 @@ def evaluate(
 @app.command()
 def inspect(
     directory: Annotated[str, typer.Argument(help="A result of `prune`, or any model.")],
+    tokenizer: Annotated[str | None, _field("tokenizer")] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -195,14 +204,16 @@ def inspect(
         from .architectures import REMOVED_A_LOG
         from .checkpoint import read_record
 
-        checkpoint = sparsessm.load(directory)
-        record = read_record(directory)
+        checkpoint = sparsessm.load(directory, tokenizer=tokenizer)
+        record = checked(read_record(directory), f"{directory}/pruning.json")
         tensors = checkpoint.model.state_dict()
         kinds = contents(tensors, checkpoint.stored)
         dtypes = {
             kind: sorted(str(dtype).removeprefix("torch.") for dtype in kinds[kind][1]) for kind in kinds
         }
         rows = record["targets"] if record else []
+        if unknown := [row["target"] for row in rows if row["target"] not in tensors]:
+            raise ValueError(f"{directory}/pruning.json: the model has no {unknown[0]}")
         found = {
             row["target"]: int((tensors[row["target"]] == REMOVED_A_LOG[row["removed"]]).sum())
             for row in rows
@@ -271,7 +282,7 @@ def demo(
         from .pipeline import needs_data
 
         record = read_record(out) if out.is_dir() else None
-        former = record is not None and "methods" in record.get("perplexity", {})
+        former = record is not None and "methods" in (record.get("perplexity") or {})
         refuse_existing(out, former, DEMO_MODEL)
         torch.manual_seed(seed)
         checkpoint = sparsessm.load(DEMO_MODEL)

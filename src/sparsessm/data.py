@@ -328,8 +328,13 @@ def _text_of(data: str, number: int, line: str) -> str:
     """Takes the `text` field out of one line of a .jsonl file."""
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
+        row["text"].encode()  # JSON can hold half a surrogate pair, which is no text
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"data {data!r}, line {number}: not JSON ({error})") from error
+    except UnicodeEncodeError as error:
+        raise ValueError(f"data {data!r}, line {number}: not a Unicode text ({error})") from error
+    except (TypeError, KeyError, AttributeError, IndexError):
+        row = None  # answered below
     if not isinstance(row, dict) or not isinstance(row.get("text"), str):
         raise ValueError(f"data {data!r}, line {number}: needs an object with a string field 'text'")
     return row["text"]

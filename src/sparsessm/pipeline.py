@@ -45,6 +45,7 @@ def prune(
         seen = look(method.watch(target.matrix, rule)) if method.watch else None  # 1 calibrate
         score = _score(method, target, seen, rule)  # 2 score
         keep = rule.pattern.keep(score, rule.sparsity)  # 3 mask
+        keep &= target.matrix != target.removed[rule.removed]  # removed before: stays removed, and is counted
         target.replace(target.matrix.masked_fill(~keep, target.removed[rule.removed]))
         repairs = method.repair(seen, keep, rule) if method.repair else {}  # 4 compensate
         for companion, change in repairs.items():

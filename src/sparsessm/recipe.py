@@ -50,7 +50,7 @@ class Recipe(BaseModel):
 
     model: str | None = Field(None, description="Hub id, local directory or builtin:NAME.")
     tokenizer: str | None = Field(
-        None, description="Tokenizer, when the model has none: hub id or directory."
+        None, description="Tokenizer to use instead of the model's own: hub id, directory or tokenizer.json."
     )
     target: str = Field("ssm", description=f"What is pruned: {', '.join(TARGETS)}.")
     method: str = Field("exact", description=f"How entries are scored: {', '.join(METHODS)}.")
@@ -64,14 +64,14 @@ class Recipe(BaseModel):
         "memoryless", description="What a removed entry becomes: memoryless (decay 0) or unit (A = -1)."
     )
     budget: Literal["layer", "model"] = Field(
-        "model", description="One threshold over the whole model, or one for each layer."
+        "model", description="model: one threshold over all layers; layer: one for each."
     )
     diagonal: bool = Field(False, description="Method exact: leave out the off-diagonal Gram (cheaper).")
     time_weights: str = Field(
         "power:1", description="Method sparsessm: uniform, linear, power:P, discount:G or window:SHARE."
     )
     data: str = Field("stdlib", description=f"Calibration text: {', '.join(DATASETS)}, or {_FILE}.")
-    samples: int = Field(64, ge=1, description="Number of calibration windows.")
+    samples: int = Field(64, ge=1, le=100_000, description="Number of calibration windows.")
     length: int | None = Field(
         None, ge=2, description="Tokens in a window; 2048, or the model's own length if shorter."
     )
@@ -175,6 +175,15 @@ class Recipe(BaseModel):
             )
         except (ValueError, yaml.YAMLError) as error:
             raise ValueError(f"recipe {path}: {' '.join(str(error).split())}") from None
+
+    @staticmethod
+    def calibrated_on(path: str | Path) -> str | None:
+        """SHA-256 of the calibration tokens of a result; None for a plain recipe. `path` as for `load`."""
+        path = Path(path)
+        path = path / "pruning.json" if path.is_dir() else path
+        record = json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" else {}
+        calibration = record.get("calibration")
+        return calibration.get("sha256") or None if isinstance(calibration, dict) else None
 
     def updated(self, **fields: Any) -> Recipe:
         """A copy with `fields` replaced, checked as a whole; what was never given stays at its default.

@@ -276,6 +276,27 @@ def perplexity_table(
     return ["model", "perplexity (95 %)", "bits/byte", "change in % (95 %)"], cells
 
 
+def checked(record: dict[str, Any] | None, path: str) -> dict[str, Any] | None:
+    """A record read from a file, if it has the shape of one.
+
+    Raises:
+        ValueError: it is of another format, or not a record at all; names the path.
+    """
+    if record is None:
+        return None
+    if record.get("format") != RECORD_FORMAT:
+        raise ValueError(f"{path}: record format {record.get('format')!r}; known: {RECORD_FORMAT}")
+    try:
+        for row in record["targets"]:
+            if row["removed"] not in REMOVED_WORDS or not {int} == {type(row["pruned"]), type(row["total"])}:
+                raise ValueError(row)
+        removed_table(record["targets"], record["totals"])
+        dict(record["recipe"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: not a record of a pruning ({type(error).__name__}: {error})") from None
+    return record
+
+
 def percent(share: float | None, sign: str = "") -> str:
     """0.5 -> "50.00 %"; with sign "+", "+50.00 %"."""
     if share is None or not math.isfinite(share):

@@ -7,7 +7,9 @@ shards.
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -56,6 +58,8 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
             files = _shards(folder, folder / f"{name}.index.json")
         seen: set[str] = set()
         for file in files:
+            if not os.access(file, os.R_OK):
+                raise ValueError(f"{file}: no right to read it")
             for tensor_name, tensor in read(file):
                 if tensor_name in seen:
                     raise ValueError(f"{file}: tensor {tensor_name} is in more than one shard")
@@ -89,7 +93,9 @@ def _read_bin(file: Path) -> Iterator[tuple[str, Tensor]]:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
-        reason = f"not a file of plain tensors; refused, nothing in it was executed ({_first_line(error)})"
+        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"it asks for {asked[1]}" if asked else "it is no plain pickle of tensors"
+        reason = f"not a file of plain tensors; refused, nothing in it was executed ({what})"
         raise ValueError(f"{file}: {reason}") from error
     except Exception as error:  # the zip reader has a different one in each release
         raise ValueError(f"{file}: truncated or corrupt ({_first_line(error)})") from error

@@ -31,7 +31,7 @@ from .files import few, read_json, read_tensors
 
 RECORD, CONFIG, GENERATION = "pruning.json", "config.json", "generation_config.json"
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     *VOCABULARIES,
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -268,7 +268,7 @@ def _tokenizer(
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
     except Exception as error:
         raise ValueError(f"the tokenizer in {str(folder)!r} cannot be read: {error}") from error
-    present = [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
+    present = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
     return tokenizer, {path.name: path.read_bytes() for path in present}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,24 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from . import atomic, state_spaces
-from .files import BIN, write_safetensors
-from .reading import CONFIG, GENERATION, RECORD, VOCABULARIES, Checkpoint, local_folder, quiet, untied
+from .files import BIN, read_json, write_safetensors
+from .reading import (
+    CONFIG,
+    GENERATION,
+    RECORD,
+    TOKENIZER_FILES,
+    VOCABULARIES,
+    Checkpoint,
+    local_folder,
+    quiet,
+    untied,
+)
 
 CARD = "README.md"
 _NOT_COMPARED = {"dtype", "torch_dtype", "_name_or_path", "transformers_version", "architectures"}
+# What a directory may hold that --force replaces.
+_OURS = (CONFIG, GENERATION, RECORD, CARD, "LICENSE*", *TOKENIZER_FILES)
+_OURS += ("model*.safetensors", "pytorch_model*.bin", "*.index.json")
 
 
 def refuse_existing(path: str | os.PathLike[str], force: bool, source: str | None = None) -> None:
@@ -46,16 +60,27 @@ def refuse_existing(path: str | os.PathLike[str], force: bool, source: str | Non
             raise ValueError(
                 f"{shown!r} exists; choose another name, or replace it with force=True (--force)"
             )
-        # A slip of the hand must not take a home directory with it.
-        if any(target.iterdir()) and not (target / CONFIG).is_file():
+        if any(target.iterdir()) and (foreign := _foreign(target)):
             raise ValueError(
-                f"{shown!r} is not replaced: it is no checkpoint (no {CONFIG}); remove it yourself"
+                f"{shown!r} is not replaced: it is no checkpoint ({foreign}); remove it yourself"
             )
     nearest = next((parent for parent in target.parents if parent.exists()), target)
     if not nearest.is_dir():
         raise ValueError(f"{shown!r} cannot be made: {str(nearest)!r} is a file")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise ValueError(f"{shown!r} cannot be made: no right to write in {str(nearest)!r}")
+
+
+def _foreign(target: Path) -> str | None:
+    """Why a directory is not a checkpoint and nothing else, None if it is: a slip must not take a project."""
+    if not (target / CONFIG).is_file():
+        return f"no {CONFIG}"
+    if not {"model_type", "d_model"} & read_json(target / CONFIG).keys():
+        return f"{CONFIG} is of something else"
+    for path in sorted(target.iterdir()):
+        if path.is_dir() or not any(fnmatch(path.name, pattern) for pattern in _OURS):
+            return f"it also has {path.name!r}"
+    return None
 
 
 def save(
