@@ -1,6 +1,6 @@
 """The forward and backward that trains `builtin:pycode`: a stock Mamba's parameters, computed channel-last.
 
-The scan is the package's kernel, with its hand-written backward. Matrix products run in bfloat16 (twice
+Convolution and scan are the package's kernels with their backwards. Matrix products run in bfloat16 (twice
 float32 on a CPU with avx512_bf16), everything else in float32. The pieces with a hand-written backward exist
 because autograd would keep and touch several times more memory; elementwise work is fused by torch.compile.
 """
@@ -34,39 +34,6 @@ class _Linear(torch.autograd.Function):
         return (dy @ weight).float(), (dy.t() @ x).float()
 
 
-def _conv_forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Causal depthwise convolution and SiLU: x (W, L, D), weight (D, K), bias (D,)."""
-    length, taps = x.shape[1], weight.shape[1]
-    padded = F.pad(x, (0, 0, taps - 1, 0))
-    out = bias
-    for k in range(taps):
-        out = out + weight[:, k] * padded[:, k : k + length]
-    return F.silu(out)
-
-
-def _conv_backward_pre(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Gradient of the convolution's sum, before its SiLU (computed again, cheaper than keeping it)."""
-    length, taps = x.shape[1], weight.shape[1]
-    padded = F.pad(x, (0, 0, taps - 1, 0))
-    out = bias
-    for k in range(taps):
-        out = out + weight[:, k] * padded[:, k : k + length]
-    gate = torch.sigmoid(out)
-    return dy * gate * (1 + out * (1 - gate))
-
-
-def _conv_backward(dpre: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias from the gradient of the sum."""
-    length, taps = x.shape[1], weight.shape[1]
-    padded = F.pad(x, (0, 0, taps - 1, 0))
-    ahead = F.pad(dpre, (0, 0, 0, taps - 1))
-    dx = weight[:, 0] * ahead[:, taps - 1 : taps - 1 + length]
-    for k in range(1, taps):
-        dx = dx + weight[:, k] * ahead[:, taps - 1 - k : taps - 1 - k + length]
-    dweight = torch.stack([(dpre * padded[:, k : k + length]).sum((0, 1)) for k in range(taps)], dim=1)
-    return dx, dweight, dpre.sum((0, 1))
-
-
 def _norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
     return x * scale * weight, scale
@@ -91,27 +58,8 @@ def _loss_chunk(logits: Tensor, targets: Tensor, count: int) -> tuple[Tensor, Te
 
 def compile_pieces() -> None:
     """Fuses the elementwise pieces (needs a C++ compiler; without this call they run unfused)."""
-    for piece in (
-        _conv_forward,
-        _conv_backward_pre,
-        _conv_backward,
-        _norm_forward,
-        _norm_backward,
-        _loss_chunk,
-    ):
+    for piece in (_norm_forward, _norm_backward, _loss_chunk):
         globals()[piece.__name__] = torch.compile(piece, dynamic=False)
-
-
-class _Conv(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight, bias)
-        return _conv_forward(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, weight, bias = ctx.saved_tensors
-        return _conv_backward(_conv_backward_pre(dy, x, weight, bias), x, weight)
 
 
 class _Norm(torch.autograd.Function):
@@ -124,19 +72,6 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
         return *_norm_backward(dy, *ctx.saved_tensors), None
-
-
-class _Scan(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(u, delta, A, B, C, D, z)
-        return kernels.selective_scan(u, delta, A, B, C, D, z)[0]
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
-        return tuple(kernels.selective_scan_backward(dy.contiguous(), *ctx.saved_tensors))
 
 
 class _Loss(torch.autograd.Function):
@@ -180,10 +115,10 @@ def final_hidden(model: nn.Module, tokens: Tensor) -> Tensor:
         into_x, into_z = mixer.in_proj.weight.chunk(2)
         x = _linear(normed, into_x)  # (W, L, D)
         z = _linear(normed, into_z)  # (W, L, D)
-        u = _Conv.apply(x, mixer.conv1d.weight[:, 0], mixer.conv1d.bias)
+        u = kernels.causal_conv1d(x, mixer.conv1d.weight[:, 0], mixer.conv1d.bias, silu=True)
         step, B, C = _linear(u, mixer.x_proj.weight).split([rank, states, states], dim=-1)
         delta = F.softplus(_linear(step, mixer.dt_proj.weight) + mixer.dt_proj.bias)
-        y = _Scan.apply(u, delta, -torch.exp(mixer.A_log), B.contiguous(), C.contiguous(), mixer.D, z)
+        y, _ = kernels.selective_scan(u, delta, -torch.exp(mixer.A_log), B, C, mixer.D, z)
         hidden = hidden + _linear(y, mixer.out_proj.weight)
     return _Norm.apply(hidden, backbone.norm_f.weight, eps)
 

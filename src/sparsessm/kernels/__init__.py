@@ -3,6 +3,10 @@
 Natively, bfloat16 and float16 inputs are computed in float32; float64 and other devices use the reference.
 Shapes are checked here and refused by name. Channel tensors may be strided views as long as their last
 dimension is contiguous; others are copied.
+
+`selective_scan` and `causal_conv1d` take part in torch's autograd; where no gradient is asked for they leave
+no trace in it. What is carried from one slab of time to the next (states, the inputs before) is outside of
+it, and so is `selective_scan_stats`.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from sparsessm.kernels import reference
 from sparsessm.kernels.reference import ScanStats
@@ -33,6 +38,7 @@ __all__ = [
     "NATIVE",
     "ScanStats",
     "causal_conv1d",
+    "causal_conv1d_backward",
     "selective_scan",
     "selective_scan_backward",
     "selective_scan_stats",
@@ -62,15 +68,23 @@ def selective_scan(
 
     Returns:
         y (batch, L, D) = (C_t . h_t + D u_t) [* silu(z_t)] in u's dtype, and the last state (batch, D, N).
+        y is differentiable in everything but the initial state; natively the last state is not differentiable
+        and its gradient is refused.
 
     Raises:
-        ValueError: a shape that does not fit, named.
+        ValueError: a shape that does not fit, named; an initial state that requires a gradient.
     """
     _check(u, delta, A, B, C, D, z, initial_state)
+    wanted = _wants_gradient("initial_state", initial_state, u, delta, A, B, C, D, z)
     if not _runs_native(u):
         return reference.selective_scan(u, delta, A, B, C, D, z, initial_state)
-    inputs = _prepare(u, delta, A, B, C, D, z, initial_state)
-    y, last = torch.empty(u.shape), torch.empty(u.shape[0], *A.shape)
+    run = _Scan.apply if wanted else _scan
+    return run(u, delta, A, B, C, D, z, initial_state)
+
+
+def _scan(u: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    inputs = _prepare(u, *others)
+    y, last = torch.empty(u.shape), torch.empty(u.shape[0], *others[1].shape)
     _native.selective_scan(LEVEL, torch.get_num_threads(), *inputs, y, last)
     return y.to(u.dtype), last
 
@@ -185,28 +199,106 @@ def causal_conv1d(
             not given.
 
     Returns:
-        (batch, L, D) in x's dtype.
+        (batch, L, D) in x's dtype; differentiable in x, weight and bias.
 
     Raises:
-        ValueError: a shape that does not fit, named.
+        ValueError: a shape that does not fit, named; inputs before x that require a gradient.
     """
-    if x.ndim != 3 or weight.ndim != 2 or 0 in (x.shape[0], x.shape[2], weight.shape[1]):
-        raise ValueError(
-            f"x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}, "
-            "expected (batch, L, D) and (D, K)"
-        )
-    (batch, _, channels), width = x.shape, weight.shape[1]
-    _expect("weight", weight, (channels, width))
-    if bias is not None:
-        _expect("bias", bias, (channels,))
-    if before is not None:
-        _expect("before", before, (batch, width - 1, channels))
+    _check_conv(x, weight, bias, before)
+    wanted = _wants_gradient("before", before, x, weight, bias)
     if not _runs_native(x):
         return reference.causal_conv1d(x, weight, bias, before, silu=silu)
+    run = _Conv.apply if wanted else _conv
+    return run(x, weight, bias, before, silu)
+
+
+def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor | None, silu: bool) -> Tensor:
     y = torch.empty(x.shape)
     packed = [None if t is None else t.detach().float().contiguous() for t in (weight, bias, before)]
     _native.causal_conv1d(LEVEL, torch.get_num_threads(), _rows(x), *packed, silu, y)
     return y.to(x.dtype)
+
+
+def causal_conv1d_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    before: Tensor | None = None,
+    *,
+    silu: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of `causal_conv1d`; the sum before SiLU is computed again, only the inputs are kept.
+
+    Args:
+        dy: (batch, L, D) gradient of the loss with respect to y. The others as in `causal_conv1d`.
+
+    Returns:
+        Gradients of x, weight and bias (None without bias), each in its tensor's shape.
+
+    Raises:
+        ValueError: a shape that does not fit, named.
+    """
+    _check_conv(x, weight, bias, before)
+    _expect("dy", dy, x.shape)
+    if not _runs_native(x):
+        return reference.causal_conv1d_backward(dy, x, weight, bias, before, silu=silu)
+    (batch, length, channels), width = x.shape, weight.shape[1]
+    dy, taps = dy.detach().float(), weight.detach().float()
+    if silu:
+        dy = torch.ops.aten.silu_backward(dy, _conv(x.detach().float(), weight, bias, before, False))
+    dx = dy * taps[:, -1]
+    for k in range(1, min(width, length)):  # x_t reaches y_{t+k} through tap K-1-k
+        dx[:, : length - k].addcmul_(dy[:, k:], taps[:, width - 1 - k])
+    past = dy.new_zeros(batch, width - 1, channels) if before is None else before.detach().float()
+    seen = torch.cat([past, x.detach().float()], 1)
+    dweight = torch.stack([(dy * seen[:, k : k + length]).sum((0, 1)) for k in range(width)], 1)
+    return dx, dweight, None if bias is None else dy.sum((0, 1))
+
+
+class _Scan(torch.autograd.Function):
+    """`selective_scan` and its backward, natively."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(*inputs)
+        ctx.set_materialize_grads(False)
+        return _scan(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        dy, dlast = grad_outputs
+        if dlast is not None:
+            raise ValueError("selective_scan: no gradient flows through the last state")
+        if dy is None:
+            return (None,) * 8
+        return *selective_scan_backward(dy, *ctx.saved_tensors), None
+
+
+class _Conv(torch.autograd.Function):
+    """`causal_conv1d` and its backward, natively."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor | None, silu: bool
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, bias, before)
+        ctx.silu = silu
+        return _conv(x, weight, bias, before, silu)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        return *causal_conv1d_backward(*grad_outputs, *ctx.saved_tensors, silu=ctx.silu), None, None
+
+
+def _wants_gradient(name: str, state: Tensor | None, *inputs: Tensor | None) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    if state is not None and state.requires_grad:
+        raise ValueError(f"{name} requires a gradient; none flows through it (detach it)")
+    return any(x is not None and x.requires_grad for x in inputs)
 
 
 def _runs_native(u: Tensor) -> bool:
@@ -237,6 +329,20 @@ def _prepare(
 def _expect(name: str, x: Tensor, shape: Sequence[int]) -> None:
     if tuple(x.shape) != tuple(shape):
         raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {tuple(shape)}")
+
+
+def _check_conv(x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor | None) -> None:
+    if x.ndim != 3 or weight.ndim != 2 or 0 in (x.shape[0], x.shape[2], weight.shape[1]):
+        raise ValueError(
+            f"x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}, "
+            "expected (batch, L, D) and (D, K)"
+        )
+    (batch, _, channels), width = x.shape, weight.shape[1]
+    _expect("weight", weight, (channels, width))
+    if bias is not None:
+        _expect("bias", bias, (channels,))
+    if before is not None:
+        _expect("before", before, (batch, width - 1, channels))
 
 
 def _check(

@@ -119,3 +119,20 @@ def causal_conv1d(
     y = sum((padded[:, k : k + length] * weight[:, k] for k in range(width)), torch.zeros_like(x))
     y = y if bias is None else y + bias
     return F.silu(y) if silu else y
+
+
+def causal_conv1d_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    before: Tensor | None = None,
+    *,
+    silu: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
+    bias = None if bias is None else bias.detach().requires_grad_()
+    with torch.enable_grad():
+        y = causal_conv1d(x, weight, bias, before, silu=silu)
+        dx, dweight, *rest = torch.autograd.grad(y, [x, weight, *([] if bias is None else [bias])], dy)
+    return dx, dweight, rest[0] if rest else None
