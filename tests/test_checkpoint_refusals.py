@@ -411,7 +411,9 @@ def test_a_killed_save(loaded: Checkpoint, tmp_path: Path, name: str, target_exi
     if target_exists:
         checkpoint.save(loaded, target, record={"run": 1})
     done = run(KILLED, tmp_path / "in", target, name)
-    assert done.returncode == -getattr(signal, name), done
+    # 1 where a second interrupt meets torch's exit handler
+    ends = {-getattr(signal, name)} | ({1} if name == "SIGINT" else set())
+    assert done.returncode in ends, done
     left = {entry for entry in names(tmp_path) if entry.startswith(".out.saving-")}
     assert bool(left) == (name != "SIGINT")
     assert names(tmp_path) - left == {"in", "out"} - (set() if target_exists else {"out"})
