@@ -3,6 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+DEVELOPED := .venv/.developed
 INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/sparsessm/kernels/*.cpp src/sparsessm/kernels/*.h)
 
 .PHONY: demo test lint bench clean
@@ -10,10 +11,10 @@ INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/sparsessm
 demo: $(INSTALLED) ## prune the built-in model, every method side by side
 	$(BIN)/sparsessm demo
 
-test: $(INSTALLED) ## the whole suite, two workers, coverage of src
+test: $(DEVELOPED) ## the whole suite, two workers, coverage of src
 	$(BIN)/python -m pytest -n 2 --cov --cov-report=term
 
-lint: $(INSTALLED) ## style and types
+lint: $(DEVELOPED) ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
@@ -26,7 +27,15 @@ clean: ## what building and testing left, .venv excepted
 	find src tests tools bench -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 # Installed anew when the declaration, the pins or a kernel changed; Python files are read where they lie.
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+VENV = $(BIN)/python -c "" 2>/dev/null || $(PYTHON) -m venv .venv
+
 $(INSTALLED): $(INPUTS)
-	$(BIN)/python -c "" 2>/dev/null || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(VENV)
+	$(INSTALL) -e .
 	touch $@
+
+$(DEVELOPED): $(INPUTS) # with what tests and linters need
+	$(VENV)
+	$(INSTALL) -e ".[dev]"
+	touch $(INSTALLED) $@

@@ -26,11 +26,13 @@ from torch.nn import functional as F
 from transformers import MambaConfig, MambaForCausalLM
 from transformers.models.mamba.modeling_mamba import mamba_selective_scan  # transformers 5
 
-from sparsessm import kernels
+from sparsessm import kernels, pipeline
 from sparsessm.architectures import adapt
-from sparsessm.calibrate import walk
+from sparsessm.calibrate import ROWS, walk
 from sparsessm.methods import METHODS, Rule
+from sparsessm.observers import InputGram
 from sparsessm.patterns import Unstructured
+from sparsessm.recipe import Recipe
 
 LENGTH = 2048
 WIDTH, CHANNELS, STATES, RANK = 768, 1536, 16, 48  # mamba-130m
@@ -144,6 +146,95 @@ def calibration(rounds: int, windows: int) -> dict[str, Any]:
             name: round(ratio(times, name, "products"), 2) for name in times if name != "products"
         },
     }
+
+
+STAGES = {
+    "hessians": (InputGram, "add"),
+    "factorisation": (pipeline, "factorise"),
+    "target": (pipeline, "dense_target"),
+    "sweep": (pipeline, "sweep"),
+    "refit": (pipeline, "refit"),
+    "fisher": (pipeline.curvature, "output_fisher"),
+    "survey": (pipeline, "_allocated"),
+}
+PRUNED = {
+    "sparsegpt, projections": {"method": "sparsegpt", "target": "projections"},
+    "absorb, projections, uniform": {"target": "projections", "allocation": "uniform", "weight": "none"},
+    "default (absorb + exact)": {},
+}
+
+
+def pruning(rounds: int, windows: int) -> dict[str, Any]:
+    """(d) Two layers pruned to 50 %, against the floor: the matrix products of two forwards of each block,
+    one Gram of every projection's inputs, one Cholesky factorisation of each."""
+    tokens = torch.randint(0, 50280, (windows, LENGTH), generator=torch.Generator().manual_seed(0))
+    mixer: Any = model(1).backbone.layers[0].mixer
+    kinds = ("in_proj", "x_proj", "dt_proj", "out_proj")
+    rows = {kind: torch.randn(ROWS, getattr(mixer, kind).in_features) for kind in kinds}
+    definite = {kind: (x.T @ x).double() + torch.eye(x.shape[1]) for kind, x in rows.items()}
+    slabs = 2 * windows * LENGTH // ROWS  # of two layers
+
+    def floor() -> None:
+        for _ in range(slabs):
+            for kind, x in rows.items():
+                getattr(mixer, kind)(x)
+                getattr(mixer, kind)(x)
+                x.T @ x
+        for _ in range(2):
+            for hessian in definite.values():
+                torch.linalg.cholesky(hessian)
+
+    def run(fields: dict[str, str]) -> Callable[[], Any]:
+        def once() -> None:
+            dense = adapt(model(2))
+            recipe = Recipe(**fields).resolved(model="random", trained_length=LENGTH)
+            pipeline.prune(dense, recipe, tokens)
+
+        return once
+
+    def build() -> None:
+        adapt(model(2))
+
+    with torch.inference_mode(False), torch.no_grad():
+        times = interleaved(rounds, floor=floor, build=build, **{name: run(f) for name, f in PRUNED.items()})
+    result: dict[str, Any] = {"seconds": {name: round(statistics.median(t), 2) for name, t in times.items()}}
+    for name in PRUNED:
+        each = zip(times[name], times["build"], times["floor"], strict=True)
+        result[f"{name} / floor"] = round(statistics.median((a - b) / c for a, b, c in each), 2)
+        result[f"stages of {name}, s"] = stages(run(PRUNED[name]))
+    return result
+
+
+def stages(run: Callable[[], Any]) -> dict[str, float]:
+    """Seconds inside the functions of `STAGES`, and what is left: forwards, scans, data on the move."""
+    spent = dict.fromkeys(STAGES, 0.0)
+    nested: list[str] = []
+
+    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            nested.append(name)
+            start = time.perf_counter()
+            try:
+                return function(*args, **options)
+            finally:
+                nested.pop()
+                if not nested:
+                    spent[name] += time.perf_counter() - start
+
+        return call
+
+    originals = {name: getattr(owner, attribute) for name, (owner, attribute) in STAGES.items()}
+    for name, (owner, attribute) in STAGES.items():
+        setattr(owner, attribute, timed(name, originals[name]))
+    start = time.perf_counter()
+    try:
+        run()
+    finally:
+        for name, (owner, attribute) in STAGES.items():
+            setattr(owner, attribute, originals[name])
+    whole = time.perf_counter() - start
+    spent["forwards and the rest"] = whole - sum(spent.values())
+    return {name: round(seconds, 2) for name, seconds in spent.items()}
 
 
 def peak(layers: int, windows: int) -> dict[str, float]:

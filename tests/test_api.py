@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from sparsessm.checkpoint import Checkpoint
 from sparsessm.recipe import Recipe
 
 TOKENS = torch.arange(40).reshape(2, 20) % 64
+FAST: dict[str, Any] = {"data": "text.txt", "samples": 2, "length": 16}
 
 
 @pytest.fixture
@@ -43,7 +45,7 @@ def removed(checkpoint: Checkpoint) -> list[float]:
 
 
 def test_prune_works_in_place_and_save_and_load_change_nothing(dense: Checkpoint) -> None:
-    report = sparsessm.prune(dense, sparsity=0.25, budget="layer", data="text.txt", samples=2, length=16)
+    report = sparsessm.prune(dense, sparsity=0.25, target="ssm", allocation="uniform", **FAST)
     assert removed(dense) == [0.25, 0.25]
     assert report.totals["ssm"]["pruned"] == 128
     assert report.recipe["model"] == "dense"
@@ -61,15 +63,17 @@ def test_prune_works_in_place_and_save_and_load_change_nothing(dense: Checkpoint
 
 
 def test_fields_replace_those_of_a_recipe(dense: Checkpoint) -> None:
-    recipe = Recipe(method="magnitude", sparsity=0.5, budget="layer")
+    recipe = Recipe(method="magnitude", sparsity=0.5)
     report = sparsessm.prune(dense, recipe=recipe, sparsity=0.75)
     assert removed(dense) == [0.75, 0.75]
     assert report.recipe["method"] == "magnitude"
     assert report.fingerprint == ""  # it looked at no data
     with pytest.raises(ValueError, match="unknown recipe field 'sparsty'"):
         sparsessm.prune(dense, sparsty=0.5)
-    with pytest.raises(ValueError, match="groups of 3 do not divide the model's d_state of 8"):
-        sparsessm.prune(dense, pattern="1:3")
+    with pytest.raises(
+        ValueError, match="groups of 3 do not divide the 8 entries of a row of .*0.mixer.A_log"
+    ):
+        sparsessm.prune(dense, target="ssm", pattern="1:3")
 
 
 def test_the_tokenizer_that_was_given_is_in_the_recipe_and_repeats(dense: Checkpoint) -> None:
@@ -77,8 +81,7 @@ def test_the_tokenizer_that_was_given_is_in_the_recipe_and_repeats(dense: Checkp
         Path("dense", name).unlink(missing_ok=True)
     pico_tokenizer(60).save_pretrained("words")
     model = sparsessm.load("dense", tokenizer="words")
-    fast = {"data": "text.txt", "samples": 2, "length": 16}
-    report = sparsessm.prune(model, recipe=Recipe(tokenizer="another"), **fast)
+    report = sparsessm.prune(model, recipe=Recipe(tokenizer="another"), **FAST)
     assert report.recipe["tokenizer"] == "words"  # the one that was used
     sparsessm.save(model, "out", report)
     recipe = Recipe.load("out")
@@ -87,7 +90,7 @@ def test_the_tokenizer_that_was_given_is_in_the_recipe_and_repeats(dense: Checkp
 
 
 def test_a_model_with_its_own_tokenizer_says_none(dense: Checkpoint) -> None:
-    assert sparsessm.prune(dense, method="magnitude").recipe["tokenizer"] is None
+    assert "tokenizer" not in sparsessm.prune(dense, method="magnitude").recipe
 
 
 def test_a_second_pruning_in_memory_is_said(dense: Checkpoint) -> None:
@@ -103,7 +106,7 @@ def test_an_interrupted_pruning_counts(dense: Checkpoint) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        sparsessm.prune(dense, data="text.txt", samples=2, length=16, progress=stop)
+        sparsessm.prune(dense, **FAST, progress=stop)
     assert sparsessm.prune(dense, method="magnitude").pruned_before
 
 
@@ -117,10 +120,15 @@ def test_progress_is_told_and_evaluate_stays_a_function(dense: Checkpoint) -> No
         measured = sparsessm.evaluate(dense, "text.txt", length=16, limit=3, progress=progress)
     assert (measured.windows, measured.length, measured.data) == (3, 16, "text.txt")
     assert measured.perplexity > 1
-    sparsessm.prune(dense, data="text.txt", budget="layer", samples=2, length=16, progress=progress)
+    sparsessm.prune(dense, target="ssm", allocation="uniform", **FAST, progress=progress)
     assert {"evaluate", "calibrate"} == {stage for stage, _, _ in told}
     assert ("evaluate", 3, 3) in told
     assert told[-1][1] == told[-1][2]
+    told.clear()
+    sparsessm.prune(dense, **FAST, progress=progress)
+    assert list(dict.fromkeys(stage for stage, _, _ in told)) == ["fisher", "survey", "calibrate"]
+    last = {stage: (done, total) for stage, done, total in told}
+    assert all(done == total for done, total in last.values()), last
 
 
 def test_a_window_has_the_length_the_model_was_trained_on(dense: Checkpoint) -> None:
@@ -135,7 +143,25 @@ def test_the_card_names_a_hub_model_as_its_base_and_no_local_one(dense: Checkpoi
     assert "base_model" not in Path("local/README.md").read_text()
     sparsessm.save(replace(dense, source="org/mamba"), "hub", report)
     assert "\nbase_model: org/mamba\n" in Path("hub/README.md").read_text()
-    assert json.loads(Path("hub/pruning.json").read_text())["totals"]["ssm"]["pruned"] == 256
+    totals = json.loads(Path("hub/pruning.json").read_text())["totals"]
+    assert (totals["ssm"]["pruned"], totals["projections"]["pruned"]) == (256, 2112)
+
+
+def test_by_default_half_of_the_whole_model_goes(dense: Checkpoint) -> None:
+    before = {name: tensor.clone() for name, tensor in dense.model.state_dict().items()}
+    report = sparsessm.prune(dense, **FAST)
+    assert {family: round(total["sparsity"], 2) for family, total in report.totals.items()} == {
+        "projections": 0.5,
+        "ssm": 0.5,
+    }
+    pruned = {row.target for row in report.rows} | {name for row in report.rows for name in row.repaired}
+    assert pruned == {
+        f"backbone.layers.{layer}.mixer.{kind}"
+        for layer in range(2)
+        for kind in ("in_proj.weight", "x_proj.weight", "dt_proj.weight", "A_log", "D", "out_proj.weight")
+    }
+    for name, tensor in dense.model.state_dict().items():
+        assert torch.equal(tensor, before[name]) == (name not in pruned), name
 
 
 @pytest.mark.parametrize("function", [sparsessm.load, sparsessm.prune, sparsessm.evaluate, sparsessm.save])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from pico import pico_mamba
@@ -10,7 +12,7 @@ from transcription import normalise, trace
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from sparsessm import kernels
-from sparsessm.architectures import MODEL_TYPES, adapt
+from sparsessm.architectures import MODEL_TYPES, Block, Target, adapt
 
 TOKENS = torch.randint(0, 64, (3, 37), generator=torch.Generator().manual_seed(0))
 
@@ -72,19 +74,183 @@ def test_mixer_equals_the_transcription() -> None:
     assert_same(out[0], torch.from_numpy(want), 1e-7)  # the stock norm computes in float32
 
 
-def test_targets() -> None:
-    architecture = adapt(pico_mamba(), {"backbone.layers.0.mixer.A_log": torch.bfloat16})
-    names = [target.name for target in architecture.targets]
-    assert names == [f"backbone.layers.{i}.mixer.A_log" for i in range(2)]
-    first, second = architecture.targets
-    assert (first.matrix.shape, first.family, first.kind, first.layer) == ((32, 8), "ssm", "A_log", 0)
-    assert (first.stored, second.stored) == (torch.bfloat16, torch.float32)
-    first.replace(torch.full((32, 8), 1.0009765625))
-    assert (first.matrix == 1.0).all(), "values are rounded to what the checkpoint can hold"
-    before = first.companions["D"][0].clone()
-    first.shift("D", torch.ones(32, dtype=torch.float64))
-    torch.testing.assert_close(first.companions["D"][0], before + 1)
+ORDER = ["in_proj", "conv1d", "x_proj", "dt_proj", "A_log", "out_proj"]
+
+
+def by_kind(block: Block) -> dict[str, Target]:
+    return {target.kind: target for target in block.targets}
+
+
+def test_targets_are_all_matrices_in_the_order_of_the_data() -> None:
+    model = pico_mamba(time_step_rank=3, tie_word_embeddings=False)
+    architecture = adapt(model)
+    stored = {name: parameter for name, parameter in model.named_parameters() if parameter.ndim > 1}
+    del stored["backbone.embeddings.weight"]
+    targets = list(architecture.targets)
+    assert {target.name for target in targets} == stored.keys()
+    assert [target.kind for target in targets] == [*ORDER, *ORDER, "lm_head"]
+    assert [target.layer for target in targets] == [0] * 6 + [1] * 6 + [2]
+    for target in targets:
+        assert target.parameter is stored[target.name]
+        assert target.matrix.shape == target.parameter.shape[:1] + target.parameter[0].flatten().shape
+        module = model.get_submodule(target.name.rpartition(".")[0])
+        assert target.module_class == type(module).__name__
+        assert target.module == target.name.removesuffix(".weight")
+    families = {target.kind: target.family for target in targets}
+    assert families == {kind: "projections" for kind in ORDER} | {
+        "conv1d": "conv1d", "A_log": "ssm", "lm_head": "head"
+    }  # fmt: skip
+    assert [target.kind for target in targets if target.depthwise] == ["conv1d"] * 2
+    first = by_kind(architecture.blocks[0])
+    assert first["A_log"].removed == {"memoryless": 38.0, "unit": 0.0}
+    assert all(t.removed == {"zero": 0.0} for t in first.values() if t.kind != "A_log")
+    assert {kind for kind, target in first.items() if target.companions} == {"A_log"}
+    assert first["dt_proj"].fed_by == ("x_proj", 3)
+    assert [kind for kind, target in first.items() if target.fed_by] == ["dt_proj"]
+
+
+def test_dt_proj_is_not_fed_by_x_proj_alone_if_that_has_a_bias() -> None:
+    model = pico_mamba()
+    mixer = model.backbone.layers[0].mixer
+    mixer.x_proj.bias = torch.nn.Parameter(torch.ones(mixer.x_proj.out_features))
+    first, second = (by_kind(block)["dt_proj"] for block in adapt(model).blocks)
+    assert first.fed_by is None and second.fed_by == ("x_proj", 1)
+
+
+def test_values_are_rounded_to_what_the_checkpoint_can_hold() -> None:
+    prefix = "backbone.layers.0.mixer."
+    stored = {f"{prefix}A_log": torch.bfloat16, f"{prefix}conv1d.weight": torch.float16}
+    architecture = adapt(pico_mamba(), stored)
+    first, second = (by_kind(block) for block in architecture.blocks)
+    assert first["A_log"].matrix.shape == (32, 8)
+    assert (first["A_log"].stored, first["conv1d"].stored) == (torch.bfloat16, torch.float16)
+    assert {target.stored for target in second.values()} == {torch.float32}
+    first["A_log"].replace(torch.full((32, 8), 1.0009765625))
+    assert (first["A_log"].matrix == 1.0).all()
+    new = torch.rand(32, 4, generator=torch.Generator().manual_seed(0))
+    first["conv1d"].replace(new)
+    assert torch.equal(first["conv1d"].parameter[:, 0], new.half().float())
+    before = first["A_log"].companions["D"][0].clone()
+    first["A_log"].shift("D", torch.ones(32, dtype=torch.float64))
+    torch.testing.assert_close(first["A_log"].companions["D"][0], before + 1)
     assert architecture.states == 8
+
+
+def test_a_tied_weight_is_one_target_under_the_name_it_is_stored_by() -> None:
+    model = pico_mamba()
+    assert model.lm_head.weight is model.backbone.embeddings.weight
+    for stored, name in [
+        ({}, "backbone.embeddings.weight"),
+        ({"backbone.embeddings.weight": torch.float16}, "backbone.embeddings.weight"),
+        ({"lm_head.weight": torch.float16}, "lm_head.weight"),
+        (dict.fromkeys(["backbone.embeddings.weight", "lm_head.weight"], torch.float16), "lm_head.weight"),
+    ]:
+        architecture = adapt(model, stored)
+        heads = [target for target in architecture.targets if target.family == "head"]
+        assert [(head.name, head.kind, head.layer) for head in heads] == [(name, "lm_head", 2)]
+        assert heads[0].stored == stored.get(name, torch.float32)
+        assert heads[0].parameter is model.lm_head.weight and architecture.tied
+    heads[0].replace(torch.ones(64, 16))
+    assert (model.backbone.embeddings.weight == 1).all() and (model.lm_head.weight == 1).all()
+
+
+def test_a_head_of_its_own() -> None:
+    model = pico_mamba(tie_word_embeddings=False)
+    architecture = adapt(model)
+    head = architecture.tail.targets[0]
+    assert (head.name, architecture.tied) == ("lm_head.weight", False)
+    before = model.backbone.embeddings.weight.clone()
+    head.replace(torch.ones(64, 16))
+    assert (model.lm_head.weight == 1).all() and torch.equal(model.backbone.embeddings.weight, before)
+
+
+class Listener:
+    """A tap that keeps all it hears."""
+
+    def __init__(self, kind: str, heard: list[str], **options: Any) -> None:
+        self.kind, self.heard, self.options = kind, heard, options
+        self.what: list[Any] = []
+
+    def add(self, *what: Any) -> None:
+        self.heard.append(self.kind)
+        self.what.append(what)
+
+
+def test_taps_are_fed_in_the_order_of_the_data() -> None:
+    model = pico_mamba(time_step_rank=3)
+    architecture = adapt(model)
+    heard: list[str] = []
+    taps = {kind: Listener(kind, heard) for kind in reversed(ORDER)}
+    taps["A_log"].options = {"energy": True}
+    with torch.inference_mode():
+        hidden = architecture.embed(TOKENS)
+        out, _ = architecture.blocks[0].forward(hidden, None, taps)
+        plain, _ = architecture.blocks[0].forward(hidden)
+    assert heard == ORDER
+    assert out is not None and plain is not None
+    assert_same(out, plain, 1e-6)
+    [(stats, weight, y)] = taps["A_log"].what
+    assert stats.energy.shape == (37, 32, 8) and y.shape == (3, 37, 32)
+    assert torch.equal(weight, model.backbone.layers[0].mixer.out_proj.weight) and not weight.requires_grad
+    shapes = [tuple(taps[kind].what[0][0].shape[2:]) for kind in ORDER if kind != "A_log"]
+    assert shapes == [(16,), (32, 4), (32,), (3,), (32,)]
+
+
+@pytest.mark.parametrize("until", ORDER)
+@pytest.mark.parametrize("width", [5, 37])
+def test_a_forward_that_stops_early_fed_the_same(until: str, width: int) -> None:
+    """Whatever slabs it came in, and nothing was computed behind it."""
+    architecture = adapt(pico_mamba(use_bias=True, time_step_rank=3))
+    block, options = architecture.blocks[0], {"gram": "full", "removed": "unit"}
+    heard: list[str] = []
+    whole, parts = ({until: Listener(until, heard, **options)} for _ in range(2))
+    with torch.inference_mode():
+        hidden = architecture.embed(TOKENS)
+        block.forward(hidden, None, whole)
+        for kind in ORDER[ORDER.index(until) + 1 :]:
+            parts[kind] = Listener(kind, heard, **options)
+        state = None
+        for start in range(0, 37, width):
+            out, state = block.forward(hidden[:, start : start + width], state, parts, until)
+            assert out is None
+    assert set(heard) == {until}
+    want, got = whole[until].what[0], parts[until].what
+    if until == "A_log":
+        assert_same(sum(part[0].gram for part in got), want[0].gram)
+        want, got = want[2:], [part[2:] for part in got]
+    assert_same(torch.cat([part[0] for part in got], 1), want[0])
+
+
+def test_a_copy_keeps_the_weights_of_before() -> None:
+    architecture = adapt(pico_mamba())
+    block = architecture.blocks[0]
+    copied = block.copy()
+    with torch.inference_mode():
+        hidden = architecture.embed(TOKENS)
+        before, _ = block.forward(hidden)
+        for target in block.targets:
+            target.replace(target.matrix * 0.5)
+        by_kind(block)["A_log"].shift("D", torch.ones(32))
+        after, _ = block.forward(hidden)
+        kept, _ = copied.forward(hidden)
+    assert before is not None and after is not None and kept is not None
+    assert torch.equal(kept, before) and not torch.equal(after, before)
+    assert [target.name for target in copied.targets] == [target.name for target in block.targets]
+    assert torch.equal(by_kind(copied)["in_proj"].matrix, 2 * by_kind(block)["in_proj"].matrix)
+
+
+def test_the_tail_feeds_the_head_and_passes_everything_on() -> None:
+    model = pico_mamba()
+    architecture = adapt(model)
+    inputs: list[Tensor] = []
+    model.lm_head.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    stock_logits(model, TOKENS)
+    final = architecture.final(TOKENS)
+    tap = Listener("lm_head", [])
+    with torch.inference_mode():
+        out, _ = architecture.tail.forward(final, None, {"lm_head": tap})
+    assert out is not None and torch.equal(out, final)
+    assert_same(tap.what[0][0], inputs[0])
 
 
 def test_the_model_is_put_into_evaluation_mode() -> None:

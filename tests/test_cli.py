@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import sparsessm
-from sparsessm import cli, kernels
+from sparsessm import cli, demo, kernels
 from sparsessm.architectures import MODEL_TYPES, REMOVED_A_LOG
 from sparsessm.data import DATASETS
 from sparsessm.methods import METHODS
@@ -32,6 +32,8 @@ from sparsessm.recipe import Recipe
 COMMAND = [sys.executable, "-m", "sparsessm.cli"]
 A_LOG = "backbone.layers.{}.mixer.A_log"
 FAST = ["--data", "text.txt", "--samples", "3", "--length", "16"]
+LINEAR = "backbone.layers.{}.mixer.{}.weight"
+KINDS = ("in_proj", "x_proj", "dt_proj", "out_proj")
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +54,7 @@ def here(tmp_path: Path, shelf: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / path.name).symlink_to(path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli, "EVALUATED_TOKENS", 64)
-    monkeypatch.setattr(cli, "DEMO_TOKENS", 2048)
+    monkeypatch.setattr(demo, "TOKENS", 2048)
     return tmp_path
 
 
@@ -73,18 +75,51 @@ def refused(*arguments: str) -> str:
 
 
 def test_prune_writes_a_stock_checkpoint_and_says_what_it_did() -> None:
-    outcome = run("prune", "dense", "-o", "out", "--budget", "layer", *FAST)
+    outcome = run("prune", "dense", "-o", "out", "--target", "ssm", "--allocation", "uniform", *FAST)
     model = AutoModelForCausalLM.from_pretrained("out")
     for layer in range(2):
         removed = model.state_dict()[A_LOG.format(layer)] == REMOVED_A_LOG["memoryless"]
         assert int(removed.sum()) == removed.numel() // 2
-        assert A_LOG.format(layer) in outcome.stdout
-    assert "50.00 %" in outcome.stdout
+    assert row_of(outcome.stdout, "A_log")[:7] == [
+        "A_log",
+        "exact, unstructured",
+        "2",
+        "256",
+        "512",
+        "50.00 %",
+        "50.00 %",
+    ]
     assert "Perplexity on text.txt, 4 windows of 16 tokens" in outcome.stdout
     assert "of the bytes of this model" in outcome.stdout
     assert "neither the file smaller nor the model faster" in " ".join(outcome.stdout.split())
     card = Path("out/README.md").read_text()
     assert "| pruned |" in card
+
+
+def row_of(text: str, start: str) -> list[str]:
+    """The cells of the only table line that begins with a word."""
+    lines = [[cell.strip() for cell in line.strip("│").split("│")] for line in text.splitlines()]
+    (found,) = [line for line in lines if line[0] == start]
+    return found
+
+
+def test_by_default_half_of_the_projections_and_of_a_log_go() -> None:
+    outcome = run("prune", "dense", "-o", "out", *FAST)
+    tensors = AutoModelForCausalLM.from_pretrained("out").state_dict()
+    dense = load_file("dense/model.safetensors")
+    zeros, entries = 0, 0
+    for name, tensor in tensors.items():
+        if any(name == LINEAR.format(layer, kind) for layer in range(2) for kind in KINDS):
+            zeros, entries = zeros + int((tensor == 0).sum()), entries + tensor.numel()
+        elif not name.endswith(("A_log", ".D", "lm_head.weight")):
+            assert torch.equal(tensor, dense[name]), name
+    assert abs(zeros / entries - 0.5) < 1e-3
+    for kind in KINDS:
+        assert row_of(outcome.stdout, kind)[1:3] == ["absorb, unstructured", "2"]
+    assert row_of(outcome.stdout, "all projections")[2:6] == ["8", str(zeros), str(entries), "50.00 %"]
+    words = " ".join(outcome.stdout.split())
+    assert "`in_proj`, `x_proj`, `dt_proj`, `A_log` and `out_proj` are" in words
+    assert "pruning by absorb and exact" in outcome.stderr
 
 
 def test_results_go_to_stdout_and_progress_to_stderr() -> None:
@@ -110,8 +145,11 @@ def test_quiet_means_quiet() -> None:
     [
         ["--method", "random", "--seed", "7"],
         ["--method", "sparsessm", "--time-weights", "discount:0.9", "--sparsity", "0.3"],
-        ["--method", "exact", "--pattern", "2:4", "--removed", "unit", "--diagonal"],
-        ["--method", "sparsessm-vote", "--budget", "model"],
+        ["--method", "exact", "--target", "ssm", "--pattern", "2:4", "--removed", "unit", "--diagonal"],
+        ["--method", "sparsessm-vote", "--target", "ssm", "--allocation", "loss"],
+        ["--method", "wanda", "--allocation", "owl:0.05", "--ignore", "layer:0"],
+        ["--method", "sparsegpt", "--pattern", "1:4", "--ignore", "dt_proj", "--ignore", "A_log"],
+        ["--method", "absorb", "--repair", "dense-target:0.5", "--weight", "norms"],
     ],
     ids=lambda options: options[1],
 )
@@ -128,7 +166,9 @@ def test_a_saved_recipe_gives_the_same_masks_bit_for_bit(options: list[str]) -> 
 
 
 def test_options_given_replace_fields_of_the_recipe_and_others_do_not() -> None:
-    Path("recipe.yaml").write_text("method: magnitude\npattern: 1:4\nmodel: dense\ndata: text.txt\nseed: 3\n")
+    Path("recipe.yaml").write_text(
+        "method: magnitude\ntarget: ssm\npattern: 1:4\nmodel: dense\ndata: text.txt\nseed: 3\n"
+    )
     document = json.loads(run("prune", "--recipe", "recipe.yaml", "-o", "a", "--no-eval", "--json").stdout)
     assert (document["recipe"]["pattern"], document["recipe"]["sparsity"]) == ("1:4", 0.75)
     assert document["totals"]["ssm"]["pruned"] == 384
@@ -148,8 +188,8 @@ def test_options_given_replace_fields_of_the_recipe_and_others_do_not() -> None:
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_options_replace_fields_of_a_result(options: list[str], expected: dict[str, Any]) -> None:
-    first = ["--method", "exact", "--diagonal", "--sparsity", "0.3", "--budget", "model", *FAST]
-    run("prune", "dense", "-o", "first", "--no-eval", "--quiet", *first)
+    first = ["--method", "exact", "--diagonal", "--sparsity", "0.3", "--allocation", "loss", *FAST]
+    run("prune", "dense", "-o", "first", "--target", "ssm", "--no-eval", "--quiet", *first)
     line = ["prune", "--recipe", "first/pruning.json", "-o", "second", "--no-eval", "--json", *options]
     document = json.loads(run(*line).stdout)
     assert document["recipe"].items() >= {**expected, "data": "text.txt", "samples": 3, "length": 16}.items()
@@ -158,7 +198,8 @@ def test_options_replace_fields_of_a_result(options: list[str], expected: dict[s
 
 
 def test_options_beside_a_result_that_do_not_fit_are_refused() -> None:
-    run("prune", "dense", "-o", "first", "--no-eval", "--quiet", "--pattern", "2:4", *FAST)
+    first = ["--target", "ssm", "--pattern", "2:4", *FAST]
+    run("prune", "dense", "-o", "first", "--no-eval", "--quiet", *first)
     line = ["prune", "--recipe", "first", "-o", "second"]
     assert "sparsity is 0.7, but pattern '2:4'" in refused(*line, "--sparsity", "0.7")
     assert "diagonal has no effect" in refused(*line, "--method", "magnitude", "--diagonal")
@@ -187,12 +228,13 @@ def test_a_text_that_was_calibrated_and_measured_on_is_named() -> None:
 
 def test_every_recipe_field_is_an_option_with_the_same_words() -> None:
     options = inspect.signature(cli.prune).parameters
-    assert Recipe.model_fields.keys() <= options.keys()
-    assert all(options[name].default is None for name in Recipe.model_fields)  # not given is not a value
+    fields = Recipe.model_fields.keys() - {"rules"}  # a recipe file only
+    assert fields <= options.keys()
+    assert all(options[name].default is None for name in fields)  # not given is not a value
     text = " ".join(run("prune", "--help").stdout.split())
     for name in METHODS:
         assert name in text
-    for name in set(Recipe.model_fields) - {"model"}:
+    for name in fields - {"model"}:
         assert f"--{name.replace('_', '-')}" in text
 
 
@@ -202,13 +244,35 @@ def test_every_recipe_field_is_an_option_with_the_same_words() -> None:
         (["--sparsity", "1"], "sparsity is 1; allowed: 0 <= sparsity < 1"),
         (["--sparsity", "-0.5"], "sparsity is -0.5; allowed: 0 <= sparsity < 1"),
         (["--method", "wnada"], "unknown method 'wnada'; known: random, magnitude"),
-        (["--target", "projection"], "unknown target 'projection'; known: ssm"),
+        (
+            ["--target", "projection"],
+            "unknown target 'projection'; known: all, projections, ssm, conv1d, head",
+        ),
         (["--data", "wikitext"], "unknown data set 'wikitext'; known: stdlib, wikitext2, c4, ptb, or a file"),
         (["--data", "absent.txt"], "'absent.txt': no such file"),
         (
-            ["--pattern", "2:5"],
-            "pattern '2:5': groups of 5 do not divide the model's d_state of 8; allowed M: 2, 4, 8",
+            ["--pattern", "2:5", "--target", "ssm"],
+            "pattern '2:5': groups of 5 do not divide the 8 entries of a row of backbone.layers.0.mixer.A_log"
+            "; allowed M: 2, 4, 8; or leave it dense: ignore A_log",
         ),
+        (
+            ["--pattern", "2:4"],
+            "groups of 4 do not divide the 1 entries of a row of backbone.layers.0.mixer.dt_proj.weight; "
+            "allowed M: none; or leave it dense: ignore dt_proj",
+        ),
+        (
+            ["--ignore", "inproj"],
+            "ignore: selector 'inproj' hits nothing; known: in_proj, projections, Linear",
+        ),
+        (["--target", "head", "--ignore", "lm_head"], "target 'head': all of it is ignored"),
+        (["--samples", "many"], "samples is 'many'; allowed: a number from 1 to 100000, or auto"),
+        (
+            ["--repair", "slef"],
+            "unknown repair 'slef'; known: none, self, dense-target; did you mean 'self'?",
+        ),
+        (["--weight", "fischer"], "unknown weight 'fischer'; known: none, fisher, norms"),
+        (["--allocation", "lost"], "unknown allocation 'lost'; known: uniform, hessian-trace, owl, loss"),
+        (["--method", "exact", "--target", "head"], "method 'exact' does not prune target 'head'"),
         (["--pattern", "2:4", "--sparsity", "0.7"], "sparsity is 0.7, but pattern '2:4' keeps 2 of 4"),
         (["--method", "magnitude", "--diagonal"], "diagonal has no effect with method 'magnitude'"),
         (["--data", "text.txt", "--length", "1000000"], "one window of 1000000; use a shorter length"),
@@ -281,6 +345,58 @@ def test_eval_of_models_with_different_tokenizers_gives_no_change(shelf: Path) -
     assert run(*line, "--quiet").stdout == ""
 
 
+def quiz() -> None:
+    """Two tasks in `quiz`, of 5 documents each: multiple choice, and the last word of a text."""
+    Path("quiz").mkdir()
+    rows = [{"start": "the state of", "ends": ["the model", "a scan"], "right": n % 2} for n in range(5)]
+    Path("quiz/rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = "dataset_path: json\ndataset_kwargs: {data_files: {test: quiz/rows.jsonl}, cache_dir: cache}\n"
+    data += 'test_split: test\ndoc_to_text: "{{start}}"\n'
+    choice = 'output_type: multiple_choice\ndoc_to_choice: "{{ends}}"\ndoc_to_target: right\n'
+    cloze = 'output_type: loglikelihood\ndoc_to_target: " {{ends[0]}}"\n'
+    Path("quiz/choice.yaml").write_text(f"task: choice\n{data}{choice}")
+    Path("quiz/cloze.yaml").write_text(f"task: cloze\n{data}{cloze}")
+
+
+def test_eval_of_zero_shot_tasks() -> None:
+    pytest.importorskip("lm_eval")
+    quiz()
+    line = ["eval", "dense", "--tasks", "choice,cloze", "--include-path", "quiz", "--limit", "3"]
+    outcome = run(*line)
+    assert "the first 3 documents of each task" in outcome.stdout
+    assert "choice: 6 of 6" in outcome.stderr
+    assert "choice" not in outcome.stdout.splitlines()[0]
+    shown = {
+        tuple(line.split("│")[n].strip() for n in (1, 2, 3)) for line in outcome.stdout.splitlines()[4:8]
+    }
+    assert shown == {
+        ("choice", "acc", "3"),
+        ("choice", "acc_norm", "3"),
+        ("cloze", "perplexity", "3"),
+        ("cloze", "acc", "3"),
+    }
+    run("prune", "dense", "-o", "out", "--no-eval", "-q", "--method", "magnitude", "--sparsity", "0.9", *FAST)
+    both = [*line[:2], "out", *line[2:]]
+    first, second = json.loads(run(*both, "--json", "--quiet").stdout)["models"]
+    assert (first["model"], first["change"]) == ("dense", None)
+    before, after = (model["scores"][1]["metrics"]["perplexity"] for model in (first, second))
+    assert len(before["values"]) == 3
+    change = second["change"]["cloze"]["perplexity"]
+    assert change["value"] == pytest.approx(after["value"] - before["value"])
+    text = run(*both).stdout
+    assert f"{after['value']:.2f} ± {after['stderr']:.2f}" in text
+    assert f"{change['value']:+.2f} ± {change['stderr']:.2f}" in text
+    silent = run(*line, "--quiet")
+    assert (silent.stdout, silent.stderr) == ("", "")
+
+
+def test_eval_refuses_what_has_no_effect_or_is_no_task() -> None:
+    assert "--include-path has no effect without --tasks" in refused("eval", "dense", "--include-path", ".")
+    assert "--data has no effect with --tasks" in refused("eval", "dense", "--tasks", "a", "--data", "stdlib")
+    assert "--length has no effect with --tasks" in refused("eval", "dense", "--tasks", "a", "--length", "9")
+    assert "no task; name some" in refused("eval", "dense", "--tasks", ",")
+
+
 def test_a_ruined_model_is_measured_too(shelf: Path) -> None:
     shutil.copytree(shelf / "dense", "ruined")
     tensors = load_file("ruined/model.safetensors")
@@ -296,7 +412,7 @@ def test_a_ruined_model_is_measured_too(shelf: Path) -> None:
 
 @pytest.mark.parametrize("removed", REMOVED_A_LOG)
 def test_inspect_counts_in_the_tensors(removed: str) -> None:
-    line = ["--method", "magnitude", "--removed", removed, "--sparsity", "0.25", "--budget", "layer"]
+    line = ["--method", "magnitude", "--removed", removed, "--sparsity", "0.25", "--target", "ssm"]
     run("prune", "dense", "-o", "out", "--no-eval", "--quiet", *line, *FAST)
     document = json.loads(run("inspect", "out", "--json").stdout)
     assert document["removed"] == {A_LOG.format(0): 64, A_LOG.format(1): 64}
@@ -310,7 +426,7 @@ def test_inspect_counts_in_the_tensors(removed: str) -> None:
 
 
 def test_inspect_finds_tensors_that_are_not_those_of_the_record() -> None:
-    line = ["--method", "magnitude", "--budget", "layer", *FAST]
+    line = ["--method", "magnitude", "--target", "ssm", *FAST]
     run("prune", "dense", "-o", "out", "--no-eval", "--quiet", *line)
     tensors = load_file("out/model.safetensors")
     flat = tensors[A_LOG.format(1)].view(-1)
@@ -322,7 +438,7 @@ def test_inspect_finds_tensors_that_are_not_those_of_the_record() -> None:
 
 @pytest.mark.parametrize("removed", REMOVED_A_LOG)
 def test_inspect_of_a_model_pruned_twice(removed: str) -> None:
-    more = ["--no-eval", "--quiet", "--budget", "layer", "--removed", removed, *FAST]
+    more = ["--no-eval", "--quiet", "--target", "ssm", "--removed", removed, *FAST]
     run("prune", "dense", "-o", "once", "--method", "random", "--sparsity", "0.5", *more)
     run("prune", "once", "-o", "twice", "--method", "random", "--sparsity", "0.25", "--seed", "5", *more)
     document = json.loads(run("inspect", "twice", "--json").stdout)
@@ -338,10 +454,165 @@ def test_an_entry_that_had_the_removed_value_before_is_no_fault(shelf: Path) -> 
     tensors[A_LOG.format(0)][:, 0] = 0.0  # A = -1 in the first state, as models start
     save_file(tensors, "started/model.safetensors", {"format": "pt"})
     line = ["--method", "random", "--removed", "unit", "--sparsity", "0.1", "--no-eval", "--quiet"]
-    run("prune", "started", "-o", "out", *line)
+    run("prune", "started", "-o", "out", "--target", "ssm", *line)
     document = json.loads(run("inspect", "out", "--json").stdout)
     assert document["removed"][A_LOG.format(0)] >= 32
     assert "counted again" in run("inspect", "out").stdout
+
+
+def test_inspect_of_linear_layers_counts_zeros() -> None:
+    line = ["--target", "projections", "--method", "sparsegpt", "--sparsity", "0.25", *FAST]
+    run("prune", "dense", "-o", "out", "--no-eval", "--quiet", *line)
+    document = json.loads(run("inspect", "out", "--json").stdout)
+    rows = {row["target"]: row for row in document["record"]["targets"]}
+    assert rows.keys() == {LINEAR.format(layer, kind) for layer in range(2) for kind in KINDS}
+    for name, row in rows.items():
+        assert document["removed"][name] == row["pruned"], name
+        assert (row["removed"], row["repair"], row["damping"]) == ("zero", "self", 0.01)
+    text = "".join(run("inspect", "out").stdout.split())
+    assert all(name in text for name in rows)  # each target, where `prune` has a line a kind
+    assert "sparsegpt,unstructured" in text and "allprojections" in text
+    tensors = load_file("out/model.safetensors")
+    name = LINEAR.format(1, "x_proj")
+    flat = tensors[name].view(-1)
+    flat[flat != 0] = torch.where(torch.arange(int((flat != 0).sum())) < 3, 0.0, flat[flat != 0])
+    save_file(tensors, "out/model.safetensors", {"format": "pt"})
+    document = json.loads(run("inspect", "out", "--json").stdout)
+    assert document["removed"][name] == rows[name]["pruned"] + 3  # weights that are zero by themselves
+    flat[(flat == 0).nonzero()[:4, 0]] = 1.0
+    save_file(tensors, "out/model.safetensors", {"format": "pt"})
+    words = f"{name} has {rows[name]['pruned']} removed entries, its tensor has {rows[name]['pruned'] - 1}"
+    assert words in refused("inspect", "out")
+
+
+MIXED = """\
+model: dense
+data: text.txt
+samples: 3
+length: 16
+ignore: [layer:0, layer:-1]
+rules:
+- targets: [in_proj]
+  pattern: 2:4
+- targets: [out_proj]
+  sparsity: 0.6
+- targets: [A_log]
+  method: exact
+"""
+
+
+def test_a_mixed_recipe_from_a_file() -> None:
+    """2:4 on in_proj, unstructured on out_proj, exact on A_log; the first and the last layer dense."""
+    pico_mamba(num_hidden_layers=4).save_pretrained("four")
+    pico_tokenizer().save_pretrained("four")
+    Path("recipe.yaml").write_text(MIXED)
+    line = ["--recipe", "recipe.yaml", "-o", "out", "--no-eval"]
+    document = json.loads(run("prune", "four", *line, "--json").stdout)
+    rows = {row["target"]: row for row in document["targets"]}
+    expected = {
+        "in_proj.weight": ("absorb", "2:4", "uniform", 512),
+        "out_proj.weight": ("absorb", "unstructured", "loss:0.1", 307),
+        "A_log": ("exact", "unstructured", "loss:1", 128),
+    }
+    assert rows.keys() == {f"backbone.layers.{n}.mixer.{kind}" for n in (1, 2) for kind in expected}
+    for kind, (method, pattern, allocation, pruned) in expected.items():
+        pair = [rows[f"backbone.layers.{n}.mixer.{kind}"] for n in (1, 2)]
+        for row in pair:
+            assert (row["method"], row["pattern"], row["allocation"]) == (method, pattern, allocation)
+        assert abs(sum(row["pruned"] for row in pair) - 2 * pruned) <= 2, kind
+    tensors, dense = load_file("out/model.safetensors"), load_file("four/model.safetensors")
+    for n in (1, 2):
+        groups = (tensors[LINEAR.format(n, "in_proj")] != 0).reshape(-1, 4).sum(1)
+        assert (groups == 2).all()
+    changed = {name for name in tensors if not torch.equal(tensors[name], dense[name])}
+    assert changed == {*rows, "backbone.layers.1.mixer.D", "backbone.layers.2.mixer.D"}
+    again = json.loads(run("prune", "--recipe", "out", "-o", "again", "--no-eval", "--json").stdout)
+    assert again["recipe"] == document["recipe"]
+    repeated = load_file("again/model.safetensors")
+    assert all(torch.equal(tensors[name], repeated[name]) for name in tensors)
+    page = Path("out/README.md").read_text()
+    assert "| rule 1 | `pattern: 2:4; targets: in_proj` |" in page
+    text = run("inspect", "out").stdout
+    assert "rule 2" in text and "sparsity: 0.6; targets: out_proj" in text
+
+
+def test_a_dry_run_says_what_every_rule_hits_and_writes_nothing(here: Path) -> None:
+    pico_mamba(num_hidden_layers=4, tie_word_embeddings=True).save_pretrained("four")
+    pico_tokenizer().save_pretrained("four")
+    Path("recipe.yaml").write_text(MIXED.replace("text.txt", "absent.txt"))  # no text is needed
+    before = sorted(here.rglob("*"))
+    line = ["prune", "four", "--recipe", "recipe.yaml", "--dry-run"]
+    document = json.loads(run(*line, "--json").stdout)
+    told = [
+        (r["rule"], r["family"], r["targets"], r["entries"], r["method"], r["pattern"], r["sparsity"])
+        for r in document["rules"]
+    ]
+    assert told == [
+        ("rule 1 (in_proj)", "projections", {"in_proj": 2}, 2048, "absorb", "2:4", 0.5),
+        ("rule 2 (out_proj)", "projections", {"out_proj": 2}, 1024, "absorb", "unstructured", 0.6),
+        ("rule 3 (A_log)", "ssm", {"A_log": 2}, 512, "exact", "unstructured", 0.5),
+    ]
+    repairs = [(r["repair"], r["weight"], r["allocation"], r["removed"]) for r in document["rules"]]
+    assert repairs == [
+        ("dense-target:1", "fisher", "uniform", "zero"),
+        ("dense-target:1", "fisher", "loss:0.1", "zero"),
+        ("none", "none", "loss:1", "memoryless"),
+    ]
+    sizes = document["bytes"]
+    now = sum(tensor.nbytes for tensor in load_file("four/model.safetensors").values())
+    saved = 2048 * 4 - (2048 // 8 + 1024 * 4) + 1024 * 4 - (1024 // 8 + 2 * 205 * 4)
+    assert (sizes["now"], sizes["after"], sizes["packed"]) == (now, now, now - saved)
+    assert sizes["dense"]["in_proj"] == 2 * 1024 * 4  # layers 0 and 3
+    assert sizes["dense"]["conv1d.bias"] == 4 * 32 * 4
+    text = run(*line).stdout
+    assert row_of(text, "rule 2")[2:8] == [
+        "absorb",
+        "unstructured",
+        "0.6",
+        "dense-target:1",
+        "fisher",
+        "loss:0.1",
+    ]
+    assert f"{now:,}" in text and f"{now - saved:,}" in text
+    assert "nothing was written" in text
+    assert run(*line, "--quiet").stdout == ""
+    assert sorted(here.rglob("*")) == before
+
+
+def test_a_dry_run_foretells_the_run() -> None:
+    """Its bytes are those of the pruned model's matrices, packed."""
+    for options in (["--sparsity", "0.7"], ["--method", "wanda"], ["--sparsity", "0"]):
+        line = ["prune", "dense", "--target", "projections", "--allocation", "uniform", *options, *FAST]
+        sizes = json.loads(run(*line, "--dry-run", "--json").stdout)["bytes"]
+        run(*line, "-o", "out", "--force", "--no-eval", "--quiet")
+        packed = 0
+        for name, tensor in load_file("out/model.safetensors").items():
+            size = -(-tensor.numel() // 8) + int((tensor != 0).sum()) * 4
+            linear = any(name.endswith(f".{kind}.weight") for kind in KINDS)
+            packed += min(size, tensor.nbytes) if linear else tensor.nbytes
+        assert sizes["packed"] == pytest.approx(packed, rel=1e-3)
+        assert sizes["packed"] <= sizes["now"]
+
+
+def test_a_dry_run_refuses_what_a_run_would(here: Path) -> None:
+    Path("recipe.yaml").write_text("rules:\n- targets: in_proj\n- targets: [inproj]\n")
+    line = ["prune", "dense", "--recipe", "recipe.yaml", "--dry-run"]
+    words = refused(*line)
+    assert words.startswith(
+        "error: rule 2 (inproj): selector 'inproj' hits nothing; known: in_proj, projection"
+    )
+    assert words.endswith("did you mean 'in_proj'?")
+    assert "rule 2 (in_proj, Linear) prunes nothing" in refused(*line, "--recipe", _rules("in_proj, Linear"))
+    Path("out").mkdir()
+    assert "'out' exists" in refused("prune", "dense", "-o", "out", "--dry-run")
+    usage = run("prune", "dense", code=2)
+    assert "--out" in usage.stderr and "--dry-run" in usage.stderr
+
+
+def _rules(second: str) -> str:
+    text = f"rules:\n- targets: [projections]\n- targets: [{second}]\n"
+    Path("second.yaml").write_text(text)
+    return "second.yaml"
 
 
 def test_inspect_of_a_dense_model() -> None:
@@ -370,22 +641,23 @@ def test_missing_kernels_are_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -
 def test_demo_shows_every_method_and_replaces_only_a_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     small = ["demo", "--samples", "1"]
     text = run(*small).stdout
-    for name in cli.DEMO_RUNS:
+    for name in demo.RUNS:
         assert name in text
     assert "change in % (95 %)" in text
     assert "of the bytes of this model" in text
     record = json.loads(Path("demo-out/pruning.json").read_text())
     methods = record["perplexity"]["methods"]
-    assert methods.keys() == set(cli.DEMO_RUNS)
+    assert methods.keys() == set(demo.RUNS)
     best = min(methods, key=lambda name: methods[name]["pruned"]["nll"])
-    assert {name: record["recipe"][name] for name in ("method", "budget")} == cli.DEMO_RUNS[best]
+    fields = ("method", "target", "allocation")
+    assert {name: record["recipe"][name] for name in fields} == demo.RUNS[best]
     assert f"The best, {best}, is saved to demo-out" in text
     del record["perplexity"]["methods"]
     Path("demo-out/pruning.json").write_text(json.dumps(record))
     assert "'demo-out' exists" in refused(*small)  # somebody's own result
     record["perplexity"]["methods"] = methods
     Path("demo-out/pruning.json").write_text(json.dumps(record))
-    monkeypatch.setattr(cli, "DEMO_RUNS", {"random": cli.DEMO_RUNS["random"]})
+    monkeypatch.setattr(demo, "RUNS", {"random": demo.RUNS["random"]})
     document = json.loads(run(*small, "--json", "--quiet").stdout)
     assert document["best"] == document["recipe"]["method"] == "random"
     assert json.loads(Path("demo-out/pruning.json").read_text())["recipe"] == document["recipe"]

@@ -1,34 +1,161 @@
-"""observers.py: sums do not depend on how time is cut, and are in the units they claim."""
+"""observers.py: sums equal brute force, do not depend on how time is cut, and are in the units they claim."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pico import pico_mamba
+from torch import Tensor
+from transcription_linear import conv1d_hessians
 
 from sparsessm import calibrate
-from sparsessm.architectures import adapt
-from sparsessm.calibrate import walk
+from sparsessm.architectures import Target, adapt
+from sparsessm.architectures.mamba1 import windows
+from sparsessm.calibrate import Stop, walk
 from sparsessm.methods.sparsessm import time_weights
-from sparsessm.observers import StateEnergy, StateError, StateVote
+from sparsessm.observers import InputGram, InputNorm, Moments, StateEnergy, StateError, StateVote
 from sparsessm.patterns import NofM, Unstructured
 
 TOKENS = torch.randint(0, 64, (3, 50), generator=torch.Generator().manual_seed(0))
 
 
-def observe(make: Callable[[torch.Tensor], Any], longest: int, monkeypatch: pytest.MonkeyPatch) -> Any:
+def a_log(stop: Stop) -> Target:
+    return next(target for target in stop.block.targets if target.kind == "A_log")
+
+
+def observe(make: Callable[[Tensor], Any], longest: int, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(calibrate, "LONGEST", longest)
     stop = next(walk(adapt(pico_mamba()), TOKENS, passes=1))
-    target = stop.block.targets[0]
+    target = a_log(stop)
     return stop.seen(target, make(target.matrix))
+
+
+# linear layers
+
+
+def cut(x: Tensor, places: list[int]) -> list[Tensor]:
+    """Slabs of time, some of them empty."""
+    edges = [0, *sorted(places), x.shape[1]]
+    return [x[:, a:b] for a, b in zip(edges, edges[1:], strict=False)]
+
+
+def draw(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 5)),
+    places=st.lists(st.integers(0, 9), max_size=3),
+    seed=st.integers(0, 9999),
+    single=st.booleans(),
+)
+def test_inputs_by_brute_force(
+    shape: tuple[int, int, int], places: list[int], seed: int, single: bool
+) -> None:
+    """Means over all tokens of all windows, however time is cut."""
+    x, dense = draw(seed, *shape), draw(seed + 1, *shape)
+    x[..., -1] *= 1000
+    dtype = torch.float32 if single else torch.float64
+    tolerance = {"rtol": 0, "atol": 1e-5 if single else 1e-12}
+    norm, plain, paired = InputNorm(), InputGram(), InputGram(paired=True)
+    edges = [min(place, shape[1]) for place in places]
+    for part, other in zip(cut(x.to(dtype), edges), cut(dense.to(dtype), edges), strict=True):
+        norm.add(part), plain.add(part), paired.add(part, other)
+    count, columns = shape[0] * shape[1], shape[2]
+    gram, cross = torch.zeros(2, columns, columns, dtype=torch.float64)
+    for w in range(shape[0]):
+        for t in range(shape[1]):
+            gram += torch.outer(x[w, t], x[w, t]) / count
+            cross += torch.outer(dense[w, t], x[w, t]) / count
+    norms, others = gram.diagonal().sqrt(), dense.square().mean((0, 1)).sqrt()
+    power, one, two = norm.result(), plain.result(), paired.result()
+    for got in (one, two):
+        assert got.gram.dtype == torch.float64
+        unit = torch.outer(norms, norms)
+        torch.testing.assert_close(got.gram / unit, gram / unit, **tolerance)
+        assert torch.equal(got.power, got.gram.diagonal())
+    torch.testing.assert_close(power.power / norms**2, torch.ones_like(norms), **tolerance)
+    assert power.power.dtype == torch.float64 and power.diagonal
+    assert one.cross is None and two.cross is not None
+    unit = torch.outer(others, norms)
+    torch.testing.assert_close(two.cross / unit, cross / unit, **tolerance)
+
+
+@pytest.mark.parametrize("width", [1, 2, 4])
+@pytest.mark.parametrize("step", [1, 3, 11])
+def test_inputs_of_a_depthwise_layer_by_brute_force(width: int, step: int) -> None:
+    """Its taps see the window so far, zeros before its beginning, whatever slab they are in."""
+    mixer = adapt(pico_mamba(conv_kernel=width)).model.backbone.layers[0].mixer
+    x, dense = draw(0, 2, 11, 5), draw(1, 2, 11, 5)
+    norm, gram = InputNorm(), InputGram(paired=True)
+    for start in range(0, 11, step):
+        before = []
+        for whole in (x, dense):
+            past = torch.cat([whole.new_zeros(2, width - 1, 5), whole], 1)[:, start : start + width - 1]
+            before.append(past if start else None)
+        slab = slice(start, start + step)
+        one, other = windows(mixer, x[:, slab], before[0]), windows(mixer, dense[:, slab], before[1])
+        assert one.shape == (2, x[:, slab].shape[1], 5, width)
+        norm.add(one), gram.add(one, other)
+    want = sum(conv1d_hessians(window.T.numpy(), width) for window in x) / (2 * 22)
+    # the same of x + dense and of dense hold what x_dense x' + x x_dense' is
+    both = sum(conv1d_hessians(window.T.numpy(), width) for window in x + dense) / (2 * 22)
+    alone = sum(conv1d_hessians(window.T.numpy(), width) for window in dense) / (2 * 22)
+    got = gram.result()
+    assert got.gram.shape == (5, width, width) and got.cross is not None
+    np.testing.assert_allclose(got.gram, want, atol=1e-12)
+    np.testing.assert_allclose(got.cross + got.cross.mT, both - want - alone, atol=1e-12)
+    diagonal = np.diagonal(want, axis1=1, axis2=2)
+    for power in (got.power, norm.result().power):
+        assert power.shape == (5, width)
+        np.testing.assert_allclose(power, diagonal, atol=1e-12)
+
+
+def test_the_power_of_a_square_depthwise_layer() -> None:
+    """As many channels as taps: nothing but what was asked for tells it from a Gram."""
+    norm = InputNorm()
+    norm.add(draw(0, 2, 5, 4, 4))
+    assert torch.equal(norm.result().power, draw(0, 2, 5, 4, 4).square().sum((0, 1)) / 10)
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_moments_through_a_layer(paired: bool) -> None:
+    """The moments of a layer's outputs, from those of its inputs; the dense model has other weights."""
+    x, dense = draw(0, 2, 30, 6), draw(1, 2, 30, 6)
+    weight, other = draw(2, 3, 6), draw(3, 3, 6)
+    inputs, outputs = InputGram(paired), InputGram(paired)
+    inputs.add(x, dense), outputs.add(x @ weight.T, dense @ other.T)
+    got, want = inputs.result().through(weight.float(), other.float()), outputs.result()
+    torch.testing.assert_close(got.gram, want.gram, rtol=1e-5, atol=1e-5)
+    if paired:
+        torch.testing.assert_close(got.cross, want.cross, rtol=1e-5, atol=1e-5)
+    else:
+        assert got.cross is None
+    assert got.gram.dtype == torch.float64
+
+
+def test_observers_say_whether_they_want_both_models() -> None:
+    assert InputGram(paired=True).paired and not InputGram().paired and not InputNorm().paired
+    with pytest.raises(AssertionError, match="nothing was observed"):
+        InputNorm().result()
+    with pytest.raises(AssertionError, match="nothing was observed"):
+        InputGram().result()
+    assert Moments(torch.eye(3)).power.tolist() == [1, 1, 1]
+
+
+# A_log
 
 
 @pytest.mark.parametrize("longest", [1, 7, 49])
 def test_energy_does_not_depend_on_slabs(longest: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    def make(weight: torch.Tensor) -> StateEnergy:
+    def make(weight: Tensor) -> StateEnergy:
         return StateEnergy(time_weights("power:1", 50))
 
     whole, cut = observe(make, 50, monkeypatch), observe(make, longest, monkeypatch)
@@ -37,7 +164,7 @@ def test_energy_does_not_depend_on_slabs(longest: int, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("pattern", [Unstructured(), NofM(1, 4)])
 def test_votes_do_not_depend_on_slabs(pattern: Unstructured | NofM, monkeypatch: pytest.MonkeyPatch) -> None:
-    def make(weight: torch.Tensor) -> StateVote:
+    def make(weight: Tensor) -> StateVote:
         return StateVote(weight, pattern, 0.75)
 
     whole, cut = observe(make, 50, monkeypatch), observe(make, 7, monkeypatch)
@@ -53,14 +180,33 @@ def test_error_is_in_units_of_the_residual_stream() -> None:
         with torch.no_grad():
             model.backbone.layers[0].mixer.out_proj.weight.mul_(scale)
         stop = next(walk(adapt(model), TOKENS, passes=1))
-        results.append(stop.seen(stop.block.targets[0], StateError("memoryless", diagonal=False)))
+        results.append(stop.seen(a_log(stop), StateError("memoryless", diagonal=False)))
     one, three = results
     for name in ("gram", "cross", "power"):
         torch.testing.assert_close(getattr(three, name), 9 * getattr(one, name))
     assert three.signal == pytest.approx(9 * one.signal, rel=1e-6)
 
 
+def test_rows_of_the_output_cost_what_they_are_said_to() -> None:
+    """A weight for each coordinate of the output is out_proj with rows scaled by its square root."""
+    cost = torch.rand(16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    model = pico_mamba()
+    got, plain = (
+        stop.seen(a_log(stop), StateError("unit", diagonal, cost))
+        for diagonal in (False, True)
+        for stop in [next(walk(adapt(model), TOKENS, passes=1))]
+    )
+    with torch.no_grad():
+        model.backbone.layers[0].mixer.out_proj.weight.mul_(cost.sqrt()[:, None])
+    stop = next(walk(adapt(model), TOKENS, passes=1))
+    want = stop.seen(a_log(stop), StateError("unit", diagonal=False))
+    for name in ("gram", "cross", "power"):
+        torch.testing.assert_close(getattr(got, name), getattr(want, name), rtol=1e-5, atol=0)
+    torch.testing.assert_close(plain.gram, want.gram.diagonal(dim1=1, dim2=2), rtol=1e-5, atol=0)
+    assert got.signal == pytest.approx(want.signal, rel=1e-5)
+
+
 def test_diagonal_is_the_diagonal() -> None:
     stop = next(walk(adapt(pico_mamba()), TOKENS, passes=1))
-    full, diagonal = (stop.seen(stop.block.targets[0], StateError("unit", d)) for d in (False, True))
+    full, diagonal = (stop.seen(a_log(stop), StateError("unit", d)) for d in (False, True))
     torch.testing.assert_close(diagonal.gram, full.gram.diagonal(dim1=1, dim2=2), rtol=1e-6, atol=0)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transcription import remove_smallest
 
-from sparsessm.patterns import NofM, Unstructured, parse, share
+from sparsessm.patterns import NofM, Unstructured, parse
 
 
 @settings(deadline=None)
@@ -81,9 +81,3 @@ def test_m_must_divide_the_row() -> None:
 def test_groups_for_elimination() -> None:
     assert Unstructured().groups(16) == (16, 16)
     assert NofM(1, 4).groups(16) == (4, 3)
-
-
-def test_share_is_one_threshold() -> None:
-    scores = [torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0], [0.5], [9.0]])]
-    assert share(scores, 0.6) == [2, 1]
-    assert share(scores, 0.0) == [0, 0]

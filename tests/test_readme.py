@@ -19,7 +19,7 @@ from pico import TEXT
 from typer.testing import CliRunner
 
 import sparsessm
-from sparsessm import cli
+from sparsessm import cli, demo
 from sparsessm.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
@@ -81,7 +81,8 @@ def parse(arguments: list[str]) -> None:
     context = command.make_context(name, rest, resilient_parsing=bare)
     if name == "prune" and not bare:
         options = context.params.items()
-        Recipe(**{key: value for key, value in options if key in Recipe.model_fields and value is not None})
+        given = {key: value for key, value in options if value not in (None, [], ())}
+        Recipe(**{key: value for key, value in given.items() if key in Recipe.model_fields})
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -118,6 +119,25 @@ def test_the_files_that_a_page_links_to_exist(page: Path) -> None:
         assert (page.parent / name).exists(), name
 
 
+def test_the_tree_names_every_file() -> None:
+    tree = README.split("## What is where")[1]
+    for file in (ROOT / "src/sparsessm").rglob("*.py"):
+        name = file.name if file.name != "__init__.py" else f"{file.parent.name}/"
+        assert re.search(rf"(?<![\w.]){re.escape(name)}", tree), name
+
+
+def test_the_recipes_of_the_page_fit_the_built_in_model(tmp_path: Path) -> None:
+    page = (ROOT / "docs/recipe.md").read_text(encoding="utf-8")
+    recipes = [text for language, text in blocks(page) if language == "yaml"]
+    assert len(recipes) == 2
+    for text in recipes:
+        (tmp_path / "recipe.yaml").write_text(text, encoding="utf-8")
+        line = ["prune", "--recipe", str(tmp_path / "recipe.yaml"), "--dry-run"]
+        outcome = CliRunner().invoke(cli.app, line)
+        assert outcome.exit_code == 0, outcome.stderr
+        assert "in_proj" in outcome.stdout
+
+
 @pytest.mark.parametrize(
     "section",
     [
@@ -130,7 +150,7 @@ def test_the_files_that_a_page_links_to_exist(page: Path) -> None:
 def test_a_section_of_the_readme_runs(section: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text(TEXT * 20)
-    monkeypatch.setattr(cli, "DEMO_TOKENS", 2048)
+    monkeypatch.setattr(demo, "TOKENS", 2048)
     monkeypatch.setattr(sparsessm, "prune", partial(sparsessm.prune, samples=1, length=64))
     monkeypatch.setattr(sparsessm, "evaluate", partial(sparsessm.evaluate, limit=1, length=64))
     for language, text in blocks(section):

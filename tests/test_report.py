@@ -1,4 +1,4 @@
-"""Report: totals against hand counts, a record that JSON can hold, a card that a hub can read."""
+"""Report: totals against hand counts, a record that JSON can hold, tables that stay readable."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 
+from sparsessm.card import card
+from sparsessm.recipe import Recipe
 from sparsessm.report import (
     Report,
     Row,
@@ -20,7 +21,9 @@ from sparsessm.report import (
     number,
     percent,
     perplexity_table,
+    recipe_table,
     removed_table,
+    targets_table,
 )
 
 MEASURED = {"data": "stdlib", "windows": 4, "length": 8, "bits_per_byte": 1.5, "nll": 2.0}
@@ -32,6 +35,11 @@ def row(layer: int = 0, **fields: Any) -> Row:
     name = f"backbone.layers.{layer}.mixer.A_log"
     facts: dict[str, Any] = {"family": "ssm", "method": "exact", "pattern": "2:4", "removed": "memoryless"}
     return Row(**{"target": name, "layer": layer, "total": 100, "pruned": 40, **facts, **fields})
+
+
+def matrix(kind: str, layer: int = 0, **fields: Any) -> Row:
+    facts = {"family": "projections", "method": "absorb", "pattern": "unstructured", "removed": "zero"}
+    return row(layer, **{"target": f"backbone.layers.{layer}.mixer.{kind}.weight", **facts, **fields})
 
 
 def report(*rows: Row, **fields: Any) -> Report:
@@ -56,25 +64,16 @@ def test_totals_keep_families_apart() -> None:
 
 def test_the_record_is_strict_json_even_for_a_ruined_model() -> None:
     ruined = {"dense": DENSE, "pruned": {**PRUNED, "perplexity": math.inf, "window_nll": (math.nan, 1.0)}}
-    made = report(row(score={"min": -math.inf, "max": 1.0}), perplexity=ruined, sizes={"A_log": 8})
+    made = report(row(error=math.inf, signal=math.nan), perplexity=ruined, sizes={"A_log": 8})
     record = json.loads(json.dumps(made.record(), allow_nan=False))
     assert record["perplexity"]["pruned"]["perplexity"] is None
     assert record["perplexity"]["pruned"]["window_nll"] == [None, 1.0]
-    assert record["targets"][0]["score"] == {"min": None, "max": 1.0}
+    assert (record["targets"][0]["error"], record["targets"][0]["signal"]) == (None, None)
     assert record["targets"][0]["sparsity"] == 0.4
     assert record["recipe"] == made.recipe
     assert record["calibration"] == {"sha256": "ab" * 32}
     assert record["versions"]["torch"] == torch.__version__
     assert record["bytes"] == {"A_log": 8}
-
-
-def test_what_cannot_be_repeated_is_said() -> None:
-    assert report(row()).record()["pruned_before"] is False
-    assert "The same recipe gives the same masks" in report(row()).card("m")
-    again = report(row(), pruned_before=True)
-    assert again.record()["pruned_before"] is True
-    assert "had been pruned before" in again.card("m")
-    assert "the same masks" not in again.card("m")
 
 
 @pytest.mark.parametrize(
@@ -94,50 +93,29 @@ def test_a_file_that_was_calibrated_and_measured_on_is_named(
     made = report(row(), fingerprint=fingerprint, recipe={"data": data})
     made.perplexity = figures if measured else {}
     assert bool(made.caveat()) == said
-    assert ("my.txt is one file without a held-out part" in made.card("m")) == said
+    assert ("my.txt is one file without a held-out part" in card(made, "m")) == said
 
 
-def front_matter(card: str) -> dict[str, Any]:
-    return yaml.safe_load(card.split("---\n")[1])
+def test_the_sentence_about_bytes_names_the_kinds() -> None:
+    sizes = {"in_proj": 600, "out_proj": 300, "A_log": 50, "embeddings": 50}
+    assert report(row(), sizes=sizes).honesty().startswith("`A_log` is 5 % of the bytes of this model. ")
+    rows = [row(), matrix("in_proj"), matrix("out_proj"), matrix("in_proj", 1)]
+    words = report(*rows, sizes=sizes).honesty()
+    assert words.startswith("`A_log`, `in_proj` and `out_proj` are 95 % of the bytes of this model. ")
+    tied = matrix("", family="head", target="backbone.embeddings.weight")
+    assert report(tied, sizes=sizes).honesty().startswith("`embeddings` is 5 % of")
+    assert report(*rows).honesty().startswith("Removed entries are stored as ordinary values")
 
 
-def test_the_card_of_a_hub_model() -> None:
-    made = report(
-        row(repaired=("backbone.layers.0.mixer.D",)),
-        sizes={"in_proj": 950, "A_log": 50},
-        perplexity={
-            "dense": DENSE,
-            "pruned": PRUNED,
-            "difference": {"mean": 0.05, "low": 0.04, "high": -1e-9},
-        },
+def test_more_damping_than_usual_is_said() -> None:
+    usual = [matrix("in_proj", layer, damping=0.01) for layer in range(3)]
+    assert report(row(), *usual).damped() == ""
+    more = [matrix("x_proj", 0, damping=0.1), matrix("x_proj", 1, damping=10.0)]
+    words = report(row(), *usual, *more).damped()
+    assert words == (
+        "2 of 5 Hessians were singular on the calibration windows and took more damping than 0.01 of their "
+        "mean diagonal, at most 10 (backbone.layers.1.mixer.x_proj.weight)."
     )
-    card = made.card("org/mamba", base_model="org/mamba")
-    front = front_matter(card)
-    assert front["base_model"] == "org/mamba"
-    assert front["library_name"] == "transformers"
-    assert set(front["tags"]) >= {"mamba", "pruning", "sparse"}
-    assert "# mamba, pruned" in card
-    assert "| ssm | 1 | 100 | 40 | 40.00 % | - |" in card
-    assert "Changed to make up for it, in the layers of the targets: `D`." in card
-    assert "| dense | 10.00 (9.00 to 11.00) | 1.5000 |  |" in card
-    assert "| pruned | 10.50 (9.50 to 11.50) | 1.5000 | +5.00 (+4.00 to +0.00) |" in card
-    assert "AutoModelForCausalLM.from_pretrained" in card
-    assert "`A_log` is 5 % of the bytes of this model." in card
-    assert "neither the file smaller nor the model faster" in card
-    assert (
-        "tokenizer" not in card.split("## What it cost")[0].split("## How it was made")[1]
-    )  # None says nothing
-
-
-def test_the_card_of_a_local_model_says_what_is_not_known() -> None:
-    card = report(row(removed="unit"), fingerprint="").card("dir/mine/", format="state-spaces")
-    assert {"base_model", "library_name"} & front_matter(card).keys() == set()
-    assert "# mine, pruned" in card
-    assert "The perplexity was not measured." in card
-    assert "`none were needed`" in card
-    assert "stored as `A_log` = 0" in card
-    assert "MambaLMHeadModel" in card
-    assert "% of the bytes" not in card
 
 
 @pytest.mark.parametrize(
@@ -168,7 +146,7 @@ def test_contents_count_what_is_stored_in_its_dtype() -> None:
 
 def test_tables_have_a_cell_for_every_column() -> None:
     record = report(row(error=1.0, signal=8.0), row(1)).record()
-    columns, cells = removed_table(record["targets"], record["totals"])
+    columns, cells = targets_table(record["targets"], record["totals"])
     assert {len(line) for line in cells} == {len(columns)}
     assert [line[-1] for line in cells] == ["1.25e-01", "-", "1.25e-01"]
     single = {**DENSE, "low": None, "high": None}  # a single window has no interval
@@ -178,6 +156,49 @@ def test_tables_have_a_cell_for_every_column() -> None:
     assert {len(line) for line in cells} == {len(columns)}
     assert cells[0] == ["a", "10.00 (- to -)", "1.5000", ""]
     assert cells[1][-1] == "+5.00 (- to -)"
+
+
+def test_many_targets_are_one_line_a_kind() -> None:
+    """24 layers of 5 matrices: 120 rows in the record, 7 lines on the terminal."""
+    rows = []
+    for layer in range(24):
+        for n, kind in enumerate(("in_proj", "x_proj", "dt_proj")):
+            rows.append(matrix(kind, layer, pruned=40 + layer, total=100, error=1.0 + n, signal=100.0))
+        rows.append(row(layer, pruned=50, method="exact", pattern="unstructured"))
+        by = {"method": "wanda", "pattern": "2:4"} if layer in (0, 23) else {}
+        rows.append(matrix("out_proj", layer, pruned=50, total=100, **by))
+    record = report(*rows).record()
+    columns, cells = removed_table(record["targets"], record["totals"])
+    assert {len(line) for line in cells} == {len(columns)}
+    share = "51.50 %"
+    ours = ["24", "1236", "2400", share, "40.00 to 63.00 %"]
+    assert cells == [
+        ["in_proj", "absorb, unstructured", *ours, "1.00e-02"],
+        ["x_proj", "absorb, unstructured", *ours, "2.00e-02"],
+        ["dt_proj", "absorb, unstructured", *ours, "3.00e-02"],
+        ["out_proj", "wanda, 2:4; absorb, unstructured", "24", "1200", "2400", "50.00 %", "50.00 %", "-"],
+        ["all projections", "", "96", "4908", "9600", "51.12 %", "", "2.00e-02"],
+        ["A_log", "exact, unstructured", "24", "1200", "2400", "50.00 %", "50.00 %", "-"],
+    ]
+    assert len(targets_table(record["targets"], record["totals"])[1]) == 120 + 2
+
+
+def test_an_empty_tensor_has_no_share() -> None:
+    record = report(row(total=0, pruned=0)).record()
+    assert removed_table(record["targets"], record["totals"])[1][0][4:] == ["0", "0.00 %", "-", "-"][0:4]
+
+
+def test_a_recipe_is_a_line_a_field_and_a_line_a_rule() -> None:
+    recipe = Recipe(
+        sparsity=0.5, ignore=["layer:0", "head"], rules=[{"targets": ["in_proj"], "pattern": "2:4"}]
+    )
+    columns, cells = recipe_table(recipe.model_dump())
+    assert columns == ["field", "value"]
+    assert ["ignore", "layer:0, head"] in cells
+    assert ["rule 1", "pattern: 2:4; targets: in_proj"] in cells
+    assert ["sparsity", "0.5"] in cells
+    as_read = json.loads(json.dumps(recipe.model_dump()))
+    assert recipe_table({**as_read, "tokenizer": None}) == (columns, cells)
 
 
 def test_numbers() -> None:
@@ -194,6 +215,13 @@ def test_numbers() -> None:
         {"format": 1},
         {"format": 1, "targets": 3, "totals": {}, "recipe": {}},
         {"format": 1, "targets": [{"target": "x", "removed": "gone"}], "totals": {}, "recipe": {}},
+        {
+            "format": 1,
+            "targets": [{"target": "x", "removed": "zero", "pruned": 1}],
+            "totals": {},
+            "recipe": {},
+        },
+        {"format": 1, "targets": [report(row()).record()["targets"][0]], "totals": {}, "recipe": {}},
         {"format": 1, "targets": [], "totals": None, "recipe": {}},
         {"format": 1, "targets": [], "totals": {}, "recipe": None},
     ],

@@ -7,7 +7,7 @@
     print(sparsessm.evaluate(model))
     sparsessm.save(model, "out", report)
 
-This file is the door: four functions before `checkpoint`, `data`, `pipeline`, `report` and `evaluation`.
+This file is the door: four functions before `checkpoint`, `data`, `plan`, `pipeline`, `report`, `evaluation`.
 Importing it is light; torch and transformers come in with the first call.
 """
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch.nn import Module
 
     from sparsessm.evaluation import Perplexity
+    from sparsessm.plan import Plan
     from sparsessm.recipe import Recipe
     from sparsessm.report import Report
 
@@ -75,40 +76,87 @@ def prune(
         ValueError: an unknown or impossible field, a text shorter than one window, or activations that are
             not finite.
     """
-    resolved = resolve(checkpoint, recipe, **fields)
-    return follow(checkpoint, resolved, draw(checkpoint, resolved), progress)
+    resolved, tokens, advice = settle(checkpoint, resolve(checkpoint, recipe, **fields), progress)
+    report = follow(checkpoint, resolved, tokens, progress)
+    report.advice = advice
+    return report
 
 
 def resolve(checkpoint: Checkpoint, recipe: Recipe | None = None, **fields: Any) -> Recipe:
     """First step of `prune`: replace `fields` in the recipe and fill in what depends on the model.
 
     Raises:
-        ValueError: an unknown or impossible field, or a pattern that does not fit the model's states.
+        ValueError: an unknown or impossible field, a rule that hits nothing, or a pattern that does not fit
+            the model's matrices.
     """
-    from sparsessm.architectures import adapt
     from sparsessm.recipe import Recipe
 
     recipe = (recipe or Recipe()).updated(**{**fields, "tokenizer": checkpoint.tokenizer_source})
-    states = adapt(checkpoint.model, checkpoint.stored).states
-    return recipe.resolved(model=checkpoint.source, states=states, trained_length=checkpoint.trained_length)
+    recipe = recipe.resolved(model=checkpoint.source, trained_length=checkpoint.trained_length)
+    planned(checkpoint, recipe)  # refuses what does not fit the model
+    return recipe
+
+
+def planned(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
+    """What a resolved recipe does to every matrix of the model.
+
+    Raises:
+        ValueError: as `resolve`.
+    """
+    from sparsessm import plan
+    from sparsessm.architectures import adapt
+
+    return plan.make(recipe, adapt(checkpoint.model, checkpoint.stored).targets)
 
 
 def draw(checkpoint: Checkpoint, recipe: Recipe) -> Tensor | None:
-    """Second step of `prune`: the calibration windows (samples, length), None if the method needs no data.
+    """The calibration windows (samples, length), None if the method needs no data.
+
+    With `samples: auto` all that the choice may look at, fewer where the text has no more.
 
     Raises:
         ValueError: unknown data, or a text shorter than one window.
     """
+    from sparsessm.advice import HELD_OUT, MOST
     from sparsessm.data import calibration_windows
     from sparsessm.pipeline import needs_data
     from sparsessm.recipe import window_length
 
-    if not needs_data(recipe):
+    if not needs_data(planned(checkpoint, recipe)):
         return None
-    length = recipe.length or window_length(checkpoint.trained_length)
     return calibration_windows(
-        recipe.data, checkpoint.tokenizer, samples=recipe.samples, length=length, seed=recipe.seed
+        recipe.data,
+        checkpoint.tokenizer,
+        samples=MOST + HELD_OUT if recipe.samples == "auto" else recipe.samples,
+        length=recipe.length or window_length(checkpoint.trained_length),
+        seed=recipe.seed,
+        distinct=recipe.samples == "auto",
     )
+
+
+def settle(
+    checkpoint: Checkpoint, recipe: Recipe, progress: Progress | None = None
+) -> tuple[Recipe, Tensor | None, list[dict[str, Any]]]:
+    """Second step of `prune`: the windows to calibrate on, as many as are enough where `samples` is auto.
+
+    Returns:
+        The recipe with their number; the windows, see `draw`; the curve that the choice was made from, plain
+        values (`advice.Step`), empty if the recipe says a number.
+
+    Raises:
+        ValueError: as `draw`; with `samples: auto` also methods that need no data, or too little text.
+    """
+    if recipe.samples != "auto":
+        return recipe, draw(checkpoint, recipe), []
+    from sparsessm.advice import choose, watched
+    from sparsessm.architectures import adapt
+
+    architecture, plan = adapt(checkpoint.model, checkpoint.stored), planned(checkpoint, recipe)
+    watched(architecture, plan)  # refuses before the text is read
+    tokens = draw(checkpoint, recipe)
+    assert tokens is not None
+    samples, curve = choose(architecture, plan, tokens, progress)
+    return recipe.updated(samples=samples), tokens[:samples], curve
 
 
 def follow(
@@ -183,11 +231,15 @@ def save(
     """
     from sparsessm.checkpoint.reading import local_folder
 
+    from . import card as cards
     from . import checkpoint as files
 
     record = card = None
     if report is not None:
         source = checkpoint.source
         hub_id = source if local_folder(source) is None else None
-        record, card = report.record(), report.card(source, base_model=hub_id, format=checkpoint.format)
+        record, card = (
+            report.record(),
+            cards.card(report, source, base_model=hub_id, format=checkpoint.format),
+        )
     return files.save(checkpoint, path, record=record, card=card, force=force)

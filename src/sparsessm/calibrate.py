@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sparsessm.architectures import Architecture, Block, Tap, Target
+from sparsessm.observers import InputGram, Moments
 
 Progress = Callable[[str, int, int], None]
 
@@ -27,34 +28,106 @@ LONGEST = 128
 
 @dataclass
 class Stop:
-    """The walk stands before `block`; `hidden` (W, L, d_model) comes from the pruned blocks before it."""
+    """The walk stands before `block`; `hidden` (W, L, d_model) comes from the pruned blocks before it.
+
+    With a second stream, `dense` is the block with its weights of before and `dense_hidden` what the dense
+    blocks
+    before it produce: observers that are `paired` see the inputs in both models. The pass that looks at the
+        block's
+    last target takes the dense windows through the whole block, so that target can be looked at once.
+    """
 
     block: Block
     hidden: Tensor
     _tick: Callable[[], None]
+    dense: Block | None = None
+    dense_hidden: Tensor | None = None
+    _last: tuple[str, Moments] | None = None  # what was seen last
+    _dense_is_through: bool = False
 
     def seen(self, target: Target, observer: Any) -> Any:
-        """Run the block over all windows with `observer` watching `target`; returns the observer's result."""
-        self.run({target.kind: observer}, in_place=False)
-        return observer.result()
+        """Run all windows up to `target` with `observer` watching; returns the observer's result."""
+        if isinstance(observer, InputGram) and (fed := self._fed(target, observer)):
+            for _ in range(slab_count(*self.hidden.shape[:2])):
+                self._tick()  # a pass saved is a pass done
+            return fed
+        self.run({target.kind: observer}, until=target.kind)
+        result = observer.result()
+        feeds = any(other.fed_by and other.fed_by[0] == target.kind for other in self.block.targets)
+        self._last = (target.kind, result) if feeds and isinstance(result, Moments) else None
+        return result
+
+    def _fed(self, target: Target, observer: InputGram) -> Moments | None:
+        """Moments that follow from those of the target whose outputs these inputs are: no pass is needed."""
+        if target.fed_by is None or self._last is None or self._last[0] != target.fed_by[0]:
+            return None
+        (kind, rows), moments = target.fed_by, self._last[1]
+        if moments.diagonal or (observer.paired and moments.cross is None):
+            return None
+        return moments.through(
+            *(_matrix(block, kind)[:rows] for block in (self.block, self.dense or self.block))
+        )
 
     def advance(self) -> None:
         """Replace the windows by the block's output, with the block as it is now."""
-        self.run({}, in_place=True)
+        self.run({})
 
-    def run(self, taps: Mapping[str, Tap], *, in_place: bool) -> None:
-        """One pass of all windows through the block, watched by `taps` (target kind -> observer)."""
+    def run(self, taps: Mapping[str, Tap], *, until: str | None = None) -> None:
+        """One pass of all windows, watched by `taps` (target kind -> observer).
+
+        Args:
+            until: go no further than this target and leave the windows as they are; None: through the block,
+                whose output replaces them.
+        """
         windows, length, _ = self.hidden.shape
         width = slab_width(windows, length)
-        state = None
+        pairs = {kind: Pair(tap) for kind, tap in taps.items() if getattr(tap, "paired", False)}
+        recorders = {kind: pair.dense for kind, pair in pairs.items()}
+        dense_until = None if until == self.block.targets[-1].kind else until
+        both = (pairs or until is None) and not self._dense_is_through
+        state = dense_state = None
         with torch.inference_mode():
             for start in range(0, length, width):
-                slab = self.hidden[:, start : start + width]
-                out, state = self.block.forward(slab, state, taps)
-                _refuse_non_finite(out, self.block.name, start)
-                if in_place:
-                    slab.copy_(out)
+                slab = slice(start, start + width)
+                if both and self.dense is not None and self.dense_hidden is not None:
+                    dense_slab = self.dense_hidden[:, slab]
+                    out, dense_state = self.dense.forward(dense_slab, dense_state, recorders, dense_until)
+                    if out is not None:
+                        dense_slab.copy_(out)
+                out, state = self.block.forward(self.hidden[:, slab], state, {**taps, **pairs}, until)
+                if out is not None:
+                    _refuse_non_finite(out, self.block.name, start)
+                    self.hidden[:, slab].copy_(out)
                 self._tick()
+        self._dense_is_through |= bool(both) and dense_until is None
+
+
+class Recorder:
+    """A tap that keeps what it was fed last."""
+
+    options: Mapping[str, Any] = {}
+
+    def __init__(self) -> None:
+        self.last: Tensor | None = None
+
+    def add(self, x: Tensor) -> None:
+        self.last = x
+
+
+class Pair:
+    """A tap that hands an observer the inputs in both models; `dense` must be fed first."""
+
+    options: Mapping[str, Any] = {}
+
+    def __init__(self, observer: Any) -> None:
+        self._observer, self.dense = observer, Recorder()
+
+    def add(self, x: Tensor) -> None:
+        self._observer.add(x, self.dense.last)
+
+
+def _matrix(block: Block, kind: str) -> Tensor:
+    return next(target.matrix for target in block.targets if target.kind == kind)
 
 
 def slab_width(windows: int, length: int) -> int:
@@ -83,43 +156,57 @@ def survey(
     """
     with torch.inference_mode():
         hidden = architecture.embed(tokens)
-    tick = _counter("survey", slab_count(tokens) * len(architecture.blocks), progress)
-    for block in architecture.blocks:
+    blocks = (*architecture.blocks, architecture.tail)
+    tick = _counter("survey", slab_count(*tokens.shape) * len(architecture.blocks), progress)
+    for block in blocks:
         watched = [(target, observer) for target in block.targets if (observer := watch(target)) is not None]
-        Stop(block, hidden, tick).run({target.kind: observer for target, observer in watched}, in_place=True)
+        if block is not architecture.tail:
+            Stop(block, hidden, tick).run({target.kind: observer for target, observer in watched})
+        elif watched:  # next to no work, and not counted
+            Stop(block, hidden, lambda: None).run({target.kind: observer for target, observer in watched})
         for target, observer in watched:
             yield target, observer.result()
 
 
 def walk(
-    architecture: Architecture, tokens: Tensor, passes: int, progress: Progress | None = None
+    architecture: Architecture,
+    tokens: Tensor,
+    passes: float,
+    progress: Progress | None = None,
+    *,
+    dense: Tensor | None = None,
+    tail: bool = False,
 ) -> Iterator[Stop]:
     """Stop before each block in turn; afterwards the windows go through the block as the caller left it.
 
-    The last block is not run again: nobody needs its output.
+    Where nobody needs its output, the last block is not run again.
 
     Args:
         tokens: (W, L) int64 calibration windows.
-        passes: runs through each block that the caller will make, the advancing one included; for the
+        passes: runs through a block that the caller will make on average, the advancing one included; for the
             progress bar.
         progress: called with ("calibrate", slabs done, slabs in all).
+        dense: (W, L, d_model) windows as the dense model embeds them, to be carried beside the pruned ones.
+        tail: stop before the head as well.
 
     Raises:
         ValueError: an activation that is not finite; names the block, the first window and position.
     """
     with torch.inference_mode():
         hidden = architecture.embed(tokens)
-    tick = _counter("calibrate", slab_count(tokens) * (passes * len(architecture.blocks) - 1), progress)
-    for block in architecture.blocks:
-        stop = Stop(block, hidden, tick)
+    stops = (*architecture.blocks, *((architecture.tail,) if tail else ()))
+    runs = round(passes * len(architecture.blocks)) + (1 if tail else -1)
+    tick = _counter("calibrate", slab_count(*tokens.shape) * runs, progress)
+    for block in stops:
+        stop = Stop(block, hidden, tick, None if dense is None else block.copy(), dense)
         yield stop
-        if block is not architecture.blocks[-1]:
+        if block is not stops[-1]:
             stop.advance()
 
 
-def slab_count(tokens: Tensor) -> int:
+def slab_count(windows: int, length: int) -> int:
     """Slabs that one pass takes."""
-    return -(-tokens.shape[1] // slab_width(*tokens.shape))
+    return -(-length // slab_width(windows, length))
 
 
 def _counter(stage: str, total: int, progress: Progress | None) -> Callable[[], None]:

@@ -11,9 +11,8 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,19 +26,13 @@ from .data import DATASETS, fingerprint
 from .methods import METHODS
 from .patterns import NofM, Unstructured
 from .recipe import Recipe, window_length
-from .report import Report, checked, contents, finite, percent, perplexity_table, removed_table
+from .report import checked, finite, percent, perplexity_table, removed_table
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
-    from .evaluation import Perplexity
+    from .plan import Plan
 
 EVALUATED_TOKENS = 32768  # tokens that `prune` measures on, before and after
-DEMO_MODEL = "builtin:pycode"
-DEMO_TOKENS = 65536
-DEMO_METHODS = ("random", "magnitude", "sparsessm-vote", "sparsessm", "exact")
-DEMO_RUNS = {method: {"method": method, "budget": "layer"} for method in DEMO_METHODS} | {
-    f"{method}, budget model": {"method": method, "budget": "model"} for method in ("sparsessm", "exact")
-}
 
 app = typer.Typer(
     name="sparsessm",
@@ -54,7 +47,7 @@ app = typer.Typer(
 def _field(name: str, *flags: str) -> Any:
     """The option of a recipe field. Its default is None (not given): it must not override a recipe file."""
     field = Recipe.model_fields[name]
-    default = "" if field.default is None else f" [default: {str(field.default).lower()}]"
+    default = f" [default: {str(field.default).lower()}]" if field.default not in (None, ()) else ""
     return typer.Option(*flags, help=f"{field.description}{default}", show_default=False)
 
 
@@ -63,21 +56,28 @@ Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="Print nothing but errors (and the JSON, if asked for).")
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing directory.")]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Say what every rule hits and the bytes; read no text, write nothing."),
+]
 NoEval = Annotated[bool, typer.Option("--no-eval", help="Do not measure perplexity before and after.")]
 FromFile = Annotated[
     Path | None,
     typer.Option(help="A recipe (YAML), or a result to repeat; options beside it replace its fields."),
 ]
 Models = Annotated[list[str], typer.Argument(help="Models; all others are compared with the first.")]
-Text = Annotated[
-    str, typer.Option(help=str(Recipe.model_fields["data"].description).replace("Calibration", "Evaluation"))
-]
+TEXT_HELP = str(Recipe.model_fields["data"].description).replace("Calibration", "Evaluation")
+Text = Annotated[str | None, typer.Option(help=f"{TEXT_HELP} [default: stdlib]")]
 Length = Annotated[
     int | None, typer.Option(min=2, help="Tokens in a window [default: 2048, or the model's own].")
 ]
 Limit = Annotated[
-    int | None, typer.Option(min=1, help="Use only so many windows, evenly spaced over the text.")
+    int | None, typer.Option(min=1, help="So many windows, evenly spaced; of --tasks the first documents.")
 ]
+Tasks = Annotated[
+    str | None, typer.Option(help="Zero-shot tasks of lm-evaluation-harness instead: piqa,arc_easy,...")
+]
+IncludePath = Annotated[Path | None, typer.Option(help="A directory of task files (YAML) for --tasks.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -90,106 +90,185 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Print the 
 @app.command()
 def prune(
     context: typer.Context,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The directory to write.")],
     model: Annotated[str | None, typer.Argument(help=Recipe.model_fields["model"].description)] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The directory to write.")] = None,
     sparsity: Annotated[float | None, _field("sparsity")] = None,
-    method: Annotated[str | None, _field("method")] = None,
     target: Annotated[str | None, _field("target")] = None,
-    removed: Annotated[str | None, _field("removed")] = None,
+    ignore: Annotated[list[str] | None, _field("ignore")] = None,
+    method: Annotated[str | None, _field("method")] = None,
     pattern: Annotated[str | None, _field("pattern")] = None,
-    budget: Annotated[str | None, _field("budget")] = None,
+    repair: Annotated[str | None, _field("repair")] = None,
+    weight: Annotated[str | None, _field("weight")] = None,
+    allocation: Annotated[str | None, _field("allocation")] = None,
+    removed: Annotated[str | None, _field("removed")] = None,
     diagonal: Annotated[bool | None, _field("diagonal", "--diagonal/--no-diagonal")] = None,
     time_weights: Annotated[str | None, _field("time_weights")] = None,
     data: Annotated[str | None, _field("data")] = None,
-    samples: Annotated[int | None, _field("samples")] = None,
+    samples: Annotated[str | None, _field("samples")] = None,
     length: Annotated[int | None, _field("length")] = None,
     seed: Annotated[int | None, _field("seed")] = None,
     tokenizer: Annotated[str | None, _field("tokenizer")] = None,
     recipe: FromFile = None,
+    dry_run: DryRun = False,
     no_eval: NoEval = False,
     force: Force = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Prune MODEL and write the result, a stock checkpoint, to a directory."""
+    if out is None and not dry_run:
+        raise typer.BadParameter(
+            "missing; name the directory to write, or --dry-run", param_hint="--out / -o"
+        )
     options = context.params.items()
-    given = {name: value for name, value in options if name in Recipe.model_fields and value is not None}
+    given = {
+        name: value for name, value in options if name in Recipe.model_fields and value not in (None, [], ())
+    }
     with _answering(quiet) as progress:
         from .checkpoint import refuse_existing
+        from .yardstick import Yardstick, compared
 
         wanted = (Recipe.load(recipe) if recipe else Recipe()).updated(**given)
         if wanted.model is None:
             raise ValueError("no model: name one on the command line or in the recipe")
-        refuse_existing(out, force, wanted.model)
+        if out is not None:
+            refuse_existing(out, force, wanted.model)
         checkpoint = sparsessm.load(wanted.model, tokenizer=wanted.tokenizer)
         wanted = sparsessm.resolve(checkpoint, wanted)
+        plan = sparsessm.planned(checkpoint, wanted)
+        if out is None or dry_run:
+            _preview(checkpoint, plan, wanted, as_json, quiet)
+            return
         torch.manual_seed(wanted.seed)
         progress.say(f"reading {wanted.data}")
-        tokens = sparsessm.draw(checkpoint, wanted)
+        wanted, tokens, advice = sparsessm.settle(checkpoint, wanted, progress)
+        if advice:
+            progress.note(f"calibrating on {wanted.samples} windows")
         if (
             recipe
             and tokens is not None
             and (before := Recipe.calibrated_on(recipe)) not in (None, fingerprint(tokens))
         ):
             progress.say(f"note: not the calibration tokens of {recipe} ({before[:12]}...); masks may differ")
-        measure = None if no_eval else _measure(checkpoint, wanted, EVALUATED_TOKENS, progress)
-        dense = measure(checkpoint, "dense model") if measure else None
-        progress.say(f"pruning by {wanted.method}")
+        yardstick = None if no_eval else Yardstick.of(checkpoint, wanted, EVALUATED_TOKENS)
+        if yardstick:
+            progress.say("dense model")
+        dense = yardstick and yardstick.measure(checkpoint, progress)
+        progress.say(f"pruning by {' and '.join(plan.methods)}")
         report = sparsessm.follow(checkpoint, wanted, tokens, progress)
-        if measure and dense:
-            report.perplexity = _compared(dense, measure(checkpoint, "pruned model"))
+        report.advice = advice
+        if yardstick and dense:
+            progress.say("pruned model")
+            report.perplexity = compared(dense, yardstick.measure(checkpoint, progress))
         sparsessm.save(checkpoint, out, report, force=force)
     record = report.record()
     if as_json:
         _print_json({"out": str(out), **record})
     elif not quiet:
-        title = f"Removed by {wanted.method}, {wanted.pattern}, {wanted.removed}"
-        tables.show(tables.table(title, *removed_table(record["targets"], record["totals"])))
+        if advice:
+            from .advice import advice_table
+
+            title = "Calibration windows (samples: auto)"
+            tables.show(tables.table(title, *advice_table(advice, record["recipe"]["samples"])))
+        table = removed_table(record["targets"], record["totals"])
+        tables.show(tables.table("What was removed", *table, left=2))
         if measured := record["perplexity"]:
             records = {name: measured[name] for name in ("dense", "pruned")}
             _show_perplexities(records, {"pruned": measured["difference"]})
-        if report.caveat():
-            tables.show(report.caveat())
-        tables.show(report.honesty(), f"Saved to {out}; pruning took {report.seconds:.0f} s.")
+        notes = (report.damped(), report.caveat(), report.honesty())
+        tables.show(*filter(None, notes), f"Saved to {out}; pruning took {report.seconds:.0f} s.")
+
+
+def _preview(checkpoint: Checkpoint, plan: Plan, recipe: Recipe, as_json: bool, quiet: bool) -> None:
+    """What `prune --dry-run` answers."""
+    from .inventory import preview, preview_tables
+
+    record = preview(plan, checkpoint.model.state_dict(), checkpoint.stored)
+    if as_json:
+        _print_json({"recipe": recipe.model_dump(), **record})
+    elif not quiet:
+        tables.show(*(tables.table(*parts) for parts in preview_tables(checkpoint.source, record)))
+        tables.show("A dry run: nothing was read but the model, nothing was written.")
 
 
 @app.command(name="eval")
 def evaluate(
     models: Models,
-    data: Text = "stdlib",
+    data: Text = None,
     length: Length = None,
     limit: Limit = None,
+    tasks: Tasks = None,
+    include_path: IncludePath = None,
     tokenizer: Annotated[str | None, _field("tokenizer")] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure perplexity and bits per byte; with two or more models, the paired change against the first."""
-    measured, changes, others = {}, {}, []
+    """Measure perplexity and bits per byte, or zero-shot tasks; models after the first with their change."""
+    perplexities, zero_shots = {}, {}
     with _answering(quiet) as progress:
-        from .evaluation import difference
+        from . import scores
+        from .zero_shot import zero_shot
 
+        none = {"--include-path": include_path} if tasks is None else {"--data": data, "--length": length}
+        if given := [option for option, value in none.items() if value is not None]:
+            raise ValueError(f"{given[0]} has no effect with{'out' if tasks is None else ''} --tasks")
         for model in models:
             progress.say(f"model {model}")
             checkpoint = sparsessm.load(model, tokenizer=tokenizer)
-            length = length or window_length(checkpoint.trained_length)
-            measured[model] = sparsessm.evaluate(
-                checkpoint, data, length=length, limit=limit, progress=progress
-            )
-            if measured[model].fingerprint != measured[models[0]].fingerprint:
-                others.append(model)
-            elif model != models[0]:
-                changes[model] = asdict(difference(measured[models[0]], measured[model]))
-    records = {model: perplexity.record() for model, perplexity in measured.items()}
+            options: dict[str, Any] = {"limit": limit, "progress": progress}
+            if tasks is not None:
+                zero_shots[model] = zero_shot(
+                    checkpoint, tasks.split(","), include_path=include_path, **options
+                )
+            else:
+                length = length or window_length(checkpoint.trained_length)
+                perplexities[model] = sparsessm.evaluate(
+                    checkpoint, data or "stdlib", length=length, **options
+                )
+        result = scores.tasks(zero_shots) if zero_shots else scores.perplexities(perplexities)
     if as_json:
-        lines = [
-            {"model": model, **record, "change": changes.get(model)} for model, record in records.items()
-        ]
-        _print_json({"models": lines})
+        _print_json(result.document)
     elif not quiet:
-        _show_perplexities(records, changes)
-        if others:
-            names = f"The tokenizer of {', '.join(others)} cuts the text otherwise than that of {models[0]}"
-            tables.show(f"{names}: the perplexities do not compare, bits per byte do.")
+        tables.show(tables.table(result.title, result.columns, result.cells, result.words), *result.notes)
+
+
+@app.command()
+def analyze(
+    model: Annotated[str, typer.Argument(help=Recipe.model_fields["model"].description)],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="For analysis.json and a PNG.")] = None,
+    sparsities: Annotated[str, typer.Option(help="Shares removed, of each matrix alone.")] = "0.3,0.5,0.7",
+    weight: Annotated[str | None, _field("weight")] = None,
+    data: Annotated[str, _field("data")] = "stdlib",
+    samples: Annotated[int, typer.Option(min=1, help="Number of calibration windows.")] = 16,
+    windows: Annotated[int, typer.Option(min=1, help="Number of held-out windows.")] = 8,
+    length: Length = None,
+    seed: Annotated[int, _field("seed")] = 0,
+    tokenizer: Annotated[str | None, _field("tokenizer")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace another analysis in --out.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Say which parts of MODEL tolerate how much: every matrix pruned alone, measured on the logits."""
+    kept = f"what is in {out}/analysis.json is kept, the same command goes on" if out else None
+    with _answering(quiet, kept) as progress:
+        from . import analysis, findings
+
+        if out is not None:
+            findings.refuse_without_matplotlib()
+        shares = analysis.parse_sparsities(sparsities)
+        checkpoint = sparsessm.load(model, tokenizer=tokenizer)
+        options: dict[str, Any] = {"data": data, "samples": samples, "windows": windows, "length": length}
+        options |= {"weight": weight, "seed": seed, "out": out, "force": force, "progress": progress}
+        found = analysis.analyze(checkpoint, sparsities=shares, **options)
+        told = findings.summary(found)
+        if out is not None:
+            findings.draw(found, out / findings.PICTURE)
+    if as_json:
+        _print_json({**found.record(), "summary": told})
+    elif not quiet:
+        panels = findings.maps(found)
+        tables.show(tables.heat_maps(panels, findings.bounds(panels)))
+        tables.show(*(tables.table(*parts) for parts in findings.summary_tables(told)), told["conclusion"])
 
 
 @app.command()
@@ -201,48 +280,18 @@ def inspect(
 ) -> None:
     """Say what is in a result: its record, and what its tensors themselves say."""
     with _answering(quiet):
-        from .architectures import REMOVED_A_LOG
         from .checkpoint import read_record
+        from .inventory import inspection, inspection_tables
 
         checkpoint = sparsessm.load(directory, tokenizer=tokenizer)
         record = checked(read_record(directory), f"{directory}/pruning.json")
-        tensors = checkpoint.model.state_dict()
-        kinds = contents(tensors, checkpoint.stored)
-        dtypes = {
-            kind: sorted(str(dtype).removeprefix("torch.") for dtype in kinds[kind][1]) for kind in kinds
-        }
-        rows = record["targets"] if record else []
-        if unknown := [row["target"] for row in rows if row["target"] not in tensors]:
-            raise ValueError(f"{directory}/pruning.json: the model has no {unknown[0]}")
-        found = {
-            row["target"]: int((tensors[row["target"]] == REMOVED_A_LOG[row["removed"]]).sum())
-            for row in rows
-        }
-        for row in rows:
-            # There may be more: of an earlier pruning, and `unit` stores 0, as do models near their start.
-            if found[row["target"]] < row["pruned"]:
-                count = f"{row['pruned']} removed entries, its tensor has {found[row['target']]}"
-                raise ValueError(
-                    f"pruning.json does not fit the tensors: it says that {row['target']} has {count}"
-                )
+        facts = inspection(checkpoint, directory, record)
     if as_json:
-        sizes = {kind: {"bytes": kinds[kind][0], "dtypes": dtypes[kind]} for kind in kinds}
-        facts = {"model": directory, "format": checkpoint.format, "tensors": sizes, "removed": found}
-        _print_json({**facts, "record": record})
+        _print_json(facts)
     elif not quiet:
-        total = sum(size for size, _ in kinds.values())
-        title = f"{directory}: format {checkpoint.format}, {total:,} bytes of tensors"
-        cells = [
-            [kind, ", ".join(dtypes[kind]), f"{n:,}", percent(n / total)] for kind, (n, _) in kinds.items()
-        ]
-        tables.show(tables.table(title, ["tensors", "dtype", "bytes", "share"], cells, left=2))
+        tables.show(*(tables.table(*parts) for parts in inspection_tables(facts)))
         if record is None:
             tables.show("It has no pruning.json: not a result of `sparsessm prune`.")
-            return
-        title = "What was removed (counted again in the tensors)"
-        tables.show(tables.table(title, *removed_table(rows, record["totals"])))
-        recipe = [[name, str(value)] for name, value in record["recipe"].items()]
-        tables.show(tables.table("Recipe", ["field", "value"], recipe, left=2))
 
 
 @app.command(name="list")
@@ -278,97 +327,47 @@ def demo(
 ) -> None:
     """Prune the built-in model by every method, compare them on held-out text, and save the best."""
     with _answering(quiet) as progress:
+        from . import demo as demos
         from .checkpoint import read_record, refuse_existing
-        from .pipeline import needs_data
 
         record = read_record(out) if out.is_dir() else None
         former = record is not None and "methods" in (record.get("perplexity") or {})
-        refuse_existing(out, former, DEMO_MODEL)
+        refuse_existing(out, former, demos.MODEL)
         torch.manual_seed(seed)
-        checkpoint = sparsessm.load(DEMO_MODEL)
-        options: dict[str, Any] = {"sparsity": sparsity, "samples": samples, "seed": seed}
-        recipes = {name: sparsessm.resolve(checkpoint, **run, **options) for name, run in DEMO_RUNS.items()}
-        progress.say("reading the standard library")
-        every = list(recipes.values())
-        tokens = sparsessm.draw(checkpoint, next(filter(needs_data, every), every[0]))  # the same for all
-        measure = _measure(checkpoint, every[0], DEMO_TOKENS, progress)
-        dense = measure(checkpoint, "dense model")
-        runs: dict[str, tuple[Checkpoint, Report]] = {}
-        for name, recipe in recipes.items():
-            checkpoint = sparsessm.load(DEMO_MODEL)
-            progress.say(f"pruning by {name}")
-            report = sparsessm.follow(checkpoint, recipe, tokens if needs_data(recipe) else None, progress)
-            report.perplexity = _compared(dense, measure(checkpoint, f"pruned by {name}"))
-            runs[name] = checkpoint, report
-        measured = {name: report.perplexity for name, (_, report) in runs.items()}
-        best = min(measured, key=lambda name: measured[name]["pruned"]["nll"])
-        checkpoint, report = runs[best]
-        report.perplexity = {
-            **measured[best],
-            "methods": {
-                name: {part: measured[name][part] for part in ("pruned", "difference")} for name in measured
-            },
-        }
-        sparsessm.save(checkpoint, out, report, force=former)
+        done = demos.compare(progress, sparsity=sparsity, samples=samples, seed=seed)
+        sparsessm.save(done.checkpoint, out, done.report, force=former)
     if as_json:
-        _print_json({"out": str(out), "best": best, **report.record()})
+        _print_json({"out": str(out), "best": done.best, **done.report.record()})
     elif not quiet:
-        records = {"dense": dense.record(), **{name: measured[name]["pruned"] for name in measured}}
-        _show_perplexities(records, {name: measured[name]["difference"] for name in measured})
+        pruned = {name: run["pruned"] for name, run in done.measured.items()}
+        changes = {name: run["difference"] for name, run in done.measured.items()}
+        _show_perplexities({"dense": done.dense.record(), **pruned}, changes)
         tables.show(
             f"{percent(sparsity)} of the entries of A_log removed: the same share in every layer or, with "
-            "budget model (the default of prune), the cheapest of all layers together."
+            "allocation loss (the default of exact), the cheapest of all layers together.",
+            done.report.honesty(),
+            f"The best, {done.best}, is saved to {out}: a stock checkpoint.",
         )
-        tables.show(report.honesty())
-        tables.show(f"The best, {best}, is saved to {out}: a stock checkpoint.")
 
 
 @contextmanager
-def _answering(quiet: bool) -> Iterator[tables.Progress]:
-    """Run a command's work; a user's mistake ends in one line and exit code 1, Ctrl-C in 130."""
+def _answering(quiet: bool, kept: str | None = None) -> Iterator[tables.Progress]:
+    """Run a command's work; a user's mistake ends in one line and exit code 1, Ctrl-C in 130.
+
+    Args:
+        kept: what to say of an interrupted command that has written something.
+    """
     try:
         with tables.Progress(quiet) as progress:
             if not kernels.NATIVE:
                 progress.note("note: the native kernels are not installed; the slow reference is used")
             yield progress
     except KeyboardInterrupt:
-        typer.echo("interrupted; nothing was written", err=True)
+        typer.echo(f"interrupted; {kept or 'nothing was written'}", err=True)
         raise typer.Exit(130) from None
     except (ValueError, OSError) as error:
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(1) from None
-
-
-def _measure(
-    checkpoint: Checkpoint, recipe: Recipe, tokens: int, progress: tables.Progress
-) -> Callable[[Checkpoint, str], Perplexity]:
-    """How to measure a model on about so many tokens of the recipe's data, always the same ones.
-
-    They are held out, unless the data is a local file; `Report.caveat` says so then.
-    """
-    from .data import evaluation_windows
-    from .evaluation import perplexity
-
-    length = recipe.length or window_length(checkpoint.trained_length)
-    limit = max(1, tokens // length)
-    windows, n_bytes = evaluation_windows(recipe.data, checkpoint.tokenizer, length=length, limit=limit)
-
-    def measure(checkpoint: Checkpoint, title: str) -> Perplexity:
-        progress.say(title)
-        return perplexity(checkpoint.model, windows, n_bytes, data=recipe.data, progress=progress)
-
-    return measure
-
-
-def _compared(dense: Perplexity, pruned: Perplexity) -> dict[str, Any]:
-    """What a report says about perplexity: both measurements and their paired difference."""
-    from .evaluation import difference
-
-    return {
-        "dense": dense.record(),
-        "pruned": pruned.record(),
-        "difference": asdict(difference(dense, pruned)),
-    }
 
 
 def _show_perplexities(records: Mapping[str, Any], changes: Mapping[str, Any]) -> None:

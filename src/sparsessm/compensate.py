@@ -1,19 +1,179 @@
-"""Stage 4, repair. The only place that computes changes of weights which survive."""
+"""Stages 3 and 4 in one loop: `sweep` masks a matrix and repairs what survives, some columns at a time. The
+only place that computes changes of weights which survive.
+
+Without a factor the sweep only masks: magnitude, Wanda, and every score for A_log. With the factor of the
+inverse Hessian it is optimal brain surgery in the order of columns (SparseGPT, Frantar & Alistarh, arXiv
+2301.00774): what a removed weight did is made up for by the columns to its right. `refit` then repairs in
+both directions. Formulas in docs/methods.md.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
-from sparsessm.observers import ErrorSums
+from sparsessm.hessian import Factor
+from sparsessm.observers import ErrorSums, Moments
+from sparsessm.patterns import NofM, Pattern
 
 # Share of the mean channel's power added to every channel's: D of a channel whose gate hardly ever opens
 # would otherwise be fitted to nothing and grow without bound.
-DAMPING = 1e-6
+SKIP_DAMPING = 1e-6
+WIDTH = 128  # columns whose errors are handed on together (SparseGPT's lazy batches)
+STEPS = 10  # of conjugate gradients in `refit`
+
+# (columns [out, width] as they are now, their place) -> scores [out, width]; the smallest are removed.
+Score = Callable[[Tensor, slice], Tensor]
+
+
+def sweep(
+    weight: Tensor,
+    score: Score,
+    pattern: Pattern,
+    sparsity: float,
+    factor: Factor | None = None,
+    width: int = WIDTH,
+    *,
+    by_row: bool = False,
+    gone: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Mask a matrix from left to right; with a factor, each removed weight is made up for on its right.
+
+    Args:
+        weight: (out, in), the weights to approach. score: sees the columns as earlier repairs left them.
+        pattern, sparsity: unstructured: the share of every `width` columns, chosen when the sweep arrives
+            there; N:M: group by group.
+        factor: of the inverse Hessian, in the weight's dtype; (in, in) or one for each row. Without one the
+            whole matrix is masked at once.
+        width: columns masked together.
+        by_row: the same share of every row.
+        gone: (out, in) bool: removed before; goes first and stays removed.
+
+    Returns:
+        The weights (out, in), zero where removed, and the keep-mask.
+    """
+    out, columns = weight.shape
+    if factor is None:
+        batch = chosen = columns
+    else:
+        chosen = pattern.m if isinstance(pattern, NofM) else width
+        batch = max(WIDTH // chosen, 1) * chosen
+    lanes = weight.T.clone(memory_format=torch.contiguous_format)  # (in, out): a column is contiguous
+    keep = torch.empty(out, columns, dtype=torch.bool)
+    for start in range(0, columns, batch):
+        block = slice(start, min(start + batch, columns))
+        errors = torch.zeros_like(lanes[block])
+        for first in range(block.start, block.stop, chosen):
+            part = slice(first, min(first + chosen, block.stop))
+            keep[:, part] = _mask(score(lanes[part].T, part), pattern, sparsity, by_row, gone, part)
+            if factor is not None:
+                _eliminate(lanes, keep, factor.upper, part, block, errors)
+        if factor is not None and block.stop < columns:
+            _push(lanes[block.stop :], factor.upper[..., block, block.stop :], errors)
+    return (lanes.T * keep).contiguous(), keep
+
+
+def _mask(
+    score: Tensor, pattern: Pattern, sparsity: float, by_row: bool, gone: Tensor | None, part: slice
+) -> Tensor:
+    """(out, width) bool keep-mask."""
+    if gone is not None:
+        # Removing what was removed before costs nothing, whatever a score makes of the value stored for it.
+        score = score.masked_fill(gone[:, part], -torch.inf)
+    keep = pattern.keep(score[:, None], sparsity)[:, 0] if by_row else pattern.keep(score, sparsity)
+    return keep if gone is None else keep & ~gone[:, part]
+
+
+def _eliminate(lanes: Tensor, keep: Tensor, upper: Tensor, part: slice, block: slice, errors: Tensor) -> None:
+    """Remove column by column; the columns to the right, up to the block's end, make up for it."""
+    for column in range(part.start, part.stop):
+        lane = lanes[column]
+        error = lane.masked_fill(keep[:, column], 0.0) / upper[..., column, column]  # (out,)
+        errors[column - block.start] = error
+        right = slice(column + 1, block.stop)
+        if upper.ndim == 2:
+            lanes[right].addr_(upper[column, right], error, alpha=-1)
+        else:
+            lanes[right] -= upper[:, column, right].T * error
+        lane.masked_fill_(~keep[:, column], 0.0)
+
+
+def _push(lanes: Tensor, upper: Tensor, errors: Tensor) -> None:
+    """What a block's removals ask of all columns right of it; upper ([out,] width, right)."""
+    if upper.ndim == 2:
+        lanes.addmm_(upper.T, errors, alpha=-1)
+    else:
+        lanes -= torch.einsum("owr,wo->ro", upper, errors)
+
+
+def dense_target(weight: Tensor, seen: Moments, factor: Factor, strength: float = 1.0) -> Tensor:
+    """The weights with which the layer, fed by the pruned model, comes nearest to its dense output.
+
+    argmin ||V X~ - W X||^2 + added ||V - W||^2 = W (X X~' + added I) (X~ X~' + added I)^-1, X being the
+    inputs in the dense model and X~ those in the pruned one; the damping pulls towards W, so that nothing
+    changes where the inputs are the same. The same aim in quantisation: GPTAQ (arXiv 2504.02692).
+
+    Args:
+        weight: (out, in), the dense W. strength: 0 is W itself, 1 the full solution.
+
+    Returns:
+        (out, in) in the weight's dtype; columns of dead inputs are those of W.
+    """
+    assert seen.cross is not None
+    upper = factor.upper
+    solved = _times(weight, seen.cross.to(weight.dtype)) + factor.added * weight
+    solved = _times(_times(solved, upper.mT), upper)
+    return weight + strength * (solved - weight).masked_fill(factor.dead, 0.0)
+
+
+def refit(
+    weight: Tensor, goal: Tensor, gram: Tensor, factor: Factor, keep: Tensor, steps: int = STEPS
+) -> Tensor:
+    """Repair all survivors at once, the mask being fixed: minimise tr (V - goal) (H + added I) (V - goal)'.
+
+    The sweep can only repair to the right of what it removes. A few steps of conjugate gradients on the
+    survivors of all rows together, preconditioned by the diagonal, bring most of what the exact least squares
+    of each row would (ALPS, Meng et al., arXiv 2406.07831, does so after its own choice of mask).
+
+    Args:
+        weight: (out, in), the start. goal: (out, in), the weights to approach.
+        gram: H, (in, in) or (out, in, in). keep: (out, in) bool.
+    """
+    scale = 1 / (gram.diagonal(dim1=-2, dim2=-1) + factor.added).masked_fill(factor.dead, 1.0)
+
+    def hessian(direction: Tensor) -> Tensor:
+        return (_times(direction, gram) + factor.added * direction) * keep
+
+    rest = hessian(goal - weight)
+    step = rest * scale
+    direction, power = step.clone(), (rest * step).sum(1, keepdim=True)
+    tiny = torch.finfo(weight.dtype).tiny
+    for _ in range(steps):
+        image = hessian(direction)
+        length = power / (direction * image).sum(1, keepdim=True).clamp(min=tiny)
+        weight = weight + length * direction
+        rest = rest - length * image
+        step = rest * scale
+        power, before = (rest * step).sum(1, keepdim=True), power
+        direction = step + power / before.clamp(min=tiny) * direction
+    return weight
+
+
+def output_error(change: Tensor, gram: Tensor) -> float:
+    """tr(change H change'): mean energy that a change of the weights (out, in) adds to the layer's output."""
+    return float((_times(change, gram) * change).sum())
+
+
+def _times(rows: Tensor, matrix: Tensor) -> Tensor:
+    """rows (out, in) @ matrix (in, in), or each row with a matrix of its own (out, in, in)."""
+    return rows @ matrix if matrix.ndim == 2 else (rows[:, None] @ matrix)[:, 0]
 
 
 def damped_power(seen: ErrorSums) -> Tensor:
     """(D,) float64, positive: the denominator of the least squares for D."""
-    floor = DAMPING * seen.power.mean()
+    floor = SKIP_DAMPING * seen.power.mean()
     return seen.power + floor.clamp(min=1e-300)
 
 

@@ -15,12 +15,12 @@ import hashlib
 import json
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -134,13 +134,20 @@ def documents(data: str, split: Split) -> list[str]:
 
 
 def calibration_windows(
-    data: str, tokenizer: Tokenizer, *, samples: int, length: int, seed: int, split: Split = "calibration"
+    data: str,
+    tokenizer: Tokenizer,
+    *,
+    samples: int,
+    length: int,
+    seed: int,
+    split: Split = "calibration",
+    distinct: bool = False,
 ) -> Tensor:
     """Draws unpadded token windows with a seeded generator.
 
     The documents are packed into one stream (an end-of-text token between two), which is cut into a grid of
-    windows after a random offset; `samples` different cells are drawn. A text with fewer cells gives windows
-    at random, possibly overlapping, places.
+    windows after a random offset; `samples` different cells are drawn: the first of them are the same however
+    many are drawn. A text with fewer cells gives windows at random, possibly overlapping, places.
 
     Args:
         data: see `documents`.
@@ -149,6 +156,7 @@ def calibration_windows(
         length: tokens in a window.
         seed: of the generator that draws them.
         split: the text's side.
+        distinct: rather fewer windows than overlapping ones.
 
     Returns:
         (samples, length) int64.
@@ -168,6 +176,8 @@ def calibration_windows(
     # the grid keeps at least one whole window behind its offset
     offset = int(torch.randint(min(length, spare + 1), (1,), generator=random))
     cells = (stream.numel() - offset) // length
+    if distinct:
+        samples = min(samples, cells)
     if cells >= samples:
         starts = offset + length * torch.randperm(cells, generator=random)[:samples]
     else:
@@ -368,7 +378,8 @@ def _download(row: Dataset, split: str) -> list[str]:
     if row.files:
         options["data_files"] = {split: dict(row.files)[split]}
     try:
-        rows = datasets.load_dataset(*row.source, **options)  # streamed if only the first rows are wanted
+        # streamed if only the first rows are wanted
+        rows = cast("Iterable[dict[str, str]]", datasets.load_dataset(*row.source, **options))
         texts = [item[row.field] for item in islice(rows, row.limit)]
     except Exception as error:  # the package raises dozens of kinds; all mean that the text cannot be had
         raise ValueError(

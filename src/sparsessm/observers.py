@@ -33,16 +33,107 @@ class ErrorSums:
     signal: float  # energy of the layer's output in the same units
 
 
+@dataclass(frozen=True)
+class Moments:
+    """Second moments of a linear layer's inputs, means over the calibration tokens.
+
+    Attributes:
+        gram: (in, in) float64, mean x x'; (out, in, in) for a depthwise layer, whose rows see inputs of
+            their own.
+        cross: (in, in) float64, mean of x_dense x': the inputs in the dense model against those in the
+            pruned one; None if not asked for.
+        diagonal: only the diagonal was asked for: gram is (in,), or (out, in) for a depthwise layer.
+    """
+
+    gram: Tensor
+    cross: Tensor | None = None
+    diagonal: bool = False
+
+    @property
+    def power(self) -> Tensor:
+        """(in,) or (out, in): mean x_j^2."""
+        return self.gram if self.diagonal else self.gram.diagonal(dim1=-2, dim2=-1)
+
+    def through(self, weight: Tensor, dense: Tensor) -> Moments:
+        """The moments of `weight @ x`, whose dense counterpart is `dense @ x_dense`; both (out, in)."""
+        weight, dense = weight.double(), dense.double()
+        return Moments(
+            weight @ self.gram @ weight.mT, None if self.cross is None else dense @ self.cross @ weight.mT
+        )
+
+
+class InputNorm:
+    """Mean squares of a linear layer's inputs (Wanda)."""
+
+    options: Mapping[str, Any] = {}
+    paired = False
+
+    def __init__(self) -> None:
+        self._sum: Tensor | float = 0.0
+        self._tokens = 0
+
+    def add(self, x: Tensor) -> None:
+        self._sum = self._sum + x.square().sum((0, 1)).double()
+        self._tokens += x.shape[0] * x.shape[1]
+
+    def result(self) -> Moments:
+        assert isinstance(self._sum, Tensor), "nothing was observed"
+        return Moments(self._sum / self._tokens, diagonal=True)
+
+
+class InputGram:
+    """The Gram of a linear layer's inputs (the Hessian of SparseGPT), if `paired` also that of the dense
+    model's inputs against them. Products of a slab in the model's dtype, sums in float64."""
+
+    options: Mapping[str, Any] = {}
+
+    def __init__(self, paired: bool = False) -> None:
+        self.paired = paired
+        self._gram: Tensor | None = None
+        self._cross: Tensor | None = None
+        self._tokens = 0
+
+    def add(self, x: Tensor, dense: Tensor | None = None) -> None:
+        """x: (W, T, in), or (W, T, out, in) of a depthwise layer; dense: the same in the dense model."""
+        # (in, tokens) or (out, in, tokens): rows last, so that each product is one plain matrix product
+        rows = x.flatten(0, 1).movedim(0, -1)
+        self._gram = _added(self._gram, rows @ rows.mT)
+        self._tokens += x.shape[0] * x.shape[1]
+        if self.paired:
+            assert dense is not None
+            self._cross = _added(self._cross, dense.flatten(0, 1).movedim(0, -1) @ rows.mT)
+
+    def result(self) -> Moments:
+        assert self._gram is not None, "nothing was observed"
+        gram, cross = self._gram, self._cross
+        self._gram = self._cross = None  # handed over
+        with torch.inference_mode():  # in which the walk made them
+            return Moments(gram.div_(self._tokens), None if cross is None else cross.div_(self._tokens))
+
+
+def _added(total: Tensor | None, part: Tensor) -> Tensor:
+    return part.double() if total is None else total.add_(part)
+
+
 class StateError:
     """The Gram of output errors per channel (method `exact`)."""
 
-    def __init__(self, removed: str, diagonal: bool) -> None:
+    paired = False
+
+    def __init__(self, removed: str, diagonal: bool, weight: Tensor | None = None) -> None:
+        """weight: (d_model,) what an error in each coordinate of the layer's output costs; all 1 if None."""
         self.options: Mapping[str, Any] = {"removed": removed, "gram": "diagonal" if diagonal else "full"}
+        self._weight = weight
+        self._energy: Tensor | None = None
         self._sums: tuple[Tensor, Tensor, Tensor] | None = None
         self._signal = 0.0
 
-    def add(self, stats: ScanStats, output_energy: Tensor, output: Tensor) -> None:
+    def add(self, stats: ScanStats, out_proj: Tensor, output: Tensor) -> None:
         assert stats.gram is not None and stats.cross is not None and stats.power is not None
+        if self._energy is None:  # (D,) what an error in a channel costs the stream
+            squares = out_proj.double().square()
+            self._energy = squares.sum(0) if self._weight is None else self._weight @ squares
+        output_energy = self._energy
         gram = stats.gram * output_energy.view(-1, *[1] * (stats.gram.ndim - 1))
         cross, power = stats.cross * output_energy[:, None], stats.power * output_energy
         if self._sums is not None:
@@ -61,6 +152,7 @@ class StateEnergy:
     """sum_t w_t (mean_b a_t)^2 S_t, S_t = sum_b h_{t-1}^2 (method `sparsessm`): a (D, N) float64 sum."""
 
     options: Mapping[str, Any] = {"energy": True}
+    paired = False
 
     def __init__(self, weights: Tensor) -> None:
         """weights: (L,) w_t, one for each token position."""
@@ -68,7 +160,7 @@ class StateEnergy:
         self._time = 0
         self._sum: Tensor | float = 0.0
 
-    def add(self, stats: ScanStats, output_energy: Tensor, output: Tensor) -> None:
+    def add(self, stats: ScanStats, out_proj: Tensor, output: Tensor) -> None:
         assert stats.energy is not None and stats.decay is not None
         windows, length, _ = output.shape
         weights = self._weights[self._time : self._time + length] / windows**2  # of (sum_b a_t)^2
@@ -89,12 +181,13 @@ class StateVote:
     """
 
     options: Mapping[str, Any] = {"energy": True}
+    paired = False
 
     def __init__(self, a_log: Tensor, pattern: Pattern, sparsity: float) -> None:
         self._weight, self._pattern, self._sparsity = a_log.float().square(), pattern, sparsity
         self._votes = torch.zeros(a_log.shape, dtype=torch.int64)
 
-    def add(self, stats: ScanStats, output_energy: Tensor, output: Tensor) -> None:
+    def add(self, stats: ScanStats, out_proj: Tensor, output: Tensor) -> None:
         assert stats.energy is not None
         self._votes += (~self._pattern.keep(stats.energy * self._weight, self._sparsity)).sum(0)
 

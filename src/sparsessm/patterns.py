@@ -85,14 +85,6 @@ def parse(text: str) -> Pattern:
     )
 
 
-def share(scores: list[Tensor], sparsity: float) -> list[int]:
-    """One threshold over several matrices: how many entries each loses when the smallest of all of them
-    go."""
-    flat = torch.cat([score.flatten() for score in scores])
-    kept = _keep_largest(flat, flat.numel() - round(sparsity * flat.numel()))
-    return [int((~part).sum()) for part in kept.split([score.numel() for score in scores])]
-
-
 def _keep_largest(score: Tensor, count: int) -> Tensor:
     """Mask of the `count` largest along the last axis; exactly `count`, ties lose the lower index first."""
     removed = score.shape[-1] - count

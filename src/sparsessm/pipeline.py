@@ -1,25 +1,39 @@
-"""The one loop: 1 calibrate, 2 score, 3 mask, 4 compensate. Saving is the caller's last line."""
+"""The one loop: 1 calibrate, 2 score, 3 mask, 4 compensate. Saving is the caller's last line.
+
+Before it, what the rules need to know of the dense model: what an error costs the loss (one backward pass),
+and who can spare how much (one survey).
+"""
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sparsessm import patterns
+from sparsessm import allocation, curvature
+from sparsessm import plan as plans
 from sparsessm.architectures import Architecture, Target
 from sparsessm.calibrate import Progress, survey, walk
+from sparsessm.compensate import dense_target, output_error, refit, sweep
 from sparsessm.data import fingerprint
-from sparsessm.methods import METHODS, Method, Rule
+from sparsessm.hessian import Factor, factorise
+from sparsessm.methods import Rule
+from sparsessm.observers import InputNorm, Moments
+from sparsessm.plan import Plan
 from sparsessm.recipe import Recipe
 from sparsessm.report import Report, Row
 
 # Looks at a target of the walk: observer in, what it saw out; None stands for "no data needed".
 Look = Callable[[Any], Any]
+Rules = Mapping[str, Rule]
+
+COST_TOKENS = 16_384  # of the calibration windows that the backward pass looks at
+SURVEY_TOKENS = 32_768  # and the survey: shares need less than masks (docs/methods.md)
 
 
 def prune(
@@ -30,139 +44,310 @@ def prune(
     Args:
         architecture: from `adapt(model)`.
         recipe: resolved, see `Recipe.resolved`.
-        tokens: (W, L) int64 calibration windows; may be None for a method that needs no data (`needs_data`).
+        tokens: (W, L) int64 calibration windows; may be None where no data is needed (`needs_data`).
         progress: called as (stage, done, total).
 
     Raises:
-        ValueError: a target whose scores or activations are not finite, by name.
+        ValueError: rules that do not fit the model, or a target whose scores, Hessian or activations are not
+            finite, by name.
     """
     began = time.perf_counter()
-    method = METHODS[recipe.method]
-    shares = _share_budget(architecture, recipe, tokens, progress) if recipe.budget == "model" else {}
+    plan = plans.make(recipe, architecture.targets)
+    if tokens is None and (hungry := [rule for rule in plan.rules.values() if _looks(rule)]):
+        words = dict.fromkeys(
+            f"method {rule.method.name!r}" if rule.method.watch else f"allocation {rule.allocation[0]!r}"
+            for rule in hungry
+        )
+        raise ValueError(f"{' and '.join(words)} needs calibration windows, none were given")
+    rules = priced(architecture, plan.rules, tokens, progress)
+    rules = _surveyed_and_allocated(architecture, replace(plan, rules=rules), tokens, progress)
     rows: list[Row] = []
-    for target, look in _visit(architecture, recipe, tokens, progress):
-        rule = _rule(recipe, target, tokens, shares.get(target.name))
-        seen = look(method.watch(target.matrix, rule)) if method.watch else None  # 1 calibrate
-        score = _score(method, target, seen, rule)  # 2 score
-        keep = rule.pattern.keep(score, rule.sparsity)  # 3 mask
-        keep &= target.matrix != target.removed[rule.removed]  # removed before: stays removed, and is counted
-        target.replace(target.matrix.masked_fill(~keep, target.removed[rule.removed]))
-        repairs = method.repair(seen, keep, rule) if method.repair else {}  # 4 compensate
-        for companion, change in repairs.items():
-            target.shift(companion, change)
-        repaired = tuple(target.name.removesuffix(target.kind) + companion for companion in repairs)
-        rows.append(_row(method, target, seen, score, keep, rule, repaired))
+    for target, look in _visit(architecture, rules, tokens, progress):
+        with _naming(target):
+            rows.append(_prune(target, rules[target.name], look))
+    order = list(rules)
+    rows.sort(key=lambda row: order.index(row.target))  # a tied head was pruned first
     seconds = time.perf_counter() - began
-    return Report(recipe.model_dump(), rows, fingerprint(tokens) if tokens is not None else "", seconds)
+    sha256 = fingerprint(tokens) if tokens is not None and needs_data(plan) else ""
+    return Report(recipe.model_dump(), rows, sha256, seconds)
 
 
-def needs_data(recipe: Recipe) -> bool:
-    """Whether the recipe's method looks at calibration windows."""
-    return METHODS[recipe.method].watch is not None
+def needs_data(plan: Plan) -> bool:
+    """Whether any rule looks at calibration windows."""
+    return any(_looks(rule) for rule in plan.rules.values())
+
+
+def _looks(rule: Rule) -> bool:
+    return rule.method.watch is not None or rule.allocation[0] in ("hessian-trace", "owl")
+
+
+@contextmanager
+def _naming(target: Target) -> Iterator[None]:
+    """What is wrong is said of this target."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{target.name}: {error}") from None
+
+
+def _prune(target: Target, rule: Rule, look: Look) -> Row:
+    """Prune one target: the four stages."""
+    method = rule.method
+    seen = look(method.watch(target.matrix, rule)) if method.watch else None  # 1 calibrate
+    done = solve(target, rule, seen)
+    target.replace(done.weight.masked_fill(~done.keep, target.removed[rule.removed]))
+    changes = method.companions(done.seen, done.keep, rule) if method.companions else {}
+    for companion, change in changes.items():
+        target.shift(companion, change)
+    error = method.error(done.seen, done.keep, rule) if method.error else None
+    if done.factor is not None:
+        gram, start = done.seen.gram, done.start
+        error = output_error(target.matrix - start, gram), output_error(start, gram)
+    return _row(target, rule, done.keep, done.factor, tuple(changes), error)
+
+
+class Solution(NamedTuple):
+    """What a target becomes.
+
+    Attributes:
+        weight: (out, in) repaired, 0 where removed. keep: (out, in) bool. start: what the repair aims at.
+        seen: in the weight's dtype. factor: of its Hessian, where the method has one.
+    """
+
+    weight: Tensor
+    keep: Tensor
+    start: Tensor
+    seen: Any
+    factor: Factor | None
+
+
+def solve(target: Target, rule: Rule, seen: Any) -> Solution:
+    """Stages 2 to 4 for one target, which is not changed.
+
+    Raises:
+        ValueError: a score, a Hessian or repaired weights that are not finite.
+    """
+    method, weight = rule.method, target.matrix
+    gone = weight == target.removed[rule.removed]  # removed before: stays removed, and is counted
+    start, factor = weight, None
+    if method.hessian:
+        seen = Moments(
+            seen.gram.to(weight.dtype), None if seen.cross is None else seen.cross.to(weight.dtype)
+        )
+        factor = factorise(seen.gram)
+        start = weight.clone()  # the target's matrix is a view of what will be replaced
+        if rule.repair == "dense-target":
+            start = dense_target(weight, seen, factor, rule.strength)
+    repairing = factor if rule.repair != "none" else None
+    score = _score(rule, seen if factor is None else factor, repairing)
+    pruned, keep = sweep(  # 2 score  3 mask  4 compensate
+        start, score, rule.pattern, rule.sparsity, repairing, method.width, by_row=method.by_row, gone=gone
+    )
+    if repairing is not None and method.refit:
+        pruned = refit(pruned, start, seen.gram, repairing, keep)
+    if not torch.isfinite(pruned).all():
+        raise ValueError("the repaired weights are not finite")
+    return Solution(pruned, keep, start, seen, factor)
+
+
+def _score(rule: Rule, seen: Any, factor: Factor | None) -> Callable[[Tensor, slice], Tensor]:
+    """The method's score, refusing what is not a number; of the whole matrix if nothing is repaired."""
+
+    def score(weight: Tensor, columns: slice) -> Tensor:
+        if factor is None and rule.method.total:
+            value = rule.method.total(weight, seen, rule)
+        else:
+            value = rule.method.score(weight, seen, rule, columns)
+        if value.isnan().any():
+            raise ValueError(f"method {rule.method.name!r} gave a score that is not a number")
+        return value
+
+    return score
 
 
 def _visit(
-    architecture: Architecture, recipe: Recipe, tokens: Tensor | None, progress: Progress | None
+    architecture: Architecture, rules: Rules, tokens: Tensor | None, progress: Progress | None
 ) -> Iterator[tuple[Target, Look]]:
-    """The targets of the recipe in the order of the data, each with a way to look at it."""
-    if not needs_data(recipe):
+    """The targets in the order of the data, each with a way to look at it."""
+    watched = {name for name, rule in rules.items() if rule.method.watch}
+    if not watched or tokens is None:
         for target in architecture.targets:
-            if target.family == recipe.target:
+            if target.name in rules:
                 yield target, lambda observer: None
         return
-    for stop in walk(architecture, _needed(recipe, tokens), passes=2, progress=progress):
+    head = [target for target in architecture.tail.targets if target.name in rules]
+    behind = not architecture.tied and any(target.name in watched for target in head)
+    with torch.inference_mode():
+        hidden = architecture.embed(tokens)
+    if architecture.tied and head:
+        # The head is the embedding too: pruned before anything sees its rows, on the dense model's states.
+        yield head[0], lambda observer: _behind_the_layers(architecture, head[0], observer, tokens, progress)
+    dense = any(rule.repair == "dense-target" for rule in rules.values())
+    looks = sum(target.name in watched for block in architecture.blocks for target in block.targets)
+    passes = 1 + looks / len(architecture.blocks)
+    for stop in walk(architecture, tokens, passes, progress, dense=hidden if dense else None, tail=behind):
         for target in stop.block.targets:
-            if target.family == recipe.target:
+            if target.name in rules:
                 yield target, lambda observer, stop=stop, target=target: stop.seen(target, observer)
+    if not architecture.tied and not behind:
+        yield from ((target, lambda observer: None) for target in head)
 
 
-def _share_budget(
-    architecture: Architecture, recipe: Recipe, tokens: Tensor | None, progress: Progress | None
-) -> dict[str, float]:
-    """Each target's sparsity under one threshold over all of them, from the scores of the dense model."""
-    method = METHODS[recipe.method]
-    rules = {
-        target.name: _rule(recipe, target, tokens, None)
-        for target in architecture.targets
-        if target.family == recipe.target
+def _behind_the_layers(
+    architecture: Architecture, target: Target, observer: Any, tokens: Tensor, progress: Progress | None
+) -> Any:
+    """What the model as it is feeds into its head; both streams are the same."""
+    for stop in walk(architecture, tokens, 1, progress, tail=True):
+        if stop.block is architecture.tail:
+            return replace(stop, dense=stop.block, dense_hidden=stop.hidden).seen(target, observer)
+
+
+def priced(
+    architecture: Architecture, rules: Rules, tokens: Tensor | None, progress: Progress | None
+) -> dict[str, Rule]:
+    """The rules, with what an error in each output row costs where they ask for it."""
+    priced = dict(rules)
+    asked = {
+        target.name: rules[target.name].weight for target in architecture.targets if target.name in rules
     }
+    costs: dict[str, Tensor] = {}
+    if "norms" in asked.values():
+        costs = curvature.output_norms(architecture)
+    if "fisher" in asked.values() and tokens is not None:
+        head = any(asked.get(target.name) == "fisher" for target in architecture.tail.targets)
+        few = tokens[: max(1, COST_TOKENS // tokens.shape[1])]
+        fisher = curvature.output_fisher(architecture, few, progress, head=head)
+        costs |= {name: cost for name, cost in fisher.items() if asked.get(name) == "fisher"}
+    for name, kind in asked.items():
+        if kind != "none" and name in costs:
+            priced[name] = replace(rules[name], cost=costs[name])
+    return priced
+
+
+def _surveyed_and_allocated(
+    architecture: Architecture, plan: Plan, tokens: Tensor | None, progress: Progress | None
+) -> dict[str, Rule]:
+    """The rules, each with the sparsity that it gets after a look at the dense model."""
+    unequal = {name: rule for name, rule in plan.rules.items() if rule.allocation[0] != "uniform"}
+    return allocated(plan, _surveyed(architecture, unequal, tokens, progress) if unequal else {})
+
+
+def allocated(plan: Plan, seen: Mapping[str, Any]) -> dict[str, Rule]:
+    """The rules, each with the sparsity that its budget's allocation gives to its target.
+
+    Args:
+        seen: what is `compared` of every target whose allocation is not uniform.
+    """
+    rules = dict(plan.rules)
+    for targets in plan.budgets:
+        for part in _alike([target for target in targets if target.name in seen], rules):
+            rule = rules[part[0].name]
+            shares = _shares(part, [seen[target.name] for target in part], rule)
+            rules |= {
+                target.name: replace(rules[target.name], sparsity=share)
+                for target, share in zip(part, shares, strict=True)
+            }
+    return rules
+
+
+def _alike(targets: Sequence[Target], rules: Rules) -> list[list[Target]]:
+    """Targets of one budget whose scores compare: those of one method and allocation."""
+    parts: dict[Any, list[Target]] = {}
+    for target in targets:
+        rule = rules[target.name]
+        parts.setdefault((rule.method.name, rule.allocation, rule.sparsity), []).append(target)
+    return list(parts.values())
+
+
+def _surveyed(
+    architecture: Architecture, rules: Rules, tokens: Tensor | None, progress: Progress | None
+) -> dict[str, Any]:
+    """Of each target, what its allocation compares, seen in one pass over the dense model."""
 
     def watch(target: Target) -> Any | None:
-        if method.watch is None or target.name not in rules:
+        if target.name not in rules:
             return None
-        return method.watch(target.matrix, rules[target.name])
+        rule = replace(rules[target.name], repair="none")  # the dense model needs no second stream
+        if rule.allocation[0] != "loss":
+            return InputNorm()
+        return rule.method.watch(target.matrix, rule) if rule.method.watch else None
 
-    if method.watch is None:
-        seen = ((target, None) for target in architecture.targets if target.name in rules)
-    else:
-        seen = survey(architecture, _needed(recipe, tokens), watch, progress)
-    scores = [_score(method, target, what, rules[target.name]) for target, what in seen]
-    removed = patterns.share(scores, _sparsity(recipe))
-    return {name: count / score.numel() for name, count, score in zip(rules, removed, scores, strict=True)}
+    def named(target: Target, what: Any) -> Any:
+        with _naming(target):
+            return compared(target, rules[target.name], what)
 
-
-def _needed(recipe: Recipe, tokens: Tensor | None) -> Tensor:
-    if tokens is None:
-        raise ValueError(f"method {recipe.method!r} needs calibration windows, none were given")
-    return tokens
-
-
-def _sparsity(recipe: Recipe) -> float:
-    if recipe.sparsity is None:
-        raise ValueError("sparsity is not resolved; call Recipe.resolved first")
-    return recipe.sparsity
+    targets = {target.name: target for target in architecture.targets if target.name in rules}
+    if all(watch(target) is None for target in targets.values()):
+        return {name: named(target, None) for name, target in targets.items()}
+    assert tokens is not None
+    few = tokens[: max(1, SURVEY_TOKENS // tokens.shape[1])]
+    seen = {target.name: named(target, what) for target, what in survey(architecture, few, watch, progress)}
+    return seen | {name: named(target, None) for name, target in targets.items() if name not in seen}
 
 
-def _rule(recipe: Recipe, target: Target, tokens: Tensor | None, sparsity: float | None) -> Rule:
-    return Rule(
-        pattern=patterns.parse(recipe.pattern),
-        sparsity=_sparsity(recipe) if sparsity is None else sparsity,
-        removed=recipe.removed,
-        diagonal=recipe.diagonal,
-        time_weights=recipe.time_weights,
-        length=0 if tokens is None else tokens.shape[1],
-        seed=_seed(recipe.seed, target.name),
-    )
-
-
-def _seed(seed: int, name: str) -> int:
-    """A seed of its own for every target."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:6], "big")
-
-
-def _score(method: Method, target: Target, seen: Any, rule: Rule) -> Tensor:
-    """Scores (float64) of a target; the smallest will be removed."""
+def compared(target: Target, rule: Rule, seen: Any) -> Any:
+    """What a target's allocation compares, of what was seen of it."""
     weight = target.matrix
-    score = method.score(weight, seen, rule).double()
-    if score.isnan().any():
-        raise ValueError(f"{target.name}: method {method.name!r} gave a score that is not a number")
-    # Removing what was removed before costs nothing, whatever a method makes of the value stored for it.
-    return score.masked_fill(weight == target.removed[rule.removed], -torch.inf)
+    if rule.allocation[0] == "hessian-trace":
+        return seen.power
+    if rule.allocation[0] == "owl":
+        return weight.abs() * seen.power.sqrt().to(weight.dtype)
+    evidence = factorise(seen.gram.to(weight.dtype)) if rule.method.hessian else seen
+    score = _score(rule, evidence, None)(weight, slice(None))
+    gone = weight == target.removed[rule.removed]
+    return allocation.Profile.of(score.masked_fill(gone, -torch.inf))
+
+
+def _shares(targets: Sequence[Target], seen: Sequence[Any], rule: Rule) -> list[float]:
+    """The sparsity of each target of one budget."""
+    name, parameter = rule.allocation
+    sizes = [target.matrix.numel() for target in targets]
+    if name == "loss":
+        return allocation.by_threshold(seen, rule.sparsity, parameter)
+    shares = [rule.sparsity] * len(targets)
+    if name == "owl":
+        layers = sorted({target.layer for target in targets})
+        members = [[i for i, target in enumerate(targets) if target.layer == layer] for layer in layers]
+        ratios = [allocation.outlier_ratio([seen[i] for i in part]) for part in members]
+        entries = [sum(sizes[i] for i in part) for part in members]
+        for part, share in zip(
+            members, allocation.owl(ratios, entries, rule.sparsity, parameter), strict=True
+        ):
+            for i in part:
+                shares[i] = share
+        return shares
+    for kind in ("in_proj", "out_proj"):  # the others get the overall sparsity, as in the paper
+        part = [i for i, target in enumerate(targets) if target.kind == kind]
+        if part:
+            ramp = allocation.hessian_trace([seen[i] for i in part], rule.sparsity, parameter)
+            for i, share in zip(part, ramp, strict=True):
+                shares[i] = share
+    return shares
 
 
 def _row(
-    method: Method,
     target: Target,
-    seen: Any,
-    score: Tensor,
-    keep: Tensor,
     rule: Rule,
-    repaired: tuple[str, ...],
+    keep: Tensor,
+    factor: Factor | None,
+    companions: tuple[str, ...],
+    error: tuple[float, float] | None,
 ) -> Row:
-    error, signal = (method.error(seen, keep, rule) if method.error else None) or (None, None)
-    finite = score[score.isfinite()]
-    summary = {"min": finite.min(), "median": finite.median(), "max": finite.max()} if finite.numel() else {}
+    words = plans.words(rule)
     return Row(
         target=target.name,
         layer=target.layer,
         family=target.family,
-        method=method.name,
-        pattern=str(rule.pattern),
-        removed=rule.removed,
+        method=words["method"],
+        pattern=words["pattern"],
+        removed=words["removed"],
         total=keep.numel(),
         pruned=int((~keep).sum()),
-        error=error,
-        signal=signal,
-        score={name: float(value) for name, value in summary.items()},
-        repaired=repaired,
+        allocation=words["allocation"],
+        repair=words["repair"],
+        weight=words["weight"] if rule.cost is not None else "none",
+        damping=None if factor is None else factor.damping,
+        error=None if error is None else error[0],
+        signal=None if error is None else error[1],
+        repaired=tuple(target.name.removesuffix(target.kind) + companion for companion in companions),
     )

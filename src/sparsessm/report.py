@@ -1,20 +1,20 @@
-"""The report: what was removed from which tensor, and what that cost; as a record and as a model card.
+"""The report: what was removed from which tensor, and what that cost; as a record and as tables.
 
 Place in the flow: `pipeline` adds a Row for each target; `sparsessm.save` has `checkpoint` write the record
-(pruning.json) and the card (README.md) into the result. Nothing here touches a disk or a terminal.
+(pruning.json) and the model card (card.py) into the result. Nothing here touches a disk or a terminal.
 """
 
 from __future__ import annotations
 
 import math
 import platform
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from .data import DATASETS
+from .hessian import DAMPING
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype
@@ -23,6 +23,7 @@ RECORD_FORMAT = 1
 REMOVED_WORDS = {
     "memoryless": "its state forgets at once (decay 0; stored as `A_log` = 38)",
     "unit": "its state decays with A = -1 (stored as `A_log` = 0)",
+    "zero": "the connection is gone (stored as 0)",
 }
 
 
@@ -33,13 +34,17 @@ class Row:
     Attributes:
         target: full parameter name, as in the checkpoint.
         layer: index of its block.
-        family: "ssm" or "projections".
-        method, pattern, removed: as in the recipe.
+        family: "ssm", "projections", "conv1d" or "head".
+        method, pattern: as in the recipe, or the family's own.
+        removed: what an entry became, see `REMOVED_WORDS`.
         total: entries of the matrix.
         pruned: entries removed, counted from the mask and not from values.
-        error: energy of the output error of the mask with the layer's input fixed, if the method knows it.
+        allocation, repair, weight: as they were applied; "none" where they were not.
+        damping: share of its mean diagonal that the Hessian got added: 0.01, more if it was singular; None
+            without a Hessian.
+        error: energy of the output error with the layer's input fixed, against what the repair aims at; None
+            where the method does not know it.
         signal: energy of the layer's output, in the unit of `error`.
-        score: min, median and max of the scores.
         repaired: other parameters that were changed to make up for the removal, by full name.
     """
 
@@ -51,9 +56,12 @@ class Row:
     removed: str
     total: int
     pruned: int
+    allocation: str = "uniform"
+    repair: str = "none"
+    weight: str = "none"
+    damping: float | None = None
     error: float | None = None
     signal: float | None = None
-    score: dict[str, float] = field(default_factory=dict)
     repaired: tuple[str, ...] = ()
 
     @property
@@ -76,6 +84,7 @@ class Report:
         rows: one for each target, in the order of the model.
         fingerprint: SHA-256 of the calibration tokens (hex); empty for a method that needs none.
         seconds: wall time of the pruning.
+        advice: the curve from which `samples: auto` chose (`advice.Step`s as plain values); else empty.
         perplexity: records under "dense", "pruned" and "difference"; empty if not measured.
         sizes: bytes in the checkpoint by kind of tensor ("A_log", "in_proj", ...), in the stored dtypes.
         pruned_before: the model had been pruned in memory already, so the recipe alone does not repeat it.
@@ -85,6 +94,7 @@ class Report:
     rows: list[Row]
     fingerprint: str
     seconds: float
+    advice: list[dict[str, Any]] = field(default_factory=list)
     perplexity: dict[str, Any] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
     pruned_before: bool = False
@@ -102,7 +112,7 @@ class Report:
                 "entries": entries,
                 "pruned": pruned,
                 "sparsity": pruned / entries if entries else 0.0,
-                "error": sum(errors) / len(errors) if errors else None,
+                "error": _mean(errors),
             }
         return totals
 
@@ -120,11 +130,12 @@ class Report:
             "format": RECORD_FORMAT,
             "versions": {
                 "python": platform.python_version(),
-                **{package: _version(package) for package in ("sparsessm", "torch", "transformers")},
+                **{package: installed(package) for package in ("sparsessm", "torch", "transformers")},
             },
             "recipe": dict(self.recipe),
             "pruned_before": self.pruned_before,
             "calibration": {"sha256": self.fingerprint or None},
+            "advice": [dict(step) for step in self.advice],
             "seconds": round(self.seconds, 3),
             "totals": self.totals,
             "targets": [{**asdict(row), "sparsity": row.sparsity} for row in self.rows],
@@ -133,71 +144,28 @@ class Report:
         }
         return finite(record)
 
-    def card(self, source: str, *, base_model: str | None = None, format: str = "transformers") -> str:
-        """The model card (README.md) of the result: Markdown after a YAML front matter for a hub.
-
-        Args:
-            source: where the dense model came from, as the user wrote it.
-            base_model: its hub id; None for a model that is not on a hub.
-            format: "transformers" or "state-spaces", how the result is stored.
-        """
-        front = [
-            "---",
-            *(["library_name: transformers"] if format == "transformers" else []),
-            "pipeline_tag: text-generation",
-            *([f"base_model: {base_model}"] if base_model else []),
-            "tags:",
-            *(f"- {tag}" for tag in ("mamba", "pruning", "sparse", "sparsessm")),
-            "---",
-        ]
-        recipe = [[name, f"`{value}`"] for name, value in self.recipe.items() if value is not None]
-        repeat = "The same recipe gives the same masks: `sparsessm prune --recipe pruning.json -o DIR`."
-        if self.pruned_before:
-            repeat = (
-                "The model in memory had been pruned before: this is its last run, not all that was done."
-            )
-        return "\n".join(
-            [
-                *front,
-                "",
-                f"# {_name(source)}, pruned",
-                "",
-                f"`{source}` pruned in one shot by sparsessm {_version('sparsessm')}, without training.",
-                "",
-                "## What was removed",
-                "",
-                *self._removed(),
-                "",
-                "## How it was made",
-                "",
-                *_markdown(["option", "value"], recipe),
-                "",
-                f"SHA-256 of the calibration tokens: `{self.fingerprint or 'none were needed'}`.",
-                repeat,
-                "",
-                "## What it cost",
-                "",
-                *self._cost(),
-                "",
-                "## How to load it",
-                "",
-                _LOADING[format],
-                "",
-                "## What it does not do",
-                "",
-                self.honesty(),
-                "",
-            ]
-        )
-
     def honesty(self) -> str:
         """The sentence about bytes and speed that belongs under every result."""
-        kinds = " and ".join(dict.fromkeys(f"`{kind_of(row.target)}`" for row in self.rows))
+        kinds = [f"`{kind}`" for kind in dict.fromkeys(kind_of(row.target) for row in self.rows)]
+        names = " and ".join(filter(None, [", ".join(kinds[:-1]), *kinds[-1:]]))
         share = self.target_share
-        size = "" if share is None else f"{kinds} is {100 * share:.2g} % of the bytes of this model. "
+        verb = "is" if len(kinds) == 1 else "are"
+        size = "" if share is None else f"{names} {verb} {100 * share:.2g} % of the bytes of this model. "
         return size + (
             "Removed entries are stored as ordinary values in tensors of the same shape: "
             "zeros or other constants alone make neither the file smaller nor the model faster."
+        )
+
+    def damped(self) -> str:
+        """The sentence for Hessians that had to be damped more than usual; empty if none was."""
+        shares = {row.target: row.damping for row in self.rows if row.damping is not None}
+        more = {target: share for target, share in shares.items() if share > 1.5 * DAMPING}
+        if not more:
+            return ""
+        most = max(more, key=lambda target: more[target])
+        return (
+            f"{len(more)} of {len(shares)} Hessians were singular on the calibration windows and took more "
+            f"damping than {DAMPING:g} of their mean diagonal, at most {more[most]:g} ({most})."
         )
 
     def caveat(self) -> str:
@@ -211,53 +179,67 @@ class Report:
             "as the calibration, so it may flatter the result."
         )
 
-    def _removed(self) -> list[str]:
-        columns = ["family", "tensors", "entries", "removed", "share", "mean relative error of the output"]
-        cells = [
-            [
-                family,
-                str(total["tensors"]),
-                str(total["entries"]),
-                str(total["pruned"]),
-                percent(total["sparsity"]),
-                number(total["error"], ".2e"),
-            ]
-            for family, total in self.totals.items()
-        ]
-        lines = _markdown(columns, cells)
-        for removed in dict.fromkeys(row.removed for row in self.rows):
-            lines += ["", f"A removed entry becomes `{removed}`: {REMOVED_WORDS[removed]}."]
-        if repaired := dict.fromkeys(kind_of(name) for row in self.rows for name in row.repaired):
-            names = ", ".join(f"`{kind}`" for kind in repaired)
-            lines += ["", f"Changed to make up for it, in the layers of the targets: {names}."]
-        return lines
-
-    def _cost(self) -> list[str]:
-        records = {name: self.perplexity[name] for name in ("dense", "pruned") if name in self.perplexity}
-        if not records:
-            return ["The perplexity was not measured."]
-        changes = {
-            name: self.perplexity["difference"] for name in ("pruned",) if "difference" in self.perplexity
-        }
-        columns, cells = perplexity_table(records, changes)
-        first = next(iter(records.values()))
-        text = f"Measured on {first['windows']} windows of {first['length']} tokens of `{first['data']}`"
-        lines = [*_markdown(columns, cells), "", text + "; the change is that on the same windows."]
-        return [*lines, *([self.caveat()] if self.caveat() else [])]
-
 
 def removed_table(
+    rows: Iterable[Mapping[str, Any]], totals: Mapping[str, Mapping[str, Any]]
+) -> tuple[list[str], list[list[str]]]:
+    """Columns and text cells: a line for each kind of tensor in a record, one for a family of several kinds.
+
+    The first two columns are words. Beside a kind's share stands that of its least and most pruned tensor.
+    """
+    kinds: dict[str, dict[str, list[Mapping[str, Any]]]] = {family: {} for family in totals}
+    for row in rows:
+        kinds[row["family"]].setdefault(kind_of(row["target"]), []).append(row)
+    cells = []
+    for family, parts in kinds.items():
+        for kind, same in parts.items():
+            by = dict.fromkeys(f"{row['method']}, {row['pattern']}" for row in same)
+            entries, pruned = (sum(row[count] for row in same) for count in ("total", "pruned"))
+            errors = [e for row in same if (e := _relative(row["error"], row["signal"])) is not None]
+            cells.append(
+                [
+                    kind,
+                    "; ".join(by),
+                    str(len(same)),
+                    *_counts(pruned, entries),
+                    _range([row["pruned"] / row["total"] for row in same if row["total"]]),
+                    number(_mean(errors), ".2e"),
+                ]
+            )
+        if len(parts) > 1:
+            total = totals[family]
+            counts = _counts(total["pruned"], total["entries"])
+            cells.append(
+                [f"all {family}", "", str(total["tensors"]), *counts, "", number(total["error"], ".2e")]
+            )
+    return ["kind", "by", "tensors", "removed", "of", "share", "by tensor", "relative error"], cells
+
+
+def targets_table(
     rows: Iterable[Mapping[str, Any]], totals: Mapping[str, Mapping[str, Any]]
 ) -> tuple[list[str], list[list[str]]]:
     """Columns and text cells: a line for each row of a record, then one for each family."""
     cells = []
     for row in rows:
-        counts = [str(row["pruned"]), str(row["total"]), percent(row["sparsity"])]
-        cells.append([row["target"], *counts, number(_relative(row["error"], row["signal"]), ".2e")])
+        error = number(_relative(row["error"], row["signal"]), ".2e")
+        by = f"{row['method']}, {row['pattern']}"
+        cells.append([row["target"], by, *_counts(row["pruned"], row["total"]), error])
     for family, total in totals.items():
-        counts = [str(total["pruned"]), str(total["entries"]), percent(total["sparsity"])]
-        cells.append([f"all {family}", *counts, number(total["error"], ".2e")])
-    return ["target", "removed", "of", "share", "relative error"], cells
+        counts = _counts(total["pruned"], total["entries"])
+        cells.append([f"all {family}", "", *counts, number(total["error"], ".2e")])
+    return ["target", "by", "removed", "of", "share", "relative error"], cells
+
+
+def recipe_table(recipe: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Columns and text cells: a line for each field of a recipe that says something, one for each rule."""
+    cells = []
+    for name, value in recipe.items():
+        if name == "rules":
+            lines = ["; ".join(f"{field}: {_words(part)}" for field, part in rule.items()) for rule in value]
+            cells += [[f"rule {number}", line] for number, line in enumerate(lines, 1)]
+        elif value is not None:
+            cells.append([name, _words(value)])
+    return ["field", "value"], cells
 
 
 def perplexity_table(
@@ -343,39 +325,27 @@ def _relative(error: float | None, signal: float | None) -> float | None:
     return error / signal if error is not None and signal else None
 
 
-def _markdown(columns: list[str], cells: list[list[str]]) -> list[str]:
-    return [f"| {' | '.join(line)} |" for line in (columns, ["---"] * len(columns), *cells)]
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
-def _version(package: str) -> str | None:
+def _counts(pruned: int, entries: int) -> list[str]:
+    return [str(pruned), str(entries), percent(pruned / entries if entries else 0.0)]
+
+
+def _range(shares: list[float]) -> str:
+    """The smallest and the largest, once if they read the same."""
+    low, high = (percent(end(shares, default=None)) for end in (min, max))
+    return low if low == high else f"{low.removesuffix(' %')} to {high}"
+
+
+def _words(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def installed(package: str) -> str | None:
+    """Version of an installed package; None if it is not there."""
     try:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _name(source: str) -> str:
-    return re.split(r"[/:\\]", source.rstrip("/\\"))[-1] or source
-
-
-_LOADING = {
-    "transformers": """\
-No special code is needed:
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")
-```""",
-    "state-spaces": """\
-It has the format of the original state-spaces checkpoints:
-
-```python
-from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
-
-model = MambaLMHeadModel.from_pretrained("path/to/this/directory")
-```
-
-or, without a GPU, `sparsessm.load("path/to/this/directory").model`, a transformers model.""",
-}

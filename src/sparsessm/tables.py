@@ -6,12 +6,14 @@ here but shares.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Self
 
+from rich.columns import Columns
 from rich.console import Console, Group
 from rich.progress import (
     BarColumn,
@@ -126,3 +128,34 @@ def table(title: str, columns: Iterable[str], cells: Iterable[Iterable[str]], le
     for line in cells:
         result.add_row(*line)
     return Group(Text(title, style="bold"), result)  # a Table's own title would wrap at the table's width
+
+
+def heat_maps(
+    maps: Iterable[tuple[str, Sequence[str], Sequence[str], Sequence[Sequence[float | None]]]],
+    bounds: tuple[float, float],
+) -> Group:
+    """Tables of numbers whose backgrounds go from green to red on one logarithmic scale, side by side.
+
+    Args:
+        maps: (title, names of the rows, of the columns, values [row][column]; None: nothing there) each.
+        bounds: least and greatest value of the scale, above 0.
+    """
+    low, high = (math.log(bound) for bound in bounds)
+    parts = []
+    for title, rows, columns, values in maps:
+        result = Table()
+        result.add_column("layer")
+        for column in columns:
+            result.add_column(column, justify="right")
+        for row, line in zip(rows, values, strict=True):
+            cells = [Text("-") if value is None else _heated(value, low, high) for value in line]
+            result.add_row(Text(row), *cells)
+        parts.append(Group(Text(title, style="bold"), result))
+    return Group(Columns(parts, padding=(0, 2)))
+
+
+def _heated(value: float, low: float, high: float) -> Text:
+    """A number on a colour: green, yellow, red, light enough for black letters."""
+    heat = 0.0 if value <= 0 else min(max((math.log(value) - low) / (high - low), 0.0), 1.0)
+    red, green = round(255 * min(1.0, 0.55 + 0.9 * heat)), round(255 * min(1.0, 1.35 - 0.9 * heat))
+    return Text(f"{value:.1e}", style=f"black on rgb({red},{green},120)")

@@ -27,14 +27,21 @@ from torch import Tensor, nn
 # bfloat16 and float32 and makes exp(Δ·A) exactly 0 for every Δ > 0 that occurs (A = -3e16), with no infinity
 # that stock code could turn into NaN.
 REMOVED_A_LOG: Mapping[str, float] = {"memoryless": 38.0, "unit": 0.0}
+# A removed entry of a linear layer is a missing connection.
+REMOVED_WEIGHT: Mapping[str, float] = {"zero": 0.0}
 
 
 class Tap(Protocol):
-    """What watches a target while its block runs (observers.py); `options` go to `selective_scan_stats`."""
+    """What watches a target while its block runs (observers.py).
+
+    The tap of a linear layer is fed its inputs, `add(x)` with x (W, T, in). That of `A_log` is fed what the
+    scan summed, `add(stats, out_proj, y)`, with the weight (d_model, D) that its output y (W, T, D) meets
+    next; `options` go to `selective_scan_stats`.
+    """
 
     options: Mapping[str, Any]
 
-    def add(self, stats: Any, output_energy: Tensor, output: Tensor) -> None: ...
+    def add(self, *what: Any, **how: Any) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -43,14 +50,17 @@ class Target:
 
     Attributes:
         name: full parameter name, e.g. "backbone.layers.0.mixer.A_log".
-        family: "ssm" (A_log) or "projections" (linear layers).
-        kind: the parameter's own name inside its layer, e.g. "A_log".
+        family: "ssm" (A_log), "projections" (linear layers), "conv1d" or "head".
+        kind: the parameter's own name inside its layer, e.g. "A_log", "in_proj".
         layer: index of its block.
-        parameter: the live parameter, [out, in]; for A_log [channel, state].
+        parameter: the live parameter, [out, in] after flattening; for A_log [channel, state].
         stored: dtype in which the checkpoint holds it; values are rounded to it, so that what we measure is
             what gets saved.
         removed: name of a removed value -> the number stored for it.
+        module_class: class name of the module that owns the parameter, for selectors.
         companions: parameters that a repair of this target may change, by name, with their stored dtype.
+        fed_by: (kind, rows): its inputs are these output rows of that target, with nothing in between.
+        depthwise: every row has inputs of its own (a depthwise convolution's taps).
     """
 
     name: str
@@ -59,18 +69,26 @@ class Target:
     layer: int
     parameter: nn.Parameter
     stored: torch.dtype
-    removed: Mapping[str, float]
+    removed: Mapping[str, float] = field(default_factory=lambda: REMOVED_WEIGHT)
+    module_class: str = "Linear"
     companions: Mapping[str, tuple[nn.Parameter, torch.dtype]] = field(default_factory=dict)
+    fed_by: tuple[str, int] | None = None
+    depthwise: bool = False
+
+    @property
+    def module(self) -> str:
+        """The name that selectors match: that of the module for a weight, the parameter's for A_log."""
+        return self.name.removesuffix(".weight")
 
     @property
     def matrix(self) -> Tensor:
         """The weight as a detached view [out, in]."""
-        return self.parameter.detach()
+        return self.parameter.detach().flatten(1)
 
     def replace(self, weight: Tensor) -> None:
         """Write a new weight [out, in], rounded to the stored dtype."""
         with torch.no_grad():
-            self.parameter.copy_(weight.to(self.stored))
+            self.parameter.copy_(weight.to(self.stored).view_as(self.parameter))
 
     def shift(self, companion: str, change: Tensor) -> None:
         """Add `change` to a companion parameter, rounded to its stored dtype."""
@@ -84,23 +102,42 @@ class Block(ABC):
 
     index: int
     name: str
-    targets: tuple[Target, ...]
+    targets: tuple[Target, ...]  # in the order in which data meets them
 
     @abstractmethod
     def forward(
-        self, hidden: Tensor, state: Any = None, taps: Mapping[str, Tap] | None = None
-    ) -> tuple[Tensor, Any]:
+        self,
+        hidden: Tensor,
+        state: Any = None,
+        taps: Mapping[str, Tap] | None = None,
+        until: str | None = None,
+    ) -> tuple[Tensor | None, Any]:
         """Run a slab (W, T, d_model) after `state` (None: the beginning); returns output and next state.
 
-        `taps` maps a target's kind to what watches it.
+        Args:
+            taps: a target's kind -> what watches it.
+            until: stop once the tap of this kind was fed; the output is then None.
         """
+
+    @abstractmethod
+    def copy(self) -> Block:
+        """The same block with weights of its own, which later changes of the model do not touch."""
 
 
 class Architecture(ABC):
-    """A stock model seen as embedding, blocks and head; in evaluation mode and without gradients."""
+    """A stock model seen as embedding, blocks and head; in evaluation mode and without gradients.
+
+    Attributes:
+        blocks: the layers.
+        tail: a last block, identity on the residual stream, whose targets are behind the layers (the head).
+        tied: the head's weight is the embedding.
+        states: d_state.
+    """
 
     model: nn.Module
     blocks: tuple[Block, ...]
+    tail: Block
+    tied: bool
     states: int
 
     @abstractmethod
@@ -113,14 +150,16 @@ class Architecture(ABC):
 
     @property
     def targets(self) -> Iterator[Target]:
-        return (target for block in self.blocks for target in block.targets)
+        return (target for block in (*self.blocks, self.tail) for target in block.targets)
 
     def final(self, tokens: Tensor) -> Tensor:
         """(W, L) token ids -> (W, L, d_model), after the last block and before the final norm."""
         with torch.inference_mode():
             hidden = self.embed(tokens)
             for block in self.blocks:
-                hidden, _ = block.forward(hidden)
+                out, _ = block.forward(hidden)
+                assert out is not None
+                hidden = out
             return hidden
 
     def logits(self, tokens: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -13,15 +13,32 @@ from sparsessm.patterns import Pattern
 
 @dataclass(frozen=True)
 class Rule:
-    """How one target is pruned: the recipe's options, with names turned into objects."""
+    """How one target is pruned: the recipe's options, with names turned into objects.
 
+    Attributes:
+        repair: "none"; "self": survivors restore the layer's own output (plain OBS); "dense-target": they
+            restore its output in the dense model, errors of the layers before it included.
+        strength: of dense-target, 0 to 1.
+        weight: "none"; "fisher" or "norms": an error in an output row costs what the loss says
+            (curvature.py).
+        cost: (out,) float64, that cost of each row; None where all rows cost the same.
+        allocation: name and parameter, see allocation.py.
+        length: tokens a calibration window. seed: of this target.
+    """
+
+    method: Method
     pattern: Pattern
     sparsity: float
     removed: str
-    diagonal: bool
-    time_weights: str
-    length: int  # tokens a calibration window
-    seed: int  # of this target
+    repair: str = "none"
+    strength: float = 1.0
+    weight: str = "none"
+    cost: Tensor | None = None
+    allocation: tuple[str, float] = ("uniform", 0.0)
+    diagonal: bool = False
+    time_weights: str = "power:1"
+    length: int = 0
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -32,12 +49,19 @@ class Method:
         name: what users type. paper: where it comes from. summary: one line for the tables.
         families: target families it applies to.
         watch: (weight, rule) -> the observer that calibration feeds; None: no calibration needed.
-        score: (weight [out, in], observer's result, rule) -> scores [out, in]; the smallest are removed.
-        repair: (observer's result, keep, rule) -> companion parameter -> change; None: survivors stay as they
-            are.
+        score: (weight [out, columns], what was seen, rule, columns) -> scores [out, columns]; the smallest
+            are removed. What was seen is the observer's result, or the `Factor` of its Hessian with
+            `hessian`.
+        hessian: the observer's result is a Gram; the sweep repairs with the factor of its inverse.
+        width: columns that the sweep masks together, seeing what was removed on their left.
+        refit: after the sweep all survivors are repaired together, in both directions.
+        by_row: the same share of every row is removed.
+        total: like `score` for the whole matrix, where matrices are compared with each other; None: `score`.
+        companions: (observer's result, keep, rule) -> companion parameter -> change; None: there are none.
         error: (observer's result, keep, rule) -> (output error of the mask, energy of the dense output),
             where the method knows it.
-        options: recipe fields that only some methods read and this one does.
+        defaults: values of the recipe fields `repair`, `weight` and `allocation`, as far as it reads them.
+        options: other recipe fields that only some methods read and this one does.
     """
 
     name: str
@@ -45,7 +69,13 @@ class Method:
     summary: str
     families: tuple[str, ...]
     watch: Callable[[Tensor, Rule], Any] | None
-    score: Callable[[Tensor, Any, Rule], Tensor]
-    repair: Callable[[Any, Tensor, Rule], Mapping[str, Tensor]] | None = None
+    score: Callable[[Tensor, Any, Rule, slice], Tensor]
+    hessian: bool = False
+    width: int = 128
+    refit: bool = False
+    by_row: bool = False
+    total: Callable[[Tensor, Any, Rule], Tensor] | None = None
+    companions: Callable[[Any, Tensor, Rule], Mapping[str, Tensor]] | None = None
     error: Callable[[Any, Tensor, Rule], tuple[float, float] | None] | None = None
+    defaults: Mapping[str, str] = field(default_factory=lambda: {"allocation": "uniform"})
     options: tuple[str, ...] = ()

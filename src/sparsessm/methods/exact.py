@@ -55,7 +55,7 @@ def elimination_scores(gram: Tensor, group: int, removable: int) -> Tensor:
     return scores
 
 
-def _score(weight: Tensor, seen: ErrorSums, rule: Rule) -> Tensor:
+def _score(weight: Tensor, seen: ErrorSums, rule: Rule, columns: slice) -> Tensor:
     if rule.diagonal:
         return seen.gram
     share = seen.cross / damped_power(seen)[:, None]
@@ -63,7 +63,7 @@ def _score(weight: Tensor, seen: ErrorSums, rule: Rule) -> Tensor:
     return elimination_scores(refitted, *rule.pattern.groups(weight.shape[1]))
 
 
-def _repair(seen: ErrorSums, keep: Tensor, rule: Rule) -> Mapping[str, Tensor]:
+def _companions(seen: ErrorSums, keep: Tensor, rule: Rule) -> Mapping[str, Tensor]:
     return {} if rule.diagonal else {"D": refit_skip(seen, keep)}
 
 
@@ -72,7 +72,7 @@ def _error(seen: ErrorSums, keep: Tensor, rule: Rule) -> tuple[float, float] | N
 
 
 def _watch(weight: Tensor, rule: Rule) -> Any:
-    return StateError(rule.removed, rule.diagonal)
+    return StateError(rule.removed, rule.diagonal, rule.cost)
 
 
 exact = Method(
@@ -82,7 +82,8 @@ exact = Method(
     families=("ssm",),
     watch=_watch,
     score=_score,
-    repair=_repair,
+    companions=_companions,
     error=_error,
+    defaults={"weight": "none", "allocation": "loss"},
     options=("diagonal",),
 )

@@ -11,11 +11,11 @@ from torch import Tensor
 from sparsessm.methods.base import Method, Rule
 
 
-def _magnitude(weight: Tensor, seen: Any, rule: Rule) -> Tensor:
+def _magnitude(weight: Tensor, seen: Any, rule: Rule, columns: slice) -> Tensor:
     return weight.abs()
 
 
-def _random(weight: Tensor, seen: Any, rule: Rule) -> Tensor:
+def _random(weight: Tensor, seen: Any, rule: Rule, columns: slice) -> Tensor:
     generator = torch.Generator().manual_seed(rule.seed)
     return torch.rand(weight.shape, generator=generator)
 
@@ -24,7 +24,7 @@ magnitude = Method(
     name="magnitude",
     paper="Han et al. 2015, arXiv 1506.02626",
     summary="smallest |weight|; needs no data",
-    families=("ssm",),
+    families=("ssm", "projections", "conv1d", "head"),
     watch=None,
     score=_magnitude,
 )
@@ -33,7 +33,7 @@ random = Method(
     name="random",
     paper="-",
     summary="a seeded random choice: the floor for every other method",
-    families=("ssm",),
+    families=("ssm", "projections", "conv1d", "head"),
     watch=None,
     score=_random,
 )

@@ -52,11 +52,11 @@ def time_weights(text: str, length: int) -> Tensor:
     return weights / weights.sum()
 
 
-def _vote(weight: Tensor, seen: Tensor, rule: Rule) -> Tensor:
+def _vote(weight: Tensor, seen: Tensor, rule: Rule, columns: slice) -> Tensor:
     return -seen.double()  # most votes: removed first
 
 
-def _sum(weight: Tensor, seen: Tensor, rule: Rule) -> Tensor:
+def _sum(weight: Tensor, seen: Tensor, rule: Rule, columns: slice) -> Tensor:
     return seen
 
 

@@ -1,0 +1,175 @@
+"""What pruning costs: `python bench/quality.py` prunes the built-in model in every way the README and docs
+compare.
+
+Held-out perplexity against the dense model, on modules that no calibration sees; calibration seeds 0, 1 and
+2; mean and (in brackets) least and greatest of the seeds. Every run is kept in a JSON file and not repeated.
+Options: --table NAME (all by default), --samples W, --windows W held-out windows, --json FILE.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench import cpu
+
+import sparsessm
+from sparsessm.data import evaluation_windows
+from sparsessm.evaluation import difference, perplexity
+from sparsessm.recipe import Recipe
+
+MODEL = "builtin:pycode"
+SEEDS = (0, 1, 2)
+Fields = dict[str, Any]
+
+DENSITIES: dict[str, Fields] = {
+    **{f"{percent} %": {"sparsity": percent / 100} for percent in (30, 50, 60, 70)},
+    "2:4": {"pattern": "2:4"},
+    "4:8": {"pattern": "4:8"},
+}
+LINEAR: Fields = {"target": "projections"}
+
+
+def beside_exact(method: str) -> Fields:
+    """The linear layers by this method, A_log by the same one in all rows."""
+    return {
+        "rules": [
+            {"targets": ["projections"], "method": method},
+            {"targets": ["ssm"], "pattern": "unstructured"},
+        ]
+    }
+
+
+# Rows (a label and what it adds to the recipe) and columns of each table.
+TABLES: dict[str, tuple[dict[str, Fields], dict[str, Fields]]] = {
+    "methods": (
+        {
+            "magnitude": beside_exact("magnitude"),
+            "wanda": {"method": "wanda"},
+            "sparsegpt": {"method": "sparsegpt"},
+            "absorb (default)": {},
+        },
+        DENSITIES,
+    ),
+    "state matrix alone": (
+        {"exact (default)": {"target": "ssm"}},
+        {"50 %": {"sparsity": 0.5}},
+    ),
+    "absorption": (
+        {
+            "sparsegpt": {**LINEAR, "method": "sparsegpt"},
+            "sparsegpt + dense-target": {**LINEAR, "method": "sparsegpt", "repair": "dense-target"},
+        },
+        {name: DENSITIES[name] for name in ("50 %", "60 %", "70 %", "2:4")},
+    ),
+    "steps": (
+        {
+            "sparsegpt": {**LINEAR, "method": "sparsegpt"},
+            "+ dense-target": {**LINEAR, "method": "sparsegpt", "repair": "dense-target"},
+            "+ fisher": {**LINEAR, "method": "sparsegpt", "repair": "dense-target", "weight": "fisher"},
+            "+ refit, 32 columns": {**LINEAR, "allocation": "uniform"},
+            "+ loss (absorb)": LINEAR,
+        },
+        {name: DENSITIES[name] for name in ("50 %", "70 %")},
+    ),
+    "allocation": (
+        {name: {**LINEAR, "allocation": name} for name in ("uniform", "hessian-trace", "owl", "loss")},
+        {name: DENSITIES[name] for name in ("50 %", "70 %")},
+    ),
+}  # fmt: skip
+
+
+def key(fields: Fields, seed: int, samples: int, windows: int) -> str:
+    return json.dumps({**fields, "seed": seed, "samples": samples, "windows": windows}, sort_keys=True)
+
+
+class Measure:
+    """Runs recipes on the built-in model, each once."""
+
+    def __init__(self, path: Path, samples: int, windows: int) -> None:
+        self._path, self._samples, self._windows = path, samples, windows
+        self._done: dict[str, Any] = json.loads(path.read_text())["runs"] if path.exists() else {}
+        self._tokens: dict[int, torch.Tensor] = {}
+        self._dense: Any = None
+
+    def __call__(self, fields: Fields, seed: int) -> float:
+        """Relative change of perplexity."""
+        name = key(fields, seed, self._samples, self._windows)
+        if name not in self._done:
+            self._done[name] = self._run(fields, seed)
+            record = {"cpu": cpu(), "model": MODEL, "runs": self._done}
+            self._path.write_text(json.dumps(record, indent=1) + "\n")
+        return float(self._done[name]["change"])
+
+    def _run(self, fields: Fields, seed: int) -> dict[str, float]:
+        checkpoint = sparsessm.load(MODEL)
+        if self._dense is None:
+            length = checkpoint.trained_length
+            self._text = evaluation_windows(
+                "stdlib", checkpoint.tokenizer, length=length, limit=self._windows
+            )
+            self._dense = perplexity(checkpoint.model, *self._text)
+        recipe = sparsessm.resolve(checkpoint, Recipe(**fields, samples=self._samples, seed=seed))
+        if seed not in self._tokens:
+            drawn = sparsessm.draw(checkpoint, Recipe(**{**recipe.model_dump(), "method": None}))
+            assert drawn is not None
+            self._tokens[seed] = drawn
+        began = time.perf_counter()
+        report = sparsessm.follow(checkpoint, recipe, self._tokens[seed])
+        seconds = time.perf_counter() - began
+        pruned = perplexity(checkpoint.model, *self._text)
+        change = difference(self._dense, pruned)
+        print(f"  {fields} seed {seed}: {100 * change.mean:+.2f} % in {seconds:.0f} s", flush=True)
+        sparsity = {family: total["sparsity"] for family, total in report.totals.items()}
+        return {
+            "perplexity": pruned.perplexity, "dense": self._dense.perplexity, "change": change.mean,
+            "low": change.low, "high": change.high, "seconds": round(seconds, 1), "sparsity": sparsity,
+        }  # fmt: skip
+
+
+def show(title: str, rows: dict[str, Fields], columns: dict[str, Fields], measure: Measure) -> None:
+    head = f"| {title}: change of perplexity in % | {' | '.join(columns)} |"
+    lines = [head, "|---|" + "---|" * len(columns)]
+    changes = {
+        row: {name: [100 * measure(more | fields, seed) for seed in SEEDS] for name, more in columns.items()}
+        for row, fields in rows.items()
+    }
+    for row, cells in changes.items():
+        texts = [
+            f"{statistics.mean(values):+.2f} ({min(values):+.2f} to {max(values):+.2f})"
+            if len(set(values)) > 1 else f"{values[0]:+.2f}"
+            for values in cells.values()
+        ]  # fmt: skip
+        lines.append(f"| {row} | {' | '.join(texts)} |")
+    last, base = list(rows)[-1], "sparsegpt"
+    if base in rows and last != base:
+        ratios = [
+            statistics.mean(changes[last][name]) / statistics.mean(changes[base][name]) for name in columns
+        ]
+        cells = " | ".join(f"{ratio:.2f}" if math.isfinite(ratio) else "-" for ratio in ratios)
+        lines.append(f"| {last} / {base} | {cells} |")
+    print("\n" + "\n".join(lines) + "\n", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--table", choices=list(TABLES), action="append")
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--windows", type=int, default=64)
+    parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "quality.json")
+    options = parser.parse_args()
+    measure = Measure(options.json, options.samples, options.windows)
+    for title in options.table or TABLES:
+        show(title, *TABLES[title], measure)
+
+
+if __name__ == "__main__":
+    main()

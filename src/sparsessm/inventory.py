@@ -1,0 +1,172 @@
+"""What is in a checkpoint, in bytes and counts: before pruning (`prune --dry-run`) and after (`inspect`).
+
+Place in the flow: beside it. Nothing here looks at data or changes a weight.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, dtype
+
+from sparsessm.architectures.base import REMOVED_A_LOG, REMOVED_WEIGHT
+from sparsessm.methods import Rule
+from sparsessm.patterns import NofM
+from sparsessm.plan import Plan, words
+from sparsessm.report import contents, kind_of, percent, recipe_table, removed_table, targets_table
+
+if TYPE_CHECKING:
+    from sparsessm.checkpoint import Checkpoint
+
+REMOVED = {**REMOVED_A_LOG, **REMOVED_WEIGHT}
+Table = tuple[str, list[str], list[list[str]], int]  # title, columns, cells, columns that are words
+
+
+def preview(plan: Plan, tensors: Mapping[str, Tensor], stored: Mapping[str, dtype]) -> dict[str, Any]:
+    """What a plan will hit, and bytes before and after; plain values.
+
+    Shares are those that were asked for: with an allocation other than `uniform` only their mean is known
+    before a look at the data.
+
+    Args:
+        tensors: parameters by name, any shape; only their number of elements is read.
+        stored: the dtype of each name in the checkpoint.
+
+    Returns:
+        "rules": one entry for each rule and family it hits. "bytes": "now"; "after", the same, as zeros are
+        stored; "packed", with the pruned linear matrices as a bitmask, 1 bit a weight, and the kept values in
+        their dtype (a matrix that this makes larger stays as it is); "dense", what then still is dense, by
+        kind of tensor, the largest first.
+    """
+    rules, packed = [], {}
+    for group in plan.groups:
+        for family in dict.fromkeys(target.family for target in group.targets):
+            part = [target for target in group.targets if target.family == family]
+            rule = plan.rules[part[0].name]
+            rules.append(
+                {
+                    "rule": group.title,
+                    "family": family,
+                    "targets": dict(Counter(target.kind for target in part)),
+                    "entries": sum(target.matrix.numel() for target in part),
+                    "sparsity": rule.sparsity,
+                    **words(rule),
+                }
+            )
+            for target in part if family != "ssm" else ():
+                total = target.matrix.numel()
+                size = -(-total // 8) + kept(rule, *target.matrix.shape) * target.stored.itemsize
+                packed[target.name] = min(size, total * target.stored.itemsize)
+    sizes = {name: tensors[name].numel() * form.itemsize for name, form in stored.items()}
+    dense: Counter[str] = Counter()
+    for name, size in sizes.items():
+        if name not in packed:
+            dense[kind_of(name) + (".bias" if name.endswith(".bias") else "")] += size
+    now = sum(sizes.values())
+    return {
+        "rules": rules,
+        "bytes": {
+            "now": now,
+            "after": now,
+            "packed": sum(dense.values()) + sum(packed.values()),
+            "dense": dict(dense.most_common()),
+        },
+    }
+
+
+def kept(rule: Rule, rows: int, columns: int) -> int:
+    """Entries of a matrix that stay, up to the rounding of a sweep by columns."""
+    if isinstance(rule.pattern, NofM):
+        return rows * columns // rule.pattern.m * rule.pattern.n
+    if rule.method.by_row:
+        return rows * (columns - round(rule.sparsity * columns))
+    return rows * columns - round(rule.sparsity * rows * columns)
+
+
+def preview_tables(model: str, record: Mapping[str, Any]) -> list[Table]:
+    """What `preview` returned, for people."""
+    fields = ["method", "pattern", "sparsity", "repair", "weight", "allocation"]
+    rules = []
+    for rule in record["rules"]:
+        targets = ", ".join(f"{count} {kind}" for kind, count in rule["targets"].items())
+        cells = [f"{rule['sparsity']:.4g}" if name == "sparsity" else rule[name] for name in fields]
+        rules.append([rule["rule"], f"{rule['family']}: {targets}", *cells, f"{rule['entries']:,}"])
+    sizes = record["bytes"]
+    titles = {"now": "checkpoint now", "after": "after pruning, zeros stored", "packed": "packed"}
+    lines = [
+        [title, f"{sizes[name]:,}", percent(sizes[name] / sizes["now"])] for name, title in titles.items()
+    ]
+    lines += [
+        [f"  of it dense: {kind}", f"{size:,}", percent(size / sizes["now"])]
+        for kind, size in sizes["dense"].items()
+    ]
+    return [
+        (f"{model}: what would be pruned", ["rule", "targets", *fields, "entries"], rules, 8),
+        ("Bytes of tensors", ["", "bytes", "of now"], lines, 1),
+    ]
+
+
+def inspection(checkpoint: Checkpoint, directory: str, record: dict[str, Any] | None) -> dict[str, Any]:
+    """What is in a checkpoint; plain values.
+
+    Args:
+        directory: where it came from. record: its own, if it is a result; see `report.checked`.
+
+    Returns:
+        "model", "format"; "tensors": bytes and dtypes by kind; "removed": see `recount`; "record".
+
+    Raises:
+        ValueError: as `recount`.
+    """
+    state = checkpoint.model.state_dict()
+    found = recount(record, state, f"{directory}/pruning.json") if record else {}
+    sizes = {
+        kind: {"bytes": size, "dtypes": sorted(str(form).removeprefix("torch.") for form in forms)}
+        for kind, (size, forms) in contents(state, checkpoint.stored).items()
+    }
+    facts = {"model": directory, "format": checkpoint.format, "tensors": sizes}
+    return {**facts, "removed": found, "record": record}
+
+
+def inspection_tables(facts: Mapping[str, Any]) -> list[Table]:
+    """What `inspection` returned, for people."""
+    total = sum(kind["bytes"] for kind in facts["tensors"].values())
+    title = f"{facts['model']}: format {facts['format']}, {total:,} bytes of tensors"
+    cells = [
+        [name, ", ".join(kind["dtypes"]), f"{kind['bytes']:,}", percent(kind["bytes"] / total)]
+        for name, kind in facts["tensors"].items()
+    ]
+    found: list[Table] = [(title, ["tensors", "dtype", "bytes", "share"], cells, 2)]
+    if record := facts["record"]:
+        parts = record["targets"], record["totals"]
+        found += [
+            ("What was removed (counted again in the tensors)", *targets_table(*parts), 2),
+            ("The same by kind", *removed_table(*parts), 2),
+            ("Recipe", *recipe_table(record["recipe"]), 2),
+        ]
+    return found
+
+
+def recount(record: Mapping[str, Any], tensors: Mapping[str, Tensor], path: str) -> dict[str, int]:
+    """Target -> entries of the tensor that have the removed value, which a record must not exceed.
+
+    There may be more: of an earlier pruning, and `unit` stores 0, as do models near their start.
+
+    Args:
+        path: of the record.
+
+    Raises:
+        ValueError: a target that the model has not, or that has fewer; named.
+    """
+    found = {}
+    for row in record["targets"]:
+        name = row["target"]
+        if name not in tensors:
+            raise ValueError(f"{path}: the model has no {name}")
+        found[name] = int((tensors[name] == REMOVED[row["removed"]]).sum())
+        if found[name] < row["pruned"]:
+            count = f"{row['pruned']} removed entries, its tensor has {found[name]}"
+            raise ValueError(f"{path} does not fit the tensors: it says that {name} has {count}")
+    return found

@@ -1,0 +1,63 @@
+"""Optimal brain surgery for linear layers: SparseGPT (Frantar & Alistarh, arXiv 2301.00774) as published, and
+`absorb` (ours), the same sweep with another aim and another price.
+
+`absorb` differs in four ways (docs/methods.md). Three are recipe fields of their own: its repair aims at the
+layer's output in the dense model, so that it absorbs what pruning did to the layers before it; an error in
+an output row costs what the loss says it costs; matrices compete for the budget by that cost. And after the
+sweep all survivors are repaired once more, together.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from sparsessm.hessian import Factor
+from sparsessm.methods.base import Method, Rule
+from sparsessm.observers import InputGram
+
+
+def _watch(weight: Tensor, rule: Rule) -> Any:
+    return InputGram(paired=rule.repair == "dense-target")
+
+
+def _score(weight: Tensor, seen: Factor, rule: Rule, columns: slice) -> Tensor:
+    return _priced((weight / seen.pivots[..., columns]).square(), seen.dead[..., columns], rule)
+
+
+def _total(weight: Tensor, seen: Factor, rule: Rule) -> Tensor:
+    return _priced(weight.square() / seen.inverse_diagonal, seen.dead, rule)
+
+
+def _priced(score: Tensor, dead: Tensor, rule: Rule) -> Tensor:
+    """Rows cost what the rule says; a dead input's weights cost nothing (SparseGPT's code sets them to 0)."""
+    score = score.masked_fill(dead, 0.0)
+    return score if rule.cost is None else score * rule.cost[:, None].to(score.dtype)
+
+
+sparsegpt = Method(
+    name="sparsegpt",
+    paper="SparseGPT, arXiv 2301.00774",
+    summary="optimal brain surgery column by column, restoring each layer's own output",
+    families=("projections", "conv1d", "head"),
+    watch=_watch,
+    score=_score,
+    hessian=True,
+    total=_total,
+    defaults={"repair": "self", "weight": "none", "allocation": "uniform"},
+)
+
+absorb = Method(
+    name="absorb",
+    paper="ours; docs/methods.md",
+    summary="the same towards the dense model's output, rows and matrices weighed by the loss",
+    families=("projections", "conv1d", "head"),
+    watch=_watch,
+    score=_score,
+    hessian=True,
+    width=32,
+    refit=True,
+    total=_total,
+    defaults={"repair": "dense-target", "weight": "fisher", "allocation": "loss"},
+)

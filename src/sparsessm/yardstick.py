@@ -1,0 +1,60 @@
+"""Perplexity before and after: several models on the same windows of the recipe's data.
+
+Place in the flow: around the pipeline, for `prune` and `demo`. The windows are held out, unless the data is a
+local file; `Report.caveat` says so then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from sparsessm.checkpoint import Checkpoint
+from sparsessm.data import evaluation_windows
+from sparsessm.evaluation import Perplexity, difference, perplexity
+from sparsessm.recipe import Recipe, window_length
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """What models are measured on.
+
+    Attributes:
+        data: name of the text. windows: (W, L). n_bytes: that the predicted tokens stand for.
+    """
+
+    data: str
+    windows: Tensor
+    n_bytes: int
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, recipe: Recipe, tokens: int) -> Yardstick:
+        """About so many tokens of the recipe's data, always the same ones.
+
+        Raises:
+            ValueError: a text shorter than one window.
+        """
+        length = recipe.length or window_length(checkpoint.trained_length)
+        limit = max(1, tokens // length)
+        return cls(
+            recipe.data,
+            *evaluation_windows(recipe.data, checkpoint.tokenizer, length=length, limit=limit),
+        )
+
+    def measure(self, checkpoint: Checkpoint, progress: Progress | None = None) -> Perplexity:
+        """Perplexity of a model, dense or pruned."""
+        return perplexity(checkpoint.model, self.windows, self.n_bytes, data=self.data, progress=progress)
+
+
+def compared(dense: Perplexity, pruned: Perplexity) -> dict[str, Any]:
+    """What a report says about perplexity: both measurements and their paired difference."""
+    return {
+        "dense": dense.record(),
+        "pruned": pruned.record(),
+        "difference": asdict(difference(dense, pruned)),
+    }
