@@ -1,5 +1,5 @@
-"""`make bench`: the scan and the calibration at the shape of mamba-130m, random weights, 2048 tokens. Prints
-ratios and writes JSON.
+"""`make bench`: the scan, the calibration and the pruning at the shape of mamba-130m, random weights, 2048
+tokens. Prints ratios and writes JSON.
 
 Variants are interleaved round by round and compared by the median of their per-round ratios: machines drift.
 Memory is the peak of a fresh process each. Options: --rounds N (default 5), --windows W (default 8), --json
@@ -116,7 +116,7 @@ def calibration(rounds: int, windows: int) -> dict[str, Any]:
     rows = [torch.randn(LENGTH, width) for width in (WIDTH, CHANNELS, RANK, CHANNELS)]
     products = [mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj]
     stop = next(walk(architecture, tokens, passes=1))
-    target = stop.block.targets[0]
+    target = next(target for target in stop.block.targets if target.kind == "A_log")
 
     def multiply() -> None:
         for _ in range(windows):
@@ -124,8 +124,9 @@ def calibration(rounds: int, windows: int) -> dict[str, Any]:
                 product(x)
 
     def look(method: str, diagonal: bool = False) -> Callable[[], Any]:
-        rule = Rule(Unstructured(), 0.5, "memoryless", diagonal, "power:1", LENGTH, 0)
-        watch = METHODS[method].watch
+        row = METHODS[method]
+        rule = Rule(row, Unstructured(), 0.5, "memoryless", diagonal=diagonal, length=LENGTH)
+        watch = row.watch
         assert watch is not None
         return lambda: stop.seen(target, watch(target.matrix, rule))
 
@@ -237,21 +238,17 @@ def stages(run: Callable[[], Any]) -> dict[str, float]:
     return {name: round(seconds, 2) for name, seconds in spent.items()}
 
 
-def peak(layers: int, windows: int) -> dict[str, float]:
-    """(c) In this process: MiB of the weights, and the peak of a calibration beyond what was resident before
-    it."""
-    architecture = adapt(model(layers))
+def peak(layers: int, windows: int, fields: dict[str, str]) -> dict[str, float]:
+    """(c) In this process: MiB of the weights, and of the peak of a pruning beyond what was resident."""
+    dense = model(layers)
+    architecture = adapt(dense)
     tokens = torch.randint(0, 50280, (windows, LENGTH), generator=torch.Generator().manual_seed(0))
+    recipe = Recipe(**fields).resolved(model="random", trained_length=LENGTH)
     Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = _status("VmRSS")
-    rule = Rule(Unstructured(), 0.5, "memoryless", False, "power:1", LENGTH, 0)
-    for stop in walk(architecture, tokens, passes=2):
-        target = stop.block.targets[0]
-        watch = METHODS["exact"].watch
-        assert watch is not None
-        METHODS["exact"].score(target.matrix, stop.seen(target, watch(target.matrix, rule)), rule)
-    weights = sum(p.numel() * p.element_size() for p in architecture.model.parameters())
-    return {"weights": weights / MIB, "calibration": _status("VmHWM") - before}
+    pipeline.prune(architecture, recipe, tokens)
+    weights = sum(p.numel() * p.element_size() for p in dense.parameters())
+    return {"weights": weights / MIB, "pruning": _status("VmHWM") - before}
 
 
 def _status(field: str) -> float:
@@ -261,15 +258,20 @@ def _status(field: str) -> float:
 
 def memory(windows: int) -> dict[str, Any]:
     buffer = windows * LENGTH * WIDTH * 4 / MIB
-    result: dict[str, Any] = {"residual stream of the windows, MiB": round(buffer)}
-    for layers in (2, 8):
-        code = f"import json, bench; print(json.dumps(bench.peak({layers}, {windows})))"
-        here = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-        out = subprocess.run(
-            [sys.executable, "-c", code], env=here, capture_output=True, text=True, check=True
-        )
-        measured = json.loads(out.stdout.splitlines()[-1])
-        result[f"{layers} layers, MiB"] = {name: round(value) for name, value in measured.items()}
+    hessians = sum(width**2 for width in (WIDTH, CHANNELS, RANK, CHANNELS)) * 8 / MIB
+    result: dict[str, Any] = {
+        "residual stream of the windows, MiB": round(buffer),
+        "one block's Hessians in float64, MiB": round(hessians),
+    }
+    for name, fields in {"exact, A_log": {"target": "ssm", "allocation": "uniform"}, **PRUNED}.items():
+        for layers in (2, 8):
+            code = f"import json, bench; print(json.dumps(bench.peak({layers}, {windows}, {fields})))"
+            here = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+            out = subprocess.run(
+                [sys.executable, "-c", code], env=here, capture_output=True, text=True, check=True
+            )
+            measured = json.loads(out.stdout.splitlines()[-1])
+            result[f"{name}, {layers} layers, MiB"] = round(measured["pruning"])
     return result
 
 
@@ -312,6 +314,7 @@ def main() -> None:
         ("(a) scan", lambda: scan(options.rounds)),
         ("(b) calibration", lambda: calibration(options.rounds, options.windows)),
         ("(c) memory", lambda: memory(options.windows)),
+        ("(d) pruning two layers", lambda: pruning(options.rounds, options.windows)),
     ):
         results[title] = run()
         show(title, results[title])

@@ -648,18 +648,17 @@ def test_demo_shows_every_method_and_replaces_only_a_demo(monkeypatch: pytest.Mo
     record = json.loads(Path("demo-out/pruning.json").read_text())
     methods = record["perplexity"]["methods"]
     assert methods.keys() == set(demo.RUNS)
-    best = min(methods, key=lambda name: methods[name]["pruned"]["nll"])
-    fields = ("method", "target", "allocation")
-    assert {name: record["recipe"][name] for name in fields} == demo.RUNS[best]
-    assert f"The best, {best}, is saved to demo-out" in text
+    assert record["recipe"]["target"] == "all" and "method" not in record["recipe"]
+    assert record["perplexity"]["pruned"] == methods[demo.SAVED]["pruned"]
+    assert f"'{demo.SAVED}' is saved to demo-out" in text
     del record["perplexity"]["methods"]
     Path("demo-out/pruning.json").write_text(json.dumps(record))
     assert "'demo-out' exists" in refused(*small)  # somebody's own result
     record["perplexity"]["methods"] = methods
     Path("demo-out/pruning.json").write_text(json.dumps(record))
-    monkeypatch.setattr(demo, "RUNS", {"random": demo.RUNS["random"]})
+    monkeypatch.setattr(demo, "RUNS", {demo.SAVED: {"method": "magnitude", "target": "projections"}})
     document = json.loads(run(*small, "--json", "--quiet").stdout)
-    assert document["best"] == document["recipe"]["method"] == "random"
+    assert document["recipe"]["method"] == "magnitude"
     assert json.loads(Path("demo-out/pruning.json").read_text())["recipe"] == document["recipe"]
 
 

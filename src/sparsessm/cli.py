@@ -317,15 +317,15 @@ def list_() -> None:
 @app.command()
 def demo(
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="For the best result; an older demo is replaced.")
+        Path, typer.Option("--out", "-o", help="For the pruned model; an older demo is replaced.")
     ] = (Path("demo-out")),
-    sparsity: Annotated[float, typer.Option(help="Share of A_log removed.")] = 0.5,
-    samples: Annotated[int, typer.Option(min=1, help="Number of calibration windows.")] = 64,
+    sparsity: Annotated[float, typer.Option(help="Share removed.")] = 0.5,
+    samples: Annotated[int, typer.Option(min=1, help="Number of calibration windows.")] = 32,
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything drawn.")] = 0,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Prune the built-in model by every method, compare them on held-out text, and save the best."""
+    """Prune the built-in model by the main methods, compare them on held-out text, and save the default's."""
     with _answering(quiet) as progress:
         from . import demo as demos
         from .checkpoint import read_record, refuse_existing
@@ -337,16 +337,15 @@ def demo(
         done = demos.compare(progress, sparsity=sparsity, samples=samples, seed=seed)
         sparsessm.save(done.checkpoint, out, done.report, force=former)
     if as_json:
-        _print_json({"out": str(out), "best": done.best, **done.report.record()})
+        _print_json({"out": str(out), "saved": demos.SAVED, **done.report.record()})
     elif not quiet:
         pruned = {name: run["pruned"] for name, run in done.measured.items()}
         changes = {name: run["difference"] for name, run in done.measured.items()}
         _show_perplexities({"dense": done.dense.record(), **pruned}, changes)
         tables.show(
-            f"{percent(sparsity)} of the entries of A_log removed: the same share in every layer or, with "
-            "allocation loss (the default of exact), the cheapest of all layers together.",
+            f"{percent(sparsity)} removed: of A_log alone, or of all linear layers and A_log (by exact).",
             done.report.honesty(),
-            f"The best, {done.best}, is saved to {out}: a stock checkpoint.",
+            f"The model of '{demos.SAVED}' is saved to {out}: a stock checkpoint.",
         )
 
 
