@@ -156,7 +156,7 @@ STAGES = {
     "sweep": (pipeline, "sweep"),
     "refit": (pipeline, "refit"),
     "fisher": (pipeline.curvature, "output_fisher"),
-    "survey": (pipeline, "_allocated"),
+    "survey": (pipeline, "_surveyed_and_allocated"),
 }
 PRUNED = {
     "sparsegpt, projections": {"method": "sparsegpt", "target": "projections"},

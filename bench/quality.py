@@ -104,6 +104,7 @@ class Measure:
         if name not in self._done:
             self._done[name] = self._run(fields, seed)
             record = {"cpu": cpu(), "model": MODEL, "runs": self._done}
+            self._path.parent.mkdir(parents=True, exist_ok=True)
             self._path.write_text(json.dumps(record, indent=1) + "\n")
         return float(self._done[name]["change"])
 
@@ -164,7 +165,7 @@ def main() -> None:
     parser.add_argument("--table", choices=list(TABLES), action="append")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--windows", type=int, default=64)
-    parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "quality.json")
+    parser.add_argument("--json", type=Path, default=Path("build/quality.json"))
     options = parser.parse_args()
     measure = Measure(options.json, options.samples, options.windows)
     for title in options.table or TABLES:

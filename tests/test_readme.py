@@ -32,6 +32,7 @@ SHORT = {
     "prune": ["--samples", "1", "--length", "64", "--no-eval"],
     "eval": ["--limit", "1", "--length", "64"],
     "demo": ["--samples", "1"],
+    "analyze": ["--samples", "1", "--windows", "1", "--length", "64"],
 }
 
 

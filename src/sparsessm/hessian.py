@@ -73,8 +73,10 @@ def factorise(gram: Tensor, damping: float = DAMPING) -> Factor:
         lower, failed = torch.linalg.cholesky_ex(damped)
         del damped  # a large model's Hessian is 100 MB
         if not failed.any():
+            root = lower.flip(-1, -2)
+            del lower
             eye = torch.eye(gram.shape[-1], dtype=gram.dtype).expand_as(gram)
-            upper = torch.linalg.solve_triangular(lower.flip(-1, -2), eye, upper=True)
+            upper = torch.linalg.solve_triangular(root, eye, upper=True)
             if torch.isfinite(upper).all():
                 return Factor(upper, damping, added, dead)
         damping = 10 * damping or DAMPING

@@ -93,8 +93,8 @@ def _naming(target: Target) -> Iterator[None]:
 def _prune(target: Target, rule: Rule, look: Look) -> Row:
     """Prune one target: the four stages."""
     method = rule.method
-    seen = look(method.watch(target.matrix, rule)) if method.watch else None  # 1 calibrate
-    done = solve(target, rule, seen)
+    # 1 calibrate; what was seen is handed over, not kept: a float64 Hessian is large
+    done = solve(target, rule, look(method.watch(target.matrix, rule)) if method.watch else None)
     target.replace(done.weight.masked_fill(~done.keep, target.removed[rule.removed]))
     changes = method.companions(done.seen, done.keep, rule) if method.companions else {}
     for companion, change in changes.items():
