@@ -361,7 +361,7 @@ def test_the_command_prints_maps_and_tables(here: Path) -> None:
     outcome = run("dense", "--sparsities", "0.5", *FAST)
     found = analyze(sparsessm.load("dense"), sparsities=[0.5], **SMALL)
     for cell in found.cells:
-        assert f"{cell.kl:.1e}" in outcome.stdout
+        assert findings.brief(cell.kl) in outcome.stdout
     assert "one matrix alone at 50 %" in outcome.stdout
     assert "Most sensitive is" in outcome.stdout
     assert "\x1b" not in outcome.stdout

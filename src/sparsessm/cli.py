@@ -267,7 +267,7 @@ def analyze(
         _print_json({**found.record(), "summary": told})
     elif not quiet:
         panels = findings.maps(found)
-        tables.show(tables.heat_maps(panels, findings.bounds(panels)))
+        tables.show(tables.heat_maps(panels, findings.bounds(panels), findings.brief))
         tables.show(*(tables.table(*parts) for parts in findings.summary_tables(told)), told["conclusion"])
 
 

@@ -91,7 +91,7 @@ def summary_tables(found: dict[str, Any]) -> list[Table]:
         [
             kind,
             f"{facts['entries']:,}",
-            *(f"{kl:.1e}" for kl in facts["kl"].values()),
+            *map(brief, facts["kl"].values()),
             "-" if facts["tolerates"] is None else _percent(facts["tolerates"]),
             str(facts["worst"]),
         ]
@@ -105,7 +105,7 @@ def summary_tables(found: dict[str, Any]) -> list[Table]:
         "worst layer",
     ]
     cells = [
-        [cell["target"], _percent(cell["sparsity"]), f"{cell['kl']:.1e}", _percent(cell["share"])]
+        [cell["target"], _percent(cell["sparsity"]), brief(cell["kl"]), _percent(cell["share"])]
         for cell in found["most_sensitive"]
     ]
     return [
@@ -148,7 +148,7 @@ def draw(analysis: Analysis, path: Path) -> None:
             for x, kl in enumerate(line):
                 if kl is not None:
                     colour = "white" if norm(max(kl, low)) > 0.65 else "black"
-                    axis.text(x, y, f"{kl:.0e}", ha="center", va="center", fontsize=6, color=colour)
+                    axis.text(x, y, brief(kl), ha="center", va="center", fontsize=6, color=colour)
         if number == 0:
             axis.set_ylabel("layer", fontsize=8)
     assert image is not None
@@ -196,6 +196,11 @@ def _conclusion(found: dict[str, Any], sparsities: Sequence[float]) -> str:
         f"perplexity): {'; '.join(said)}. Most sensitive is {worst['kind']} of layer {worst['layer']}, with "
         f"{share} of all divergence at {sparsity}."
     )
+
+
+def brief(kl: float) -> str:
+    """Two digits and a power of ten: 2.6e-3."""
+    return f"{kl:.1e}".replace("e-0", "e-") if kl else "0"
 
 
 def _percent(share: float) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -133,12 +133,14 @@ def table(title: str, columns: Iterable[str], cells: Iterable[Iterable[str]], le
 def heat_maps(
     maps: Iterable[tuple[str, Sequence[str], Sequence[str], Sequence[Sequence[float | None]]]],
     bounds: tuple[float, float],
+    written: Callable[[float], str],
 ) -> Group:
     """Tables of numbers whose backgrounds go from green to red on one logarithmic scale, side by side.
 
     Args:
-        maps: (title, names of the rows, of the columns, values [row][column]; None: nothing there) each.
+        maps: (title, names of the layers, of the columns, values [layer][column]; None: nothing there) each.
         bounds: least and greatest value of the scale, above 0.
+        written: a number as text.
     """
     low, high = (math.log(bound) for bound in bounds)
     parts = []
@@ -148,14 +150,17 @@ def heat_maps(
         for column in columns:
             result.add_column(column, justify="right")
         for row, line in zip(rows, values, strict=True):
-            cells = [Text("-") if value is None else _heated(value, low, high) for value in line]
-            result.add_row(Text(row), *cells)
+            cells = [
+                Text("-") if value is None else Text(written(value), _heated(value, low, high))
+                for value in line
+            ]
+            result.add_row(row, *cells)
         parts.append(Group(Text(title, style="bold"), result))
     return Group(Columns(parts, padding=(0, 2)))
 
 
-def _heated(value: float, low: float, high: float) -> Text:
-    """A number on a colour: green, yellow, red, light enough for black letters."""
+def _heated(value: float, low: float, high: float) -> str:
+    """A style: green, yellow, red, light enough for black letters."""
     heat = 0.0 if value <= 0 else min(max((math.log(value) - low) / (high - low), 0.0), 1.0)
     red, green = round(255 * min(1.0, 0.55 + 0.9 * heat)), round(255 * min(1.0, 1.35 - 0.9 * heat))
-    return Text(f"{value:.1e}", style=f"black on rgb({red},{green},120)")
+    return f"black on rgb({red},{green},120)"
