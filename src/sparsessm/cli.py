@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -384,7 +383,8 @@ def main() -> None:
     # before transformers is imported: its bars and advice are not ours, and stdout is for results
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a polite kill cleans up like Ctrl-C
+    signal.signal(signal.SIGINT, lambda *_: tables.Progress.end(KeyboardInterrupt()))
+    signal.signal(signal.SIGTERM, lambda *_: tables.Progress.end(SystemExit(143)))  # cleans up like Ctrl-C
     app()
 
 

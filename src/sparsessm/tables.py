@@ -37,6 +37,8 @@ class Progress:
     Call it with (stage, done, total); use it as a context manager so that the terminal is restored.
     """
 
+    _ended: BaseException | None = None
+
     def __init__(self, quiet: bool = False) -> None:
         self._console = Console(file=sys.stderr, markup=False, highlight=False)
         self._quiet = quiet
@@ -54,6 +56,13 @@ class Progress:
                 TimeRemainingColumn(),
             )
             self._bars = Bars(*columns, console=self._console)
+
+    @classmethod
+    def end(cls, why: BaseException) -> None:
+        """Raise `why` now, and again at the next step: a native call that was converting its arguments
+        swallows what a signal raises."""
+        cls._ended = why
+        raise why
 
     def __enter__(self) -> Self:
         if self._bars:
@@ -83,6 +92,8 @@ class Progress:
             self.note(title)
 
     def __call__(self, stage: str, done: int, total: int) -> None:
+        if self._ended:
+            raise self._ended
         if stage != self._stage or done < self._done:  # a stage may start anew: one budget over all layers
             self._stage = stage
             self._begun = self._printed = time.monotonic()
