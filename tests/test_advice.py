@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import sparsessm
 from sparsessm import advice, cli, plan
-from sparsessm.advice import FIRST, HELD_OUT, Step, agreement, choose, knee, steps
+from sparsessm.advice import HELD_OUT, Step, agreement, choose, knee, steps
 from sparsessm.architectures import Architecture, adapt
 from sparsessm.checkpoint import Checkpoint
 from sparsessm.data import calibration_windows
@@ -36,9 +36,10 @@ def dense(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Checkpoint:
     return sparsessm.load("dense")
 
 
-def windows(count: int, length: int = 16) -> Tensor:
-    """Random tokens: `count` windows to calibrate on and those held out."""
-    return torch.randint(64, (count + HELD_OUT, length), generator=torch.Generator().manual_seed(1))
+def windows(count: int, held: int | None = None) -> Tensor:
+    """Random tokens: `count` windows of 16 to calibrate on, and those held out."""
+    held = min(count // 2, HELD_OUT) if held is None else held
+    return torch.randint(64, (count + held, 16), generator=torch.Generator().manual_seed(1))
 
 
 def planned(architecture: Architecture, **fields: Any) -> Plan:
@@ -81,10 +82,10 @@ def test_the_knee_is_before_the_first_doubling_that_brings_little_of_both() -> N
         return [Step(4 * 2**i, same, error, 0.0) for i, (same, error) in enumerate(points)]
 
     assert knee(at((0.5, 1.0))) is None
-    assert knee(at((0.5, 1.0), (0.51, 0.99))) == 4
+    assert knee(at((0.5, 1.0), (0.51, 0.995))) == 4
     assert knee(at((0.5, 1.0), (0.55, 0.995))) is None  # masks still move
     assert knee(at((0.5, 1.0), (0.505, 0.9))) is None  # the error still falls
-    assert knee(at((0.5, 1.0), (0.6, 0.8), (0.61, 0.79), (0.9, 0.1))) == 8
+    assert knee(at((0.5, 1.0), (0.6, 0.8), (0.61, 0.798), (0.9, 0.1))) == 8
     assert knee(at((0.5, 1.0), (0.4, 1.2))) == 4  # worse is no gain
 
 
@@ -117,7 +118,7 @@ def test_the_curve_is_what_brute_force_gives() -> None:
 
     parts = [seen(half) for half in halves]
     every = masks({name: torch.cat([part[name] for part in parts]) for name in layers})
-    held = seen(tokens[-HELD_OUT:])
+    held = seen(tokens[8:])
     errors = entries = agreed = chance = 0.0
     for name, module in layers.items():
         weight = module.weight.double()
@@ -167,7 +168,7 @@ def test_every_window_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None
     for step in steps(architecture, planned(architecture), tokens):
         sizes.append(step.windows)
         assert looked == Counter(
-            tuple(window) for window in tokens[[*range(sizes[-1]), *range(20, 28)]].tolist()
+            tuple(window) for window in tokens[[*range(sizes[-1]), *range(20, 30)]].tolist()
         )
     assert sizes == [4, 8, 16]  # not 32: the text has 20
 
@@ -214,7 +215,7 @@ def test_looking_changes_nothing_and_tells_how_far_it_is() -> None:
     assert [point["windows"] for point in points] == [4, 8]
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     last = {stage: (done, total) for stage, done, total in told}
-    assert list(last) == ["fisher", "8 held-out windows", "4 windows", "8 windows"]
+    assert list(last) == ["fisher", "4 held-out windows", "4 windows", "8 windows"]
     assert all(done == total for done, total in last.values())
 
 
@@ -251,10 +252,8 @@ def test_entries_removed_before_do_not_count(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_too_little_text_and_methods_without_data_are_refused(dense: Checkpoint) -> None:
-    with pytest.raises(
-        ValueError, match=f"needs {FIRST + HELD_OUT} different windows, the text has 11 of 16"
-    ):
-        curve(3)
+    with pytest.raises(ValueError, match="needs 5 different windows, the text has 4 of 16 tokens"):
+        curve(4, windows(4, held=0))
     Path("short.txt").write_text(TEXT)
     with pytest.raises(ValueError, match="different windows, the text has . of 64 tokens; use a shorter"):
         sparsessm.prune(dense, samples="auto", data="short.txt", length=64)
