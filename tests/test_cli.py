@@ -53,7 +53,7 @@ def here(tmp_path: Path, shelf: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for path in shelf.iterdir():
         (tmp_path / path.name).symlink_to(path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "EVALUATED_TOKENS", 64)
+    monkeypatch.setattr(cli.pruning, "EVALUATED_TOKENS", 64)
     monkeypatch.setattr(demo, "TOKENS", 2048)
     return tmp_path
 

@@ -41,7 +41,7 @@ FLOORS = {
 FLOOR = {unit: floor for floor, units in FLOORS.items() for unit in units}
 FORBIDDEN_NAMES = {"utils", "helpers", "common", "misc", "manager", "factory", "session"}
 HOMES = {  # module -> the only units that may import it
-    "transformers": {"architectures", "checkpoint"},
+    "transformers": {"architectures", "checkpoint", "runtime"},
     "huggingface_hub": {"checkpoint"},
     "safetensors": {"checkpoint"},
     "datasets": {"data"},
@@ -135,6 +135,16 @@ def test_a_library_is_imported_only_in_its_home(module: str) -> None:
     assert users <= HOMES[module]
 
 
+def test_in_the_runtime_one_file_speaks_transformers() -> None:
+    users = {file.name for file in FILES if unit(file) == "runtime" and "transformers" in roots(file)}
+    assert users == {"causal_lm.py"}
+
+
+def roots(file: Path) -> set[str]:
+    """The top-level modules that a file imports."""
+    return {name.split(".")[0] for name in imported(file)}
+
+
 def test_no_star_imports() -> None:
     assert not [file for file in FILES if any(name.endswith(".*") for name in imported(file))]
 
@@ -171,7 +181,8 @@ def test_every_file_says_what_it_is_and_stays_short(file: Path) -> None:
 
 
 def test_importing_is_light() -> None:
-    code = "import sys, sparsessm; print(sorted({name.partition('.')[0] for name in sys.modules}))"
+    code = "import sys, sparsessm, sparsessm.runtime\n"
+    code += "print(sorted({name.partition('.')[0] for name in sys.modules}))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert not {"torch", "transformers", "numpy", "pydantic", "typer", "rich"} & set(ast.literal_eval(loaded))
 

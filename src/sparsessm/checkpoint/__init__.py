@@ -9,9 +9,28 @@ beside it (`docs/checkpoint.md` describes the files).
     atomic.py         a directory appears whole or not at all
     files.py          JSON, safetensors and .bin, one file or sharded
     state_spaces.py   the original format in the words of transformers
+    packed.py         packed directories (`docs/sparse-format.md`): what is encoded how, there and back
+    encoding.py       one tensor of them: dense, bitmask, N:M, int8
+    container.py      the file that holds them
 """
 
+from . import packed
+from .encoding import Encoded
+from .packed import Packed, is_packed, pack, unpack
 from .reading import Checkpoint, load, local_folder, read_record
 from .writing import refuse_existing, save
 
-__all__ = ["Checkpoint", "load", "local_folder", "read_record", "refuse_existing", "save"]
+__all__ = [
+    "Checkpoint",
+    "Encoded",
+    "Packed",
+    "is_packed",
+    "load",
+    "local_folder",
+    "pack",
+    "packed",
+    "read_record",
+    "refuse_existing",
+    "save",
+    "unpack",
+]

@@ -1,7 +1,7 @@
 """The files of a checkpoint: JSON, and tensors as safetensors or `pytorch_model.bin`, one file or sharded.
 
 Knows nothing of models. `reading.py` takes tensors from here one by one, `writing.py` hands them over in
-shards.
+shards; the runtime keeps a sequence's state in a file of its own (`write_one`, `read_one`).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import re
+import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -138,3 +139,38 @@ def write_safetensors(folder: Path, sizes: Mapping[str, int], tensor: Callable[[
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         (folder / f"{SAFETENSORS}.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def write_one(file: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> None:
+    """Write tensors and text beside them as one safetensors file, which appears whole or not at all.
+
+    An existing file is replaced.
+
+    Raises:
+        ValueError: the directory does not exist, or the file cannot be written.
+    """
+    try:
+        with tempfile.TemporaryDirectory(prefix=".writing-", dir=file.parent) as folder:
+            new = Path(folder) / "new"
+            save_file(dict(tensors), new, dict(notes))
+            new.chmod(file.parent.stat().st_mode & 0o666)  # safetensors lets only the owner read
+            new.replace(file)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: cannot be written ({error})") from error
+
+
+def read_one(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of one safetensors file and the text beside them.
+
+    Raises:
+        ValueError: there is no such file, or it is truncated or something else.
+    """
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file")
+    try:
+        with safe_open(file, framework="pt") as content:
+            # copies: the file would stay mapped, and whoever rewrites it change the tensors
+            tensors = {name: content.get_tensor(name).clone() for name in content.keys()}
+            return tensors, dict(content.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: truncated or not a safetensors file ({error})") from error

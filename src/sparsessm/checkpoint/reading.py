@@ -12,7 +12,7 @@ import importlib.resources
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,10 +26,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from ..architectures import MODEL_TYPES
-from . import state_spaces
-from .files import few, read_json, read_tensors
+from . import container, state_spaces
+from .files import BIN, SAFETENSORS, few, read_json, read_tensors
 
 RECORD, CONFIG, GENERATION = "pruning.json", "config.json", "generation_config.json"
+CARD = "README.md"
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 TOKENIZER_FILES = (
     *VOCABULARIES,
@@ -39,7 +40,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-_SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*")
+_SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", CARD)
 
 
 @dataclass
@@ -72,7 +73,7 @@ def load(source: str | os.PathLike[str], *, tokenizer: str | os.PathLike[str] | 
 
     Args:
         source: a hub id, a transformers directory (safetensors or `.bin`, one file or sharded), an original
-            state-spaces directory, or `builtin:NAME`.
+            state-spaces directory, `builtin:NAME`, or a packed directory of either.
         tokenizer: a hub id, a directory or a `tokenizer.json` to use instead of the one in `source`.
 
     Raises:
@@ -82,22 +83,16 @@ def load(source: str | os.PathLike[str], *, tokenizer: str | os.PathLike[str] | 
     """
     source = os.fspath(source)
     with quiet():
-        folder = _folder(source)
+        folder = find(source)
         fields = read_json(folder / CONFIG)
         original = state_spaces.is_original(fields)
-        config = _config(source, fields, original)
-        model, stored = _model(source, folder, config, original)
+        packed = packed_header(source, folder, fields, original)
+        config = stock_config(source, fields, original)
+        model, stored = _model(source, folder, config, packed)
         if (folder / GENERATION).is_file():
             model.generation_config = transformers.GenerationConfig.from_dict(read_json(folder / GENERATION))
-        fallback = state_spaces.TOKENIZER if original else None
-        words, files = _tokenizer(source, folder, tokenizer, fallback, config)
-    rows = config.vocab_size  # of the embedding: its shape has been checked
-    size = max(len(words), 1 + max(words.get_vocab().values(), default=0))
-    if size > rows:
-        raise ValueError(f"the tokenizer has {size} tokens, but the embedding of {source!r} only {rows} rows")
-    for path in sorted(folder.glob("LICENSE*")) + [folder / CONFIG, folder / GENERATION]:
-        if path.is_file():
-            files[path.name] = path.read_bytes()
+        words, files = read_tokenizer(source, folder, tokenizer, original, config)
+    files |= companions(folder)
     length = int(words.model_max_length)
     return Checkpoint(
         model=model,
@@ -111,6 +106,12 @@ def load(source: str | os.PathLike[str], *, tokenizer: str | os.PathLike[str] | 
     )
 
 
+def companions(folder: Path) -> dict[str, bytes]:
+    """What is carried over as it is, by name: config, generation config, licence."""
+    paths = sorted(folder.glob("LICENSE*")) + [folder / CONFIG, folder / GENERATION]
+    return {path.name: path.read_bytes() for path in paths if path.is_file()}
+
+
 def read_record(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     """The `pruning.json` of a checkpoint; None if it has none.
 
@@ -121,7 +122,7 @@ def read_record(path: str | os.PathLike[str]) -> dict[str, Any] | None:
         ValueError: the source cannot be found, or the file is not a JSON object.
     """
     with quiet():
-        folder = _folder(os.fspath(path), weights=False)
+        folder = find(os.fspath(path), weights=False)
     return read_json(folder / RECORD) if (folder / RECORD).exists() else None
 
 
@@ -140,7 +141,7 @@ def local_folder(source: str) -> Path | None:
     return Path(str(shelf.joinpath(name, CONFIG))).parent
 
 
-def _folder(source: str, *, weights: bool = True) -> Path:
+def find(source: str, *, weights: bool = True) -> Path:
     """The directory `source` names; a hub id is fetched into the hub's own cache first.
 
     Without `weights` only the small files are fetched: the model that a tokenizer came with may be large.
@@ -152,9 +153,10 @@ def _folder(source: str, *, weights: bool = True) -> Path:
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source):
         raise ValueError(f"no such directory: {source!r}")
     try:
-        wanted = [*_SMALL_FILES, "model*.safetensors"] if weights else [*_SMALL_FILES]
+        preferred = ["model*.safetensors", container.PACKED]
+        wanted = [*_SMALL_FILES, *preferred] if weights else [*_SMALL_FILES]
         folder = Path(snapshot_download(source, allow_patterns=wanted))
-        if weights and not any(folder.glob("model*.safetensors")):
+        if weights and not any(path for pattern in preferred for path in folder.glob(pattern)):
             snapshot_download(source, allow_patterns=["pytorch_model*.bin"])
     except Exception as error:  # a dozen kinds, by cause: offline, unknown, private, interrupted
         reason = str(error).strip().split("\n")[0]
@@ -162,7 +164,21 @@ def _folder(source: str, *, weights: bool = True) -> Path:
     return folder
 
 
-def _config(source: str, fields: dict[str, Any], original: bool) -> transformers.PretrainedConfig:
+def is_packed(folder: Path) -> bool:
+    """True if a checkpoint directory holds its weights packed.
+
+    Raises:
+        ValueError: it holds them in a stock file too, and which of the two is meant is anybody's guess.
+    """
+    if not (folder / container.PACKED).is_file():
+        return False
+    stock = [name for name in (SAFETENSORS, BIN) for name in (name, f"{name}.index.json")]
+    if both := [name for name in stock if (folder / name).exists()]:
+        raise ValueError(f"{str(folder)!r} holds both {container.PACKED} and {both[0]}; remove one of them")
+    return True
+
+
+def stock_config(source: str, fields: dict[str, Any], original: bool) -> transformers.PretrainedConfig:
     """The stock configuration object for the fields of a `config.json` of either format."""
     kind = "mamba" if original else fields.get("model_type")
     if not isinstance(kind, str) or kind not in MODEL_TYPES:
@@ -179,29 +195,21 @@ def _config(source: str, fields: dict[str, Any], original: bool) -> transformers
 
 
 def _model(
-    source: str, folder: Path, config: transformers.PretrainedConfig, original: bool
+    source: str, folder: Path, config: transformers.PretrainedConfig, packed: container.Header | None
 ) -> tuple[PreTrainedModel, dict[str, torch.dtype]]:
     """Read, check and assemble the tensors; returns the model and the dtype each tensor had on disk."""
-    try:
-        with torch.device("meta"):  # shapes only
-            empty = transformers.AutoModelForCausalLM.from_config(config)
-            empty.tie_weights()
-    except Exception as error:
-        raise ValueError(f"{source}/{CONFIG} describes no model that can be built: {error}") from error
-    expected, copies = untied(empty)
+    empty, expected, copies = stock_model(source, config)
     tensors: dict[str, Tensor] = {}
     stored: dict[str, torch.dtype] = {}
     not_finite: list[str] = []
-    for name, tensor in read_tensors(folder):
+    for name, value, dtype in _weights(folder, packed, expected):
         # In both formats: transformers' own MambaModel maps the original name when it loads a state dict.
         name = state_spaces.to_transformers(name)
-        # A copy even in the same dtype: the file would stay mapped, and whoever rewrites it change the model.
-        value = tensor.to(torch.float32, copy=True) if tensor.is_floating_point() else tensor.clone()
         if not torch.isfinite(value).all():
             not_finite.append(name)
         if name in tensors and not torch.equal(tensors[name], value):
             raise ValueError(f"{source!r} holds two different tensors for {name}, under its two names")
-        tensors[name], stored[name] = value, tensor.dtype
+        tensors[name], stored[name] = value, dtype
     for copy, name in copies.items():  # a tied pair may be stored under either name, or both
         if copy not in tensors:
             continue
@@ -228,6 +236,53 @@ def _model(
     return model.eval(), stored
 
 
+def stock_model(
+    source: str, config: transformers.PretrainedConfig
+) -> tuple[PreTrainedModel, dict[str, Tensor], dict[str, str]]:
+    """The stock model of a configuration without memory for its weights, and its tensors (see `untied`)."""
+    try:
+        with torch.device("meta"):  # shapes only
+            empty = transformers.AutoModelForCausalLM.from_config(config)
+            empty.tie_weights()
+    except Exception as error:
+        raise ValueError(f"{source}/{CONFIG} describes no model that can be built: {error}") from error
+    return empty, *untied(empty)
+
+
+def packed_header(
+    source: str, folder: Path, fields: dict[str, Any], original: bool
+) -> container.Header | None:
+    """The head of a packed directory's weights, None for a directory of stock weights.
+
+    Args:
+        fields: of `config.json`; the rest of it is checked where the model is built.
+    """
+    if not is_packed(folder):
+        return None
+    header = container.read_header(folder / container.PACKED)
+    if (header.layout == "state-spaces") != original:
+        raise ValueError(f"{header.file}: layout {header.layout!r}, but {CONFIG} is of the other layout")
+    layers = fields.get("n_layer" if original else "num_hidden_layers")
+    if isinstance(layers, int) and layers > len(header.stock):  # before anything of that size is built
+        raise ValueError(f"{source}/{CONFIG}: {layers} layers, but only {len(header.stock)} packed tensors")
+    return header
+
+
+def _weights(
+    folder: Path, packed: container.Header | None, expected: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor, torch.dtype]]:
+    """(name, tensor, dtype on disk) of every tensor; the tensor in float32 and in memory of its own."""
+    if packed is not None:
+        shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+        for name, encoded in container.read_tensors(packed, shapes):
+            yield name, encoded.decode(torch.float32), encoded.dtype
+        return
+    for name, tensor in read_tensors(folder):
+        # A copy even in the same dtype: the file would stay mapped, and whoever rewrites it change the model.
+        value = tensor.to(torch.float32, copy=True) if tensor.is_floating_point() else tensor.clone()
+        yield name, value, tensor.dtype
+
+
 def untied(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors a checkpoint holds, each once, and the tied names: copy -> the name it is stored under."""
     first: dict[int, str] = {}
@@ -240,6 +295,31 @@ def untied(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
             first[id(tensor)] = name
             tensors[name] = tensor
     return tensors, copies
+
+
+def read_tokenizer(
+    source: str,
+    folder: Path,
+    given: str | os.PathLike[str] | None,
+    original: bool,
+    config: transformers.PretrainedConfig,
+) -> tuple[PreTrainedTokenizerBase, dict[str, bytes]]:
+    """The tokenizer, and the files it came from if they can be carried over as they are.
+
+    Raises:
+        ValueError: there is none, it cannot be read, or it has more tokens than the model.
+    """
+    words, files = _tokenizer(source, folder, given, state_spaces.TOKENIZER if original else None, config)
+    rows = config.vocab_size  # of the embedding: its shape has been checked
+    size = max(len(words), 1 + max(words.get_vocab().values(), default=0))
+    if size > rows:
+        raise ValueError(f"the tokenizer has {size} tokens, but the embedding of {source!r} only {rows} rows")
+    return words, files
+
+
+def tokenizer_files(folder: Path) -> dict[str, bytes]:
+    """The files of the tokenizer in a directory, by name."""
+    return {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
 
 
 def _tokenizer(
@@ -259,7 +339,7 @@ def _tokenizer(
         if os.path.isfile(given):
             return _bare_tokenizer(given, config), {}
         try:
-            folder = _folder(given, weights=False)
+            folder = find(given, weights=False)
         except ValueError as error:
             takes = "tokenizer= (--tokenizer) takes a hub id, a directory or a tokenizer.json"
             raise ValueError(f"no tokenizer: {error}; {takes}") from error
@@ -268,8 +348,7 @@ def _tokenizer(
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
     except Exception as error:
         raise ValueError(f"the tokenizer in {str(folder)!r} cannot be read: {error}") from error
-    present = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
-    return tokenizer, {path.name: path.read_bytes() for path in present}
+    return tokenizer, tokenizer_files(folder)
 
 
 def _bare_tokenizer(file: str, config: transformers.PretrainedConfig) -> PreTrainedTokenizerBase:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from . import atomic, state_spaces
+from .container import PACKED
 from .files import BIN, read_json, write_safetensors
 from .reading import (
+    CARD,
     CONFIG,
     GENERATION,
     RECORD,
@@ -31,11 +33,10 @@ from .reading import (
     untied,
 )
 
-CARD = "README.md"
 _NOT_COMPARED = {"dtype", "torch_dtype", "_name_or_path", "transformers_version", "architectures"}
 # What a directory may hold that --force replaces.
 _OURS = (CONFIG, GENERATION, RECORD, CARD, "LICENSE*", *TOKENIZER_FILES)
-_OURS += ("model*.safetensors", "pytorch_model*.bin", "*.index.json")
+_OURS += (PACKED, "model*.safetensors", "pytorch_model*.bin", "*.index.json")
 
 
 def refuse_existing(path: str | os.PathLike[str], force: bool, source: str | None = None) -> None:
@@ -105,22 +106,39 @@ def save(
         OSError: the disk is full, or writing failed otherwise; nothing is left behind, an old target is
             intact.
     """
-    refuse_existing(path, force, checkpoint.source)
     try:
         content = None if record is None else json.dumps(record, indent=2, allow_nan=False) + "\n"
     except (TypeError, ValueError) as error:
         raise ValueError(f"{RECORD} cannot hold this record: {error}") from error
+    beside = {RECORD: content, CARD: card}
+    ours = {name: text.encode() for name, text in beside.items() if text is not None}
+    return write(checkpoint, path, stock_weights(checkpoint), ours, force)
+
+
+def write(
+    checkpoint: Checkpoint,
+    path: str | os.PathLike[str],
+    weights: Callable[[Path], object],
+    ours: Mapping[str, bytes],
+    force: bool,
+) -> Path:
+    """Write a checkpoint directory whose weights somebody else writes, whole or not at all.
+
+    Args:
+        checkpoint: what the files beside the weights are made of.
+        weights: writes the weights into the directory it is given.
+        ours: content of `pruning.json` and `README.md`, by name.
+
+    Raises:
+        ValueError, OSError: as `save`.
+    """
+    refuse_existing(path, force, checkpoint.source)
     try:
         with quiet(), atomic.replacing(Path(path), force=force) as folder:
-            if checkpoint.format == "state-spaces":
-                _write_bin(checkpoint, folder)
-            else:
-                _write_safetensors(checkpoint, folder)
+            weights(folder)
             _write_small_files(checkpoint, folder)
-            if content is not None:
-                (folder / RECORD).write_text(content, encoding="utf-8")
-            if card is not None:
-                (folder / CARD).write_text(card, encoding="utf-8")
+            for name, content in ours.items():
+                (folder / name).write_bytes(content)
     except (
         OSError,
         RuntimeError,
@@ -129,6 +147,12 @@ def save(
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
         raise OSError(f"could not write {os.fspath(path)!r}, nothing was left behind: {cause}") from error
     return Path(path)
+
+
+def stock_weights(checkpoint: Checkpoint) -> Callable[[Path], None]:
+    """What writes the weights of a checkpoint into a directory, in the format they came in."""
+    writer = _write_bin if checkpoint.format == "state-spaces" else _write_safetensors
+    return lambda folder: writer(checkpoint, folder)
 
 
 def _stored(checkpoint: Checkpoint, name: str, tensor: Tensor) -> Tensor:

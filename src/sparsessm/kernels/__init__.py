@@ -47,6 +47,17 @@ __all__ = [
 MAX_STATES = 256
 
 
+def extension() -> Any:
+    """The native extension, for matrix.py.
+
+    Raises:
+        RuntimeError: it is not built, or switched off.
+    """
+    if _native is None or LEVEL == "reference":
+        raise RuntimeError("the native kernels are not there")
+    return _native
+
+
 def selective_scan(
     u: Tensor,
     delta: Tensor,

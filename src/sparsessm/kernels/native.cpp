@@ -1,8 +1,7 @@
 // sparsessm.kernels._native: the door from Python. Arrays come in through DLPack (float32, CPU, last stride 1); shapes
 // are checked again here, because a wrong one would read out of bounds.
-#include "scan.h"
+#include "native.h"
 
-#include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
@@ -14,12 +13,8 @@
 #include <vector>
 
 namespace nb = nanobind;
-using namespace sparsessm;
 
-namespace {
-
-template <typename T, int DIMS> using Array = nb::ndarray<T, nb::ndim<DIMS>, nb::device::cpu>;
-template <int DIMS> using Floats = Array<float, DIMS>;
+namespace sparsessm {
 
 std::vector<const Level *> supported() {
     std::vector<const Level *> levels{&portable_level()};
@@ -29,6 +24,9 @@ std::vector<const Level *> supported() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl"))
         levels.push_back(&avx512_level());
+    if (levels.back() == &avx512_level() && __builtin_cpu_supports("avx512vbmi2") &&
+        __builtin_cpu_supports("avx512vnni"))
+        levels.push_back(&avx512vbmi2_level());
 #endif
     return levels;
 }
@@ -38,6 +36,15 @@ const Level &find(const std::string &name) {
         if (name == level->name) return *level;
     throw std::invalid_argument("this CPU does not support the kernel level '" + name + "'");
 }
+
+} // namespace sparsessm
+
+using namespace sparsessm;
+
+namespace {
+
+template <typename T, int DIMS> using Array = nb::ndarray<T, nb::ndim<DIMS>, nb::device::cpu>;
+template <int DIMS> using Floats = Array<float, DIMS>;
 
 template <typename A>
 void expect(const char *name, const A &array, std::initializer_list<int64_t> shape, bool packed) {
@@ -186,6 +193,7 @@ NB_MODULE(_native, m) {
           array("u"), array("delta"), array("A"), array("B"), array("C"), array("D"), maybe("z"),
           maybe("initial_state"), array("du"), array("ddelta"), array("dA"), array("dB"), array("dC"), array("dD"),
           maybe("dz"));
+    bind_runtime(m);
     m.def("causal_conv1d", &causal_conv1d, nb::arg("level"), nb::arg("threads"), array("x"), array("weight"),
           maybe("bias"), maybe("before"), nb::arg("silu"), array("y"));
 }

@@ -45,6 +45,9 @@ struct Conv {
     bool silu;
 };
 
+struct Product; // runtime.h
+struct Step;
+
 // One set of kernels per instruction set.
 struct Level {
     const char *name;
@@ -52,10 +55,13 @@ struct Level {
     void (*stats)(const Scan &, const Stats &, int threads);
     void (*backward)(const Scan &, const Backward &, int threads);
     void (*conv)(const Conv &, int threads);
+    void (*product)(const Product &, int threads);
+    void (*step)(const Step &, int thread, int threads);
 };
 
 const Level &portable_level();
 const Level &avx2_level();
 const Level &avx512_level();
+const Level &avx512vbmi2_level();
 
 } // namespace sparsessm

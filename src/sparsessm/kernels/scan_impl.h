@@ -5,10 +5,12 @@
 //   h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t      y_t = (C_t . h_t + D u_t) silu(z_t)
 //
 // Time is cut into tiles short enough for everything that a tile touches to stay in the first-level cache.
+#include "runtime.h"
 #include "scan.h"
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstring>
 #include <thread>
 #include <vector>
@@ -390,6 +392,9 @@ void conv(const Conv &c, int threads) {
     });
 }
 
+#include "product_impl.h"
+#include "step_impl.h"
+
 } // namespace
 
 #define JOIN(a, b) a##b
@@ -397,7 +402,7 @@ void conv(const Conv &c, int threads) {
 #define QUOTE(name) #name
 #define NAME(name) QUOTE(name)
 const Level &LEVEL_FUNCTION(LEVEL)() {
-    static const Level level{NAME(LEVEL), scan, stats, backward, conv};
+    static const Level level{NAME(LEVEL), scan, stats, backward, conv, product, step};
     return level;
 }
 

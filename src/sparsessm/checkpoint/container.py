@@ -1,0 +1,308 @@
+"""The file `packed.safetensors`: encoded tensors out, encoded tensors in, nothing believed.
+
+`docs/sparse-format.md` is the definition. The file is a valid safetensors file; it is read and written here
+and not by the library, because every number in the header has to be held against the size of the file before
+memory is taken, every fault has to be said by the name of its tensor, nothing may stay mapped, and the same
+tensors have to give the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from io import BufferedReader
+from math import prod
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .encoding import STOCK, Encoded, bits_of
+from .files import few
+
+PACKED = "packed.safetensors"
+FORMAT, VERSION = "sparsessm-packed", "1"
+LAYOUTS = ("transformers", "state-spaces")
+Layout = Literal["transformers", "state-spaces"]
+
+HEADER_BYTES = 1 << 24
+"""Largest header: room for a hundred thousand tensors."""
+MOST_AXES = 8
+_DTYPES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "I64": torch.int64,
+}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in STOCK.items()}
+_KIND = re.compile(r"dense|bitmask|[1-9]\d{0,2}:[1-9]\d{0,2}", re.ASCII)
+_PARTS = {"dense": (), "bitmask": ("mask", "offsets"), "n:m": ("index",)}
+
+
+@dataclass(frozen=True)
+class _Span:
+    """An array in the file: `start` is its first byte, from the beginning of the file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the head of a packed file says, checked against itself and the size of the file.
+
+    Attributes:
+        layout: the layout of the stock checkpoint.
+        stock: stock tensor -> (shape, dtype, label of its kind, fill).
+    """
+
+    file: Path
+    layout: Layout
+    stock: Mapping[str, tuple[tuple[int, ...], torch.dtype, str, float]]
+    spans: Mapping[str, _Span]
+
+
+def read_header(file: Path) -> Header:
+    """The head of a packed file; no tensor is read.
+
+    Raises:
+        ValueError: begins with the file: not readable, truncated, not a safetensors file, not packed by a
+            version that is known here, or arrays and descriptions that do not fit each other.
+    """
+    try:
+        size = file.stat().st_size
+        with open(file, "rb") as content:
+            length = int.from_bytes(content.read(8), "little")
+            if size < 8 or length > min(size - 8, HEADER_BYTES):
+                most = min(max(size - 8, 0), HEADER_BYTES)
+                raise ValueError(f"truncated or not safetensors: header of {length} bytes, at most {most}")
+            header = _parse(content.read(length), "the header")
+        metadata = header.pop("__metadata__", None)
+        layout, stock = _metadata(metadata)  # first: another version may have other arrays
+        spans = _spans(header, 8 + length, size)
+        _compare(stock, spans)
+        return Header(file, layout, stock, spans)
+    except OSError as error:
+        raise ValueError(f"{file}: not readable ({error})") from error
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def read_tensors(
+    header: Header, expected: Mapping[str, tuple[int, ...]], check: bool = True
+) -> Iterator[tuple[str, Encoded]]:
+    """The tensors of a packed file by name, one by one, each in memory of its own.
+
+    Args:
+        expected: the shape of each tensor that the model has.
+        check: also look at every byte (`Encoded.check`); shapes and dtypes always are.
+
+    Raises:
+        ValueError: begins with the file and names the tensor: missing, unknown, of a shape that the model
+            does not have, or arrays that do not stand for a tensor.
+    """
+    file, stock = header.file, header.stock
+    shapes = [
+        f"{name} {list(stock[name][0])}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if name in stock and stock[name][0] != tuple(shape)
+    ]
+    faults = {
+        "missing tensors": [name for name in expected if name not in stock],
+        "tensors the model does not have": [repr(name)[1:-1] for name in stock if name not in expected],
+        "wrong shapes": shapes,
+    }
+    if any(faults.values()):
+        told = "; ".join(f"{what}: {few(names)}" for what, names in faults.items() if names)
+        raise ValueError(f"{file} does not hold the model of its config.json: {told}")
+    try:
+        with open(file, "rb") as content:
+            for name in expected:
+                tensor = _encoded(header, name, content)
+                tensor.check(contents=check)
+                yield name, tensor
+    except OSError as error:
+        raise ValueError(f"{file}: not readable ({error})") from error
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def write(file: Path, layout: Layout, tensors: Mapping[str, Encoded]) -> None:
+    """Write a packed file; the same tensors in the same order always give the same bytes.
+
+    Raises:
+        OSError: as the file system reports it.
+    """
+    described = {}
+    arrays: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        entry = {"shape": list(tensor.shape), "dtype": _NAMES[tensor.dtype], "kind": tensor.label}
+        described[name] = entry | ({} if tensor.kind == "dense" else {"fill": tensor.fill})
+        arrays |= tensor.parts
+    # Wide elements first, as the library does: every array then begins at a multiple of its element size.
+    arrays = dict(sorted(arrays.items(), key=lambda item: -item[1].itemsize))
+    metadata = {"format": FORMAT, "version": VERSION, "layout": layout, "tensors": json.dumps(described)}
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, array in arrays.items():
+        begin, end = end, end + array.nbytes
+        entry = {"dtype": _CODES[array.dtype], "shape": list(array.shape), "data_offsets": [begin, end]}
+        header[name] = entry
+    head = json.dumps(header, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    if len(head) > HEADER_BYTES:
+        raise ValueError(f"{file}: a header of {len(head)} bytes; at most {HEADER_BYTES}")
+    with open(file, "wb") as content:
+        content.write(len(head).to_bytes(8, "little"))
+        content.write(head)
+        for array in arrays.values():
+            content.write(np.ascontiguousarray(bits_of(array)).reshape(-1).view(np.uint8).data)
+
+
+def _parse(text: bytes | str, what: str) -> dict[str, Any]:
+    """A JSON object without repeated names and without NaN and Infinity."""
+    try:
+        content = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse)
+    except RecursionError as error:
+        raise ValueError(f"{what} is nested too deeply") from error
+    except ValueError as error:  # not UTF-8, not JSON, or a name that is there twice
+        raise ValueError(f"{what} is not readable as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{what} is {type(content).__name__}, expected a JSON object")
+    return content
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name!r} is there twice")
+        found[name] = value
+    return found
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number of JSON")
+
+
+def _whole(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _spans(header: dict[str, Any], start: int, size: int) -> dict[str, _Span]:
+    """The arrays, checked: they cover the rest of the file without a gap, each of the bytes of its shape."""
+    spans = {}
+    for name, entry in header.items():
+        fields = {"dtype", "shape", "data_offsets"}
+        if not isinstance(entry, dict) or entry.keys() != fields:
+            raise ValueError(f"{name!r}: expected an object of dtype, shape and data_offsets")
+        code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not isinstance(code, str) or code not in _DTYPES:
+            raise ValueError(f"{name!r}: dtype {_short(code)}; allowed: {', '.join(_DTYPES)}")
+        if not isinstance(shape, list) or len(shape) > MOST_AXES or not all(map(_whole, shape)):
+            allowed = f"at most {MOST_AXES} whole numbers >= 0"
+            raise ValueError(f"{name!r}: shape {_short(shape)}; allowed: {allowed}")
+        if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_whole, offsets)):
+            raise ValueError(f"{name!r}: data_offsets {_short(offsets)}; allowed: two whole numbers >= 0")
+        (begin, end), dtype = offsets, _DTYPES[code]
+        if not begin <= end <= size - start:
+            raise ValueError(f"{name!r}: data_offsets {_short(offsets)}; the file ends at {size - start}")
+        # The lengths one by one before their product, which may have thousands of digits.
+        if any(length > size for length in shape) or prod(shape) * dtype.itemsize != end - begin:
+            raise ValueError(f"{name!r}: shape {_short(shape)} in {code} is not {end - begin} bytes")
+        spans[name] = _Span(dtype, tuple(shape), start + begin, end - begin)
+    reached = start
+    for name, span in sorted(spans.items(), key=lambda item: (item[1].start, item[1].nbytes)):
+        if span.start != reached:
+            raise ValueError(f"{name!r}: begins at byte {span.start}, the array before it ends at {reached}")
+        reached += span.nbytes
+    if reached != size:
+        raise ValueError(f"truncated or longer than it says: {size} bytes, its header describes {reached}")
+    return spans
+
+
+def _metadata(
+    metadata: Any,
+) -> tuple[Layout, dict[str, tuple[tuple[int, ...], torch.dtype, str, float]]]:
+    """(layout, description of each stock tensor) of a `__metadata__`, each field of an allowed form."""
+    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+        raise ValueError(f"not a packed checkpoint: its __metadata__ does not say format {FORMAT!r}")
+    if metadata.get("version") != VERSION:
+        raise ValueError(f"version {_short(metadata.get('version'))} of the format; known: {VERSION!r}")
+    if metadata.keys() != {"format", "version", "layout", "tensors"}:
+        raise ValueError("__metadata__ must have format, version, layout and tensors, and nothing else")
+    layout, text = metadata["layout"], metadata["tensors"]
+    if not isinstance(layout, str) or layout not in LAYOUTS:
+        raise ValueError(f"layout {_short(layout)}; allowed: {', '.join(LAYOUTS)}")
+    if not isinstance(text, str):
+        raise ValueError("__metadata__ tensors must be a string that holds a JSON object")
+    stock = {}
+    for name, entry in _parse(text, "__metadata__ tensors").items():
+        needed = {"shape", "dtype", "kind"}
+        if not isinstance(entry, dict) or not needed <= entry.keys() <= needed | {"fill"}:
+            raise ValueError(f"{name!r}: expected an object of shape, dtype, kind and, if need be, fill")
+        shape, dtype, kind, fill = entry["shape"], entry["dtype"], entry["kind"], entry.get("fill", 0.0)
+        if not isinstance(shape, list) or len(shape) > MOST_AXES or not all(map(_whole, shape)):
+            allowed = f"at most {MOST_AXES} whole numbers"
+            raise ValueError(f"{name!r}: shape {_short(shape)}; allowed: {allowed}")
+        if not isinstance(dtype, str) or dtype not in STOCK:
+            raise ValueError(f"{name!r}: dtype {_short(dtype)}; allowed: {', '.join(STOCK)}")
+        if not isinstance(kind, str) or not _KIND.fullmatch(kind):
+            raise ValueError(f"{name!r}: kind {_short(kind)}; allowed: 'dense', 'bitmask', 'N:M'")
+        if type(fill) not in (int, float) or abs(fill) > 1e39:
+            raise ValueError(f"{name!r}: fill {_short(fill)}; allowed: a finite number of its dtype")
+        stock[name] = tuple(shape), STOCK[dtype], kind, float(fill)
+    return cast(Layout, layout), stock
+
+
+def _compare(stock: Mapping[str, tuple[Any, Any, str, Any]], spans: Mapping[str, _Span]) -> None:
+    """Every array belongs to a stock tensor, and every stock tensor has the arrays of its kind."""
+    owned: set[str] = set()
+    for name, (_, _, label, _) in stock.items():
+        names = _arrays(name, label, spans)
+        if missing := [array for array in names.values() if array not in spans]:
+            raise ValueError(f"{name!r} is of kind {label}, but there is no {few(missing)!r}")
+        if twice := owned & set(names.values()):
+            raise ValueError(f"{name!r}: {min(twice)!r} belongs to another tensor too")
+        owned |= set(names.values())
+    if stray := [name for name in spans if name not in owned]:
+        raise ValueError(f"{stray[0]!r} belongs to no tensor of __metadata__ ({len(stray)} such)")
+
+
+def _arrays(name: str, label: str, spans: Mapping[str, _Span]) -> dict[str, str]:
+    """Part -> name in the file, of a stock tensor of a kind; int8 is recognised by its scale."""
+    scaled = f"{name}.scale" in spans
+    if label == "dense" and not scaled:
+        return {"values": name}
+    kind = "n:m" if ":" in label else label
+    parts = ("values", *_PARTS[kind], *(("scale",) if scaled else ()))
+    return {part: f"{name}.{part}" for part in parts}
+
+
+def _encoded(header: Header, name: str, content: BufferedReader) -> Encoded:
+    shape, dtype, label, fill = header.stock[name]
+    arrays: dict[str, Any] = {}
+    for part, array in _arrays(name, label, header.spans).items():
+        span = header.spans[array]
+        memory = torch.empty(span.nbytes, dtype=torch.uint8)
+        content.seek(span.start)
+        if span.nbytes and content.readinto(memory.numpy().data) != span.nbytes:
+            raise ValueError(f"{name}: the file ended inside {array!r}")
+        arrays[part] = memory.view(span.dtype).reshape(span.shape)
+    n, m = map(int, label.split(":")) if ":" in label else (0, 0)
+    return Encoded(name, shape, dtype, "n:m" if m else label, fill=fill, n=n, m=m, **arrays)
+
+
+def _short(value: Any) -> str:
+    """A value from a file, for an error message."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,263 @@
+"""Packed checkpoints: what is encoded how, a directory there and back, and the form the runtime takes.
+
+Stage 5, behind `writing.py`: a stock checkpoint of a pruned model goes in, a directory that is smaller by
+what was removed comes out, and `unpack` gives the stock checkpoint back. `encoding.py` is one tensor,
+`container.py` the file; `docs/sparse-format.md` defines both.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ..architectures import REMOVED_A_LOG
+from . import container, reading, state_spaces
+from .container import PACKED, Layout
+from .encoding import TRIED, Encoded, encode
+from .files import read_json
+from .reading import CARD, CONFIG, RECORD, Checkpoint
+from .writing import refuse_existing, stock_weights, write
+
+DTYPES = ("fp32", "bf16", "int8")
+_FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_LINEAR = re.compile(r".*\.(in_proj|x_proj|dt_proj|out_proj)\.weight")
+# dt_proj is small (a rank of d_model / 16) and sets the step sizes, which the state multiplies up.
+_INT8 = re.compile(r".*\.(in_proj|x_proj|out_proj)\.weight")
+_HEAD = re.compile(r"backbone\.embeddings\.weight|lm_head\.weight")
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """A model as it is stored, its tensors not decoded: what the runtime starts from.
+
+    Attributes:
+        source: what `read` was given.
+        layout: what `unpack` writes.
+        config: the fields of transformers' configuration ("hidden_size", ...), of either layout.
+        tensors: by stock name, as in transformers; a tied head is stored once, under the embedding's name.
+        files: the files beside the weights, by name.
+        tokenizer: call it for the tokenizer; its one argument may name another one, as `load`'s does.
+    """
+
+    source: str
+    layout: Layout
+    config: dict[str, Any]
+    tensors: dict[str, Encoded]
+    files: dict[str, bytes] = field(repr=False)
+    tokenizer: Callable[..., PreTrainedTokenizerBase] = field(repr=False)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+@dataclass(frozen=True, eq=False)
+class Packing:
+    """What `pack` did.
+
+    Attributes:
+        packed: what was written.
+        sizes: bytes of the source's tensors by stock name, in their stored dtypes; of tied ones once.
+        after: bytes of the packed file, its header included.
+    """
+
+    packed: Packed
+    sizes: dict[str, int]
+    after: int
+
+    @property
+    def before(self) -> int:
+        """Bytes of all of the source's tensors."""
+        return sum(self.sizes.values())
+
+    @property
+    def ratio(self) -> float:
+        return self.after / self.before
+
+
+def is_packed(source: str | os.PathLike[str]) -> bool:
+    """True if a source is a packed directory on this machine; of a hub id it is not known without a download.
+
+    Raises:
+        ValueError: the directory holds its weights packed and in a stock file too.
+    """
+    folder = reading.local_folder(os.fspath(source))
+    return folder is not None and reading.is_packed(folder)
+
+
+def read(source: str | os.PathLike[str], *, check: bool = True) -> Packed:
+    """Read a packed directory; the file can be changed or removed afterwards.
+
+    Args:
+        source: the directory, or a hub id.
+        check: look at every byte of the arrays. Without it only what the head of the file says is checked,
+            which is for files that this machine has checked before: wrong arrays then give wrong tensors.
+
+    Raises:
+        ValueError: not a packed checkpoint, a version that is not known here, truncated or corrupt, or not
+            the model of its `config.json`; says the file, and the tensor where it is one.
+    """
+    source = os.fspath(source)
+    with reading.quiet():
+        folder = reading.find(source)
+        fields = read_json(folder / CONFIG)
+        original = state_spaces.is_original(fields)
+        header = reading.packed_header(source, folder, fields, original)
+        if header is None:
+            raise ValueError(f"{source!r} is not packed: it has no {PACKED}")
+        config = reading.stock_config(source, fields, original)
+        _, expected, _ = reading.stock_model(source, config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+    tensors = dict(container.read_tensors(header, shapes, check))
+    words = partial(_tokenizer, source, folder, config=config, original=original)
+    return Packed(source, header.layout, config.to_dict(), tensors, _files(folder), words)
+
+
+def of(checkpoint: Checkpoint) -> Packed:
+    """A checkpoint in memory in the same form, every tensor dense in its stored dtype."""
+    tensors = {name: encode(name, tensor, kind="dense") for name, tensor in _stored(checkpoint)}
+    source, layout, files = checkpoint.source, checkpoint.format, dict(checkpoint.files)
+    return Packed(
+        source, layout, checkpoint.model.config.to_dict(), tensors, files, partial(_held, checkpoint)
+    )
+
+
+def pack(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    dtype: str | None = None,
+    head: str | None = None,
+    force: bool = False,
+    tokenizer: str | os.PathLike[str] | None = None,
+) -> Packing:
+    """Write a checkpoint as a packed directory, whole or not at all.
+
+    Args:
+        source: whatever `load` takes and is not packed yet.
+        out: the directory to make.
+        dtype: None keeps every value as it is. "fp32" and "bf16": of the linear layers' matrices, embedding
+            and head. "int8": of in_proj, x_proj and out_proj, one scale a row. All else keeps its dtype.
+        head: "int8" also for the embedding and the head.
+        force: replace a checkpoint that is already there.
+        tokenizer: as for `load`.
+
+    Raises:
+        ValueError: as `load` and `refuse_existing`; the source is packed; an option that is not known; a
+            value that the dtype does not have.
+        OSError: writing failed; nothing is left behind, an old target is intact.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}, or none for lossless")
+    if head not in (None, "int8"):
+        raise ValueError(f"unknown dtype {head!r} of the head; known: int8, or none to leave it")
+    source = os.fspath(source)
+    if is_packed(source):
+        raise ValueError(f"{source!r} is packed already; unpack it first, or pack what it was made from")
+    refuse_existing(out, force, source)
+    checkpoint = reading.load(source, tokenizer=tokenizer)
+    folder = reading.find(source)
+    if reading.is_packed(folder):  # of a hub id it is known only now
+        raise ValueError(f"{source!r} is packed already; pack what it was made from")
+    record = read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
+    patterns = _patterns(record)
+    tensors, sizes = {}, {}
+    for name, tensor in _stored(checkpoint):
+        sizes[name] = tensor.nbytes
+        quantised = dtype == "int8" and bool(_INT8.fullmatch(name))
+        quantised |= head == "int8" and bool(_HEAD.fullmatch(name))
+        if dtype in _FLOATS and (_LINEAR.fullmatch(name) or _HEAD.fullmatch(name)):
+            tensor = tensor.to(_FLOATS[dtype])
+        fills = tuple(REMOVED_A_LOG.values()) if name.endswith(".A_log") else (0.0,)
+        tried = (patterns[name],) if name in patterns else TRIED
+        tensors[name] = encode(name, tensor, int8=quantised, patterns=tried, fills=fills)
+    layout = checkpoint.format
+    write(checkpoint, out, lambda new: container.write(new / PACKED, layout, tensors), _ours(folder), force)
+    files = _files(Path(out))
+    fields = read_json(Path(out) / CONFIG)
+    with reading.quiet():
+        config = reading.stock_config(os.fspath(out), fields, layout == "state-spaces").to_dict()
+    packed = Packed(os.fspath(out), layout, config, tensors, files, partial(_held, checkpoint))
+    return Packing(packed, sizes, (Path(out) / PACKED).stat().st_size)
+
+
+def unpack(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    force: bool = False,
+    tokenizer: str | os.PathLike[str] | None = None,
+) -> Path:
+    """Write a packed directory as the stock checkpoint it was made from, in that one's layout.
+
+    Every tensor has the bits it had, unless it was packed in another dtype.
+
+    Raises:
+        ValueError: as `read` and `refuse_existing`.
+        OSError: writing failed; nothing is left behind, an old target is intact.
+    """
+    source = os.fspath(source)
+    folder = reading.find(source)
+    if not reading.is_packed(folder):
+        raise ValueError(f"{source!r} is not packed: it has no {PACKED}")
+    refuse_existing(out, force, source)
+    checkpoint = reading.load(source, tokenizer=tokenizer)
+    return write(checkpoint, out, stock_weights(checkpoint), _ours(folder), force)
+
+
+def _stored(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+    """(stock name, tensor in its stored dtype) of a checkpoint, tied ones once."""
+    for name, tensor in reading.untied(checkpoint.model)[0].items():
+        yield name, tensor.detach().to(checkpoint.stored.get(name, tensor.dtype))
+
+
+def _patterns(record: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """Target -> the N:M it was pruned to, of a `pruning.json`."""
+    found = {}
+    rows = record.get("targets")
+    for row in rows if isinstance(rows, list) else ():
+        name, pattern = (row.get("target"), row.get("pattern")) if isinstance(row, dict) else (None, None)
+        match = re.fullmatch(r"(\d{1,3}):(\d{1,3})", pattern) if isinstance(pattern, str) else None
+        if match and isinstance(name, str):
+            found[name] = int(match[1]), int(match[2])
+    return found
+
+
+def _ours(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in (RECORD, CARD) if (folder / name).is_file()}
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    """Every file beside the weights that a checkpoint directory carries."""
+    return reading.companions(folder) | reading.tokenizer_files(folder) | _ours(folder)
+
+
+def _held(checkpoint: Checkpoint, given: str | os.PathLike[str] | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint in memory, which was chosen when it was loaded."""
+    if given is not None:
+        raise ValueError("the tokenizer of a loaded checkpoint is fixed; name it when loading")
+    return checkpoint.tokenizer
+
+
+def _tokenizer(
+    source: str,
+    folder: Path,
+    given: str | os.PathLike[str] | None = None,
+    *,
+    config: transformers.PretrainedConfig,
+    original: bool,
+) -> PreTrainedTokenizerBase:
+    with reading.quiet():
+        words, _ = reading.read_tokenizer(source, folder, given, original, config)
+    return words

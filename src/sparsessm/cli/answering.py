@@ -1,0 +1,75 @@
+"""What every command shares: the app it registers with, common options, how answers and mistakes are printed.
+
+Place in the flow: below the commands of this folder, above everything else. Results go to stdout, progress
+and errors to stderr. Exit codes: 0, 1 a mistake of the user (one line `error: ...`), 2 wrong usage, 130
+interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+
+from .. import kernels, tables
+from ..recipe import Recipe
+from ..report import finite
+
+app = typer.Typer(
+    name="sparsessm",
+    help="One-shot pruning of state space language models: a dense Mamba goes in, a pruned one comes out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def field(name: str, *flags: str) -> Any:
+    """The option of a recipe field. Its default is None (not given): it must not override a recipe file."""
+    known = Recipe.model_fields[name]
+    default = f" [default: {str(known.default).lower()}]" if known.default not in (None, ()) else ""
+    return typer.Option(*flags, help=f"{known.description}{default}", show_default=False)
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Print nothing but errors (and the JSON, if asked for).")
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing directory.")]
+Length = Annotated[
+    int | None, typer.Option(min=2, help="Tokens in a window [default: 2048, or the model's own].")
+]
+Tokenizer = Annotated[str | None, field("tokenizer")]
+
+
+@contextmanager
+def answering(quiet: bool, kept: str | None = None, *, streaming: bool = False) -> Iterator[tables.Progress]:
+    """Run a command's work; a user's mistake ends in one line and exit code 1, Ctrl-C in 130.
+
+    Args:
+        quiet: no progress and no notes.
+        kept: what to say of an interrupted command that has written something.
+        streaming: no progress, because the command prints its result as it comes.
+    """
+    try:
+        if not kernels.NATIVE and not quiet:
+            typer.echo("note: the native kernels are not installed; the slow reference is used", err=True)
+        with tables.Progress(quiet or streaming) as progress:
+            yield progress
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted; {kept or 'nothing was written'}", err=True)
+        raise typer.Exit(130) from None
+    except BrokenPipeError:
+        raise  # whoever read stdout has gone, as `head` does: the program ends without a word
+    except (ValueError, OSError) as error:
+        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(1) from None
+
+
+def print_json(document: dict[str, Any]) -> None:
+    """Print a document on stdout; numbers that JSON does not have become null."""
+    typer.echo(json.dumps(finite(document), indent=2, allow_nan=False))

@@ -1,0 +1,116 @@
+"""Commands that only look: eval, inspect, list.
+
+Place in the flow: parses and prints; the work is behind `sparsessm.*`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import sparsessm
+
+from .. import tables
+from ..data import DATASETS
+from ..methods import METHODS
+from ..patterns import NofM, Unstructured
+from ..recipe import Recipe, window_length
+from ..report import checked
+from .answering import Json, Length, Quiet, Tokenizer, answering, app, print_json
+
+Models = Annotated[list[str], typer.Argument(help="Models; all others are compared with the first.")]
+TEXT_HELP = str(Recipe.model_fields["data"].description).replace("Calibration", "Evaluation")
+Text = Annotated[str | None, typer.Option(help=f"{TEXT_HELP} [default: stdlib]")]
+Limit = Annotated[
+    int | None, typer.Option(min=1, help="So many windows, evenly spaced; of --tasks the first documents.")
+]
+Tasks = Annotated[
+    str | None, typer.Option(help="Zero-shot tasks of lm-evaluation-harness instead: piqa,arc_easy,...")
+]
+IncludePath = Annotated[Path | None, typer.Option(help="A directory of task files (YAML) for --tasks.")]
+
+
+@app.command(name="eval")
+def evaluate(
+    models: Models,
+    data: Text = None,
+    length: Length = None,
+    limit: Limit = None,
+    tasks: Tasks = None,
+    include_path: IncludePath = None,
+    tokenizer: Tokenizer = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure perplexity and bits per byte, or zero-shot tasks; models after the first with their change."""
+    perplexities, zero_shots = {}, {}
+    with answering(quiet) as progress:
+        from .. import scores
+        from ..zero_shot import zero_shot
+
+        none = {"--include-path": include_path} if tasks is None else {"--data": data, "--length": length}
+        if given := [option for option, value in none.items() if value is not None]:
+            raise ValueError(f"{given[0]} has no effect with{'out' if tasks is None else ''} --tasks")
+        for model in models:
+            progress.say(f"model {model}")
+            checkpoint = sparsessm.load(model, tokenizer=tokenizer)
+            options: dict[str, Any] = {"limit": limit, "progress": progress}
+            if tasks is not None:
+                zero_shots[model] = zero_shot(
+                    checkpoint, tasks.split(","), include_path=include_path, **options
+                )
+            else:
+                length = length or window_length(checkpoint.trained_length)
+                perplexities[model] = sparsessm.evaluate(
+                    checkpoint, data or "stdlib", length=length, **options
+                )
+        result = scores.tasks(zero_shots) if zero_shots else scores.perplexities(perplexities)
+    if as_json:
+        print_json(result.document)
+    elif not quiet:
+        tables.show(tables.table(result.title, result.columns, result.cells, result.words), *result.notes)
+
+
+@app.command()
+def inspect(
+    directory: Annotated[str, typer.Argument(help="A result of `prune`, or any model.")],
+    tokenizer: Tokenizer = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Say what is in a result: its record, and what its tensors themselves say."""
+    with answering(quiet):
+        from ..checkpoint import read_record
+        from ..inventory import inspection, inspection_tables
+
+        checkpoint = sparsessm.load(directory, tokenizer=tokenizer)
+        record = checked(read_record(directory), f"{directory}/pruning.json")
+        facts = inspection(checkpoint, directory, record)
+    if as_json:
+        print_json(facts)
+    elif not quiet:
+        tables.show(*(tables.table(*parts) for parts in inspection_tables(facts)))
+        if record is None:
+            tables.show("It has no pruning.json: not a result of `sparsessm prune`.")
+
+
+@app.command(name="list")
+def list_() -> None:
+    """List the methods, architectures, patterns and data sets."""
+    from ..architectures import MODEL_TYPES
+
+    methods = [[row.name, ", ".join(row.families), row.summary, row.paper] for row in METHODS.values()]
+    texts = [[row.name, row.calibration, row.evaluation, row.summary] for row in DATASETS.values()]
+    patterns = [
+        [name, str(kind.__doc__).splitlines()[0]]
+        for name, kind in (("unstructured", Unstructured), ("N:M", NofM))
+    ]
+    models = [[name, str(kind.__doc__).splitlines()[0]] for name, kind in MODEL_TYPES.items()]
+    tables.show(
+        tables.table("Methods (--method)", ["name", "targets", "summary", "source"], methods, left=4),
+        tables.table("Patterns (--pattern)", ["name", "meaning"], patterns, left=2),
+        tables.table("Data (--data)", ["name", "calibration", "evaluation", "summary"], texts, left=4),
+        tables.table("Architectures (model_type in config.json)", ["name", "meaning"], models, left=2),
+    )

@@ -1,0 +1,222 @@
+"""Commands that change a model or find out what it tolerates: prune, demo, analyze.
+
+Place in the flow: parses, seeds and prints; the work is behind `sparsessm.*`. Every option that says what is
+pruned is a field of `recipe.Recipe`, which gives its help text and default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+import typer
+
+import sparsessm
+
+from .. import tables
+from ..data import fingerprint
+from ..recipe import Recipe
+from ..report import percent, perplexity_table, removed_table
+from .answering import Force, Json, Length, Quiet, Tokenizer, answering, app, field, print_json
+
+if TYPE_CHECKING:
+    from ..checkpoint import Checkpoint
+    from ..plan import Plan
+
+EVALUATED_TOKENS = 32768  # tokens that `prune` measures on, before and after
+
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Say what every rule hits and the bytes; read no text, write nothing."),
+]
+NoEval = Annotated[bool, typer.Option("--no-eval", help="Do not measure perplexity before and after.")]
+FromFile = Annotated[
+    Path | None,
+    typer.Option(help="A recipe (YAML), or a result to repeat; options beside it replace its fields."),
+]
+
+
+@app.command()
+def prune(
+    context: typer.Context,
+    model: Annotated[str | None, typer.Argument(help=Recipe.model_fields["model"].description)] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The directory to write.")] = None,
+    sparsity: Annotated[float | None, field("sparsity")] = None,
+    target: Annotated[str | None, field("target")] = None,
+    ignore: Annotated[list[str] | None, field("ignore")] = None,
+    method: Annotated[str | None, field("method")] = None,
+    pattern: Annotated[str | None, field("pattern")] = None,
+    repair: Annotated[str | None, field("repair")] = None,
+    weight: Annotated[str | None, field("weight")] = None,
+    allocation: Annotated[str | None, field("allocation")] = None,
+    removed: Annotated[str | None, field("removed")] = None,
+    diagonal: Annotated[bool | None, field("diagonal", "--diagonal/--no-diagonal")] = None,
+    time_weights: Annotated[str | None, field("time_weights")] = None,
+    data: Annotated[str | None, field("data")] = None,
+    samples: Annotated[str | None, field("samples")] = None,
+    length: Annotated[int | None, field("length")] = None,
+    seed: Annotated[int | None, field("seed")] = None,
+    tokenizer: Annotated[str | None, field("tokenizer")] = None,
+    recipe: FromFile = None,
+    dry_run: DryRun = False,
+    no_eval: NoEval = False,
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Prune MODEL and write the result, a stock checkpoint, to a directory."""
+    if out is None and not dry_run:
+        raise typer.BadParameter(
+            "missing; name the directory to write, or --dry-run", param_hint="--out / -o"
+        )
+    options = context.params.items()
+    given = {
+        name: value for name, value in options if name in Recipe.model_fields and value not in (None, [], ())
+    }
+    with answering(quiet) as progress:
+        from ..checkpoint import refuse_existing
+        from ..yardstick import Yardstick, compared
+
+        wanted = (Recipe.load(recipe) if recipe else Recipe()).updated(**given)
+        if wanted.model is None:
+            raise ValueError("no model: name one on the command line or in the recipe")
+        if out is not None:
+            refuse_existing(out, force, wanted.model)
+        checkpoint = sparsessm.load(wanted.model, tokenizer=wanted.tokenizer)
+        wanted = sparsessm.resolve(checkpoint, wanted)
+        plan = sparsessm.planned(checkpoint, wanted)
+        if out is None or dry_run:
+            _preview(checkpoint, plan, wanted, as_json, quiet)
+            return
+        torch.manual_seed(wanted.seed)
+        progress.say(f"reading {wanted.data}")
+        wanted, tokens, advice = sparsessm.settle(checkpoint, wanted, progress)
+        if advice:
+            progress.note(f"calibrating on {wanted.samples} windows")
+        if (
+            recipe
+            and tokens is not None
+            and (before := Recipe.calibrated_on(recipe)) not in (None, fingerprint(tokens))
+        ):
+            progress.say(f"note: not the calibration tokens of {recipe} ({before[:12]}...); masks may differ")
+        yardstick = None if no_eval else Yardstick.of(checkpoint, wanted, EVALUATED_TOKENS)
+        if yardstick:
+            progress.say("dense model")
+        dense = yardstick and yardstick.measure(checkpoint, progress)
+        progress.say(f"pruning by {' and '.join(plan.methods)}")
+        report = sparsessm.follow(checkpoint, wanted, tokens, progress)
+        report.advice = advice
+        if yardstick and dense:
+            progress.say("pruned model")
+            report.perplexity = compared(dense, yardstick.measure(checkpoint, progress))
+        sparsessm.save(checkpoint, out, report, force=force)
+    record = report.record()
+    if as_json:
+        print_json({"out": str(out), **record})
+    elif not quiet:
+        if advice:
+            from ..advice import advice_table
+
+            title = "Calibration windows (samples: auto)"
+            tables.show(tables.table(title, *advice_table(advice, record["recipe"]["samples"])))
+        table = removed_table(record["targets"], record["totals"])
+        tables.show(tables.table("What was removed", *table, left=2))
+        if measured := record["perplexity"]:
+            records = {name: measured[name] for name in ("dense", "pruned")}
+            show_perplexities(records, {"pruned": measured["difference"]})
+        notes = (report.damped(), report.caveat(), report.honesty())
+        tables.show(*filter(None, notes), f"Saved to {out}; pruning took {report.seconds:.0f} s.")
+
+
+def _preview(checkpoint: Checkpoint, plan: Plan, recipe: Recipe, as_json: bool, quiet: bool) -> None:
+    """What `prune --dry-run` answers."""
+    from ..inventory import preview, preview_tables
+
+    record = preview(plan, checkpoint.model.state_dict(), checkpoint.stored)
+    if as_json:
+        print_json({"recipe": recipe.model_dump(), **record})
+    elif not quiet:
+        tables.show(*(tables.table(*parts) for parts in preview_tables(checkpoint.source, record)))
+        tables.show("A dry run: nothing was read but the model, nothing was written.")
+
+
+@app.command()
+def demo(
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="For the pruned model; an older demo is replaced.")
+    ] = (Path("demo-out")),
+    sparsity: Annotated[float, typer.Option(help="Share removed.")] = 0.5,
+    samples: Annotated[int, typer.Option(min=1, help="Number of calibration windows.")] = 32,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of everything drawn.")] = 0,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Prune the built-in model by the main methods, compare them on held-out text, and save the default's."""
+    with answering(quiet) as progress:
+        from .. import demo as demos
+        from ..checkpoint import read_record, refuse_existing
+
+        record = read_record(out) if out.is_dir() else None
+        former = record is not None and "methods" in (record.get("perplexity") or {})
+        refuse_existing(out, former, demos.MODEL)
+        torch.manual_seed(seed)
+        done = demos.compare(progress, sparsity=sparsity, samples=samples, seed=seed)
+        sparsessm.save(done.checkpoint, out, done.report, force=former)
+    if as_json:
+        print_json({"out": str(out), "saved": demos.SAVED, **done.report.record()})
+    elif not quiet:
+        pruned = {name: run["pruned"] for name, run in done.measured.items()}
+        changes = {name: run["difference"] for name, run in done.measured.items()}
+        show_perplexities({"dense": done.dense.record(), **pruned}, changes)
+        tables.show(
+            f"{percent(sparsity)} removed: of A_log alone, or of all linear layers and A_log (by exact).",
+            done.report.honesty(),
+            f"The model of '{demos.SAVED}' is saved to {out}: a stock checkpoint.",
+        )
+
+
+@app.command()
+def analyze(
+    model: Annotated[str, typer.Argument(help=Recipe.model_fields["model"].description)],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="For analysis.json and a PNG.")] = None,
+    sparsities: Annotated[str, typer.Option(help="Shares removed, of each matrix alone.")] = "0.3,0.5,0.7",
+    weight: Annotated[str | None, field("weight")] = None,
+    data: Annotated[str, field("data")] = "stdlib",
+    samples: Annotated[int, typer.Option(min=1, help="Number of calibration windows.")] = 16,
+    windows: Annotated[int, typer.Option(min=1, help="Number of held-out windows.")] = 8,
+    length: Length = None,
+    seed: Annotated[int, field("seed")] = 0,
+    tokenizer: Tokenizer = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace another analysis in --out.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Say which parts of MODEL tolerate how much: every matrix pruned alone, measured on the logits."""
+    kept = f"what is in {out}/analysis.json is kept, the same command goes on" if out else None
+    with answering(quiet, kept) as progress:
+        from .. import analysis, findings
+
+        if out is not None:
+            findings.refuse_without_matplotlib()
+        shares = analysis.parse_sparsities(sparsities)
+        checkpoint = sparsessm.load(model, tokenizer=tokenizer)
+        options: dict[str, Any] = {"data": data, "samples": samples, "windows": windows, "length": length}
+        options |= {"weight": weight, "seed": seed, "out": out, "force": force, "progress": progress}
+        found = analysis.analyze(checkpoint, sparsities=shares, **options)
+        told = findings.summary(found)
+        if out is not None:
+            findings.draw(found, out / findings.PICTURE)
+    if as_json:
+        print_json({**found.record(), "summary": told})
+    elif not quiet:
+        panels = findings.maps(found)
+        tables.show(tables.heat_maps(panels, findings.bounds(panels), findings.brief))
+        tables.show(*(tables.table(*parts) for parts in findings.summary_tables(told)), told["conclusion"])
+
+
+def show_perplexities(records: Mapping[str, Any], changes: Mapping[str, Any]) -> None:
+    first = next(iter(records.values()))
+    title = f"Perplexity on {first['data']}, {first['windows']} windows of {first['length']} tokens"
+    tables.show(tables.table(title, *perplexity_table(records, changes)))

@@ -1,0 +1,157 @@
+"""Commands that run a model, or make it small for running: generate, pack, unpack.
+
+Place in the flow: parses, streams and prints; the work is in `runtime/` and `checkpoint/packed.py`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .. import tables
+from ..report import kind_of, percent
+from .answering import Force, Json, Quiet, Tokenizer, answering, app, print_json
+
+if TYPE_CHECKING:
+    from ..checkpoint import Encoded
+
+Generating = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Print nothing but the text (or the JSON) and errors.")
+]
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="A packed directory, or any model.")],
+    prompt: Annotated[str, typer.Argument(help="The text to continue; - reads it from stdin.")],
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "-n", min=0, help="At most so many tokens.")
+    ] = 128,
+    temperature: Annotated[
+        float, typer.Option(help="Divides the logits; 0 takes the most probable token.")
+    ] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Draw from so many of the most probable tokens.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Draw from the fewest tokens whose probabilities reach this sum.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End before this text; may be given several times.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads [default: as many as torch uses].")] = None,
+    tokenizer: Tokenizer = None,
+    as_json: Json = False,
+    quiet: Generating = False,
+) -> None:
+    """Continue a text: the continuation streams to stdout, the speed is said on stderr."""
+    with answering(quiet, "the text ends here", streaming=True) as progress:
+        from ..runtime import load
+
+        text = typer.get_text_stream("stdin").read() if prompt == "-" else prompt
+        ready = load(model, tokenizer=tokenizer, threads=threads)
+
+        def show(piece: str) -> None:
+            progress("generate", 0, 1)  # raises an interrupt that a native call swallowed
+            if not as_json:
+                typer.echo(piece, nl=False)
+
+        options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+        done = ready.generate(text, max_new_tokens, stop=stop or (), on_token=show, **options)
+        if as_json:
+            print_json(
+                {
+                    "model": model,
+                    "text": done.text,
+                    "ids": done.ids,
+                    "finish": done.finish,
+                    "prompt_tokens": len(done.prompt_ids),
+                    "new_tokens": len(done.ids),
+                    "seconds": done.seconds._asdict(),
+                }
+            )
+        else:
+            typer.echo()
+        if not quiet:
+            steps = max(len(done.ids) - 1, 0)  # the first token is chosen from what the prompt gave
+            typer.echo(
+                f"prompt: {_speed(len(done.prompt_ids), len(done.prompt_ids), done.seconds.prompt)}; "
+                f"continuation: {_speed(len(done.ids), steps, done.seconds.decode)}; ended by {done.finish}",
+                err=True,
+            )
+
+
+def _speed(tokens: int, steps: int, seconds: float) -> str:
+    rate = f", {steps / seconds:.1f} tokens/s" if steps and seconds > 0 else ""
+    return f"{tokens} {'token' if tokens == 1 else 'tokens'}{rate}"
+
+
+@app.command()
+def pack(
+    model: Annotated[str, typer.Argument(help="A result of `prune`, or any model.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The directory to write.")],
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="fp32, bf16 or int8 of the large matrices [default: as they are, lossless]."),
+    ] = None,
+    head: Annotated[str | None, typer.Option(help="int8: the embedding and the head too.")] = None,
+    tokenizer: Tokenizer = None,
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write MODEL without its zeros: a directory that is smaller, and faster to run."""
+    with answering(quiet) as progress:
+        from ..checkpoint import pack as packing
+
+        progress.say(f"packing {model}")
+        done = packing(model, out, dtype=dtype, head=head, force=force, tokenizer=tokenizer)
+    kinds: dict[str, list[Any]] = {}
+    for name, tensor in done.packed.tensors.items():
+        kind = kinds.setdefault(kind_of(name), [0, 0, set()])
+        kind[0] += done.sizes[name]
+        kind[1] += tensor.nbytes
+        kind[2].add(_form(tensor))
+    found = sorted(kinds.items(), key=lambda item: -item[1][0])
+    if as_json:
+        rows = {
+            kind: {"before": before, "after": after, "forms": sorted(forms)}
+            for kind, (before, after, forms) in found
+        }
+        sizes = {"before": done.before, "after": done.after, "ratio": done.ratio}
+        print_json({"model": model, "out": str(out), "bytes": sizes, "tensors": rows})
+    elif not quiet:
+        cells = [
+            [kind, ", ".join(sorted(forms)), f"{before:,}", f"{after:,}", percent(after / before)]
+            for kind, (before, after, forms) in found
+        ]
+        cells.append(["the file", "", f"{done.before:,}", f"{done.after:,}", percent(done.ratio)])
+        columns = ["tensors", "stored as", "bytes before", "after", "share"]
+        tables.show(tables.table(f"{model}, packed", columns, cells, left=2), f"Saved to {out}.")
+
+
+@app.command()
+def unpack(
+    model: Annotated[str, typer.Argument(help="A result of `pack`.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The directory to write.")],
+    tokenizer: Tokenizer = None,
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a packed model as the stock checkpoint that it was made from."""
+    with answering(quiet) as progress:
+        from ..checkpoint import unpack as unpacking
+
+        progress.say(f"unpacking {model}")
+        unpacking(model, out, force=force, tokenizer=tokenizer)
+    if as_json:
+        print_json({"model": model, "out": str(out)})
+    elif not quiet:
+        tables.show(f"Saved to {out}: a stock checkpoint.")
+
+
+def _form(tensor: Encoded) -> str:
+    """How a tensor is stored, in two words."""
+    return f"{tensor.label} {str(tensor.values.dtype).removeprefix('torch.')}"

@@ -1,0 +1,3 @@
+#define LANES 16
+#define LEVEL avx512vbmi2
+#include "scan_impl.h"

@@ -1,0 +1,141 @@
+"""Weight matrices as the runtime reads them, dense or without their zeros, and the decoder made of them.
+
+Part of the kernels' door: shapes are checked here and again natively. What a matrix computes is
+`reference.linear` of the weight it stands for; the native side is matrix.h, product_impl.h and step_impl.h.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparsessm import kernels
+
+BLOCK = 64  # columns that share a scale where int8 weights meet inputs (matrix.h)
+VALUES = (torch.float32, torch.bfloat16, torch.int8)
+
+
+class Matrix:
+    """A weight (rows, cols), immutable.
+
+    Attributes:
+        rows, cols: its shape.
+        sparse: zeros are not stored.
+        nbytes: bytes that one decoding step reads.
+    """
+
+    def __init__(self, native: Any, values: Tensor | None, scale: Tensor | None) -> None:
+        self.native = native
+        self._values, self._scale = values, scale  # values: of a dense matrix
+        self.rows, self.cols = int(native.rows), int(native.cols)
+        self.sparse, self.nbytes = bool(native.sparse), int(native.nbytes)
+
+    @staticmethod
+    def dense(values: Tensor, scale: Tensor | None = None) -> Matrix:
+        """A matrix whose every entry is stored; the tensor is borrowed, not copied.
+
+        Args:
+            values: (rows, cols) float32, bfloat16 or int8.
+            scale: (rows,) float32, with int8: what a unit of a row is worth.
+
+        Raises:
+            ValueError: another dtype or shape.
+        """
+        values = values.detach().contiguous()
+        return Matrix(kernels.extension().dense(_bits(values), _floats(scale)), values, scale)
+
+    @staticmethod
+    def packed(
+        mask: Tensor, cols: int, values: Tensor, scale: Tensor | None = None, rows: Tensor | None = None
+    ) -> Matrix:
+        """A matrix of its kept entries (docs/sparse-format.md, kind "bitmask"); everything is copied.
+
+        Args:
+            mask: (stored rows, ceil(cols / 8)) uint8, bit j of a row keeps column j.
+            values: (kept,) float32, bfloat16 or int8, row by row.
+            scale: (stored rows,) float32, with int8.
+            rows: which of the stored rows the matrix has, in this order, int64; all if not given.
+
+        Raises:
+            ValueError: mask and values that do not fit each other.
+        """
+        order = None if rows is None else rows.contiguous()
+        made = kernels.extension().sparse(
+            mask.contiguous(), cols, _bits(values.contiguous()), _floats(scale), order
+        )
+        return Matrix(made, None, scale)
+
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x (L, cols) float32 -> x @ weight.T + bias, (L, rows) float32; of int8, x is `rounded` first."""
+        if self._scale is not None:
+            x = rounded(x)
+        if self._values is not None:
+            weight = self._values.float()
+            return F.linear(x, weight if self._scale is None else weight * self._scale[:, None], bias)
+        x = x if x.stride(-1) == 1 or self.cols == 1 else x.contiguous()
+        out = torch.empty(x.shape[0], self.rows)
+        self.native.product(kernels.LEVEL, torch.get_num_threads(), x, bias, out)
+        return out
+
+    def row(self, index: int) -> Tensor:
+        """Row `index` as float32 (cols,)."""
+        out = torch.empty(self.cols)
+        self.native.row(index, out)
+        return out
+
+
+class Decoder:
+    """A whole network, natively: `step` takes every sequence of a batch one token further in one call."""
+
+    def __init__(
+        self, sizes: Mapping[str, Any], layers: Sequence[Mapping[str, Any]], rest: Mapping[str, Any]
+    ) -> None:
+        """Take matrices and vectors as native_runtime.cpp names them (runtime/engine.py makes them).
+
+        Raises:
+            ValueError: one that is missing or does not fit the sizes.
+        """
+
+        def plain(fields: Mapping[str, Any]) -> dict[str, Any]:
+            return {name: part.native if isinstance(part, Matrix) else part for name, part in fields.items()}
+
+        self._native = kernels.extension().decoder(
+            dict(sizes), [plain(layer) for layer in layers], plain(rest)
+        )
+        self.vocabulary, self.state_size = int(sizes["vocabulary"]), int(self._native.state_size)
+
+    def step(self, tokens: Tensor, state: Tensor, threads: int) -> Tensor:
+        """tokens (B,) int64, state (B, state_size) float32, advanced in place -> logits (B, V).
+
+        Raises:
+            ValueError: shapes that do not fit, a token outside the vocabulary.
+        """
+        logits = torch.empty(len(tokens), self.vocabulary)
+        self._native.step(kernels.LEVEL, threads, tokens.contiguous(), state, logits)
+        return logits
+
+
+def rounded(x: Tensor) -> Tensor:
+    """x (L, cols) to 8 bits for each 64 columns, as the decoder rounds what meets int8 weights.
+
+    The largest magnitude of a block becomes 127. Prompts and decoding round alike, so that a text gives the
+    same state either way.
+    """
+    blocks = F.pad(x, (0, -x.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    most = blocks.abs().amax(2, keepdim=True)
+    inverse = torch.where(most > 0, 127.0 / most, 0.0)
+    return torch.round(blocks * inverse).mul_(most / 127.0).flatten(1)[:, : x.shape[1]]
+
+
+def _bits(values: Tensor) -> Tensor:
+    if values.dtype not in VALUES:
+        raise ValueError(f"values are {values.dtype}; allowed: float32, bfloat16, int8")
+    return values.view(torch.int16) if values.dtype == torch.bfloat16 else values
+
+
+def _floats(scale: Tensor | None) -> Tensor | None:
+    return None if scale is None else scale.detach().float().contiguous()

@@ -1,0 +1,291 @@
+// sparsessm.kernels._native, second half: the matrices and the decoder of the runtime.
+#include "native.h"
+#include "runtime.h"
+
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <mutex>
+#include <optional>
+#include <stdexcept>
+#include <thread>
+#if defined(__linux__)
+#include <dlfcn.h>
+#include <sched.h>
+#endif
+
+namespace nb = nanobind;
+
+namespace sparsessm {
+
+void Barrier::pause(int spins) {
+    if (spins < 2000) {
+#if defined(SPARSESSM_X86)
+        __builtin_ia32_pause();
+#endif
+    } else {
+        std::this_thread::yield(); // another program has the core of whoever we wait for
+    }
+}
+
+namespace {
+
+template <typename T, int DIMS> using Array = nb::ndarray<T, nb::ndim<DIMS>, nb::device::cpu, nb::c_contig>;
+using Raw = nb::ndarray<nb::device::cpu, nb::c_contig>;
+
+[[noreturn]] void refuse(const std::string &what) { throw std::invalid_argument(what); }
+
+Value value_of(const Raw &values) {
+    const auto type = values.dtype();
+    if (type == nb::dtype<float>()) return Value::f32;
+    if (type == nb::dtype<int8_t>()) return Value::i8;
+    // bfloat16 comes in as int16: NumPy, through which tensors without a DLPack type would go, has no name for it.
+    if (type == nb::dtype<int16_t>()) return Value::bf16;
+    refuse("values must be float32, int16 (the bits of bfloat16) or int8");
+}
+
+const float *scales(const std::optional<Array<const float, 1>> &scale, Value value, size_t rows) {
+    if ((value == Value::i8) != scale.has_value()) refuse("int8 values come with one scale a row, others without");
+    if (!scale) return nullptr;
+    if (scale->shape(0) != rows) refuse("there are not as many scales as rows");
+    return scale->data();
+}
+
+struct Held : Matrix { // keeps what a dense matrix borrows
+    explicit Held(Matrix &&m) : Matrix(std::move(m)) {}
+    std::optional<Raw> array;
+};
+
+std::shared_ptr<Held> sparse(Array<const uint8_t, 2> mask, int64_t cols, Raw values,
+                             std::optional<Array<const float, 1>> scale, std::optional<Array<const int64_t, 1>> order) {
+    if (values.ndim() != 1) refuse("values must have one dimension");
+    if (cols < 1 || static_cast<int64_t>(mask.shape(1)) != (cols + 7) / 8)
+        refuse("the mask has " + std::to_string(mask.shape(1)) + " bytes a row, which do not fit " + std::to_string(cols) +
+               " columns");
+    Packed p{};
+    p.rows = mask.shape(0), p.cols = cols, p.mask = mask.data();
+    p.values = static_cast<const uint8_t *>(values.data()), p.nonzero = values.shape(0), p.value = value_of(values);
+    p.scale = scales(scale, p.value, mask.shape(0));
+    if (order) p.order = order->data(), p.ordered = order->shape(0);
+    nb::gil_scoped_release release;
+    return std::make_shared<Held>(sparse_matrix(p));
+}
+
+std::shared_ptr<Held> dense(Raw values, std::optional<Array<const float, 1>> scale) {
+    if (values.ndim() != 2) refuse("values must have two dimensions");
+    const Value value = value_of(values);
+    auto held = std::make_shared<Held>(dense_matrix(values.shape(0), values.shape(1), value,
+                                                    static_cast<const uint8_t *>(values.data()),
+                                                    scales(scale, value, values.shape(0))));
+    held->array = values;
+    prefer_huge_pages(values.data(), held->rows * held->cols * size_of(value));
+    return held;
+}
+
+struct Decoder {
+    Network net{};
+    Workspace work;
+    Barrier barrier;
+    std::vector<std::vector<int64_t>> shares;
+    int shared_by = 0;
+    std::mutex busy; // one step at a time: the workspace is shared
+
+    void share(int threads) {
+        if (threads == shared_by) return;
+        shares.clear();
+        for (const Layer &layer : net.layers)
+            for (const auto &m : {layer.in_x, layer.in_z, layer.x_proj, layer.out_proj})
+                shares.push_back(m->shares(threads));
+        shares.push_back(net.head->shares(threads));
+        shared_by = threads;
+    }
+};
+
+std::vector<float> floats(const nb::dict &from, const char *name, int64_t count, bool optional = false) {
+    nb::object value = from.contains(name) ? from[name] : nb::none();
+    if (value.is_none()) {
+        if (optional) return {};
+        refuse(std::string(name) + " is missing");
+    }
+    const auto array = nb::cast<Array<const float, 1>>(value);
+    if (static_cast<int64_t>(array.shape(0)) != count)
+        refuse(std::string(name) + " has " + std::to_string(array.shape(0)) + " values, expected " + std::to_string(count));
+    return {array.data(), array.data() + count};
+}
+
+std::shared_ptr<const Matrix> matrix(const nb::dict &from, const char *name, int64_t rows, int64_t cols) {
+    if (!from.contains(name)) refuse(std::string(name) + " is missing");
+    const auto m = nb::cast<std::shared_ptr<Held>>(from[name]);
+    if (m->rows != rows || m->cols != cols)
+        refuse(std::string(name) + " is (" + std::to_string(m->rows) + ", " + std::to_string(m->cols) + "), expected (" +
+               std::to_string(rows) + ", " + std::to_string(cols) + ")");
+    return m;
+}
+
+Layer layer(const nb::dict &from, const Network &net) {
+    const int64_t D = net.channels, d = net.width, padded = (D + SCAN_LANES - 1) / SCAN_LANES * SCAN_LANES;
+    Layer l;
+    l.in_x = matrix(from, "in_x", D, d), l.in_z = matrix(from, "in_z", D, d);
+    l.x_proj = matrix(from, "x_proj", net.rank + 2 * net.states, D);
+    l.dt_proj = matrix(from, "dt_proj", D, net.rank), l.out_proj = matrix(from, "out_proj", d, D);
+    l.norm = floats(from, "norm", d), l.conv = floats(from, "conv", net.taps * D);
+    l.conv_bias = floats(from, "conv_bias", D, true);
+    l.in_bias = floats(from, "in_bias", 2 * D, true), l.out_bias = floats(from, "out_bias", d, true);
+    l.dt_bias = floats(from, "dt_bias", padded), l.skip = floats(from, "skip", padded);
+    const auto channel = nb::cast<Array<const int32_t, 1>>(from["channel"]);
+    if (static_cast<int64_t>(channel.shape(0)) != padded) refuse("channel does not have one entry a padded channel");
+    std::vector<bool> seen(D, false);
+    for (int64_t i = 0; i < padded; ++i) {
+        const int32_t c = channel.data()[i];
+        if (i < D ? (c < 0 || c >= D || seen[c]) : c != -1) refuse("channel is not an order of the channels");
+        if (i < D) seen[c] = true;
+        l.channel.push_back(c);
+    }
+    const auto slots = nb::cast<std::vector<int64_t>>(from["slots"]);
+    if (static_cast<int64_t>(slots.size()) != padded / SCAN_LANES) refuse("slots does not have one entry a group");
+    int64_t entries = 0;
+    for (const int64_t count : slots) {
+        if (count < 0 || count > net.states) refuse("a group has more slots than there are states");
+        l.groups.push_back({entries, entries, static_cast<int32_t>(count), true});
+        entries += count * SCAN_LANES;
+    }
+    l.A = floats(from, "A", entries);
+    const auto index = nb::cast<Array<const uint8_t, 1>>(from["index"]);
+    if (static_cast<int64_t>(index.shape(0)) != entries) refuse("index does not have as many entries as A");
+    l.index.assign(index.data(), index.data() + entries);
+    for (const uint8_t n : l.index)
+        if (n >= net.states) refuse("index names a state that does not exist");
+    for (ScanGroup &group : l.groups) {
+        group.ordered = group.slots == net.states || group.slots == 0;
+        for (int64_t i = 0; i < int64_t{group.slots} * SCAN_LANES; ++i)
+            group.ordered = group.ordered && l.index[group.entries + i] == i / SCAN_LANES;
+    }
+    l.index.resize(entries + SCAN_LANES);
+    return l;
+}
+
+std::shared_ptr<Decoder> decoder(const nb::dict &sizes, const std::vector<nb::dict> &layers, const nb::dict &rest) {
+    auto made = std::make_shared<Decoder>();
+    Network &net = made->net;
+    const auto size = [&](const char *name) {
+        const auto value = nb::cast<int64_t>(sizes[name]);
+        if (value < 1 || value > (int64_t{1} << 31)) refuse(std::string(name) + " is out of range");
+        return value;
+    };
+    net.width = size("width"), net.channels = size("channels"), net.states = size("states"), net.rank = size("rank");
+    net.taps = size("taps"), net.vocabulary = size("vocabulary");
+    if (net.states > 256) refuse("more than 256 states");
+    net.epsilon = nb::cast<float>(sizes["epsilon"]);
+    for (const nb::dict &fields : layers) {
+        Layer l = layer(fields, net);
+        l.conv_state = net.state_size;
+        l.scan_state = l.conv_state + (net.taps - 1) * net.channels;
+        net.state_size = l.scan_state + static_cast<int64_t>(l.A.size());
+        net.layers.push_back(std::move(l));
+    }
+    net.norm = floats(rest, "norm", net.width);
+    net.embedding = matrix(rest, "embedding", net.vocabulary, net.width);
+    net.head = matrix(rest, "head", net.vocabulary, net.width);
+    return made;
+}
+
+// Runs `body` on a team of up to `threads`; the team may be smaller, and all of it runs at once.
+template <typename Body> void team(int threads, const Body &body) {
+    if (threads <= 1) {
+        body(0, 1);
+        return;
+    }
+#if defined(__linux__)
+    using Parallel = void (*)(void (*)(void *), void *, unsigned, unsigned);
+    using Number = int (*)();
+    static const auto parallel = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    static const auto number = reinterpret_cast<Number>(dlsym(RTLD_DEFAULT, "omp_get_thread_num"));
+    static const auto count = reinterpret_cast<Number>(dlsym(RTLD_DEFAULT, "omp_get_num_threads"));
+    if (parallel && number && count) { // torch's own pool: two pools would spin against each other
+        auto run = [](void *data) { (*static_cast<const Body *>(data))(number(), count()); };
+        parallel(run, const_cast<void *>(static_cast<const void *>(&body)), static_cast<unsigned>(threads), 0);
+        return;
+    }
+#endif
+    std::vector<std::thread> others;
+    for (int t = 1; t < threads; ++t) others.emplace_back([&body, t, threads] { body(t, threads); });
+    body(0, threads);
+    for (auto &thread : others) thread.join();
+}
+
+void step(Decoder &self, const std::string &level, int threads, Array<const int64_t, 1> tokens, Array<float, 2> state,
+          Array<float, 2> logits) {
+    const Network &net = self.net;
+    const int64_t batch = tokens.shape(0);
+    if (batch < 1 || static_cast<int64_t>(state.shape(0)) != batch || static_cast<int64_t>(logits.shape(0)) != batch ||
+        static_cast<int64_t>(state.shape(1)) != net.state_size ||
+        static_cast<int64_t>(logits.shape(1)) != net.vocabulary)
+        refuse("tokens, state and logits do not fit each other and the model");
+    for (int64_t b = 0; b < batch; ++b)
+        if (tokens.data()[b] < 0 || tokens.data()[b] >= net.vocabulary)
+            refuse("token " + std::to_string(tokens.data()[b]) + " is not in a vocabulary of " +
+                   std::to_string(net.vocabulary));
+    const Level &kernels = find(level);
+    nb::gil_scoped_release release;
+    const std::lock_guard<std::mutex> lock(self.busy);
+    Workspace &w = self.work;
+    w.hidden.resize(batch * net.width), w.u.resize(batch * net.channels), w.z.resize(batch * net.channels);
+    w.y.resize(batch * net.channels), w.dbc.resize(batch * (net.rank + 2 * net.states));
+    std::atomic<bool> ready{false};
+    Step s{net, tokens.data(), state.data(), logits.data(), batch, w, self.barrier, self.shares};
+    std::atomic<int> first{0};
+    team(std::max(1, threads), [&](int thread, int count) {
+        if (first.fetch_add(1) == 0) { // the size of the team is known only now
+            self.share(count);
+            ready.store(true, std::memory_order_release);
+        }
+        while (!ready.load(std::memory_order_acquire)) std::this_thread::yield();
+        kernels.step(s, thread, count);
+    });
+}
+
+void product(const Held &m, const std::string &level, int threads, nb::ndarray<const float, nb::ndim<2>, nb::device::cpu> x,
+             std::optional<Array<const float, 1>> bias, nb::ndarray<float, nb::ndim<2>, nb::device::cpu> out) {
+    if (!m.sparse) refuse("product takes a sparse matrix");
+    if (static_cast<int64_t>(x.shape(1)) != m.cols || static_cast<int64_t>(out.shape(1)) != m.rows ||
+        x.shape(0) != out.shape(0) || (bias && static_cast<int64_t>(bias->shape(0)) != m.rows))
+        refuse("x, bias and out do not fit the matrix");
+    if ((m.cols > 1 && x.stride(1) != 1) || (m.rows > 1 && out.stride(1) != 1)) refuse("rows must be contiguous");
+    const Level &kernels = find(level);
+    const Product p{m, x.data(), bias ? bias->data() : nullptr, out.data(), static_cast<int64_t>(x.shape(0)),
+                    x.stride(0), out.stride(0)};
+    nb::gil_scoped_release release;
+    if (p.length) kernels.product(p, std::max(1, threads));
+}
+
+} // namespace
+
+void bind_runtime(nb::module_ &m) {
+    const auto array = [](const char *name) { return nb::arg(name).noconvert(); };
+    const auto maybe = [](const char *name) { return nb::arg(name).noconvert().none(); };
+    nb::class_<Held>(m, "Matrix")
+        .def_prop_ro("rows", [](const Held &h) { return h.rows; })
+        .def_prop_ro("cols", [](const Held &h) { return h.cols; })
+        .def_prop_ro("sparse", [](const Held &h) { return h.sparse; })
+        .def_prop_ro("nonzero", [](const Held &h) { return h.nonzero; })
+        .def_prop_ro("nbytes", [](const Held &h) { return h.bytes(); })
+        .def("row",
+             [](const Held &h, int64_t index, Array<float, 1> out) {
+                 if (index < 0 || index >= h.rows || static_cast<int64_t>(out.shape(0)) != h.cols)
+                     refuse("no such row, or out does not fit it");
+                 h.row(index, out.data());
+             }, nb::arg("index"), array("out"))
+        .def("product", &product, nb::arg("level"), nb::arg("threads"), array("x"), maybe("bias"), array("out"));
+    m.def("sparse", &sparse, array("mask"), nb::arg("cols"), array("values"), maybe("scale"), maybe("order"));
+    m.def("dense", &dense, array("values"), maybe("scale"));
+    nb::class_<Decoder>(m, "Decoder")
+        .def_prop_ro("state_size", [](const Decoder &d) { return d.net.state_size; })
+        .def("step", &step, nb::arg("level"), nb::arg("threads"), array("tokens"), array("state"), array("logits"));
+    m.def("decoder", &decoder, nb::arg("sizes"), nb::arg("layers"), nb::arg("rest"));
+}
+
+} // namespace sparsessm

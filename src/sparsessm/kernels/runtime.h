@@ -1,0 +1,86 @@
+// What the runtime's kernels take: matrices, and a whole model for one step of decoding. Filled by native_runtime.cpp,
+// read by product_impl.h and step_impl.h.
+#pragma once
+#include "matrix.h"
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+namespace sparsessm {
+
+// The recurrence of one layer with only the states that remember something. Channels are sorted by how many they keep;
+// SCAN_LANES of them share a group, and its states lie as (slots, SCAN_LANES).
+constexpr int SCAN_LANES = 16;
+struct ScanGroup {
+    int64_t state;   // floats from the layer's first state
+    int64_t entries; // of A and index, at which the group's begin
+    int32_t slots;
+    bool ordered;    // slot n holds state n of every channel: B and C need no look-up
+};
+
+struct Layer {
+    std::shared_ptr<const Matrix> in_x, in_z, x_proj, dt_proj, out_proj; // rows of dt_proj in the sorted order
+    std::vector<float> norm, conv, conv_bias, in_bias, out_bias; // conv: (K, D); biases may be empty
+    std::vector<float> dt_bias, skip;                            // (padded channels), sorted; skip is D
+    std::vector<float> A;                                        // (slots, SCAN_LANES) per group, times log2(e)
+    std::vector<uint8_t> index;                                  // the same: which state a slot holds
+    std::vector<int32_t> channel;                                // (padded channels): sorted -> own; -1: none
+    std::vector<ScanGroup> groups;
+    int64_t conv_state, scan_state; // floats from the beginning of a sequence's state
+};
+
+struct Network {
+    int64_t width, channels, states, rank, taps, vocabulary; // d_model, D, N, R, K, V
+    float epsilon;
+    int64_t state_size; // floats a sequence
+    std::vector<Layer> layers;
+    std::vector<float> norm;
+    std::shared_ptr<const Matrix> embedding, head;
+};
+
+// All threads meet here; short waits spin, long ones give the core away.
+class Barrier {
+  public:
+    void wait(int count) {
+        if (count == 1) return;
+        const uint32_t turn = turn_.load(std::memory_order_acquire);
+        if (arrived_.fetch_add(1, std::memory_order_acq_rel) == count - 1) {
+            arrived_.store(0, std::memory_order_relaxed);
+            turn_.store(turn + 1, std::memory_order_release);
+            return;
+        }
+        for (int spins = 0; turn_.load(std::memory_order_acquire) == turn; ++spins) pause(spins);
+    }
+
+  private:
+    static void pause(int spins);
+    alignas(64) std::atomic<int> arrived_{0};
+    alignas(64) std::atomic<uint32_t> turn_{0};
+};
+
+struct Workspace { // shared by the threads of one step, (batch, ...) each
+    std::vector<float> hidden, u, z, dbc, y;
+};
+
+struct Step {
+    const Network &net;
+    const int64_t *tokens; // (batch)
+    float *state;          // (batch, state_size), advanced
+    float *logits;         // (batch, vocabulary)
+    int64_t batch;
+    Workspace &work;
+    Barrier &barrier;
+    // Per layer in_x, in_z, x_proj, out_proj: bounds of each thread's share of groups; of the head behind them.
+    const std::vector<std::vector<int64_t>> &shares;
+};
+
+struct Product {
+    const Matrix &matrix;
+    const float *x, *bias; // (length, cols) with a stride between rows, (rows) or null
+    float *out;            // (length, rows) with a stride between rows
+    int64_t length, x_stride, out_stride;
+};
+
+} // namespace sparsessm

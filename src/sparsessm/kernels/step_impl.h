@@ -1,0 +1,171 @@
+// One token through the whole network for each sequence of a batch: what every thread does, with a barrier between
+// phases. Included by scan_impl.h's levels, in their namespace.
+
+// log(1 + e^x), to about 1e-7: log(1 + t) is 2 artanh(t / (2 + t)), whose series ends early as t <= 1.
+static inline vec softplus(vec x) {
+    const vec t = exp2v((x > splat(0.0f) ? -x : x) * splat(LOG2E));
+    const vec s = t / (splat(2.0f) + t), q = s * s;
+    vec p = splat(1.0f / 15) * q + splat(1.0f / 13);
+    p = p * q + splat(1.0f / 11);
+    p = p * q + splat(1.0f / 9);
+    p = p * q + splat(1.0f / 7);
+    p = p * q + splat(1.0f / 5);
+    p = p * q + splat(1.0f / 3);
+    p = p * q + splat(1.0f);
+    return (x > splat(0.0f) ? x : vec{}) + (s + s) * p;
+}
+
+static void rms_norm(const float *x, const float *weight, float epsilon, int64_t count, float *out) {
+    vec squares{};
+    float rest = 0;
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) squares += load(x + i) * load(x + i);
+    for (; i < count; ++i) rest += x[i] * x[i];
+    const float unit = 1.0f / std::sqrt((sum(squares) + rest) / static_cast<float>(count) + epsilon);
+    for (i = 0; i < count; ++i) out[i] = weight[i] * (x[i] * unit);
+}
+
+// table[index[lane]]; the table is padded to SCAN_LANES entries.
+static inline vec pick(const float *table, const uint8_t *index, int64_t states) {
+#if defined(__AVX512F__)
+    const __m512i at = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(index)));
+    if (states <= 16) return vec(_mm512_permutexvar_ps(at, _mm512_loadu_ps(table)));
+    return vec(_mm512_i32gather_ps(at, table, 4));
+#elif LANES == 8
+    (void)states;
+    return vec(_mm256_i32gather_ps(table, _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(index))), 4));
+#else
+    (void)states;
+    vec out;
+    for (int lane = 0; lane < LANES; ++lane) out[lane] = table[index[lane]];
+    return out;
+#endif
+}
+
+// The convolution's window of channels [begin, end) moves on by x; u = silu(conv). x and u may be the same.
+static void convolve(const Layer &layer, const Network &net, float *state, int64_t begin, int64_t end, const float *x,
+                     float *u) {
+    const int64_t D = net.channels, past = net.taps - 1;
+    for (int64_t c = begin; c < end; c += LANES) {
+        const int lanes = static_cast<int>(std::min<int64_t>(LANES, end - c));
+        const vec now = load(x + c, lanes);
+        vec y = load(layer.conv.data() + past * D + c, lanes) * now;
+        if (!layer.conv_bias.empty()) y += load(layer.conv_bias.data() + c, lanes);
+        for (int64_t k = 0; k < past; ++k) {
+            const vec then = load(state + k * D + c, lanes);
+            y += load(layer.conv.data() + k * D + c, lanes) * then;
+            if (k) store(state + (k - 1) * D + c, then, lanes);
+        }
+        if (past) store(state + (past - 1) * D + c, now, lanes);
+        store(u + c, y * sigmoid(y), lanes);
+    }
+}
+
+// The recurrence of one group, from the step size before softplus to the gated output.
+static void recur(const Layer &layer, const Network &net, int64_t g, const float *delta_raw, const float *u,
+                  const float *z, const float *B, const float *C, const float *BC, float total, float *state, float *y) {
+    const ScanGroup &group = layer.groups[g];
+    for (int part = 0; part < SCAN_LANES; part += LANES) {
+        const int64_t first = g * SCAN_LANES + part;
+        const int32_t *channel = layer.channel.data() + first;
+        vec own{}, gate{}, raw{};
+        for (int lane = 0; lane < LANES; ++lane)
+            if (channel[lane] >= 0) {
+                own[lane] = u[channel[lane]], gate[lane] = z[channel[lane]];
+                raw[lane] = delta_raw[first + lane];
+            }
+        const vec delta = softplus(raw + load(layer.dt_bias.data() + first)), du = delta * own;
+        vec out = load(layer.skip.data() + first) * own, kept{};
+        float *h = state + group.state + part;
+        const float *A = layer.A.data() + group.entries + part;
+        const uint8_t *index = layer.index.data() + group.entries + part;
+        for (int32_t k = 0; k < group.slots; ++k, h += SCAN_LANES, A += SCAN_LANES, index += SCAN_LANES) {
+            const vec b = group.ordered ? splat(B[k]) : pick(B, index, net.states);
+            const vec c = group.ordered ? splat(C[k]) : pick(C, index, net.states);
+            const vec now = exp2v(delta * load(A)) * load(h) + du * b;
+            store(h, now, LANES);
+            out += c * now;
+            if (!group.ordered) kept += pick(BC, index, net.states);
+        }
+        // What keeps no state answers at once: C_n B_n du, for all states that have no slot.
+        if (group.slots < net.states) out += du * (splat(total) - kept);
+        out = out * gate * sigmoid(gate);
+        for (int lane = 0; lane < LANES; ++lane)
+            if (channel[lane] >= 0) y[channel[lane]] = out[lane];
+    }
+}
+
+void step(const Step &s, int thread, int threads) {
+    const Network &net = s.net;
+    const int64_t d = net.width, D = net.channels, N = net.states, R = net.rank, V = net.vocabulary;
+    const int64_t padded = (D + SCAN_LANES - 1) / SCAN_LANES * SCAN_LANES;
+    Workspace &w = s.work;
+    std::vector<float> own(s.batch * (d + padded)); // this thread's
+    float *normed = own.data(), *delta = own.data() + s.batch * d;
+    std::vector<float> padded_states(3 * (N + SCAN_LANES));
+    float *B = padded_states.data(), *C = B + N + SCAN_LANES, *BC = C + N + SCAN_LANES;
+    if (thread == 0)
+        for (int64_t b = 0; b < s.batch; ++b) net.embedding->row(s.tokens[b], w.hidden.data() + b * d);
+    s.barrier.wait(threads);
+    const auto share = [&](size_t which, int64_t &begin, int64_t &end) {
+        begin = s.shares[which][thread], end = s.shares[which][thread + 1];
+    };
+    int64_t begin, end;
+    for (size_t l = 0; l < net.layers.size(); ++l) {
+        const Layer &layer = net.layers[l];
+        for (int64_t b = 0; b < s.batch; ++b)
+            rms_norm(w.hidden.data() + b * d, layer.norm.data(), net.epsilon, d, normed + b * d);
+        share(4 * l, begin, end);
+        project(*layer.in_x, normed, d, s.batch, begin, end, w.u.data(), D);
+        const int64_t c0 = begin * GROUP, c1 = std::min(D, end * GROUP);
+        for (int64_t b = 0; b < s.batch && c0 < c1; ++b) {
+            float *u = w.u.data() + b * D;
+            if (!layer.in_bias.empty())
+                for (int64_t c = c0; c < c1; ++c) u[c] += layer.in_bias[c];
+            convolve(layer, net, s.state + b * net.state_size + layer.conv_state, c0, c1, u, u);
+        }
+        share(4 * l + 1, begin, end);
+        project(*layer.in_z, normed, d, s.batch, begin, end, w.z.data(), D);
+        if (!layer.in_bias.empty())
+            for (int64_t b = 0; b < s.batch; ++b)
+                for (int64_t c = begin * GROUP; c < std::min(D, end * GROUP); ++c)
+                    w.z[b * D + c] += layer.in_bias[D + c];
+        s.barrier.wait(threads);
+
+        share(4 * l + 2, begin, end);
+        project(*layer.x_proj, w.u.data(), D, s.batch, begin, end, w.dbc.data(), R + 2 * N);
+        s.barrier.wait(threads);
+
+        // Whole scan groups, of SCAN_LANES / GROUP groups of dt_proj's sorted rows each.
+        const int64_t groups = static_cast<int64_t>(layer.groups.size()), g0 = groups * thread / threads,
+                      g1 = groups * (thread + 1) / threads;
+        constexpr int64_t WITHIN = SCAN_LANES / GROUP;
+        project(*layer.dt_proj, w.dbc.data(), R + 2 * N, s.batch, std::min(g0 * WITHIN, layer.dt_proj->groups),
+                std::min(g1 * WITHIN, layer.dt_proj->groups), delta, padded);
+        for (int64_t b = 0; b < s.batch; ++b) {
+            const float *dbc = w.dbc.data() + b * (R + 2 * N);
+            float total = 0;
+            for (int64_t n = 0; n < N; ++n) {
+                B[n] = dbc[R + n], C[n] = dbc[R + N + n], BC[n] = B[n] * C[n];
+                total += BC[n];
+            }
+            for (int64_t g = g0; g < g1; ++g)
+                recur(layer, net, g, delta + b * padded, w.u.data() + b * D, w.z.data() + b * D, B, C, BC, total,
+                      s.state + b * net.state_size + layer.scan_state, w.y.data() + b * D);
+        }
+        s.barrier.wait(threads);
+
+        share(4 * l + 3, begin, end);
+        if (begin < end) { // what it adds to the residual stream goes through `normed`, which is free now
+            project(*layer.out_proj, w.y.data(), D, s.batch, begin, end, normed, d);
+            for (int64_t b = 0; b < s.batch; ++b)
+                for (int64_t i = begin * GROUP; i < std::min(d, end * GROUP); ++i)
+                    w.hidden[b * d + i] += normed[b * d + i] + (layer.out_bias.empty() ? 0.0f : layer.out_bias[i]);
+        }
+        s.barrier.wait(threads);
+    }
+    for (int64_t b = 0; b < s.batch; ++b)
+        rms_norm(w.hidden.data() + b * d, net.norm.data(), net.epsilon, d, normed + b * d);
+    share(4 * net.layers.size(), begin, end);
+    project(*net.head, normed, d, s.batch, begin, end, s.logits, V);
+}

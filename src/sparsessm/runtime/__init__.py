@@ -1,0 +1,117 @@
+"""Run a model: `load(path).generate(prompt)`. Pruning and running meet only on disk.
+
+Place in the flow: after everything that prunes, above `checkpoint/` and `kernels/`.
+
+    base.py         the Engine protocol: tokens in, logits out, a state between
+    reference.py    the definition, in plain PyTorch
+    engine.py       the same in native code, from encoded tensors
+    sampling.py     logits -> the next token
+    text.py         tokens -> text, piece by piece
+    state.py        what a sequence carries, to keep and to continue from
+    generation.py   Model: generate, logits
+    causal_lm.py    a Model in the words of transformers, for its generate() and for lm_eval
+
+Importing it is light; torch and transformers come in with `load`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sparsessm.checkpoint import Checkpoint, Encoded, Packed
+
+    from .base import Engine
+    from .generation import Model
+
+__all__ = ["load", "of"]
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    tokenizer: str | os.PathLike[str] | None = None,
+    threads: int | None = None,
+) -> Model:
+    """Load a model to run it on this machine's CPU.
+
+    Args:
+        path: what `sparsessm pack` wrote, or whatever `sparsessm.load` takes: a hub id, a stock directory,
+            pruned or not, or "builtin:pycode".
+        tokenizer: a hub id, a directory or a `tokenizer.json` to use instead of the model's own.
+        threads: so many, of the whole process; None: as many as torch uses.
+
+    Raises:
+        ValueError: `threads` below 1, or as `sparsessm.load`.
+    """
+    if threads is not None and (type(threads) is not int or threads < 1):
+        raise ValueError(f"threads is {threads!r}; allowed: a whole number from 1, or none")
+    from sparsessm import checkpoint
+    from sparsessm.checkpoint import packed, reading
+
+    if reading.is_packed(reading.find(os.fspath(path))):
+        found = packed.read(path)
+        return _model(found, found.tokenizer(tokenizer), threads)
+    return of(checkpoint.load(path, tokenizer=tokenizer), threads=threads)
+
+
+def of(checkpoint: Checkpoint, *, threads: int | None = None) -> Model:
+    """A model that is in memory already, as it is now.
+
+    Weights may be shared: after a change of the checkpoint's model call this again.
+
+    Args:
+        checkpoint: what `sparsessm.load` returned, pruned or not.
+        threads: as in `load`.
+    """
+    from sparsessm.checkpoint import packed
+
+    return _model(packed.of(checkpoint), checkpoint.tokenizer, threads)
+
+
+def _engine(config: Any, tensors: Mapping[str, Encoded], threads: int | None) -> Engine:
+    """What reads the tokens: the native engine where it is built, else the definition."""
+    import torch
+
+    from sparsessm import kernels
+
+    from .base import refuse_unsupported
+
+    refuse_unsupported(config)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if kernels.NATIVE:
+        from .engine import NativeEngine
+
+        return NativeEngine(config, tensors, threads)
+    from .reference import ReferenceEngine
+
+    return ReferenceEngine(config, {name: found.decode(torch.float32) for name, found in tensors.items()})
+
+
+def _model(packed: Packed, tokenizer: Any, threads: int | None) -> Model:
+    """Join the parts; which tokens begin and end a text, the stock model's generation config says first."""
+    from sparsessm.checkpoint import reading
+
+    from .generation import Model
+
+    config = reading.stock_config(packed.source, packed.config, False)
+    engine = _engine(config, packed.tensors, threads)
+    text = packed.files.get(reading.GENERATION)
+    generation = SimpleNamespace(**json.loads(text)) if text else None
+
+    def told(role: str) -> list[int]:
+        for holder in (generation, config, tokenizer):
+            ids = getattr(holder, f"{role}_token_id", None)
+            some = [token for token in (ids if isinstance(ids, list) else [ids]) if isinstance(token, int)]
+            if some := [token for token in some if 0 <= token < engine.vocabulary]:
+                return some
+        return []
+
+    eos = told("eos")
+    bos = [*told("bos"), *eos]
+    return Model(engine, tokenizer, config, eos=eos, bos=bos[0] if bos else None, source=packed.source)
