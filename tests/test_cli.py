@@ -55,6 +55,7 @@ def here(tmp_path: Path, shelf: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli.pruning, "EVALUATED_TOKENS", 64)
     monkeypatch.setattr(demo, "TOKENS", 2048)
+    monkeypatch.setattr(demo, "ROUNDS", 1)
     return tmp_path
 
 
@@ -651,6 +652,9 @@ def test_demo_shows_every_method_and_replaces_only_a_demo(monkeypatch: pytest.Mo
     assert record["recipe"]["target"] == "all" and "method" not in record["recipe"]
     assert record["perplexity"]["pruned"] == methods[demo.SAVED]["pruned"]
     assert f"'{demo.SAVED}' is saved to demo-out" in text
+    assert "demo-out.packed goes on from" in text and "demo-out.int8" in text
+    sizes = {kind: Path(f"demo-out.{kind}/packed.safetensors").stat().st_size for kind in demo.PACKED}
+    assert f"{sizes['packed']:,}" in text and sizes["int8"] < 0.6 * sizes["packed"]
     del record["perplexity"]["methods"]
     Path("demo-out/pruning.json").write_text(json.dumps(record))
     assert "'demo-out' exists" in refused(*small)  # somebody's own result
@@ -659,6 +663,8 @@ def test_demo_shows_every_method_and_replaces_only_a_demo(monkeypatch: pytest.Mo
     monkeypatch.setattr(demo, "RUNS", {demo.SAVED: {"method": "magnitude", "target": "projections"}})
     document = json.loads(run(*small, "--json", "--quiet").stdout)
     assert document["recipe"]["method"] == "magnitude"
+    assert document["text"].startswith(demo.PROMPT)
+    assert [row["bytes"]["file"] < sizes["packed"] * 1.2 for row in document["packed"]] == [True, True]
     assert json.loads(Path("demo-out/pruning.json").read_text())["recipe"] == document["recipe"]
 
 

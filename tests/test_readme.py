@@ -152,6 +152,7 @@ def test_a_section_of_the_readme_runs(section: str, tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text(TEXT * 20)
     monkeypatch.setattr(demo, "TOKENS", 2048)
+    monkeypatch.setattr(demo, "ROUNDS", 1)
     monkeypatch.setattr(sparsessm, "prune", partial(sparsessm.prune, samples=1, length=64))
     monkeypatch.setattr(sparsessm, "evaluate", partial(sparsessm.evaluate, limit=1, length=64))
     for language, text in blocks(section):

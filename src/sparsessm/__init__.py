@@ -6,6 +6,7 @@
     report = sparsessm.prune(model, sparsity=0.5)
     print(sparsessm.evaluate(model))
     sparsessm.save(model, "out", report)
+    print(sparsessm.runtime.load("out").generate("import os").text)
 
 This file is the door: four functions before `checkpoint`, `data`, `plan`, `pipeline`, `report`, `evaluation`.
 Importing it is light; torch and transformers come in with the first call.
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
+from . import runtime
+
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
@@ -30,7 +33,7 @@ if TYPE_CHECKING:
 
     from .checkpoint import Checkpoint
 
-__all__ = ["evaluate", "load", "prune", "save"]
+__all__ = ["evaluate", "load", "prune", "runtime", "save"]
 try:
     __version__ = version("sparsessm")
 except PackageNotFoundError:  # a source tree on the path, not installed

@@ -1,22 +1,26 @@
-"""The demo: the built-in model pruned in several ways, compared on held-out text; for `sparsessm demo`.
+"""The demo: the built-in model pruned in several ways, compared, packed and run; for `sparsessm demo`.
 
 Place in the flow: on top of the door, as a user's program would be; `cli` prints what comes from here.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import sparsessm
 
-from .checkpoint import Checkpoint
+from . import runtime
+from .checkpoint import Checkpoint, load, pack
 from .evaluation import Perplexity
 from .pipeline import needs_data
-from .report import Report
+from .report import Report, percent
+from .runtime.measure import measure
 from .tables import Progress
 from .yardstick import Yardstick, compared
 
 MODEL = "builtin:pycode"
+ROUNDS = 7  # of measuring each packed model beside the dense one
 TOKENS = 65536  # held-out tokens that every result is measured on
 _EXACT = {
     "targets": ["ssm"]
@@ -30,6 +34,11 @@ RUNS: dict[str, dict[str, Any]] = {
     "all: absorb (the default)": {},
 }
 SAVED = "all: absorb (the default)"  # the run whose model is kept
+PACKED: dict[str, dict[str, Any]] = {  # how it is packed, by what is added to its directory's name
+    "packed": {},
+    "int8": {"dtype": "int8", "head": "int8"},
+}
+PROMPT, LENGTH = "def read_lines(path):\n", 64  # what the packed model goes on with, in tokens
 
 
 class Demo(NamedTuple):
@@ -38,12 +47,14 @@ class Demo(NamedTuple):
     Attributes:
         dense: the model before. measured: run -> as `Report.perplexity`.
         checkpoint, report: of the run `SAVED`; the report tells of all.
+        yardstick: what all were measured on.
     """
 
     dense: Perplexity
     measured: dict[str, dict[str, Any]]
     checkpoint: Checkpoint
     report: Report
+    yardstick: Yardstick
 
 
 def compare(progress: Progress, **fields: Any) -> Demo:
@@ -77,4 +88,65 @@ def compare(progress: Progress, **fields: Any) -> Demo:
     checkpoint, report = kept
     methods = {name: {part: measured[name][part] for part in ("pruned", "difference")} for name in measured}
     report.perplexity = {**measured[SAVED], "methods": methods}
-    return Demo(dense, measured, checkpoint, report)
+    return Demo(dense, measured, checkpoint, report, yardstick)
+
+
+def packed_folder(out: Path, kind: str) -> Path:
+    """Where the result in `out` is packed in one of the ways of `PACKED`."""
+    return out.with_name(f"{out.name}.{kind}")
+
+
+def run(progress: Progress, out: Path, done: Demo, *, force: bool) -> tuple[list[dict[str, Any]], str]:
+    """Pack the saved result in every way of `PACKED`, measure each beside the dense model, and let one write.
+
+    Args:
+        out: the directory that the result was saved to.
+        force: replace older ones.
+
+    Returns:
+        For each way: "model", "bytes" (of the file, and its share of the dense model's), "difference" of
+        perplexity from dense, and the record "speed" (`Measurement.record`); and the text.
+    """
+    rows, text = [], ""
+    for kind, how in PACKED.items():
+        folder = packed_folder(out, kind)
+        progress.say(f"packing and measuring, {folder}")
+        packing = pack(out, folder, force=force, **how)
+        if not text:
+            text = PROMPT + runtime.load(folder).generate(PROMPT, LENGTH).text
+        cost = compared(done.dense, done.yardstick.measure(load(str(folder)), progress))
+        speed = measure(folder, MODEL, rounds=ROUNDS, progress=progress).record()
+        size = {"file": packing.after, "share": packing.ratio}
+        rows.append({"model": str(folder), "bytes": size, "difference": cost["difference"], "speed": speed})
+    return rows, text
+
+
+def packed_table(rows: list[dict[str, Any]]) -> tuple[str, list[str], list[list[str]]]:
+    """What `run` returned: title, columns, cells."""
+    cells = []
+    for row in rows:
+        speed, gain = row["speed"]["models"][0]["tokens_per_second"], row["speed"]["ratios"]
+        cells.append(
+            [
+                row["model"],
+                f"{row['bytes']['file']:,}",
+                percent(row["bytes"]["share"]),
+                f"{row['difference']['mean']:+.2%}",
+                *(
+                    f"{at['decode'][size]['median']:{form}}"
+                    for size in ("1", "16")
+                    for at, form in ((speed, ",.0f"), (gain, ".2f"))
+                ),
+            ]
+        )
+    columns = [
+        "packed",
+        "bytes",
+        "of dense",
+        "perplexity",
+        "tokens/s",
+        "times dense",
+        "at batch 16",
+        "times dense",
+    ]
+    return f"Beside the dense model ({rows[0]['speed']['threads']} threads)", columns, cells

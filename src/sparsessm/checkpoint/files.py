@@ -12,7 +12,7 @@ import pickle
 import re
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,26 +49,38 @@ def few(names: list[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + rest
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The stock files that `read_tensors` reads; stock order of preference.
+
+    Raises:
+        ValueError: there are none.
+    """
+    return _stock(folder)[1]
+
+
+def _stock(folder: Path) -> tuple[str, list[Path]]:
+    """The stock format of a checkpoint directory, by the name of its one file, and the files."""
+    for name in (SAFETENSORS, BIN):
+        if (folder / name).is_file():
+            return name, [folder / name]
+        if (folder / f"{name}.index.json").is_file():
+            return name, _shards(folder, folder / f"{name}.index.json")
+    raise ValueError(f"no {SAFETENSORS} or {BIN} in {str(folder)!r}")
+
+
 def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of a checkpoint directory, in the dtype it is stored in; stock order of preference."""
-    for name, read in ((SAFETENSORS, _read_safetensors), (BIN, _read_bin)):
-        files: Iterable[Path] = ()
-        if (folder / name).is_file():
-            files = [folder / name]
-        elif (folder / f"{name}.index.json").is_file():
-            files = _shards(folder, folder / f"{name}.index.json")
-        seen: set[str] = set()
-        for file in files:
-            if not os.access(file, os.R_OK):
-                raise ValueError(f"{file}: no right to read it")
-            for tensor_name, tensor in read(file):
-                if tensor_name in seen:
-                    raise ValueError(f"{file}: tensor {tensor_name} is in more than one shard")
-                seen.add(tensor_name)
-                yield tensor_name, tensor
-        if files:
-            return
-    raise ValueError(f"no {SAFETENSORS} or {BIN} in {str(folder)!r}")
+    name, files = _stock(folder)
+    read = _read_safetensors if name == SAFETENSORS else _read_bin
+    seen: set[str] = set()
+    for file in files:
+        if not os.access(file, os.R_OK):
+            raise ValueError(f"{file}: no right to read it")
+        for tensor_name, tensor in read(file):
+            if tensor_name in seen:
+                raise ValueError(f"{file}: tensor {tensor_name} is in more than one shard")
+            seen.add(tensor_name)
+            yield tensor_name, tensor
 
 
 def _shards(folder: Path, index: Path) -> list[Path]:

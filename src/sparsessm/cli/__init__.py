@@ -6,6 +6,7 @@ Place in the flow: the outermost layer.
     pruning.py     prune, demo, analyze
     looking.py     eval, inspect, list
     running.py     generate, pack, unpack
+    measuring.py   bench
     __main__.py    `python -m sparsessm.cli`
 """
 
@@ -20,15 +21,17 @@ import typer
 import sparsessm
 
 from .. import kernels, tables
-from . import looking, pruning, running
+from . import looking, measuring, pruning, running
 from .answering import app
 from .looking import evaluate, inspect, list_
+from .measuring import bench
 from .pruning import analyze, demo, prune
 from .running import generate, pack, unpack
 
 __all__ = [
     "analyze",
     "app",
+    "bench",
     "demo",
     "evaluate",
     "generate",
@@ -36,6 +39,7 @@ __all__ = [
     "list_",
     "looking",
     "main",
+    "measuring",
     "pack",
     "prune",
     "pruning",

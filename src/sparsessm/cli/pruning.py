@@ -153,7 +153,7 @@ def demo(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Prune the built-in model by the main methods, compare them on held-out text, and save the default's."""
+    """Prune the built-in model by the main methods, compare them on held-out text, and run the default's."""
     with answering(quiet) as progress:
         from .. import demo as demos
         from ..checkpoint import read_record, refuse_existing
@@ -161,11 +161,15 @@ def demo(
         record = read_record(out) if out.is_dir() else None
         former = record is not None and "methods" in (record.get("perplexity") or {})
         refuse_existing(out, former, demos.MODEL)
+        for kind in demos.PACKED:
+            refuse_existing(demos.packed_folder(out, kind), former, demos.MODEL)
         torch.manual_seed(seed)
         done = demos.compare(progress, sparsity=sparsity, samples=samples, seed=seed)
         sparsessm.save(done.checkpoint, out, done.report, force=former)
+        packed, text = demos.run(progress, out, done, force=former)
     if as_json:
-        print_json({"out": str(out), "saved": demos.SAVED, **done.report.record()})
+        document = {"out": str(out), "saved": demos.SAVED, **done.report.record()}
+        print_json({**document, "packed": packed, "text": text})
     elif not quiet:
         pruned = {name: run["pruned"] for name, run in done.measured.items()}
         changes = {name: run["difference"] for name, run in done.measured.items()}
@@ -174,6 +178,12 @@ def demo(
             f"{percent(sparsity)} removed: of A_log alone, or of all linear layers and A_log (by exact).",
             done.report.honesty(),
             f"The model of '{demos.SAVED}' is saved to {out}: a stock checkpoint.",
+        )
+        tables.show(tables.table(*demos.packed_table(packed), left=1))
+        tables.show(
+            "Its weights fit into a cache, where bytes are not time; larger models gain more (README).",
+            f"{demos.packed_folder(out, 'packed')} goes on from {demos.PROMPT!r}:",
+            text,
         )
 
 

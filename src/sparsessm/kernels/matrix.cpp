@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <mutex>
 #include <new>
 #include <stdexcept>
 #include <string>
@@ -16,7 +17,7 @@ namespace sparsessm {
 namespace {
 
 constexpr int64_t SLACK = 256; // kernels load whole vectors: up to one beyond the last value
-constexpr int64_t HUGE_PAGE = 2 << 20;
+constexpr int64_t HUGE_PAGE = 2 << 20, ARENA = 16 * HUGE_PAGE;
 
 uint64_t mask_word(const uint8_t *row, int64_t bytes, int64_t block) {
     uint64_t word = 0;
@@ -44,30 +45,27 @@ float number(const uint8_t *values, int64_t index, Value value) {
 
 } // namespace
 
-Buffer::Buffer(int64_t bytes) : bytes_(bytes) {
+Buffer::Buffer(int64_t bytes) {
     if (bytes <= 0) return;
-    const bool large = bytes >= 2 * HUGE_PAGE;
-    const int64_t unit = large ? HUGE_PAGE : 64, whole = (bytes + SLACK + unit - 1) / unit * unit;
-    data_.reset(static_cast<uint8_t *>(std::aligned_alloc(unit, whole)));
-    if (!data_) throw std::bad_alloc();
+    static std::mutex busy;
+    static std::weak_ptr<uint8_t> current; // the block that is being filled, as long as somebody uses it
+    static int64_t used, room;
+    const int64_t whole = (bytes + SLACK + 63) / 64 * 64;
+    const std::lock_guard<std::mutex> lock(busy);
+    block_ = current.lock();
+    if (!block_ || used + whole > room) {
+        room = std::max(ARENA, (whole + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE), used = 0;
+        auto *memory = static_cast<uint8_t *>(std::aligned_alloc(HUGE_PAGE, room));
+        if (!memory) throw std::bad_alloc();
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-    if (large) madvise(data_.get(), whole, MADV_HUGEPAGE); // a wish: what it returns does not matter
+        madvise(memory, room, MADV_HUGEPAGE); // a wish: what it returns does not matter
 #endif
-    std::memset(data_.get() + bytes, 0, whole - bytes);
-}
-
-void Buffer::Free::operator()(uint8_t *data) const { std::free(data); }
-
-void prefer_huge_pages(const void *from, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE) && defined(MADV_COLLAPSE)
-    const auto begin = (reinterpret_cast<uintptr_t>(from) + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
-    const auto end = (reinterpret_cast<uintptr_t>(from) + bytes) / HUGE_PAGE * HUGE_PAGE;
-    if (begin >= end) return;
-    madvise(reinterpret_cast<void *>(begin), end - begin, MADV_HUGEPAGE);
-    madvise(reinterpret_cast<void *>(begin), end - begin, MADV_COLLAPSE);
-#else
-    (void)from, (void)bytes;
-#endif
+        block_ = {memory, [](uint8_t *all) { std::free(all); }};
+        current = block_;
+    }
+    data_ = block_.get() + used;
+    used += whole;
+    std::memset(data_ + bytes, 0, whole - bytes);
 }
 
 int64_t Matrix::bytes() const {
@@ -172,7 +170,10 @@ Matrix sparse_matrix(const Packed &p) {
 Matrix dense_matrix(int64_t rows, int64_t cols, Value value, const uint8_t *values, const float *scale) {
     if (rows < 1 || cols < 1) refuse("a matrix needs at least one row and one column");
     Matrix m;
-    m.rows = rows, m.cols = cols, m.value = value, m.values = values, m.nonzero = rows * cols;
+    m.rows = rows, m.cols = cols, m.value = value, m.nonzero = rows * cols;
+    m.own_values = Buffer(rows * cols * size_of(value));
+    std::memcpy(m.own_values.data(), values, rows * cols * size_of(value));
+    m.values = m.own_values.data();
     m.blocks = (cols + BLOCK - 1) / BLOCK, m.groups = (rows + GROUP - 1) / GROUP;
     if (scale) m.scale.assign(scale, scale + rows);
     return m;

@@ -14,29 +14,23 @@ inline int64_t size_of(Value value) { return value == Value::f32 ? 4 : value == 
 constexpr int GROUP = 4;  // rows whose blocks lie next to each other: one stream feeds four sums
 constexpr int BLOCK = 64; // columns under one mask
 
-// Memory for streaming: huge pages where the system has them, and readable a cache line beyond its end.
+// Memory for streaming, and readable some cache lines beyond its end. Many share one large block of huge pages: reading
+// a gigabyte through small pages costs up to half of the bandwidth.
 class Buffer {
   public:
     explicit Buffer(int64_t bytes = 0);
-    uint8_t *data() const { return data_.get(); }
-    int64_t bytes() const { return bytes_; }
+    uint8_t *data() const { return data_; }
 
   private:
-    struct Free {
-        void operator()(uint8_t *data) const;
-    };
-    std::unique_ptr<uint8_t, Free> data_;
-    int64_t bytes_ = 0;
+    std::shared_ptr<uint8_t> block_;
+    uint8_t *data_ = nullptr;
 };
-
-// Asks for huge pages under memory that is there already; a wish.
-void prefer_huge_pages(const void *from, int64_t bytes);
 
 struct Matrix {
     int64_t rows = 0, cols = 0, blocks = 0, groups = 0, nonzero = 0;
     Value value = Value::f32;
     bool sparse = false;
-    // Sparse: for each group, block, row of the group: the kept values. Dense: (rows, cols), borrowed or owned.
+    // Sparse: for each group, block, row of the group: the kept values. Dense: (rows, cols).
     const uint8_t *values = nullptr;
     const uint64_t *masks = nullptr;  // (groups, blocks, GROUP): bit j keeps column 64 * block + j
     std::vector<int64_t> offsets;     // (groups + 1): where a group's values begin, in values
@@ -64,7 +58,6 @@ struct Packed {
 
 // Throws std::invalid_argument where the masks and values do not fit each other: a kernel must never read beyond them.
 Matrix sparse_matrix(const Packed &);
-// `values` must outlive the matrix.
 Matrix dense_matrix(int64_t rows, int64_t cols, Value, const uint8_t *values, const float *scale);
 
 } // namespace sparsessm

@@ -16,6 +16,8 @@ from torch.nn import functional as F
 from sparsessm import kernels
 
 BLOCK = 64  # columns that share a scale where int8 weights meet inputs (matrix.h)
+MANY = 16  # rows of inputs from which a dense matrix is better widened to float32 and left to the BLAS
+TINY = 1e-30  # inputs below it are zero there (product_impl.h)
 VALUES = (torch.float32, torch.bfloat16, torch.int8)
 
 
@@ -28,15 +30,16 @@ class Matrix:
         nbytes: bytes that one decoding step reads.
     """
 
-    def __init__(self, native: Any, values: Tensor | None, scale: Tensor | None) -> None:
+    def __init__(self, native: Any, dtype: torch.dtype, scale: Tensor | None) -> None:
         self.native = native
-        self._values, self._scale = values, scale  # values: of a dense matrix
+        self._values = None if native.sparse else native.values.view(dtype)
+        self._scale = _floats(scale)
         self.rows, self.cols = int(native.rows), int(native.cols)
         self.sparse, self.nbytes = bool(native.sparse), int(native.nbytes)
 
     @staticmethod
     def dense(values: Tensor, scale: Tensor | None = None) -> Matrix:
-        """A matrix whose every entry is stored; the tensor is borrowed, not copied.
+        """A matrix whose every entry is stored; everything is copied.
 
         Args:
             values: (rows, cols) float32, bfloat16 or int8.
@@ -46,7 +49,8 @@ class Matrix:
             ValueError: another dtype or shape.
         """
         values = values.detach().contiguous()
-        return Matrix(kernels.extension().dense(_bits(values), _floats(scale)), values, scale)
+        _expect("values", values, values.dtype, -1, -1)
+        return Matrix(kernels.extension().dense(_bits(values), _floats(scale)), values.dtype, scale)
 
     @staticmethod
     def packed(
@@ -63,26 +67,48 @@ class Matrix:
         Raises:
             ValueError: mask and values that do not fit each other.
         """
+        _expect("mask", mask, torch.uint8, -1, -1)
+        _expect("values", values, values.dtype, -1)
+        if rows is not None:
+            _expect("rows", rows, torch.int64, -1)
         order = None if rows is None else rows.contiguous()
         made = kernels.extension().sparse(
             mask.contiguous(), cols, _bits(values.contiguous()), _floats(scale), order
         )
-        return Matrix(made, None, scale)
+        return Matrix(made, values.dtype, scale if scale is None or rows is None else scale[rows])
 
-    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x (L, cols) float32 -> x @ weight.T + bias, (L, rows) float32; of int8, x is `rounded` first."""
+    def linear(self, x: Tensor, bias: Tensor | None = None, *, softplus: bool = False) -> Tensor:
+        """x (L, cols) float32 -> x @ weight.T + bias, (L, rows) float32; of int8, x is `rounded` first.
+
+        Args:
+            bias: (rows,) float32.
+            softplus: give the softplus of it.
+
+        Raises:
+            ValueError: another dtype or shape.
+        """
+        _expect("x", x, torch.float32, -1, self.cols)
+        if bias is not None:
+            _expect("bias", bias, torch.float32, self.rows)
+            bias = bias.detach().contiguous()
+        x = x.detach()
         if self._scale is not None:
             x = rounded(x)
-        if self._values is not None:
+        if self._values is not None and len(x) >= MANY:  # what a BLAS is made for
             weight = self._values.float()
-            return F.linear(x, weight if self._scale is None else weight * self._scale[:, None], bias)
+            out = F.linear(x, weight if self._scale is None else weight * self._scale[:, None], bias)
+            return F.softplus(out) if softplus else out
         x = x if x.stride(-1) == 1 or self.cols == 1 else x.contiguous()
         out = torch.empty(x.shape[0], self.rows)
-        self.native.product(kernels.LEVEL, torch.get_num_threads(), x, bias, out)
+        self.native.product(kernels.LEVEL, torch.get_num_threads(), x, bias, softplus, out)
         return out
 
     def row(self, index: int) -> Tensor:
-        """Row `index` as float32 (cols,)."""
+        """Row `index` as float32 (cols,).
+
+        Raises:
+            ValueError: there is no such row.
+        """
         out = torch.empty(self.cols)
         self.native.row(index, out)
         return out
@@ -127,7 +153,7 @@ def rounded(x: Tensor) -> Tensor:
     """
     blocks = F.pad(x, (0, -x.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
     most = blocks.abs().amax(2, keepdim=True)
-    inverse = torch.where(most > 0, 127.0 / most, 0.0)
+    inverse = torch.where(most > TINY, 127.0 / most, 0.0)
     return torch.round(blocks * inverse).mul_(most / 127.0).flatten(1)[:, : x.shape[1]]
 
 
@@ -138,4 +164,18 @@ def _bits(values: Tensor) -> Tensor:
 
 
 def _floats(scale: Tensor | None) -> Tensor | None:
-    return None if scale is None else scale.detach().float().contiguous()
+    if scale is None:
+        return None
+    _expect("scale", scale, scale.dtype, -1)
+    return scale.detach().float().contiguous()
+
+
+def _expect(name: str, tensor: Tensor, dtype: torch.dtype, *shape: int) -> None:
+    """Refuse another dtype or shape; -1 is any length."""
+    found = tuple(tensor.shape)
+    if (
+        tensor.dtype != dtype
+        or len(found) != len(shape)
+        or any(want not in (-1, have) for want, have in zip(shape, found, strict=True))
+    ):
+        raise ValueError(f"{name} is {tensor.dtype} {found}, expected {dtype} {shape}")

@@ -55,15 +55,10 @@ const float *scales(const std::optional<Array<const float, 1>> &scale, Value val
     return scale->data();
 }
 
-struct Held : Matrix { // keeps what a dense matrix borrows
-    explicit Held(Matrix &&m) : Matrix(std::move(m)) {}
-    std::optional<Raw> array;
-};
-
-std::shared_ptr<Held> sparse(Array<const uint8_t, 2> mask, int64_t cols, Raw values,
+std::shared_ptr<Matrix> sparse(Array<const uint8_t, 2> mask, int64_t cols, Raw values,
                              std::optional<Array<const float, 1>> scale, std::optional<Array<const int64_t, 1>> order) {
     if (values.ndim() != 1) refuse("values must have one dimension");
-    if (cols < 1 || static_cast<int64_t>(mask.shape(1)) != (cols + 7) / 8)
+    if (cols < 1 || static_cast<int64_t>(mask.shape(1)) != cols / 8 + (cols % 8 != 0))
         refuse("the mask has " + std::to_string(mask.shape(1)) + " bytes a row, which do not fit " + std::to_string(cols) +
                " columns");
     Packed p{};
@@ -72,18 +67,22 @@ std::shared_ptr<Held> sparse(Array<const uint8_t, 2> mask, int64_t cols, Raw val
     p.scale = scales(scale, p.value, mask.shape(0));
     if (order) p.order = order->data(), p.ordered = order->shape(0);
     nb::gil_scoped_release release;
-    return std::make_shared<Held>(sparse_matrix(p));
+    return std::make_shared<Matrix>(sparse_matrix(p));
 }
 
-std::shared_ptr<Held> dense(Raw values, std::optional<Array<const float, 1>> scale) {
+std::shared_ptr<Matrix> dense(Raw values, std::optional<Array<const float, 1>> scale) {
     if (values.ndim() != 2) refuse("values must have two dimensions");
     const Value value = value_of(values);
-    auto held = std::make_shared<Held>(dense_matrix(values.shape(0), values.shape(1), value,
-                                                    static_cast<const uint8_t *>(values.data()),
-                                                    scales(scale, value, values.shape(0))));
-    held->array = values;
-    prefer_huge_pages(values.data(), held->rows * held->cols * size_of(value));
-    return held;
+    const float *scale_of = scales(scale, value, values.shape(0));
+    nb::gil_scoped_release release;
+    return std::make_shared<Matrix>(dense_matrix(values.shape(0), values.shape(1), value,
+                                               static_cast<const uint8_t *>(values.data()), scale_of));
+}
+
+// The values of a dense matrix as torch sees them; they live as long as the matrix.
+template <typename T> nb::object view(nb::handle self, const Matrix &m) {
+    const size_t shape[2] = {static_cast<size_t>(m.rows), static_cast<size_t>(m.cols)};
+    return nb::cast(nb::ndarray<nb::pytorch, T>(const_cast<uint8_t *>(m.values), 2, shape, self));
 }
 
 struct Decoder {
@@ -119,7 +118,7 @@ std::vector<float> floats(const nb::dict &from, const char *name, int64_t count,
 
 std::shared_ptr<const Matrix> matrix(const nb::dict &from, const char *name, int64_t rows, int64_t cols) {
     if (!from.contains(name)) refuse(std::string(name) + " is missing");
-    const auto m = nb::cast<std::shared_ptr<Held>>(from[name]);
+    const auto m = nb::cast<std::shared_ptr<Matrix>>(from[name]);
     if (m->rows != rows || m->cols != cols)
         refuse(std::string(name) + " is (" + std::to_string(m->rows) + ", " + std::to_string(m->cols) + "), expected (" +
                std::to_string(rows) + ", " + std::to_string(cols) + ")");
@@ -136,6 +135,8 @@ Layer layer(const nb::dict &from, const Network &net) {
     l.conv_bias = floats(from, "conv_bias", D, true);
     l.in_bias = floats(from, "in_bias", 2 * D, true), l.out_bias = floats(from, "out_bias", d, true);
     l.dt_bias = floats(from, "dt_bias", padded), l.skip = floats(from, "skip", padded);
+    for (const char *name : {"channel", "slots", "index"})
+        if (!from.contains(name)) refuse(std::string(name) + " is missing");
     const auto channel = nb::cast<Array<const int32_t, 1>>(from["channel"]);
     if (static_cast<int64_t>(channel.shape(0)) != padded) refuse("channel does not have one entry a padded channel");
     std::vector<bool> seen(D, false);
@@ -248,16 +249,16 @@ void step(Decoder &self, const std::string &level, int threads, Array<const int6
     });
 }
 
-void product(const Held &m, const std::string &level, int threads, nb::ndarray<const float, nb::ndim<2>, nb::device::cpu> x,
-             std::optional<Array<const float, 1>> bias, nb::ndarray<float, nb::ndim<2>, nb::device::cpu> out) {
-    if (!m.sparse) refuse("product takes a sparse matrix");
+void product(const Matrix &m, const std::string &level, int threads, nb::ndarray<const float, nb::ndim<2>, nb::device::cpu> x,
+             std::optional<Array<const float, 1>> bias, bool softplus,
+             nb::ndarray<float, nb::ndim<2>, nb::device::cpu> out) {
     if (static_cast<int64_t>(x.shape(1)) != m.cols || static_cast<int64_t>(out.shape(1)) != m.rows ||
         x.shape(0) != out.shape(0) || (bias && static_cast<int64_t>(bias->shape(0)) != m.rows))
         refuse("x, bias and out do not fit the matrix");
     if ((m.cols > 1 && x.stride(1) != 1) || (m.rows > 1 && out.stride(1) != 1)) refuse("rows must be contiguous");
     const Level &kernels = find(level);
     const Product p{m, x.data(), bias ? bias->data() : nullptr, out.data(), static_cast<int64_t>(x.shape(0)),
-                    x.stride(0), out.stride(0)};
+                    x.stride(0), out.stride(0), softplus};
     nb::gil_scoped_release release;
     if (p.length) kernels.product(p, std::max(1, threads));
 }
@@ -267,19 +268,28 @@ void product(const Held &m, const std::string &level, int threads, nb::ndarray<c
 void bind_runtime(nb::module_ &m) {
     const auto array = [](const char *name) { return nb::arg(name).noconvert(); };
     const auto maybe = [](const char *name) { return nb::arg(name).noconvert().none(); };
-    nb::class_<Held>(m, "Matrix")
-        .def_prop_ro("rows", [](const Held &h) { return h.rows; })
-        .def_prop_ro("cols", [](const Held &h) { return h.cols; })
-        .def_prop_ro("sparse", [](const Held &h) { return h.sparse; })
-        .def_prop_ro("nonzero", [](const Held &h) { return h.nonzero; })
-        .def_prop_ro("nbytes", [](const Held &h) { return h.bytes(); })
+    nb::class_<Matrix>(m, "Matrix")
+        .def_prop_ro("rows", [](const Matrix &h) { return h.rows; })
+        .def_prop_ro("cols", [](const Matrix &h) { return h.cols; })
+        .def_prop_ro("sparse", [](const Matrix &h) { return h.sparse; })
+        .def_prop_ro("nonzero", [](const Matrix &h) { return h.nonzero; })
+        .def_prop_ro("nbytes", [](const Matrix &h) { return h.bytes(); })
+        .def_prop_ro("values",
+                     [](nb::handle self) {
+                         const auto &m = nb::cast<const Matrix &>(self);
+                         if (m.sparse) refuse("a sparse matrix has no dense values");
+                         return m.value == Value::f32   ? view<float>(self, m)
+                                : m.value == Value::i8 ? view<int8_t>(self, m)
+                                                       : view<int16_t>(self, m);
+                     })
         .def("row",
-             [](const Held &h, int64_t index, Array<float, 1> out) {
+             [](const Matrix &h, int64_t index, Array<float, 1> out) {
                  if (index < 0 || index >= h.rows || static_cast<int64_t>(out.shape(0)) != h.cols)
                      refuse("no such row, or out does not fit it");
                  h.row(index, out.data());
              }, nb::arg("index"), array("out"))
-        .def("product", &product, nb::arg("level"), nb::arg("threads"), array("x"), maybe("bias"), array("out"));
+        .def("product", &product, nb::arg("level"), nb::arg("threads"), array("x"), maybe("bias"),
+             nb::arg("softplus"), array("out"));
     m.def("sparse", &sparse, array("mask"), nb::arg("cols"), array("values"), maybe("scale"), maybe("order"));
     m.def("dense", &dense, array("values"), maybe("scale"));
     nb::class_<Decoder>(m, "Decoder")

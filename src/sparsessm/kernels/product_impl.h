@@ -33,8 +33,8 @@ static inline float one(const uint8_t *at, Value value) {
 // For each byte of a mask where the packed values go, as a shuffle of eight 16-bit values; and, for 32-bit lanes, where
 // they come from. Faster than the expand instructions where those are microcode (Zen 4), and hardly slower elsewhere.
 struct Lookup {
-    alignas(64) uint8_t halves[256][16], lanes[256][8], iota[64];
-    Lookup() {
+    alignas(64) uint8_t halves[256][16]{}, lanes[256][8]{}, iota[64]{};
+    constexpr Lookup() {
         for (int i = 0; i < 64; ++i) iota[i] = static_cast<uint8_t>(i);
         for (int mask = 0; mask < 256; ++mask)
             for (int lane = 0, next = 0; lane < 8; ++lane) {
@@ -45,7 +45,8 @@ struct Lookup {
             }
     }
 };
-static const Lookup lookup;
+// Made by the compiler: code of this level that ran while the extension loads would stop a CPU that lacks it.
+static constexpr Lookup lookup{};
 
 static inline uint64_t count(uint64_t mask) { return static_cast<uint64_t>(__builtin_popcountll(mask)); }
 
@@ -179,11 +180,26 @@ struct Inputs {
     int64_t width = 0;
 };
 
+constexpr float TINY = 1e-30f; // 127 / TINY is finite, TINY / 127 not a denormal
+
 // The bytes of weights meet bytes of inputs, with one scale for 64 of them; every level rounds them alike.
+// A block with NaN or Inf is NaN, one that is all but zero is zero, as in matrix.py.
 static void quantise(float *x, int8_t *q, float *scale, int32_t *shift) {
-    float most = 0;
-    for (int i = 0; i < BLOCK; ++i) most = std::max(most, std::fabs(x[i]));
-    const float unit = most / 127.0f, inverse = most > 0 ? 127.0f / most : 0.0f;
+    uint32_t magnitude = 0; // in the order of their bits NaN is above all numbers
+    for (int i = 0; i < BLOCK; ++i) {
+        uint32_t bits;
+        std::memcpy(&bits, x + i, 4);
+        magnitude = std::max(magnitude, bits & 0x7fffffff);
+    }
+    float most;
+    std::memcpy(&most, &magnitude, 4);
+    if (magnitude >= 0x7f800000) {
+        *scale = most - most, *shift = 0; // NaN
+        std::memset(q, 0, BLOCK);
+        std::fill(x, x + BLOCK, *scale);
+        return;
+    }
+    const float unit = most > TINY ? most / 127.0f : 0.0f, inverse = most > TINY ? 127.0f / most : 0.0f;
     int32_t total = 0;
     for (int i = 0; i < BLOCK; ++i) {
         const int8_t value = static_cast<int8_t>(std::nearbyintf(x[i] * inverse));
@@ -268,7 +284,8 @@ static void dot_packed(const Matrix &m, const Inputs &in, int64_t first, int64_t
 // Four dense rows, one after the other: the memory sees one stream.
 template <Value V, int COLS>
 static void dot_dense(const Matrix &m, const Inputs &in, int64_t first, int64_t group, float (*sums)[GROUP]) {
-    constexpr int VECTORS = STEP<V> / LANES, WAYS = COLS == 1 ? 4 : 1;
+    // as many sums for one column as for four: a column's result must not depend on those beside it
+    constexpr int VECTORS = STEP<V> / LANES, WAYS = 4;
     vec acc[GROUP][COLS];
     for (int r = 0; r < GROUP; ++r) {
         // rows beyond the last repeat it; nobody reads their sums
@@ -372,7 +389,8 @@ static void project_groups(const Matrix &m, const Inputs &in, int64_t batch, int
         const int64_t first = group * GROUP, rows = std::min<int64_t>(GROUP, m.rows - first);
         for (int64_t b = 0; b < batch;) { // the group is in the first-level cache from the second turn on
             float sums[4][GROUP];
-            const int64_t cols = std::min<int64_t>(4, batch - b);
+            // a dense row has four sums a column: sixteen only where there are registers for them
+            const int64_t cols = std::min<int64_t>(SPARSE || LANES == 16 ? 4 : 2, batch - b);
             if (cols == 4) dots<V, SPARSE, 4>(m, in, b, group, sums);
             else if (cols == 3) dots<V, SPARSE, 3>(m, in, b, group, sums);
             else if (cols == 2) dots<V, SPARSE, 2>(m, in, b, group, sums);
@@ -486,15 +504,14 @@ static void transpose(const float *x, int64_t stride, int64_t tokens, int64_t co
 }
 
 static void walk_tile(const Matrix &m, int width, const float *x, int64_t begin, int64_t end, int64_t tokens,
-                      float *sums, const float *bias, float *out, int64_t stride) {
+                      float *sums, float *out, int64_t stride) {
     if (width == LANES) walk<1>(m, x, begin, end, sums);
     else if (width == 2 * LANES) walk<2>(m, x, begin, end, sums);
     else walk<4>(m, x, begin, end, sums);
     const int64_t first = begin * GROUP, rows = std::min(end * GROUP, m.rows) - first;
     for (int64_t t = 0; t < tokens; ++t)
         for (int64_t r = 0; r < rows; ++r)
-            out[t * stride + first + r] = sums[r * width + t] * (m.scale.empty() ? 1.0f : m.scale[first + r]) +
-                                          (bias ? bias[first + r] : 0.0f);
+            out[t * stride + first + r] = sums[r * width + t] * (m.scale.empty() ? 1.0f : m.scale[first + r]);
 }
 
 constexpr int64_t TILE_TOKENS = 4 * LANES, CACHE = 512 << 10;
@@ -517,21 +534,34 @@ static void project(const Matrix &m, const float *x, int64_t x_stride, int64_t b
     }
 }
 
+// What follows a product, on rows [first, last) of `tokens` tokens.
+static void finish(const Product &p, int64_t from, int64_t tokens, int64_t first, int64_t last) {
+    if (!p.bias && !p.softplus) return;
+    for (int64_t t = from; t < from + tokens; ++t)
+        for (int64_t r = first; r < last; r += LANES) {
+            const int lanes = static_cast<int>(std::min<int64_t>(LANES, last - r));
+            float *at = p.out + t * p.out_stride + r;
+            vec y = load(at, lanes);
+            if (p.bias) y += load(p.bias + r, lanes);
+            store(at, p.softplus ? softplus(y) : y, lanes);
+        }
+}
+
+// Some tokens are multiplied as in decoding, many as tiles of tokens; the latter only by sparse matrices.
 void product(const Product &p, int threads) {
     const Matrix &m = p.matrix;
-    if (p.length < WALK_FROM) {
+    const int64_t cost = p.length * m.nonzero / LANES;
+    if (p.length < WALK_FROM || !m.sparse) {
         const int64_t units = std::min<int64_t>(m.groups, threads > 1 ? 4 * threads : 1);
-        parallel_for(units, p.length * m.nonzero / LANES, threads, [&](int64_t unit) {
+        parallel_for(units, cost, threads, [&](int64_t unit) {
             const int64_t begin = m.groups * unit / units, end = m.groups * (unit + 1) / units;
             project(m, p.x, p.x_stride, p.length, begin, end, p.out, p.out_stride);
-            for (int64_t t = 0; p.bias && t < p.length; ++t)
-                for (int64_t r = begin * GROUP; r < std::min(m.rows, end * GROUP); ++r)
-                    p.out[t * p.out_stride + r] += p.bias[r];
+            finish(p, 0, p.length, begin * GROUP, std::min(m.rows, end * GROUP));
         });
         return;
     }
     const int64_t padded = m.blocks * BLOCK, tiles = (p.length + TILE_TOKENS - 1) / TILE_TOKENS;
-    const int64_t chunks = (m.groups + CHUNK - 1) / CHUNK, cost = p.length * m.nonzero / LANES;
+    const int64_t chunks = (m.groups + CHUNK - 1) / CHUNK;
     // So many tiles at a time that their transposed inputs stay in the second-level cache.
     const int64_t together = std::max<int64_t>(1, CACHE / (padded * TILE_TOKENS * static_cast<int64_t>(sizeof(float))));
     Aligned<float> x;
@@ -550,9 +580,11 @@ void product(const Product &p, int threads) {
         parallel_for(count * chunks, cost, threads, [&](int64_t unit) {
             alignas(64) float sums[CHUNK * GROUP * TILE_TOKENS];
             const int64_t i = unit % count, chunk = unit / count, t0 = (from + i) * TILE_TOKENS;
-            walk_tile(m, width(from + i), x.data() + i * padded * TILE_TOKENS, chunk * CHUNK,
-                      std::min(m.groups, (chunk + 1) * CHUNK), std::min(TILE_TOKENS, p.length - t0), sums, p.bias,
+            const int64_t begin = chunk * CHUNK, end = std::min(m.groups, begin + CHUNK);
+            const int64_t tokens = std::min(TILE_TOKENS, p.length - t0);
+            walk_tile(m, width(from + i), x.data() + i * padded * TILE_TOKENS, begin, end, tokens, sums,
                       p.out + t0 * p.out_stride, p.out_stride);
+            finish(p, t0, tokens, begin * GROUP, std::min(m.rows, end * GROUP));
         });
     }
 }

@@ -81,6 +81,7 @@ struct Product {
     const float *x, *bias; // (length, cols) with a stride between rows, (rows) or null
     float *out;            // (length, rows) with a stride between rows
     int64_t length, x_stride, out_stride;
+    bool softplus;         // of what comes out
 };
 
 } // namespace sparsessm

@@ -77,3 +77,17 @@ static inline vec exp2v(vec x) {
 static constexpr float LOG2E = 1.44269504088896341f;
 
 static inline vec sigmoid(vec x) { return splat(1.0f) / (splat(1.0f) + exp2v(x * splat(-LOG2E))); }
+
+// log(1 + e^x), to about 1e-7: log(1 + t) is 2 artanh(t / (2 + t)), whose series ends early as t <= 1.
+static inline vec softplus(vec x) {
+    const vec t = exp2v((x > splat(0.0f) ? -x : x) * splat(LOG2E));
+    const vec s = t / (splat(2.0f) + t), q = s * s;
+    vec p = splat(1.0f / 15) * q + splat(1.0f / 13);
+    p = p * q + splat(1.0f / 11);
+    p = p * q + splat(1.0f / 9);
+    p = p * q + splat(1.0f / 7);
+    p = p * q + splat(1.0f / 5);
+    p = p * q + splat(1.0f / 3);
+    p = p * q + splat(1.0f);
+    return (x > splat(0.0f) ? x : vec{}) + (s + s) * p;
+}

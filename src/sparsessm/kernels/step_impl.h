@@ -1,20 +1,6 @@
 // One token through the whole network for each sequence of a batch: what every thread does, with a barrier between
 // phases. Included by scan_impl.h's levels, in their namespace.
 
-// log(1 + e^x), to about 1e-7: log(1 + t) is 2 artanh(t / (2 + t)), whose series ends early as t <= 1.
-static inline vec softplus(vec x) {
-    const vec t = exp2v((x > splat(0.0f) ? -x : x) * splat(LOG2E));
-    const vec s = t / (splat(2.0f) + t), q = s * s;
-    vec p = splat(1.0f / 15) * q + splat(1.0f / 13);
-    p = p * q + splat(1.0f / 11);
-    p = p * q + splat(1.0f / 9);
-    p = p * q + splat(1.0f / 7);
-    p = p * q + splat(1.0f / 5);
-    p = p * q + splat(1.0f / 3);
-    p = p * q + splat(1.0f);
-    return (x > splat(0.0f) ? x : vec{}) + (s + s) * p;
-}
-
 static void rms_norm(const float *x, const float *weight, float epsilon, int64_t count, float *out) {
     vec squares{};
     float rest = 0;

@@ -10,6 +10,8 @@ Place in the flow: after everything that prunes, above `checkpoint/` and `kernel
     state.py        what a sequence carries, to keep and to continue from
     generation.py   Model: generate, logits
     causal_lm.py    a Model in the words of transformers, for its generate() and for lm_eval
+    timing.py       engines side by side, and the memory's bandwidth
+    measure.py      how large and how fast a model is here
 
 Importing it is light; torch and transformers come in with `load`.
 """
@@ -73,7 +75,7 @@ def of(checkpoint: Checkpoint, *, threads: int | None = None) -> Model:
     return _model(packed.of(checkpoint), checkpoint.tokenizer, threads)
 
 
-def _engine(config: Any, tensors: Mapping[str, Encoded], threads: int | None) -> Engine:
+def engine_of(config: Any, tensors: Mapping[str, Encoded], threads: int | None) -> Engine:
     """What reads the tokens: the native engine where it is built, else the definition."""
     import torch
 
@@ -100,7 +102,7 @@ def _model(packed: Packed, tokenizer: Any, threads: int | None) -> Model:
     from .generation import Model
 
     config = reading.stock_config(packed.source, packed.config, False)
-    engine = _engine(config, packed.tensors, threads)
+    engine = engine_of(config, packed.tensors, threads)
     text = packed.files.get(reading.GENERATION)
     generation = SimpleNamespace(**json.loads(text)) if text else None
 

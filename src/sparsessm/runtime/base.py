@@ -51,6 +51,17 @@ class Engine(Protocol):
         """A short hash of the model and of the order of the values in its state."""
         ...
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights that one decoding step reads."""
+        ...
+
+    @property
+    def resident(self) -> int:
+        """Bytes of weights in memory, those included that a step does not read, such as an embedding that is
+        only looked up; small tables and the rounding to pages are not in it."""
+        ...
+
     def new_state(self, batch: int) -> Tensor:
         """The beginning of `batch` sequences: float32 zeros (batch, state_size)."""
         ...

@@ -106,10 +106,10 @@ class _Layer:
         projection = tensors[prefix + "mixer.in_proj.weight"]
         self.in_x, self.in_z = matrix(projection, every[:inner]), matrix(projection, every[inner:])
         self.x_proj = matrix(tensors[prefix + "mixer.x_proj.weight"])
-        self.dt_proj = matrix(tensors[prefix + "mixer.dt_proj.weight"], self.slots.order)
+        step = tensors[prefix + "mixer.dt_proj.weight"]
+        # twice, as it is small: in the order of the slots for decoding, as it came for prompts
+        self.dt_proj, self.dt_rows = matrix(step, self.slots.order), matrix(step)
         self.out_proj = matrix(tensors[prefix + "mixer.out_proj.weight"])
-        self.place = torch.argsort(self.slots.order)  # of each channel in the sorted order
-        self.in_order = bool((self.place == torch.arange(inner)).all())
 
     def native(self) -> dict[str, Any]:
         entry = self.slots.entry
@@ -176,6 +176,16 @@ class NativeEngine:
         matrices = (getattr(layer, name) for layer in self._layers for name in large)
         return self._head.nbytes + sum(part.nbytes for part in (*vectors, *matrices) if part is not None)
 
+    @property
+    def resident(self) -> int:
+        """As `Engine.resident`; vectors are held twice, for prompts and for decoding."""
+        parts = [self._embedding, self._norm, self._norm]
+        parts += [] if self._head is self._embedding else [self._head]
+        for layer in self._layers:
+            copied = [part for part in layer.native().values() if isinstance(part, Tensor)]
+            parts += [*vars(layer).values(), *copied, layer.slots.order, layer.slots.entry]
+        return sum(part.nbytes for part in parts if isinstance(part, (Matrix, Tensor)))
+
     def new_state(self, batch: int) -> Tensor:
         """As `Engine.new_state`."""
         return torch.zeros(batch, self.state_size)
@@ -224,9 +234,7 @@ class NativeEngine:
         u = kernels.causal_conv1d(u[None], layer.conv, layer.conv_bias, before[None], silu=True)[0]
         conv.copy_(next_before[: taps - 1].flatten())
         raw, b, c = layer.x_proj.linear(u).split([rank, states, states], dim=-1)
-        delta = layer.dt_proj.linear(raw)
-        delta = delta if layer.in_order else delta[:, layer.place]
-        delta = F.softplus(delta.add_(layer.dt_bias))
+        delta = layer.dt_rows.linear(raw, layer.dt_bias, softplus=True)
         start = layer.slots.unpack(scan, (channels, states))
         y, last = kernels.selective_scan(
             u[None], delta[None], layer.a, b[None], c[None], layer.skip, z[None], start[None]
@@ -248,7 +256,4 @@ def matrix(tensor: Encoded, rows: Tensor | None = None) -> Matrix:
         return Matrix.packed(tensor.mask, tensor.shape[1], tensor.values, tensor.scale, rows)
     if rows is None:
         return Matrix.dense(values, scale)
-    first, last = int(rows[0]), int(rows[-1])
-    if bool((rows == torch.arange(first, first + len(rows))).all()):  # a slice is borrowed
-        return Matrix.dense(values[first : last + 1], None if scale is None else scale[first : last + 1])
     return Matrix.dense(values[rows], None if scale is None else scale[rows])

@@ -60,6 +60,18 @@ class ReferenceEngine:
     def _of(self, layer: int, name: str) -> Tensor:
         return self._weights[f"backbone.layers.{layer}.{name}"]
 
+    @property
+    def nbytes(self) -> int:
+        """As `Engine.nbytes`."""
+        embedding = self._weights["backbone.embeddings.weight"]
+        looked_up = 0 if self._head is embedding else embedding.nbytes
+        return sum(weight.nbytes for weight in self._weights.values()) - looked_up
+
+    @property
+    def resident(self) -> int:
+        """As `Engine.resident`."""
+        return sum(weight.nbytes for weight in (*self._weights.values(), *self._a))
+
     def new_state(self, batch: int) -> Tensor:
         """As `Engine.new_state`."""
         return torch.zeros(batch, self.state_size)
