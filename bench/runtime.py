@@ -7,9 +7,10 @@ median of their ratios with first and third quartile. "of the bytes" is that rat
 fewer bytes a step reads: 1 is a speed that the bytes explain in full, the goal is 0.93 at batch 1.
 
 Shares that are removed are those of a real run at 50 % (`--shares uniform`: half of everything); A_log loses
-little in the first layers and much in the last. The dense model keeps all of its states. Options: --shape
-130m|370m|1.4b, --threads N (default 1), --dtype (default bf16), --head (default same), --rounds N (default
-9), --batches (default 1 4 8 16), --prompt N (default 512), --shares real|uniform, --json FILE.
+little in the first layers and much in the last. The dense model keeps all of its states, and its head in the
+same precision unless `--dense-head same` leaves it in that of its other matrices. Options: --shape, --threads
+N (default 1), --dtype (default bf16), --head (default same), --rounds N (default 9), --batches (default 1 4 8
+16), --prompt N (default 512), --shares real|uniform, --json FILE.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from sparsessm.checkpoint.encoding import Encoded, encode
 from sparsessm.runtime.engine import NativeEngine
 from sparsessm.runtime.measure import Measurement, Subject, measure, storage
 
-SHAPES = {"130m": (768, 24), "370m": (1024, 48), "1.4b": (2048, 48)}  # d_model, layers
+SHAPES = {"130m": (768, 24), "370m": (1024, 48), "1.4b": (2048, 48), "2.8b": (2560, 64)}  # d_model, layers
 VOCABULARY, STATES, TAPS = 50280, 16, 4
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.bfloat16}  # of what is not int8 then
 SHARES = {"in_proj": 0.529, "x_proj": 0.569, "dt_proj": 0.498, "out_proj": 0.430}
@@ -99,7 +100,7 @@ def tensors(config: SimpleNamespace, shares: str) -> Iterator[tuple[str, Tensor,
 
 
 def encoded(
-    config: SimpleNamespace, dtype: str, head: str, shares: str
+    config: SimpleNamespace, dtype: str, head: str, shares: str, dense_head: str = "int8"
 ) -> tuple[dict[str, Encoded], dict[str, Encoded]]:
     """A dense model, and the same without what is removed; what is not pruned is shared."""
     generator = torch.Generator().manual_seed(1)
@@ -111,6 +112,8 @@ def encoded(
             head == "int8" and "embeddings" in name
         )
         dense[name] = sparse[name] = encode(name, held, int8=quantised, kind="dense")
+        if dense_head == "same" and "embeddings" in name:
+            dense[name] = encode(name, held, kind="dense")
         if removed:
             fill = REMOVED if name.endswith("A_log") else 0.0
             held = held.masked_fill(torch.rand(held.shape, generator=generator) < removed, fill)
@@ -121,7 +124,7 @@ def encoded(
 def compared(shape: str, dtype: str, head: str, options: argparse.Namespace) -> Measurement:
     """Both engines of one precision, in turn."""
     config = configuration(shape)
-    dense, sparse = encoded(config, dtype, head, options.shares)
+    dense, sparse = encoded(config, dtype, head, options.shares, options.dense_head)
     subjects = []
     for name, held in (("packed", sparse), ("dense", dense)):
         engine = NativeEngine(config, held, options.threads)
@@ -174,6 +177,7 @@ def main() -> None:
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["130m"])
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
     parser.add_argument("--head", nargs="+", choices=("same", "int8"), default=["same"])
+    parser.add_argument("--dense-head", choices=("same", "int8"), default="int8")
     parser.add_argument("--shares", choices=("real", "uniform"), default="real")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=9)
@@ -190,6 +194,8 @@ def main() -> None:
             for head in options.head:
                 found = compared(shape, dtype, head, options)
                 title = f"mamba-{shape}, {dtype}" + (", int8 head" if head == "int8" else "")
+                if head == "int8" and options.dense_head == "same":
+                    title += f" against {dtype} head"
                 show(title, rows(found))
                 results[title] = {"shown": rows(found), **found.record()}
                 del found

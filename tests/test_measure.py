@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from sparsessm.runtime import timing
 from sparsessm.runtime.measure import Measurement, Subject, measure, storage, subject
 from sparsessm.runtime.timing import Phase, Segment, Spread, clean, settled
 
-GOOD, STOLEN = Segment(1.0, 0.99), Segment(1.0, 0.9)
+GOOD, STOLEN = Segment(1.0, 0.01), Segment(1.0, 0.1)
 
 
 @pytest.fixture(scope="module")
@@ -89,39 +90,55 @@ def test_spread() -> None:
 
 
 def test_a_phase_says_seconds_tokens_and_ratios_of_rounds() -> None:
-    rounds = [(Segment(1.0, 1.0), Segment(2.0, 2.0)), (Segment(2.0, 2.0), Segment(8.0, 8.0))]
+    rounds = [(Segment(1.0, 0.0), Segment(2.0, 0.0)), (Segment(2.0, 0.0), Segment(8.0, None))]
     phase = Phase("decode", 4, 4, 10, rounds)
     assert phase.seconds(0) == Spread.of([0.1, 0.2])
     assert phase.speed(1) == Spread.of([20.0, 5.0])
     assert phase.ratio(0, 1) == Spread.of([2.0, 4.0])  # and not the ratio of the medians
     assert phase.ratio(1, 0) == Spread.of([0.5, 0.25])
     assert phase.ratio(1, 1) == Spread(1.0, 1.0, 1.0)
+    assert not phase.watched and Phase("decode", 4, 4, 10, rounds[:1]).watched
 
 
 def test_rounds_that_were_preempted_do_not_count() -> None:
-    assert clean([(GOOD, GOOD), (GOOD, STOLEN), (STOLEN, GOOD), (GOOD, GOOD)], 1) == [
-        True,
-        False,
-        False,
-        True,
-    ]
-    assert clean([(Segment(1.0, 0.97),), (Segment(1.0, 0.969),)], 1) == [True, False]
-    assert clean([(Segment(0.0, 0.0),)], 1) == [True]  # shorter than the clock
+    rounds = [(GOOD, GOOD), (GOOD, STOLEN), (STOLEN, GOOD), (GOOD, GOOD)]
+    assert clean(rounds) == [True, False, False, True]
+    assert clean([(Segment(1.0, 0.03),), (Segment(1.0, 0.031),)]) == [True, False]
+    assert clean([(Segment(0.0, 0.0),)]) == [True]  # shorter than the clock
+    assert clean([(Segment(1.0, None), GOOD), (Segment(1.0, None), STOLEN)]) == [True, False]
 
 
-def test_several_threads_are_held_against_their_best() -> None:
-    # one engine keeps both threads busy, the other waits a third of the time in its sleep
-    rounds = [(Segment(1.0, 1.98), Segment(1.0, 1.3)), (Segment(1.0, 1.9), Segment(1.0, 1.2))]
-    assert clean(rounds, 2) == [True, True]
-    assert clean([*rounds, (Segment(1.0, 1.7), Segment(1.0, 1.3))], 2) == [True, True, False]
-    assert clean([*rounds, (Segment(1.0, 1.98), Segment(1.0, 1.0))], 2) == [True, True, False]
+def test_what_one_thread_lost_is_what_its_clock_lacks() -> None:
+    asleep = timing.segment(lambda: time.sleep(0.02), 2, 1)
+    assert asleep.lost and 0.03 < asleep.lost <= asleep.wall
+    assert clean([(asleep,)]) == [False]
+
+
+def test_what_several_threads_lost_is_what_they_waited(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for thread, text in (("1", "9 1500000000 3"), ("2", "9 500000000 3"), ("3", "")):
+        (tmp_path / "tasks" / thread).mkdir(parents=True)
+        (tmp_path / "tasks" / thread / "schedstat").write_text(text)
+    (tmp_path / "tasks" / "4").mkdir()  # ended
+    monkeypatch.setattr(timing, "TASKS", tmp_path / "tasks")
+    assert timing.waited() == 2.0
+
+    def wait() -> None:
+        (tmp_path / "tasks" / "2" / "schedstat").write_text("9 750000000 4")
+
+    assert timing.segment(wait, 1, 2).lost == 0.25
+    for nowhere in (tmp_path / "absent", tmp_path / "tasks" / "4"):
+        monkeypatch.setattr(timing, "TASKS", nowhere)
+        assert timing.waited() is None
+        assert timing.segment(lambda: None, 1, 2).lost is None
 
 
 def test_there_is_always_a_number() -> None:
     good, stolen = (GOOD, GOOD), (GOOD, STOLEN)
 
     def of(*rounds: timing.Round) -> Phase:
-        return settled(Phase("decode", 1, 1, 1, list(rounds)), 1)
+        return settled(Phase("decode", 1, 1, 1, list(rounds)))
 
     some = of(good, stolen, good, good)
     assert (some.rounds, some.dropped, some.disturbed) == ([good] * 3, 1, False)
@@ -134,7 +151,7 @@ def test_there_is_always_a_number() -> None:
 
 def test_engines_run_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "SEGMENT", 0.0)
-    monkeypatch.setattr(timing, "clean", lambda rounds, threads: [True] * len(rounds))
+    monkeypatch.setattr(timing, "clean", lambda rounds: [True] * len(rounds))
     log: list[tuple[str, str, list[int]]] = []
     told: list[tuple[str, int, int]] = []
     engines = [Recorder("a", log), Recorder("b", log, vocabulary=7)]
@@ -169,7 +186,7 @@ def test_what_does_not_count_is_made_up_for(monkeypatch: pytest.MonkeyPatch) -> 
     def run(rounds: int, every: int) -> Phase:
         """Every so many rounds count."""
 
-        def some(found: list[timing.Round], threads: int) -> list[bool]:
+        def some(found: list[timing.Round]) -> list[bool]:
             return [number % every == every - 1 for number in range(len(found))]
 
         monkeypatch.setattr(timing, "clean", some)
@@ -190,7 +207,7 @@ def test_what_does_not_count_is_made_up_for(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_slow_phase_has_fewer_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "PHASE", 0.0)
-    monkeypatch.setattr(timing, "clean", lambda rounds, threads: [True] * len(rounds))
+    monkeypatch.setattr(timing, "clean", lambda rounds: [True] * len(rounds))
     (phase,) = timing.timed([Recorder("a", [])], prompt=2, batches=(), rounds=50)
     assert len(phase.rounds) == timing.FEWEST
     (phase,) = timing.timed([Recorder("a", [])], prompt=2, batches=(), rounds=2)
@@ -358,7 +375,10 @@ def test_a_busy_machine_and_a_cache_are_said() -> None:
     cache, machine = measuring._notes([one], [busy], slow)
     assert cache.startswith("packed is read faster than memory is: a cache holds")
     assert "fewer than 3 rounds were undisturbed (decode at batch 1)" in machine
-    assert measuring._notes([one], [Phase("decode", 1, 1, 1, [(Segment(1e9, 1e9),)])], slow) == []
+    calm = Phase("decode", 1, 1, 1, [(Segment(1e9, 0.0),)])
+    assert measuring._notes([one], [calm], slow) == []
+    (unknown,) = measuring._notes([one], [Phase("decode", 1, 1, 1, [(Segment(1e9, None),)])], slow)
+    assert "does not say how long threads wait" in unknown
 
 
 @pytest.mark.parametrize(

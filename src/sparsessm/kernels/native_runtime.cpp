@@ -151,7 +151,10 @@ Layer layer(const nb::dict &from, const Network &net) {
     int64_t entries = 0;
     for (const int64_t count : slots) {
         if (count < 0 || count > net.states) refuse("a group has more slots than there are states");
-        l.groups.push_back({entries, entries, static_cast<int32_t>(count), true});
+        const int32_t *own = l.channel.data() + l.groups.size() * SCAN_LANES;
+        bool consecutive = true;
+        for (int lane = 0; lane < SCAN_LANES; ++lane) consecutive = consecutive && own[lane] == own[0] + lane;
+        l.groups.push_back({entries, entries, static_cast<int32_t>(count), true, consecutive});
         entries += count * SCAN_LANES;
     }
     l.A = floats(from, "A", entries);

@@ -185,14 +185,19 @@ constexpr float TINY = 1e-30f; // 127 / TINY is finite, TINY / 127 not a denorma
 // The bytes of weights meet bytes of inputs, with one scale for 64 of them; every level rounds them alike.
 // A block with NaN or Inf is NaN, one that is all but zero is zero, as in matrix.py.
 static void quantise(float *x, int8_t *q, float *scale, int32_t *shift) {
-    uint32_t magnitude = 0; // in the order of their bits NaN is above all numbers
-    for (int i = 0; i < BLOCK; ++i) {
-        uint32_t bits;
-        std::memcpy(&bits, x + i, 4);
-        magnitude = std::max(magnitude, bits & 0x7fffffff);
+    constexpr int VECTORS = BLOCK / LANES;
+    typedef int8_t bytes __attribute__((vector_size(LANES)));
+    ivec largest{}; // bits of magnitudes: in their order NaN is above all numbers
+    for (int i = 0; i < VECTORS; ++i) {
+        ivec bits;
+        std::memcpy(&bits, x + i * LANES, sizeof bits);
+        bits &= 0x7fffffff;
+        largest = bits > largest ? bits : largest;
     }
+    int32_t magnitude = 0;
+    for (int lane = 0; lane < LANES; ++lane) magnitude = std::max<int32_t>(magnitude, largest[lane]);
     float most;
-    std::memcpy(&most, &magnitude, 4);
+    std::memcpy(&most, &magnitude, sizeof most);
     if (magnitude >= 0x7f800000) {
         *scale = most - most, *shift = 0; // NaN
         std::memset(q, 0, BLOCK);
@@ -200,12 +205,16 @@ static void quantise(float *x, int8_t *q, float *scale, int32_t *shift) {
         return;
     }
     const float unit = most > TINY ? most / 127.0f : 0.0f, inverse = most > TINY ? 127.0f / most : 0.0f;
-    int32_t total = 0;
-    for (int i = 0; i < BLOCK; ++i) {
-        const int8_t value = static_cast<int8_t>(std::nearbyintf(x[i] * inverse));
-        q[i] = value, total += value, x[i] = value * unit;
+    const vec magic = splat(12582912.0f); // 1.5 * 2^23: adding it rounds to the nearest integer, ties to even
+    vec total{};
+    for (int i = 0; i < VECTORS; ++i) {
+        const vec whole = (load(x + i * LANES) * splat(inverse) + magic) - magic;
+        const bytes narrow = __builtin_convertvector(__builtin_convertvector(whole, ivec), bytes);
+        std::memcpy(q + i * LANES, &narrow, sizeof narrow);
+        store(x + i * LANES, whole * splat(unit), LANES);
+        total += whole;
     }
-    *scale = unit, *shift = -128 * total;
+    *scale = unit, *shift = -128 * static_cast<int32_t>(sum(total));
 }
 
 static void prepare(const Matrix &m, const float *x, int64_t stride, int64_t batch, Inputs &in) {

@@ -17,7 +17,8 @@ struct ScanGroup {
     int64_t state;   // floats from the layer's first state
     int64_t entries; // of A and index, at which the group's begin
     int32_t slots;
-    bool ordered;    // slot n holds state n of every channel: B and C need no look-up
+    bool ordered;     // slot n holds state n of every channel: B and C need no look-up
+    bool consecutive; // its channels follow each other, all SCAN_LANES
 };
 
 struct Layer {

@@ -28,6 +28,30 @@ static inline vec pick(const float *table, const uint8_t *index, int64_t states)
 #endif
 }
 
+// The values of a group's channels, wherever they lie, and back.
+static inline vec take(const float *from, const int32_t *channel, bool consecutive, int lanes) {
+    if (consecutive) return load(from + channel[0]);
+#if defined(__AVX512F__)
+    if (lanes == LANES) return vec(_mm512_i32gather_ps(_mm512_loadu_si512(channel), from, 4));
+#elif LANES == 8
+    if (lanes == LANES)
+        return vec(_mm256_i32gather_ps(from, _mm256_loadu_si256(reinterpret_cast<const __m256i *>(channel)), 4));
+#endif
+    vec out{};
+    for (int lane = 0; lane < lanes; ++lane) out[lane] = from[channel[lane]];
+    return out;
+}
+
+static inline void put(float *to, const int32_t *channel, bool consecutive, int lanes, vec value) {
+    if (consecutive) {
+        store(to + channel[0], value, LANES);
+        return;
+    }
+    float out[LANES];
+    store(out, value, LANES);
+    for (int lane = 0; lane < lanes; ++lane) to[channel[lane]] = out[lane];
+}
+
 // The convolution's window of channels [begin, end) moves on by x; u = silu(conv). x and u may be the same.
 static void convolve(const Layer &layer, const Network &net, float *state, int64_t begin, int64_t end, const float *x,
                      float *u) {
@@ -53,13 +77,11 @@ static void recur(const Layer &layer, const Network &net, int64_t g, const float
     const ScanGroup &group = layer.groups[g];
     for (int part = 0; part < SCAN_LANES; part += LANES) {
         const int64_t first = g * SCAN_LANES + part;
+        const int lanes = static_cast<int>(std::min<int64_t>(LANES, net.channels - first));
+        if (lanes <= 0) return;
         const int32_t *channel = layer.channel.data() + first;
-        vec own{}, gate{}, raw{};
-        for (int lane = 0; lane < LANES; ++lane)
-            if (channel[lane] >= 0) {
-                own[lane] = u[channel[lane]], gate[lane] = z[channel[lane]];
-                raw[lane] = delta_raw[first + lane];
-            }
+        const vec own = take(u, channel, group.consecutive, lanes), gate = take(z, channel, group.consecutive, lanes);
+        const vec raw = load(delta_raw + first, lanes);
         const vec delta = softplus(raw + load(layer.dt_bias.data() + first)), du = delta * own;
         vec out = load(layer.skip.data() + first) * own, kept{};
         float *h = state + group.state + part;
@@ -76,8 +98,7 @@ static void recur(const Layer &layer, const Network &net, int64_t g, const float
         // What keeps no state answers at once: C_n B_n du, for all states that have no slot.
         if (group.slots < net.states) out += du * (splat(total) - kept);
         out = out * gate * sigmoid(gate);
-        for (int lane = 0; lane < LANES; ++lane)
-            if (channel[lane] >= 0) y[channel[lane]] = out[lane];
+        put(y, channel, group.consecutive, lanes, out);
     }
 }
 

@@ -245,10 +245,12 @@ def _notes(subjects: Sequence[Subject], phases: Sequence[Phase], memory: Bandwid
                 f"{each.name} is read faster than memory is: a cache holds its weights, and what it saves in "
                 "bytes is not what it saves in time."
             )
+    if not all(phase.watched for phase in phases):
+        notes.append("This system does not say how long threads wait for a core: no round was dropped.")
     if disturbed := [phase for phase in phases if phase.disturbed]:
         told = ", ".join(f"{phase.name} at batch {phase.batch}" for phase in disturbed)
         notes.append(
             f"The machine was busy: fewer than {timing.FEWEST} rounds were undisturbed ({told}), so all of "
-            "them count."
+            "them count; threads that wait for a core look alike at any speed. Measure again."
         )
     return notes

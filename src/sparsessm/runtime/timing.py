@@ -24,13 +24,15 @@ PROMPT, BATCHES, ROUNDS = 512, (1, 4, 16), 9
 SEGMENT = 0.05  # seconds that a segment lasts at least
 PHASE = 4.0  # seconds for all rounds of a phase, unless `FEWEST` rounds take longer
 FEWEST = 3  # clean rounds that are enough to speak from
-PREEMPTED = 0.03  # of its wall time that one thread may not have had
-SHARED = 0.10  # the same with several threads, beside the best segment of its kind
+PREEMPTED = 0.03  # of a segment's wall time that its threads may have waited for a core
 BUFFER = 256 * 2**20  # bytes: far beyond a last-level cache
 PASSES = 4  # over the buffers, at once
 DRAWN = 64  # different tokens of a sequence that is decoded
 SEED = 0
 STATM = Path("/proc/self/statm")  # Linux: the size of this process, in pages
+TASKS = Path(
+    "/proc/self/task"
+)  # Linux: a directory for each thread; second number of its schedstat: ns waited
 
 Told = Callable[[str, int, int], None]
 
@@ -58,11 +60,12 @@ class Segment:
 
     Attributes:
         wall: seconds.
-        cpu: seconds of this thread, or of all threads of the process where several work.
+        lost: seconds in which threads of this process wanted a core and had none, added up; None where the
+            system does not say it.
     """
 
     wall: float
-    cpu: float
+    lost: float | None
 
 
 Round = tuple[Segment, ...]  # one of each engine
@@ -89,6 +92,11 @@ class Phase:
     rounds: list[Round]
     dropped: int = 0
     disturbed: bool = False
+
+    @property
+    def watched(self) -> bool:
+        """Whether the system said how long threads waited for a core."""
+        return all(part.lost is not None for each in self.rounds for part in each)
 
     def seconds(self, engine: int) -> Spread:
         """Seconds of a call of one engine."""
@@ -163,20 +171,41 @@ def timed(
     return [each.phase() for each in running]
 
 
-def clean(rounds: Sequence[Round], threads: int) -> list[bool]:
-    """Which rounds count: those in which no segment was pre-empted.
+def clean(rounds: Sequence[Round]) -> list[bool]:
+    """Which rounds count: those in which no segment lost more than `PREEMPTED` of its wall time to others, as
+    far as the system says it."""
+    return [all(part.lost is None or part.lost <= PREEMPTED * part.wall for part in each) for each in rounds]
 
-    With one thread the CPU time of a segment may lack `PREEMPTED` of its wall time. With several, some wait
-    for others in their sleep, so the share of CPU time in wall time times threads is held against the
-    greatest share that the same engine had: it may lack `SHARED` of that.
+
+def waited() -> float | None:
+    """Seconds that the threads of this process have waited for a core so far; None where it is not known.
+
+    Processor time would not do: a thread that spins until another one has a core again uses it up.
     """
+    total, known = 0, False
+    try:
+        for task in TASKS.iterdir():
+            try:
+                total += int((task / "schedstat").read_text().split()[1])
+                known = True
+            except (OSError, IndexError, ValueError):  # a thread that ended just now
+                continue
+    except OSError:
+        return None
+    return total / 1e9 if known else None
+
+
+def segment(call: Callable[[], None], times: int, threads: int) -> Segment:
+    """Time some calls. One thread lost what its own clock lacks of the wall's; of several, see `waited`."""
+    before = waited() if threads > 1 else None
+    wall, cpu = time.perf_counter(), time.thread_time()
+    for _ in range(times):
+        call()
+    wall, cpu = time.perf_counter() - wall, time.thread_time() - cpu
     if threads == 1:
-        return [all(part.cpu >= (1 - PREEMPTED) * part.wall for part in each) for each in rounds]
-    shares = [[part.cpu / max(part.wall, 1e-9) for part in each] for each in rounds]
-    best = [max(column) for column in zip(*shares, strict=True)]
-    return [
-        all(share >= (1 - SHARED) * most for share, most in zip(row, best, strict=True)) for row in shares
-    ]
+        return Segment(wall, max(wall - cpu, 0.0))
+    after = waited()
+    return Segment(wall, None if before is None or after is None else max(after - before, 0.0))
 
 
 class _Running:
@@ -193,7 +222,6 @@ class _Running:
     ) -> None:
         self._name, self._batch, self._tokens, self._run = name, batch, tokens, calls
         self._threads = threads
-        self._clock = time.thread_time if threads == 1 else time.process_time
         self._rounds: list[Round] = []
         once = [self._segment(call, 1).wall for call in calls]  # fetches the weights, and starts the threads
         if min(once) < SEGMENT:  # where a beginning weighs
@@ -215,22 +243,18 @@ class _Running:
         found = {i: self._segment(self._run[i], self._calls) for i in (order[::-1] if turn % 2 else order)}
         self._rounds.append(tuple(found[i] for i in order))
         self._spent += sum(part.wall for part in found.values())
-        self.counted = min(sum(clean(self._rounds, self._threads)), self.wanted)
+        self.counted = min(sum(clean(self._rounds)), self.wanted)
 
     def _segment(self, call: Callable[[], None], times: int) -> Segment:
-        wall, cpu = time.perf_counter(), self._clock()
-        for _ in range(times):
-            call()
-        wall, cpu = time.perf_counter() - wall, self._clock() - cpu
-        return Segment(wall, cpu)
+        return segment(call, times, self._threads)
 
     def phase(self) -> Phase:
-        return settled(Phase(self._name, self._batch, self._tokens, self._calls, self._rounds), self._threads)
+        return settled(Phase(self._name, self._batch, self._tokens, self._calls, self._rounds))
 
 
-def settled(phase: Phase, threads: int) -> Phase:
+def settled(phase: Phase) -> Phase:
     """The phase with the rounds that count; all of them if fewer than `FEWEST` are clean."""
-    counts = clean(phase.rounds, threads)
+    counts = clean(phase.rounds)
     kept = [each for each, counted in zip(phase.rounds, counts, strict=True) if counted]
     disturbed = len(kept) < min(FEWEST, len(phase.rounds))
     rounds = phase.rounds if disturbed else kept
