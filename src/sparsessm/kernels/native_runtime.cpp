@@ -65,6 +65,7 @@ std::shared_ptr<Matrix> sparse(Array<const uint8_t, 2> mask, int64_t cols, Raw v
     p.rows = mask.shape(0), p.cols = cols, p.mask = mask.data();
     p.values = static_cast<const uint8_t *>(values.data()), p.nonzero = values.shape(0), p.value = value_of(values);
     p.scale = scales(scale, p.value, mask.shape(0));
+    if (order && order->shape(0) == 0) refuse("no rows chosen"); // and its data may be null, which means all
     if (order) p.order = order->data(), p.ordered = order->shape(0);
     nb::gil_scoped_release release;
     return std::make_shared<Matrix>(sparse_matrix(p));

@@ -530,7 +530,10 @@ constexpr int64_t WALK_FROM = 2 * LANES; // tokens from which lanes are better s
 static void project(const Matrix &m, const float *x, int64_t x_stride, int64_t batch, int64_t begin, int64_t end,
                     float *out, int64_t stride) {
     if (begin >= end) return;
-    static thread_local Inputs in;
+    static thread_local Inputs own;
+    Inputs *mine = &own;
+    asm("" : "+r"(mine)); // else the compiler finds out whose they are, and asks for their address in every loop
+    Inputs &in = *mine;
     prepare(m, x, x_stride, batch, in);
     if (m.sparse) {
         if (m.value == Value::f32) project_groups<Value::f32, true>(m, in, batch, begin, end, out, stride);
