@@ -8,7 +8,7 @@ INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/sparsessm
 
 .PHONY: demo test lint bench clean
 
-demo: $(INSTALLED) ## prune the built-in model, every method side by side
+demo: $(INSTALLED) ## prune the built-in model by every method, pack it, run it
 	$(BIN)/sparsessm demo
 
 test: $(DEVELOPED) ## the whole suite, two workers, coverage of src
@@ -19,11 +19,12 @@ lint: $(DEVELOPED) ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-bench: $(INSTALLED) ## the kernels and the calibration, in time and memory
+bench: $(INSTALLED) ## the kernels, the calibration and the runtime, in time and memory
 	$(BIN)/python bench/bench.py
+	$(BIN)/python bench/runtime.py
 
 clean: ## what building and testing left, .venv excepted
-	rm -rf build dist .coverage* .hypothesis .pytest_cache .ruff_cache demo-out
+	rm -rf build dist .coverage* .hypothesis .pytest_cache .ruff_cache demo-out demo-out.*
 	find src tests tools bench -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 # Installed anew when the declaration, the pins or a kernel changed; Python files are read where they lie.

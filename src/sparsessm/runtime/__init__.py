@@ -86,7 +86,7 @@ def engine_of(config: Any, tensors: Mapping[str, Encoded], threads: int | None) 
     refuse_unsupported(config)
     if threads is not None:
         torch.set_num_threads(threads)
-    if kernels.NATIVE:
+    if kernels.NATIVE and kernels.LEVEL != "reference":
         from .engine import NativeEngine
 
         return NativeEngine(config, tensors, threads)
