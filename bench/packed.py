@@ -181,7 +181,9 @@ def draw(rows: dict[str, dict[str, Any]], path: Path) -> None:
             places.append((axes[1], 1e3 / row["ms at batch 1"]))
         for axis, x in places:
             axis.plot(x, change, "o", color=colour)
-            axis.annotate(name, (x, change), textcoords="offset points", xytext=(4, 4), fontsize=7)
+            axis.annotate(
+                name, (x, change), textcoords="offset points", xytext=(4, 4), fontsize=7, rotation=20
+            )
     axes[0].set(xlabel="MB of weights", ylabel="change of perplexity, %")
     axes[1].set(xlabel="tokens/s, batch 1")
     figure.suptitle("builtin:pycode, packed: grey is dense, blue is pruned")
