@@ -4,13 +4,13 @@
 //
 //   flags="-std=gnu++17 -g1 -O1 -fno-math-errno -ffp-contract=fast -fsanitize=address,undefined,float-cast-overflow
 //          -fno-sanitize-recover=all -Isrc/sparsessm/kernels"; wide="-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma
-//          -mpopcnt -mbmi -mprefer-vector-width=512"; k=src/sparsessm/kernels; o=/tmp/fuzz_matrix; mkdir -p $o
+//          -mpopcnt -mbmi -mprefer-vector-width=512"; k=src/sparsessm/kernels; o=build/fuzz_matrix; mkdir -p $o
 //   g++ $flags -c $k/matrix.cpp -o $o/m.o && g++ $flags -c $k/level_portable.cpp -o $o/p.o &&
 //   g++ $flags -mavx2 -mfma -mpopcnt -mbmi -c $k/level_avx2.cpp -o $o/2.o &&
 //   g++ $flags $wide -c $k/level_avx512.cpp -o $o/5.o &&
 //   g++ $flags $wide -mavx512vbmi2 -mavx512vnni -c $k/level_avx512vbmi2.cpp -o $o/b.o &&
 //   g++ $flags tools/fuzz_matrix.cpp $o/?.o -o $o/fuzz -pthread -ldl
-//   $o/fuzz 180 1            seconds and seed: random inputs; one that fails is left in /tmp/fuzz_matrix.input
+//   $o/fuzz 180 1            seconds and seed: random inputs; one that fails is left in fuzz_matrix.input
 //   $o/fuzz FILE...          replays inputs
 //
 // With clang++, -fsanitize=fuzzer and -DLIBFUZZER in place of main() it is a libFuzzer target. With
@@ -455,7 +455,7 @@ int main(int count, char **words) {
     for (; std::chrono::steady_clock::now() < until; ++runs) {
         std::vector<uint8_t> input(random() % 48);
         for (uint8_t &byte : input) byte = static_cast<uint8_t>(random());
-        std::ofstream("/tmp/fuzz_matrix.input", std::ios::binary)
+        std::ofstream("fuzz_matrix.input", std::ios::binary)
             .write(reinterpret_cast<const char *>(input.data()), static_cast<std::streamsize>(input.size()));
         LLVMFuzzerTestOneInput(input.data(), input.size());
     }

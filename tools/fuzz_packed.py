@@ -1,8 +1,8 @@
 """Fuzzes the reader of packed files; not part of the package.
 
-    pip install --target /tmp/atheris_site atheris
-    PYTHONPATH=/tmp/atheris_site .venv/bin/python tools/fuzz_packed.py \
-        /tmp/inputs tests/golden tests/corpus/packed -max_total_time=120 -max_len=8192
+    pip install --target build/atheris atheris
+    PYTHONPATH=build/atheris .venv/bin/python tools/fuzz_packed.py \
+        build/inputs tests/golden tests/corpus/packed -max_total_time=120 -max_len=8192
 
 Whatever the bytes are, reading them must end in a ValueError or in tensors that keep every promise of
 `docs/sparse-format.md`. `one` is that check; `tests/test_packed.py` replays the inputs of

@@ -153,8 +153,8 @@ class Report:
         size = "" if share is None else f"{names} {verb} {100 * share:.2g} % of the bytes of this model. "
         return size + (
             "Removed entries are stored as ordinary values in tensors of the same shape: "
-            "zeros or other constants alone make neither the file smaller nor the model faster; `sparsessm pack` "
-            "leaves them out."
+            "zeros or other constants alone make neither the file smaller nor the model faster. "
+            "`sparsessm pack` leaves them out."
         )
 
     def damped(self) -> str:
