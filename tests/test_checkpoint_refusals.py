@@ -397,6 +397,7 @@ class Files(dict):
     def items(self):  # asked for when the tensors are written and the rest is not
         os.kill(os.getpid(), getattr(signal, sys.argv[3]))
         return super().items()
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits that it is ignored
 came = checkpoint.load(sys.argv[1])
 came.files = Files(came.files)
 checkpoint.save(came, sys.argv[2], force=True)
