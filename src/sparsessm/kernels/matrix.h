@@ -1,7 +1,6 @@
 // A weight matrix as the runtime's kernels read it: dense rows as they came, or packed non-zeros under bit masks.
 // Built and checked by matrix.cpp, read by product_impl.h.
 #pragma once
-#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <vector>

@@ -1,7 +1,7 @@
 """Weight matrices as the runtime reads them, dense or without their zeros, and the decoder made of them.
 
 Part of the kernels' door: shapes are checked here and again natively. What a matrix computes is
-`reference.linear` of the weight it stands for; the native side is matrix.h, product_impl.h and step_impl.h.
+torch's `linear` of the weight it stands for; the native side is matrix.h, product_impl.h and step_impl.h.
 """
 
 from __future__ import annotations
