@@ -22,9 +22,11 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import MambaConfig, MambaForCausalLM
 from transformers.models.mamba.modeling_mamba import mamba_selective_scan  # transformers 5
+from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
 
 from sparsessm import kernels, pipeline
 from sparsessm.architectures import adapt
@@ -104,6 +106,50 @@ def scan(rounds: int) -> dict[str, Any]:
         "stock scan / native": round(ratio(times, "stock_scan", best), 1),
         "reference / native": round(ratio(times, "reference", best), 1),
         "stock block / our block": round(ratio(times, "stock_block", "our_block"), 1),
+    }
+
+
+def scan_of_mamba2(rounds: int) -> dict[str, Any]:
+    """(a2) The same window and width in heads as mamba2-130m has them: every native level, our scan of
+    Mamba-1 with a head's decay written out for its channels and states, and the stock chunks."""
+    heads, width, states = 24, 64, 128
+    g = torch.Generator().manual_seed(0)
+    wide = torch.randn(1, LENGTH, CHANNELS + 2 * states, generator=g)  # the convolution's output
+    x, B, C = wide.split([CHANNELS, states, states], -1)
+    u = x.unflatten(2, (heads, width))
+    delta = F.softplus(torch.randn(1, LENGTH, heads, generator=g) - 2)
+    A, D = -torch.exp(2.8 * torch.rand(heads, generator=g)), torch.randn(heads, generator=g)
+    each, rates = delta.repeat_interleave(width, 2), A.repeat_interleave(width)[:, None].repeat(1, states)
+    skip = D.repeat_interleave(width)
+
+    def at(level: str) -> Callable[[], Any]:
+        def run() -> Tensor:
+            kernels.LEVEL = level
+            return kernels.ssd_scan(u, delta, A, B.unsqueeze(2), C.unsqueeze(2), D)[0]
+
+        return run
+
+    def stock() -> Tensor:
+        return mamba2_chunk_scan(u, delta, A, B.unsqueeze(2), C.unsqueeze(2), chunk_size=256, D=D)
+
+    best = kernels.LEVELS[-1]
+    variants: dict[str, Callable[[], Any]] = {
+        **{level: at(level) for level in kernels.LEVELS[1:]},
+        "selective_scan": lambda: kernels.selective_scan(x, each, rates, B, C, skip)[0],
+        "stock_chunks": stock,
+    }
+    with torch.inference_mode():
+        want = variants[best]()
+        for name, run in variants.items():
+            got = run().reshape(want.shape)
+            assert (got - want).abs().max() <= 1e-4 * want.abs().max(), name
+        kernels.LEVEL = best
+        times = interleaved(rounds, **variants)
+    kernels.LEVEL = best
+    return {
+        "ms": milliseconds(times),
+        "stock chunks / native": round(ratio(times, "stock_chunks", best), 1),
+        "selective_scan / native": round(ratio(times, "selective_scan", best), 1),
     }
 
 
@@ -312,6 +358,7 @@ def main() -> None:
     results = {"machine": where, "shape": "mamba-130m, 2048 tokens"}
     for title, run in (
         ("(a) scan", lambda: scan(options.rounds)),
+        ("(a2) scan of mamba-2", lambda: scan_of_mamba2(options.rounds)),
         ("(b) calibration", lambda: calibration(options.rounds, options.windows)),
         ("(c) memory", lambda: memory(options.windows)),
         ("(d) pruning two layers", lambda: pruning(options.rounds, options.windows)),

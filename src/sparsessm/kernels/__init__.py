@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from sparsessm.kernels import reference
 from sparsessm.kernels.reference import ScanStats
+from sparsessm.kernels.ssd import ssd_scan
 
 try:
     from sparsessm.kernels import _native as _loaded  # pyright: ignore[reportAttributeAccessIssue]
@@ -42,6 +43,7 @@ __all__ = [
     "selective_scan",
     "selective_scan_backward",
     "selective_scan_stats",
+    "ssd_scan",
 ]
 
 MAX_STATES = 256

@@ -171,6 +171,32 @@ void causal_conv1d(const std::string &level, int threads, Floats<3> x, Floats<2>
     kernels.conv(c, threads);
 }
 
+void ssd_scan(const std::string &level, int threads, Floats<3> u, Floats<3> delta, Floats<1> A, Floats<3> B, Floats<3> C,
+              int64_t groups, std::optional<Floats<1>> D, std::optional<Floats<4>> initial, Floats<3> y, Floats<4> last,
+              std::optional<Floats<5>> sampled, int64_t every) {
+    Dual s{};
+    s.batch = u.shape(0), s.length = u.shape(1), s.heads = A.shape(0), s.groups = groups, s.every = every;
+    if (s.heads < 1 || groups < 1 || u.shape(2) % s.heads || s.heads % groups || B.shape(2) % groups || !B.shape(2))
+        throw std::invalid_argument("u is not made of whole heads, heads of whole groups or B of states for each group");
+    s.channels = u.shape(2) / s.heads, s.states = B.shape(2) / groups;
+    s.u = rows("u", u, s.batch, s.length, s.heads * s.channels);
+    s.delta = rows("delta", delta, s.batch, s.length, s.heads);
+    s.B = rows("B", B, s.batch, s.length, groups * s.states);
+    s.C = rows("C", C, s.batch, s.length, groups * s.states);
+    s.y = rows("y", y, s.batch, s.length, s.heads * s.channels);
+    expect("A", A, {s.heads}, true);
+    s.A = A.data();
+    s.D = packed("D", D, {s.heads});
+    s.initial = packed("initial_state", initial, {s.batch, s.heads, s.channels, s.states});
+    expect("last_state", last, {s.batch, s.heads, s.channels, s.states}, true);
+    s.last = last.data();
+    if (sampled && every < 1) throw std::invalid_argument("every is " + std::to_string(every) + ", expected at least 1");
+    if (sampled) s.sampled = packed("states", sampled, {s.batch, s.length / every, s.heads, s.channels, s.states});
+    const Level &kernels = find(level);
+    nb::gil_scoped_release release;
+    kernels.dual(s, threads);
+}
+
 } // namespace
 
 NB_MODULE(_native, m) {
@@ -196,4 +222,7 @@ NB_MODULE(_native, m) {
     bind_runtime(m);
     m.def("causal_conv1d", &causal_conv1d, nb::arg("level"), nb::arg("threads"), array("x"), array("weight"),
           maybe("bias"), maybe("before"), nb::arg("silu"), array("y"));
+    m.def("ssd_scan", &ssd_scan, nb::arg("level"), nb::arg("threads"), array("u"), array("delta"), array("A"),
+          array("B"), array("C"), nb::arg("groups"), maybe("D"), maybe("initial_state"), array("y"),
+          array("last_state"), maybe("states"), nb::arg("every"));
 }

@@ -136,3 +136,33 @@ def causal_conv1d_backward(
         y = causal_conv1d(x, weight, bias, before, silu=silu)
         dx, dweight, *rest = torch.autograd.grad(y, [x, weight, *([] if bias is None else [bias])], dy)
     return dx, dweight, rest[0] if rest else None
+
+
+def ssd_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    *,
+    every: int = 0,
+) -> tuple[Tensor, ...]:
+    """Mamba-2's recurrence (Dao & Gu, arXiv 2405.21060), step by step; half precision in float32."""
+    wide = torch.promote_types(u.dtype, torch.float32)
+    x, step, decay, B, C = (t.to(wide) for t in (u, delta, torch.exp(delta.to(wide) * A.to(wide)), B, C))
+    B, C = (t.repeat_interleave(u.shape[2] // t.shape[2], 2) for t in (B, C))  # (w, t, h, n)
+    shape = (u.shape[0], *u.shape[2:], B.shape[3])
+    state = x.new_zeros(shape) if initial_state is None else initial_state.to(wide)
+    y, sampled = torch.zeros_like(x), []
+    for t in range(u.shape[1]):
+        entering = (step[:, t, :, None] * x[:, t])[..., None] * B[:, t, :, None]
+        state = decay[:, t, :, None, None] * state + entering  # (w, h, p, n)
+        y[:, t] = (state * C[:, t, :, None]).sum(-1)
+        if every and (t + 1) % every == 0:
+            sampled.append(state)
+    y = (y if D is None else y + D.to(wide)[:, None] * x).to(u.dtype)
+    if not every:
+        return y, state
+    return y, state, torch.stack(sampled, 1) if sampled else x.new_zeros(u.shape[0], 0, *shape[1:])

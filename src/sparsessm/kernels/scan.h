@@ -45,6 +45,19 @@ struct Conv {
     bool silu;
 };
 
+// The scan of Mamba-2. A head's channels lie side by side, and so do a group's states.
+struct Dual {
+    int64_t batch, length, heads, channels, groups, states; // channels of a head; states of a group
+    Rows u, delta, B, C, y;     // u, y: heads * channels; delta: heads; B, C: groups * states
+    const float *A, *D;         // (heads), (heads) or null
+    const float *initial;       // (batch, heads, channels, states) or null
+    float *last;                // (batch, heads, channels, states)
+    float *sampled;             // (batch, length / every, heads, channels, states) or null
+    int64_t every;
+
+    int64_t updates() const { return batch * length * heads * channels * states; }
+};
+
 struct Product; // runtime.h
 struct Step;
 
@@ -55,6 +68,7 @@ struct Level {
     void (*stats)(const Scan &, const Stats &, int threads);
     void (*backward)(const Scan &, const Backward &, int threads);
     void (*conv)(const Conv &, int threads);
+    void (*dual)(const Dual &, int threads);
     void (*product)(const Product &, int threads);
     void (*step)(const Step &, int thread, int threads);
 };

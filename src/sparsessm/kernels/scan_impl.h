@@ -12,7 +12,9 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <memory>
 #include <thread>
+#include <type_traits>
 #include <vector>
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -394,6 +396,7 @@ void conv(const Conv &c, int threads) {
 
 #include "product_impl.h"
 #include "step_impl.h"
+#include "ssd_impl.h"
 
 } // namespace
 
@@ -402,7 +405,7 @@ void conv(const Conv &c, int threads) {
 #define QUOTE(name) #name
 #define NAME(name) QUOTE(name)
 const Level &LEVEL_FUNCTION(LEVEL)() {
-    static const Level level{NAME(LEVEL), scan, stats, backward, conv, product, step};
+    static const Level level{NAME(LEVEL), scan, stats, backward, conv, dual, product, step};
     return level;
 }
 
