@@ -7,6 +7,7 @@ because autograd would keep and touch several times more memory; elementwise wor
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from sparsessm import kernels
 
 CHUNK = 1024  # rows of logits alive at a time
+Mix = Callable[[nn.Module, Tensor, Any], Tensor]  # a block's mixer, its normed input and the configuration
 
 
 class _Linear(torch.autograd.Function):
@@ -99,31 +101,37 @@ class _Loss(torch.autograd.Function):
         return dhidden * dloss, dembedding * dloss, None
 
 
-def _linear(x: Tensor, weight: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x (..., in) @ weight (out, in)ᵀ -> (..., out)."""
     shape = x.shape
     return _Linear.apply(x.reshape(-1, shape[-1]), weight).view(*shape[:-1], -1)
 
 
-def final_hidden(model: nn.Module, tokens: Tensor) -> Tensor:
+def _mix(mixer: nn.Module, normed: Tensor, config: Any) -> Tensor:
+    """A Mamba mixer up to out_proj's input: (W, L, d_model) -> (W, L, inner)."""
+    rank, states = config.time_step_rank, config.state_size
+    into_x, into_z = mixer.in_proj.weight.chunk(2)
+    x = linear(normed, into_x)  # (W, L, D)
+    z = linear(normed, into_z)  # (W, L, D)
+    u = kernels.causal_conv1d(x, mixer.conv1d.weight[:, 0], mixer.conv1d.bias, silu=True)
+    step, B, C = linear(u, mixer.x_proj.weight).split([rank, states, states], dim=-1)
+    delta = F.softplus(linear(step, mixer.dt_proj.weight) + mixer.dt_proj.bias)
+    y, _ = kernels.selective_scan(u, delta, -torch.exp(mixer.A_log), B, C, mixer.D, z)
+    return y
+
+
+def final_hidden(model: nn.Module, tokens: Tensor, mix: Mix = _mix) -> Tensor:
     """Hidden states after the final norm: (W, L) int64 -> (W, L, d_model)."""
     config, backbone = model.config, model.backbone
-    rank, states, eps = config.time_step_rank, config.state_size, config.layer_norm_epsilon
+    eps = config.layer_norm_epsilon
     hidden = F.embedding(tokens, backbone.embeddings.weight)  # (W, L, d)
     for block in backbone.layers:
-        mixer = block.mixer
-        normed = _Norm.apply(hidden, block.norm.weight, eps)
-        into_x, into_z = mixer.in_proj.weight.chunk(2)
-        x = _linear(normed, into_x)  # (W, L, D)
-        z = _linear(normed, into_z)  # (W, L, D)
-        u = kernels.causal_conv1d(x, mixer.conv1d.weight[:, 0], mixer.conv1d.bias, silu=True)
-        step, B, C = _linear(u, mixer.x_proj.weight).split([rank, states, states], dim=-1)
-        delta = F.softplus(_linear(step, mixer.dt_proj.weight) + mixer.dt_proj.bias)
-        y, _ = kernels.selective_scan(u, delta, -torch.exp(mixer.A_log), B, C, mixer.D, z)
-        hidden = hidden + _linear(y, mixer.out_proj.weight)
+        y = mix(block.mixer, _Norm.apply(hidden, block.norm.weight, eps), config)
+        hidden = hidden + linear(y, block.mixer.out_proj.weight)
     return _Norm.apply(hidden, backbone.norm_f.weight, eps)
 
 
-def loss(model: nn.Module, tokens: Tensor) -> Tensor:
+def loss(model: nn.Module, tokens: Tensor, mix: Mix = _mix) -> Tensor:
     """Mean negative log-likelihood in nats of tokens[:, 1:] given their past; tokens (W, L + 1)."""
-    hidden = final_hidden(model, tokens[:, :-1].contiguous())
+    hidden = final_hidden(model, tokens[:, :-1].contiguous(), mix)
     return _Loss.apply(hidden.flatten(0, 1), model.backbone.embeddings.weight, tokens[:, 1:].flatten())

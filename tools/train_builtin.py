@@ -1,7 +1,10 @@
-"""Trains `builtin:pycode`, a small stock Mamba, on the Python standard library, and exports it.
+"""Trains `builtin:pycode` and `builtin:pycode2`, a small stock Mamba and a Mamba-2 of its size, on the Python
+standard library, and exports them.
 
     python tools/train_builtin.py train --compile --hours 2       # resumes from build/train
     python tools/train_builtin.py export src/sparsessm/builtin/pycode
+    python tools/train_builtin.py train --architecture mamba2 --compile --hours 2  # in build/train-mamba2
+    python tools/train_builtin.py export --architecture mamba2 src/sparsessm/builtin/pycode2
 
 Text: the training side of `stdlib`, and where this Python carries them the training side of its test modules
 as extra text, which the last part of the run leaves out. Held-out modules are only ever evaluated.
@@ -23,13 +26,22 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import fast_mamba
+import fast_mamba2
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import save_file
 from torch import Tensor
 from train_tokenizer import train_tokenizer
-from transformers import AutoTokenizer, GenerationConfig, MambaConfig, MambaForCausalLM
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    Mamba2Config,
+    Mamba2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedModel,
+)
 
 from sparsessm.data import evaluation_windows, stdlib_modules
 
@@ -39,21 +51,31 @@ TEST_SHARE = 0.42  # of the windows drawn from test modules before that
 MUON_RATE, ADAM_RATE, WEIGHT_DECAY, EMA = 0.02, 3e-3, 0.05, 0.995
 NAMES = {False: "library.pt", True: "tests.pt"}
 MUON = ("in_proj.weight", "x_proj.weight", "out_proj.weight")
+FOLDERS = {"mamba": Path("build/train"), "mamba2": Path("build/train-mamba2")}
+FAST = {"mamba": fast_mamba, "mamba2": fast_mamba2}  # by the configuration's model_type
 
 
-def new_model(layers: int, seed: int) -> MambaForCausalLM:
+def new_model(architecture: str, layers: int, seed: int) -> PreTrainedModel:
     """A random model; output projections start at zero, so that each block starts as the identity."""
     torch.manual_seed(seed)
-    config = MambaConfig(
-        vocab_size=ENTRIES, hidden_size=256, num_hidden_layers=layers, state_size=16, expand=2, conv_kernel=4,
+    common = dict(
+        vocab_size=ENTRIES, hidden_size=256, num_hidden_layers=layers, expand=2, conv_kernel=4,
         tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, pad_token_id=0,
     )  # fmt: skip
-    model = MambaForCausalLM(config).float()
+    if architecture == "mamba":
+        model = MambaForCausalLM(MambaConfig(state_size=16, **common)).float()
+    else:
+        sizes = dict(state_size=64, head_dim=64, num_heads=8, n_groups=1, chunk_size=64)
+        model = Mamba2ForCausalLM(Mamba2Config(**sizes, **common)).float()
     model.backbone.embeddings.weight.data.normal_(std=0.02)
     for block in model.backbone.layers:
-        torch.nn.init.kaiming_uniform_(block.mixer.in_proj.weight, a=math.sqrt(5))
-        torch.nn.init.kaiming_uniform_(block.mixer.x_proj.weight, a=math.sqrt(5))
-        block.mixer.out_proj.weight.data.zero_()
+        mixer = block.mixer
+        torch.nn.init.kaiming_uniform_(mixer.in_proj.weight, a=math.sqrt(5))
+        if architecture == "mamba":
+            torch.nn.init.kaiming_uniform_(mixer.x_proj.weight, a=math.sqrt(5))
+        else:  # as its authors start it; transformers would take 1, 2, 3, ...
+            mixer.A_log.data.uniform_(1, 16).log_()
+        mixer.out_proj.weight.data.zero_()
     return model
 
 
@@ -119,26 +141,29 @@ def orthogonal(x: Tensor) -> Tensor:
     return (wide if x.shape[1] <= x.shape[2] else wide.transpose(1, 2)).float()
 
 
-def muon_matrices(model: MambaForCausalLM) -> list[Tensor]:
-    """The matrices Muon moves; in_proj is two matrices (x and z) that share a parameter."""
+def muon_matrices(model: PreTrainedModel) -> list[Tensor]:
+    """The matrices Muon moves; in_proj is several in one parameter: x and z, or gate, x, B, C and steps."""
+    config = model.config
+    rows = [config.hidden_size * config.expand] * 2
+    if config.model_type == "mamba2":
+        rows += [config.n_groups * config.state_size] * 2 + [config.num_heads]
     found = []
     for name, parameter in model.named_parameters():
         if name.endswith(MUON):
-            halves = parameter.data.chunk(2) if "in_proj" in name else [parameter.data]
-            grads = parameter.grad.chunk(2) if "in_proj" in name else [parameter.grad]
-            for half, grad in zip(halves, grads, strict=True):
-                half.grad = grad
-                found.append(half)
+            sizes = rows if "in_proj" in name else [len(parameter)]
+            for part, grad in zip(parameter.data.split(sizes), parameter.grad.split(sizes), strict=True):
+                part.grad = grad
+                found.append(part)
     return found
 
 
 @torch.no_grad()
-def evaluate(model: MambaForCausalLM, windows: Tensor) -> float:
+def evaluate(model: PreTrainedModel, windows: Tensor) -> float:
     """Mean negative log-likelihood in nats per predicted token, over windows (W, LENGTH)."""
     total = torch.zeros(1)
     ranks = dist.get_world_size()
     for window in windows[dist.get_rank() :: ranks].split(WINDOWS // ranks):
-        hidden = fast_mamba.final_hidden(model, window)[:, :-1].flatten(0, 1)
+        hidden = FAST[model.config.model_type].final_hidden(model, window)[:, :-1].flatten(0, 1)
         logits = hidden @ model.backbone.embeddings.weight.t()
         total += torch.nn.functional.cross_entropy(logits, window[:, 1:].flatten(), reduction="sum")
     dist.all_reduce(total)
@@ -165,6 +190,7 @@ def train(arguments: argparse.Namespace) -> None:
 def train_process(rank: int, arguments: argparse.Namespace) -> None:
     """One of the training processes; all hold the same model and do the same steps on the mean gradient."""
     folder: Path = arguments.folder
+    fast = FAST[arguments.architecture]
     torch.set_num_threads(1)
     place = (folder / "meeting").resolve().as_uri()
     dist.init_process_group("gloo", place, rank=rank, world_size=arguments.processes)
@@ -177,9 +203,9 @@ def train_process(rank: int, arguments: argparse.Namespace) -> None:
         f"tokens: library {library.tokens.numel()}, tests {tests.tokens.numel()}; held out {held_out.numel()}"
     )
     if arguments.compile:
-        fast_mamba.compile_pieces()
+        fast.compile_pieces()
 
-    model = new_model(arguments.layers, arguments.seed)
+    model = new_model(arguments.architecture, arguments.layers, arguments.seed)
     say(f"{sum(p.numel() for p in model.parameters())} parameters, {arguments}")
     others = [p for name, p in model.named_parameters() if not name.endswith(MUON)]
     adam = torch.optim.AdamW(others, lr=ADAM_RATE, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
@@ -212,7 +238,11 @@ def train_process(rank: int, arguments: argparse.Namespace) -> None:
         return nll
 
     began = time.time()
-    end = began + arguments.hours * 3600 - used if arguments.hours else deadline(arguments.until).timestamp()
+    end = math.inf  # a budget in steps
+    if arguments.hours:
+        end = began + arguments.hours * 3600 - used
+    elif arguments.until:
+        end = deadline(arguments.until).timestamp()
     some = held_out[:: len(held_out) // 48][:48]  # spread over all modules
     parameters = list(model.parameters())
     saved = measured = shown = began
@@ -237,7 +267,7 @@ def train_process(rank: int, arguments: argparse.Namespace) -> None:
         rate = min(1.0, (step + 1) / WARMUP_STEPS, (1 - done) / (1 - DECAY_START))
         for parameter in parameters:
             parameter.grad.zero_()
-        value = fast_mamba.loss(model, torch.stack(windows[rank :: arguments.processes]))
+        value = fast.loss(model, torch.stack(windows[rank :: arguments.processes]))
         value.backward()
         flat = torch.cat([parameter.grad.flatten() for parameter in parameters] + [value.detach().view(1)])
         dist.all_reduce(flat)
@@ -295,21 +325,21 @@ def deadline(clock: str) -> datetime:
 
 
 def export(arguments: argparse.Namespace) -> None:
-    """Writes a stock checkpoint: matrices in bfloat16; A_log, D and norms in float32."""
+    """Writes a stock checkpoint: matrices in bfloat16; A_log, D, dt_bias and norms in float32."""
     final = arguments.folder / "final.pt"
     state = torch.load(final) if final.exists() else torch.load(arguments.folder / "state.pt")["model"]
     layers = 1 + max(int(name.split(".")[2]) for name in state if ".layers." in name)
-    model = new_model(layers, 0)
+    model = new_model(arguments.architecture, layers, 0)
     model.load_state_dict(state)
     target: Path = arguments.target
     target.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for name, parameter in model.named_parameters():  # the tied head is not stored twice
-        keep = name.endswith(("A_log", ".D", "norm.weight", "norm_f.weight"))
+        keep = name.endswith(("A_log", ".D", "dt_bias", "norm.weight", "norm_f.weight"))
         tensors[name] = parameter.detach().to(torch.float32 if keep else torch.bfloat16).contiguous()
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     (target / "model.safetensors").chmod(0o644)  # safetensors makes it private
-    model.config.architectures = ["MambaForCausalLM"]
+    model.config.architectures = [type(model).__name__]
     model.config.dtype = torch.float32  # how stock code opens it: in bfloat16 it would round A_log
     model.config.save_pretrained(target)
     GenerationConfig(bos_token_id=0, eos_token_id=0, pad_token_id=0).save_pretrained(target)
@@ -326,9 +356,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--folder", type=Path, default=Path("build/train"), help="state, caches, tokenizer")
+    parser.add_argument("--folder", type=Path, help="state, caches, tokenizer (build/train[-mamba2])")
+    which = argparse.ArgumentParser(add_help=False)
+    which.add_argument("--architecture", choices=sorted(FAST), default="mamba")
     commands = parser.add_subparsers(required=True)
-    training = commands.add_parser("train")
+    training = commands.add_parser("train", parents=[which])
     budget = training.add_mutually_exclusive_group(required=True)
     budget.add_argument(
         "--steps", type=int, help=f"budget in steps of {WINDOWS * LENGTH} tokens (reproducible)"
@@ -344,10 +376,11 @@ def main() -> None:
         "--compile", action="store_true", help="fuse elementwise work (needs a C++ compiler)"
     )
     training.set_defaults(run=train)
-    exporting = commands.add_parser("export")
+    exporting = commands.add_parser("export", parents=[which])
     exporting.add_argument("target", type=Path)
     exporting.set_defaults(run=export)
     arguments = parser.parse_args()
+    arguments.folder = arguments.folder or FOLDERS[arguments.architecture]
     arguments.run(arguments)
 
 
