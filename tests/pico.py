@@ -6,7 +6,15 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    FalconMambaConfig,
+    FalconMambaForCausalLM,
+    Mamba2Config,
+    Mamba2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 TEXT = (
     "the state of the model forgets the rest; a scan reads token after token, and what it keeps is small.\n"
@@ -16,10 +24,25 @@ TEXT = (
 
 def pico_mamba(**overrides: Any) -> MambaForCausalLM:
     """A Mamba-1 of 2 layers, d_model 16, 8 states, vocabulary 64; the same weights every time."""
+    return _made(MambaForCausalLM, MambaConfig, overrides)
+
+
+def pico_falcon_mamba(**overrides: Any) -> FalconMambaForCausalLM:
+    """The same as a FalconMamba, with its norms on B, C and step size."""
+    return _made(FalconMambaForCausalLM, FalconMambaConfig, overrides)
+
+
+def pico_mamba2(**overrides: Any) -> Mamba2ForCausalLM:
+    """A Mamba-2 of 2 layers, d_model 16, 4 heads of 8 channels in 2 groups, 8 states, vocabulary 64."""
+    shapes = {"num_heads": 4, "head_dim": 8, "n_groups": 2, "chunk_size": 8}
+    return _made(Mamba2ForCausalLM, Mamba2Config, shapes | overrides)
+
+
+def _made(kind: Any, config: Any, overrides: dict[str, Any]) -> Any:
     fields = {"vocab_size": 64, "hidden_size": 16, "state_size": 8, "num_hidden_layers": 2} | overrides
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = MambaForCausalLM(MambaConfig(**fields))
+        model = kind(config(**fields))
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if name.endswith(("A_log", ".D", "norm.weight", "norm_f.weight", "bias")):

@@ -16,7 +16,7 @@ from pico import TEXT, pico_mamba, pico_tokenizer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, MambaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, MambaForCausalLM, PreTrainedModel
 
 import sparsessm
 from sparsessm import checkpoint
@@ -53,7 +53,7 @@ def write_mixed(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def write_original(
-    folder: Path, model: MambaForCausalLM, dtype: torch.dtype = torch.float32, **fields: object
+    folder: Path, model: PreTrainedModel, dtype: torch.dtype = torch.float32, **fields: object
 ) -> None:
     """The same model as its authors' code would have stored it."""
     config = model.config
@@ -92,7 +92,7 @@ def names(folder: Path) -> set[str]:
 
 
 @torch.no_grad()
-def logits(model: MambaForCausalLM) -> Tensor:
+def logits(model: PreTrainedModel) -> Tensor:
     return model(TOKENS).logits
 
 

@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from pico import pico_mamba, pico_tokenizer
+from pico import pico_mamba, pico_mamba2, pico_tokenizer
 from safetensors.torch import load_file, save_file
 from test_checkpoint import logits, names, run, write_original, write_stock
 from torch import Tensor
+from transformers import Mamba2Config
 
 from sparsessm import checkpoint
 from sparsessm.checkpoint import atomic, state_spaces
@@ -276,7 +277,16 @@ def test_tokenizers_that_do_not_fit(stock: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"ssm_cfg": {"layer": "Mamba2"}}, r"ssm_cfg\.layer is 'Mamba2'; only 'Mamba1'"),
+        (
+            {"ssm_cfg": {"layer": "Mamba3"}},
+            r"ssm_cfg\.layer is 'Mamba3'; supported in this format: M",
+        ),
+        ({"ssm_cfg": {"layer": ["Mamba2"]}}, r"ssm_cfg\.layer is \['Mamba2'\]; supported"),
+        ({"ssm_cfg": {"headdim": 8}}, r"unknown field ssm_cfg\.headdim; known: .*d_state"),
+        ({"ssm_cfg": {"expand": 0.01}}, r"ssm_cfg\.expand must give at least one channel, got 0\.01"),
+        ({"ssm_cfg": {"expand": float("inf")}}, r"ssm_cfg\.expand must give at least one channel, got inf"),
+        ({"ssm_cfg": {"expand": -1.5}}, r"ssm_cfg\.expand must give at least one channel, got -1\.5"),
+        ({"ssm_cfg": {"expand": "2"}}, r"ssm_cfg\.expand must be a whole number of at least 1, got '2'"),
         ({"ssm_cfg": {"d_stat": 8}}, r"unknown field ssm_cfg\.d_stat; known: .*d_state"),
         ({"ssm_cfg": {"d_state": 0}}, r"ssm_cfg\.d_state must be a whole number of at least 1, got 0"),
         ({"ssm_cfg": [1]}, "ssm_cfg must be an object"),
@@ -295,10 +305,91 @@ def test_original_configs_that_are_something_else(
         checkpoint.load(tmp_path / "in")
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, r"ssm_cfg: 32 channels \(expand \* d_model\) are no heads of headdim 64 in 1 groups"),
+        ({"headdim": 8, "ngroups": 3}, "ssm_cfg: 32 channels .* are no heads of headdim 8 in 3 groups"),
+        ({"D_has_hdim": True}, r"ssm_cfg\.D_has_hdim is true; only models with one D for each head are"),
+        ({"rmsnorm": False}, r"ssm_cfg\.rmsnorm is false; only models with a norm behind the scan are"),
+        ({"norm_before_gate": True}, r"ssm_cfg\.norm_before_gate is true; only models with the gate before"),
+        ({"norm_before_gate": 1}, r"ssm_cfg\.norm_before_gate must be true or false, got 1"),
+        ({"d_ssm": 16}, r"ssm_cfg\.d_ssm is 16; only models that scan all 32 channels are"),
+        ({"expand": 2.0}, r"ssm_cfg\.expand must be a whole number of at least 1, got 2\.0"),
+        (
+            {"headdim": 8, "dt_limit": [1, 0]},
+            r"ssm_cfg\.dt_limit must be two numbers, .* first, got \[1, 0\]",
+        ),
+        ({"headdim": 8, "dt_limit": 3}, r"ssm_cfg\.dt_limit must be two numbers, the lower one first, got 3"),
+        ({"dt_rank": 1}, r"unknown field ssm_cfg\.dt_rank; known: .*headdim"),
+    ],
+)
+def test_original_mamba_2_configs_that_are_something_else(
+    tmp_path: Path, fields: dict[str, Any], message: str
+) -> None:
+    write_original(tmp_path / "in", pico_mamba2(), ssm_cfg={"layer": "Mamba2"} | fields)
+    with pytest.raises(ValueError, match=rf"config\.json: {message}"):
+        checkpoint.load(tmp_path / "in")
+
+
+@pytest.mark.parametrize("form", ["safetensors", "shards", "bin", "legacy bin", "state-spaces"])
+def test_a_billion_layers(tmp_path: Path, form: str) -> None:
+    """Refused by the head of the weights: nothing of that size is built, not even a list."""
+    folder, file = tmp_path / "in", tmp_path / "in/model.safetensors"
+    if form == "state-spaces":
+        write_original(folder, pico_mamba(), n_layer=10**9)
+    else:
+        model = write_stock(folder)
+        edit_config(folder, num_hidden_layers=10**9)
+        tensors = load_file(file)
+        if form != "safetensors":
+            file.unlink()
+        if form == "shards":
+            model.save_pretrained(tmp_path / "shards", max_shard_size="5KB")
+            for path in [*(tmp_path / "shards").glob("model*")]:
+                path.rename(folder / path.name)
+        elif form != "safetensors":
+            new = form == "bin"
+            torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=new)
+    count = 23 if form == "state-spaces" else 22  # both names of the tied pair, or one
+    with pytest.raises(ValueError, match=rf"config\.json: 1000000000 layers, but only {count} tensors$"):
+        checkpoint.load(folder)
+
+
+def test_a_foreign_model_is_not_looked_into(stock: Path) -> None:
+    edit_config(stock, model_type="gpt2", num_hidden_layers=10**9)
+    (stock / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="no adapter for model_type 'gpt2'"):
+        checkpoint.load(stock)
+
+
 def test_the_defaults_of_the_original_config() -> None:
     fields = state_spaces.settings({"d_model": 768, "n_layer": 24, "vocab_size": 50277, "ssm_cfg": {}})
     assert fields["vocab_size"] == 50280 and fields["state_size"] == 16 and fields["time_step_rank"] == "auto"
     assert state_spaces.settings({"d_model": 8, "n_layer": 1, "vocab_size": 5})["vocab_size"] == 8
+
+
+def test_the_config_of_a_published_mamba_2() -> None:
+    published = {
+        "d_model": 768,
+        "d_intermediate": 0,
+        "n_layer": 24,
+        "vocab_size": 50277,
+        "ssm_cfg": {"layer": "Mamba2"},
+        "attn_layer_idx": [],
+        "attn_cfg": {},
+        "rms_norm": True,
+        "residual_in_fp32": True,
+        "fused_add_norm": True,
+        "pad_vocab_size_multiple": 16,
+        "tie_embeddings": True,
+    }
+    assert state_spaces.is_original(published) and state_spaces.model_type(published) == "mamba2"
+    config = Mamba2Config(**state_spaces.settings(published))
+    assert (config.num_heads, config.head_dim, config.n_groups, config.state_size) == (24, 64, 1, 128)
+    assert (config.vocab_size, config.chunk_size, config.conv_kernel) == (50288, 256, 4)
+    assert list(config.time_step_limit) == [0.0, float("inf")] and config.tie_word_embeddings
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (0, 0, 0)
 
 
 # ------------------------------------------------------------------------------------------ writing

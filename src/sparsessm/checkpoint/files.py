@@ -13,6 +13,7 @@ import re
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,14 @@ from torch import Tensor
 SAFETENSORS, BIN = "model.safetensors", "pytorch_model.bin"
 SHARD_BYTES = 5 * 10**9
 """Most bytes in one safetensors file, the stock writer's limit."""
+_NO_JSON = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}
+
+
+def decode_float(found: dict[str, Any]) -> Any:
+    """The `object_hook` of `json.loads` for {"__float__": "Infinity"}, which is how transformers writes a
+    number that JSON does not have (the step limit of Mamba-2)."""
+    value = found.get("__float__") if len(found) == 1 else None
+    return _NO_JSON.get(value, found) if isinstance(value, str) else found
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -35,7 +44,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"no {path.name} in {str(path.parent)!r}: not a checkpoint directory")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), object_hook=decode_float)
     except (ValueError, OSError) as error:
         raise ValueError(f"{path}: not readable as JSON ({error})") from error
     if not isinstance(content, dict):
@@ -58,6 +67,27 @@ def weight_files(folder: Path) -> list[Path]:
     return _stock(folder)[1]
 
 
+def count_tensors(folder: Path) -> int:
+    """How many tensors the stock files hold; by their heads, an index may say anything.
+
+    Only a `.bin` older than torch 1.6 has no head, and is read for it.
+    """
+    name, files = _stock(folder)
+    read = _names if name == SAFETENSORS else _read_bin
+    return sum(1 for file in files for _ in read(_readable(file)))
+
+
+def _readable(file: Path) -> Path:
+    if not os.access(file, os.R_OK):
+        raise ValueError(f"{file}: no right to read it")
+    return file
+
+
+def _names(file: Path) -> Iterator[str]:
+    with _opened(file) as content:
+        yield from content.keys()
+
+
 def _stock(folder: Path) -> tuple[str, list[Path]]:
     """The stock format of a checkpoint directory, by the name of its one file, and the files."""
     for name in (SAFETENSORS, BIN):
@@ -74,9 +104,7 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     read = _read_safetensors if name == SAFETENSORS else _read_bin
     seen: set[str] = set()
     for file in files:
-        if not os.access(file, os.R_OK):
-            raise ValueError(f"{file}: no right to read it")
-        for tensor_name, tensor in read(file):
+        for tensor_name, tensor in read(_readable(file)):
             if tensor_name in seen:
                 raise ValueError(f"{file}: tensor {tensor_name} is in more than one shard")
             seen.add(tensor_name)
@@ -94,10 +122,16 @@ def _shards(folder: Path, index: Path) -> list[Path]:
 
 
 def _read_safetensors(file: Path) -> Iterator[tuple[str, Tensor]]:
+    with _opened(file) as content:
+        for name in content.keys():
+            yield name, content.get_tensor(name)
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
     try:
         with safe_open(file, framework="pt") as content:
-            for name in content.keys():
-                yield name, content.get_tensor(name)
+            yield content
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file}: truncated or not a safetensors file ({error})") from error
 
@@ -179,10 +213,7 @@ def read_one(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     if not file.is_file():
         raise ValueError(f"{file}: no such file")
-    try:
-        with safe_open(file, framework="pt") as content:
-            # copies: the file would stay mapped, and whoever rewrites it change the tensors
-            tensors = {name: content.get_tensor(name).clone() for name in content.keys()}
-            return tensors, dict(content.metadata() or {})
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: truncated or not a safetensors file ({error})") from error
+    with _opened(file) as content:
+        # copies: the file would stay mapped, and whoever rewrites it change the tensors
+        tensors = {name: content.get_tensor(name).clone() for name in content.keys()}
+        return tensors, dict(content.metadata() or {})

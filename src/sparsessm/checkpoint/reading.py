@@ -27,7 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..architectures import MODEL_TYPES
 from . import container, state_spaces
-from .files import BIN, SAFETENSORS, few, read_json, read_tensors
+from .files import BIN, SAFETENSORS, count_tensors, few, read_json, read_tensors
 
 RECORD, CONFIG, GENERATION = "pruning.json", "config.json", "generation_config.json"
 CARD = "README.md"
@@ -86,7 +86,10 @@ def load(source: str | os.PathLike[str], *, tokenizer: str | os.PathLike[str] | 
         folder = find(source)
         fields = read_json(folder / CONFIG)
         original = state_spaces.is_original(fields)
+        _kind(source, fields, original)  # first: the files of a foreign model are nothing to look into
         packed = packed_header(source, folder, fields, original)
+        if packed is None:
+            _refuse_layers(source, fields, original, count_tensors(folder))
         config = stock_config(source, fields, original)
         model, stored = _model(source, folder, config, packed)
         if (folder / GENERATION).is_file():
@@ -180,18 +183,32 @@ def is_packed(folder: Path) -> bool:
 
 def stock_config(source: str, fields: dict[str, Any], original: bool) -> transformers.PretrainedConfig:
     """The stock configuration object for the fields of a `config.json` of either format."""
-    kind = "mamba" if original else fields.get("model_type")
+    kind = _kind(source, fields, original)
+    try:
+        told = state_spaces.settings(fields) if original else fields
+        return transformers.CONFIG_MAPPING[kind].from_dict(told)
+    except Exception as error:  # each transformers release has its own validation errors
+        raise ValueError(f"{source}/{CONFIG}: {error}") from error
+
+
+def _kind(source: str, fields: Mapping[str, Any], original: bool) -> str:
+    """The model type in transformers, one that has an adapter."""
+    kind = state_spaces.model_type(fields) if original else fields.get("model_type")
     if not isinstance(kind, str) or kind not in MODEL_TYPES:
         known = ", ".join(sorted(MODEL_TYPES))
         raise ValueError(f"{source!r}: no adapter for model_type {kind!r}; supported: {known}")
     if fields.get("quantization_config"):
         raise ValueError(f"{source!r} is quantised (quantization_config); prune the model it was made from")
-    try:
-        if original:
-            return transformers.MambaConfig(**state_spaces.settings(fields))
-        return transformers.CONFIG_MAPPING[kind].from_dict(fields)
-    except Exception as error:  # each transformers release has its own validation errors
-        raise ValueError(f"{source}/{CONFIG}: {error}") from error
+    return kind
+
+
+def _refuse_layers(
+    source: str, fields: Mapping[str, Any], original: bool, tensors: int, what: str = "tensors"
+) -> None:
+    """Refuse more layers than there are tensors, before anything of that size is built."""
+    layers = fields.get("n_layer" if original else "num_hidden_layers")
+    if isinstance(layers, int) and layers > tensors:
+        raise ValueError(f"{source}/{CONFIG}: {layers} layers, but only {tensors} {what}")
 
 
 def _model(
@@ -262,9 +279,7 @@ def packed_header(
     header = container.read_header(folder / container.PACKED)
     if (header.layout == "state-spaces") != original:
         raise ValueError(f"{header.file}: layout {header.layout!r}, but {CONFIG} is of the other layout")
-    layers = fields.get("n_layer" if original else "num_hidden_layers")
-    if isinstance(layers, int) and layers > len(header.stock):  # before anything of that size is built
-        raise ValueError(f"{source}/{CONFIG}: {layers} layers, but only {len(header.stock)} packed tensors")
+    _refuse_layers(source, fields, original, len(header.stock), "packed tensors")
     return header
 
 

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from . import atomic, state_spaces
 from .container import PACKED
-from .files import BIN, read_json, write_safetensors
+from .files import BIN, decode_float, few, read_json, write_safetensors
 from .reading import (
     CARD,
     CONFIG,
@@ -30,9 +31,13 @@ from .reading import (
     Checkpoint,
     local_folder,
     quiet,
+    stock_config,
+    stock_model,
     untied,
 )
 
+# Names that older files have beside today's; stock code reads neither, but other readers do.
+_OLDER = {"num_hidden_layers": "n_layer", "intermediate_size": "d_inner"}
 _NOT_COMPARED = {"dtype", "torch_dtype", "_name_or_path", "transformers_version", "architectures"}
 # What a directory may hold that --force replaces.
 _OURS = (CONFIG, GENERATION, RECORD, CARD, "LICENSE*", *TOKENIZER_FILES)
@@ -133,10 +138,13 @@ def write(
         ValueError, OSError: as `save`.
     """
     refuse_existing(path, force, checkpoint.source)
+    with quiet():
+        fields = _changed_config(checkpoint)
+        _refuse_misfit(checkpoint, fields)
     try:
         with quiet(), atomic.replacing(Path(path), force=force) as folder:
             weights(folder)
-            _write_small_files(checkpoint, folder)
+            _write_small_files(checkpoint, folder, fields)
             for name, content in ours.items():
                 (folder / name).write_bytes(content)
     except (
@@ -177,12 +185,13 @@ def _write_bin(checkpoint: Checkpoint, folder: Path) -> None:
         torch.save({state_spaces.to_original(name): value for name, value in values.items()}, file)
 
 
-def _write_small_files(checkpoint: Checkpoint, folder: Path) -> None:
+def _write_small_files(checkpoint: Checkpoint, folder: Path, fields: dict[str, Any] | None) -> None:
     model, files = checkpoint.model, checkpoint.files
     for name, content in files.items():
         (folder / name).write_bytes(content)
-    if (fields := _changed_config(checkpoint)) is not None:
-        (folder / CONFIG).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+    if fields is not None:
+        in_order = checkpoint.format == "transformers"  # as stock code writes it; the original has its own
+        (folder / CONFIG).write_text(json.dumps(fields, indent=2, sort_keys=in_order) + "\n")
     if checkpoint.format == "transformers" and GENERATION not in files and model.can_generate():
         model.generation_config.save_pretrained(folder)
     if not any(name in files for name in VOCABULARIES):
@@ -202,14 +211,36 @@ def _changed_config(checkpoint: Checkpoint) -> dict[str, Any] | None:
             "architectures": [type(checkpoint.model).__name__],
             "dtype": str(most).removeprefix("torch."),
         }
-        return config.to_diff_dict() | named
-    if checkpoint.format == "state-spaces":
-        return None
-    came = json.loads(checkpoint.files[CONFIG])
-    before, now = type(config).from_dict(dict(came)).to_dict(), config.to_dict()
+        return json.loads(config.to_json_string()) | named
+    came, original = json.loads(checkpoint.files[CONFIG]), checkpoint.format == "state-spaces"
+    told = json.loads(checkpoint.files[CONFIG], object_hook=decode_float)
+    # Both through stock JSON: an infinite step limit is a float in one and a tagged object in the file.
+    before = _all_fields(stock_config(checkpoint.source, told, original))
+    now = _all_fields(config)
+    if original:
+        return state_spaces.updated(came, before, now)
     shared = (now.keys() & before.keys()) - _NOT_COMPARED
     changed = {key: now[key] for key in shared if now[key] != before[key]}
+    for key, older in _OLDER.items():
+        if key in changed and older in came and came[older] == before[key]:
+            changed[older] = changed[key]
     return came | changed if changed else None
+
+
+def _all_fields(config: PretrainedConfig) -> dict[str, Any]:
+    return json.loads(config.to_json_string(use_diff=False))
+
+
+def _refuse_misfit(checkpoint: Checkpoint, fields: dict[str, Any] | None) -> None:
+    """Refuse a directory that nobody could read: pruning changed shapes, and the config does not say so."""
+    content = checkpoint.files[CONFIG] if fields is None else json.dumps(fields)
+    told = json.loads(content, object_hook=decode_float)
+    config = stock_config(checkpoint.source, told, checkpoint.format == "state-spaces")
+    _, expected, _ = stock_model(checkpoint.source, config)
+    held, _ = untied(checkpoint.model)
+    wrong = [name for name in held if name not in expected or held[name].shape != expected[name].shape]
+    if wrong := wrong + [name for name in expected if name not in held]:
+        raise ValueError(f"{CONFIG} cannot say the shapes of this model: {few(wrong)}")
 
 
 def _name_tokenizer_class(file: Path) -> None:
