@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from pico import pico_mamba
+from pico import pico_falcon_mamba, pico_mamba, pico_mamba2
 from torch import Tensor
 from transcription import normalise, trace
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -259,10 +259,95 @@ def test_the_model_is_put_into_evaluation_mode() -> None:
 
 def test_unknown_model_type_lists_the_supported() -> None:
     model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=16))
-    with pytest.raises(ValueError, match=f"'gpt2' has no adapter; supported: {', '.join(MODEL_TYPES)}"):
+    known = ", ".join(sorted(MODEL_TYPES))
+    with pytest.raises(ValueError, match=f"'gpt2' has no adapter; supported: {known}"):
         adapt(model)
 
 
 def test_another_activation_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="hidden_act is 'gelu'"):
         adapt(pico_mamba(hidden_act="gelu"))
+
+
+FAMILY = {
+    "falcon": lambda **more: pico_falcon_mamba(**more),
+    "falcon, biased": lambda **more: pico_falcon_mamba(use_bias=True, state_size=3, conv_kernel=2, **more),
+    "mamba2": lambda **more: pico_mamba2(**more),
+    "mamba2, one group": lambda **more: pico_mamba2(n_groups=1, use_bias=True, **more),
+    "mamba2, odd sizes": lambda **more: pico_mamba2(
+        hidden_size=15, num_heads=6, head_dim=5, state_size=3, n_groups=3, conv_kernel=3, **more
+    ),
+    "mamba2, limited steps": lambda **more: pico_mamba2(
+        time_step_limit=(0.01, 0.4), use_conv_bias=False, **more
+    ),
+}
+
+
+@pytest.mark.parametrize("level", kernels.LEVELS)
+@pytest.mark.parametrize("name", FAMILY)
+def test_the_family_computes_what_stock_code_computes(
+    name: str, level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "LEVEL", level)
+    model = FAMILY[name]()
+    assert_same(adapt(model).logits(TOKENS), stock_logits(model, TOKENS))
+
+
+@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("width", [1, 5, 36])
+def test_the_family_in_slabs_of_time(name: str, width: int) -> None:
+    architecture = adapt(FAMILY[name]())
+    with torch.inference_mode():
+        hidden = architecture.embed(TOKENS)
+        for block in architecture.blocks:
+            state, parts = None, []
+            for start in range(0, hidden.shape[1], width):
+                out, state = block.forward(hidden[:, start : start + width], state)
+                parts.append(out)
+            hidden = torch.cat(parts, 1)
+    assert_same(hidden, architecture.final(TOKENS))
+
+
+def test_memoryless_heads_of_mamba2_compute_what_stock_code_computes() -> None:
+    model = FAMILY["mamba2"]()
+    with torch.no_grad():
+        model.backbone.layers[0].mixer.A_log[::2] = 38.0
+        model.backbone.layers[1].mixer.A_log[1] = 0.0
+    assert_same(adapt(model).logits(TOKENS), stock_logits(model, TOKENS))
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_the_family_shows_all_its_matrices(name: str) -> None:
+    """Every matrix but the embedding is a target, and a linear one is fed what its module is fed."""
+    model = FAMILY[name](tie_word_embeddings=False)
+    architecture = adapt(model)
+    matrices = {n: p for n, p in model.named_parameters() if p.ndim > 1 or n.endswith("A_log")}
+    del matrices["backbone.embeddings.weight"]
+    assert {target.name for target in architecture.targets} == matrices.keys()
+    for block in architecture.blocks:
+        heard: list[str] = []
+        kinds = [target.kind for target in block.targets]
+        fed = {kind: Listener(kind, heard, gram="full") for kind in kinds}
+        # the stock FalconMamba multiplies by dt_proj's weight without calling the module
+        linear = [t for t in block.targets if t.module_class == "Linear" and t.kind != "dt_proj"]
+        inputs = _entering(model, {t.kind: t.module for t in linear} | {"": block.name})
+        with torch.inference_mode():
+            block.forward(inputs[""], None, fed)
+        assert heard == kinds
+        for target in linear:
+            assert_same(fed[target.kind].what[0][0], inputs[target.kind])
+
+
+def _entering(model: Any, modules: dict[str, str]) -> dict[str, Tensor]:
+    """What the stock model feeds into modules, by the keys they are given under."""
+    seen: dict[str, Tensor] = {}
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, key=key: seen.setdefault(key, args[0])
+        )
+        for key, name in modules.items()
+    ]
+    stock_logits(model, TOKENS)
+    for hook in hooks:
+        hook.remove()
+    return seen

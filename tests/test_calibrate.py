@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from sparsessm import calibrate
 from sparsessm.architectures import Target, adapt
-from sparsessm.architectures.mamba1 import Mamba1Block
+from sparsessm.architectures.stack import StackBlock
 from sparsessm.calibrate import Pair, Recorder, Stop, slab_width, survey, walk
 from sparsessm.observers import InputGram, InputNorm, Moments, StateError
 
@@ -217,13 +217,13 @@ def test_a_pair_hands_over_both_inputs() -> None:
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str | None]]:
     """The (layer, until) of every call of a block's forward."""
     calls: list[tuple[int, str | None]] = []
-    forward = Mamba1Block.forward
+    forward = StackBlock.forward
 
     def counted(self: Any, hidden: Tensor, state: Any = None, taps: Any = None, until: Any = None) -> Any:
         calls.append((self.index, until))
         return forward(self, hidden, state, taps, until)
 
-    monkeypatch.setattr(Mamba1Block, "forward", counted)
+    monkeypatch.setattr(StackBlock, "forward", counted)
     return calls
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsessm.architectures import Architecture, Block, Tap, Target
+from sparsessm.architectures import Architecture, Block, SharedTarget, Tap, Target
 from sparsessm.observers import InputGram, Moments
 
 Progress = Callable[[str, int, int], None]
@@ -89,6 +89,8 @@ class Stop:
         with torch.inference_mode():
             for start in range(0, length, width):
                 slab = slice(start, start + width)
+                for recorder in recorders.values():
+                    recorder.take()  # an expert may get no token of this slab
                 if both and self.dense is not None and self.dense_hidden is not None:
                     dense_slab = self.dense_hidden[:, slab]
                     out, dense_state = self.dense.forward(dense_slab, dense_state, recorders, dense_until)
@@ -103,27 +105,45 @@ class Stop:
 
 
 class Recorder:
-    """A tap that keeps what it was fed last."""
+    """A tap that keeps what it was fed last, of an expert with the tokens that it is of."""
 
     options: Mapping[str, Any] = {}
+    routed = True
 
     def __init__(self) -> None:
-        self.last: Tensor | None = None
+        self._last: tuple[Tensor, Tensor | None] | None = None
 
-    def add(self, x: Tensor) -> None:
-        self.last = x
+    def add(self, x: Tensor, rows: Tensor | None = None) -> None:
+        self._last = x, rows
+
+    def take(self) -> tuple[Tensor, Tensor | None] | None:
+        """What was kept, once: an expert may get no token of a slab."""
+        last, self._last = self._last, None
+        return last
 
 
 class Pair:
-    """A tap that hands an observer the inputs in both models; `dense` must be fed first."""
+    """A tap that hands an observer the inputs in both models; `dense` must be fed first.
+
+    Experts: the tokens that the routers of both models sent there.
+    """
 
     options: Mapping[str, Any] = {}
+    routed = True
 
     def __init__(self, observer: Any) -> None:
         self._observer, self.dense = observer, Recorder()
 
-    def add(self, x: Tensor) -> None:
-        self._observer.add(x, self.dense.last)
+    def add(self, x: Tensor, rows: Tensor | None = None) -> None:
+        last = self.dense.take()
+        if last is None:
+            return
+        dense, dense_rows = last
+        if rows is not None and dense_rows is not None:
+            x, dense = x[:, torch.isin(rows, dense_rows)], dense[:, torch.isin(dense_rows, rows)]
+            if not x.shape[1]:
+                return
+        self._observer.add(x, dense)
 
 
 def _matrix(block: Block, kind: str) -> Tensor:
@@ -157,15 +177,20 @@ def survey(
     with torch.inference_mode():
         hidden = architecture.embed(tokens)
     blocks = (*architecture.blocks, architecture.tail)
+    shared: list[tuple[SharedTarget, Any]] = []  # whose later uses are still to come
     tick = _counter("survey", slab_count(*tokens.shape) * len(architecture.blocks), progress)
     for block in blocks:
         watched = [(target, observer) for target in block.targets if (observer := watch(target)) is not None]
+        again = [(target, observer) for target, observer in shared if block.index in target.uses]
+        taps = {target.kind: observer for target, observer in (*watched, *again)}
         if block is not architecture.tail:
-            Stop(block, hidden, tick).run({target.kind: observer for target, observer in watched})
+            Stop(block, hidden, tick).run(taps)
         elif watched:  # next to no work, and not counted
-            Stop(block, hidden, lambda: None).run({target.kind: observer for target, observer in watched})
-        for target, observer in watched:
-            yield target, observer.result()
+            Stop(block, hidden, lambda: None).run(taps)
+        shared += [(target, observer) for target, observer in watched if isinstance(target, SharedTarget)]
+        for target, observer in (*watched, *again):
+            if not isinstance(target, SharedTarget) or target.uses[-1] == block.index:
+                yield target, observer.result()
 
 
 def walk(

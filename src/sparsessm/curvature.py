@@ -129,16 +129,20 @@ def _block_backward(
 ) -> Tensor:
     """d loss / d the block's input, from `back`, that of its output; both (W, L, d_model)."""
     linear = [target for target in block.targets if target.module_class == "Linear"]
+    outputs_of = getattr(block, "outputs", None)  # of hybrids: shared matrices and experts too
     for target in block.targets:
-        if target.kind == "A_log":
-            add(target.name, back)
+        if target.kind == "A_log":  # the mixer writes the first part of the stream, in Zamba2 not all
+            width = next(t for t in block.targets if t.kind == "out_proj").matrix.shape[0]
+            add(target.name, back[..., :width])
     hidden = hidden.detach().requires_grad_()
-    with torch.enable_grad(), _captured(architecture.model, linear) as outputs:
+    watching = outputs_of() if outputs_of else _captured(architecture.model, linear)
+    with torch.enable_grad(), watching as outputs:
         out, _ = block.forward(hidden)
     assert out is not None
-    names = [target.name for target in linear]
-    before, *grads = torch.autograd.grad(out, [hidden, *(outputs[name] for name in names)], back)
-    for name, grad in zip(names, grads, strict=True):
+    before, *grads = torch.autograd.grad(out, [hidden, *outputs.values()], back, allow_unused=True)
+    for name, grad in zip(outputs, grads, strict=True):
+        if grad is None:  # an expert to which no token was sent
+            grad = torch.zeros_like(outputs[name])
         _refuse_non_finite(grad, f"{block.name}: the gradient at the output of {name}")
         add(name, grad)
     _refuse_non_finite(before, f"{block.name}: the gradient at its input")
@@ -196,29 +200,37 @@ def output_norms(architecture: Architecture) -> dict[str, Tensor]:
 
 
 def readout(block: Block) -> dict[str, Tensor]:
-    """How strongly each output row of a Mamba-1 layer's matrices is read by what follows it in the layer.
+    """How strongly each output row of a mixer's matrices is read by what follows it in the layer.
 
     What a unit error of a row writes into the residual stream, squared and summed, if everything in between
     passed it on with factor one: channel d of the scan's output writes omega_d = |out_proj[:, d]|^2. Rows of
     in_proj (x and z), conv1d and dt_proj belong to one channel; a step row of x_proj reaches all of them
-    through dt_proj. A row of B or C reaches all of them too, but how far only the states could tell: it
-    weighs as much as the mean step row.
+    through dt_proj, one of Mamba-2's in_proj all of its head's. A row of B or C reaches all of them too, but
+    how far only the states could tell: it weighs as much as the mean step row.
 
-    What is crude: the factor one (gate, softplus, state and step size are ignored), the residual stream is
-    taken to be equally sensitive in every direction and layer (out_proj: ones), and the way from x through
+    What is crude: the factor one (gate, norm, softplus, state and step size are ignored), the residual stream
+    is taken to be equally sensitive in every direction and layer (out_proj: ones), and the way from x through
     x_proj is left out. Against the Fisher of `builtin:pycode` ranks of rows correlate with 0.6 for in_proj
     and dt_proj, where silent channels show; within x_proj it is hardly better than no weights.
+
+    Returns:
+        Kind -> (out,) float64; only what is known, nothing for a layer without a mixer.
     """
     matrix = {target.kind: target.matrix.double() for target in block.targets}
+    if "A_log" not in matrix:
+        return {}
     omega = matrix["out_proj"].square().sum(0)  # (D,)
-    step = omega @ matrix["dt_proj"].square()  # (rank,)
     states = matrix["A_log"].shape[1]
     ones = torch.ones_like(matrix["out_proj"][:, 0])  # (d_model,)
-    return {
+    found = {"A_log": ones, "out_proj": ones}
+    if "x_proj" not in matrix:  # Mamba-2: gate, x, B, C and the steps of the heads in one
+        heads = omega.view(len(matrix["A_log"]), -1).sum(1)
+        mixed = torch.cat([omega, heads.mean().expand(len(matrix["conv1d"]) - len(omega))])
+        return found | {"in_proj": torch.cat([omega, mixed, heads]), "conv1d": mixed}
+    step = omega @ matrix["dt_proj"].square()  # (rank,)
+    return found | {
         "in_proj": torch.cat([omega, omega]),
         "conv1d": omega,
         "x_proj": torch.cat([step, step.mean().expand(2 * states)]),
         "dt_proj": omega,
-        "A_log": ones,
-        "out_proj": ones,
     }

@@ -7,12 +7,46 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from sparsessm.architectures.base import REMOVED_A_LOG, Architecture, Block, Tap, Target
-from sparsessm.architectures.mamba1 import Mamba1
+from sparsessm.architectures.base import (
+    REMOVED_A_LOG,
+    Architecture,
+    Axis,
+    Block,
+    Part,
+    Tail,
+    Tap,
+    Target,
+)
+from sparsessm.architectures.hybrid import Bamba, FalconH1, GraniteMoeHybrid, Hybrid, Jamba, NemotronH, Zamba2
+from sparsessm.architectures.hybrid_block import SharedTarget, seen_by_all_uses
+from sparsessm.architectures.stack import FalconMamba, Mamba, Mamba2, Stack
 
-MODEL_TYPES: Mapping[str, type[Mamba1]] = {"mamba": Mamba1}
+MODEL_TYPES: Mapping[str, type[Stack | Hybrid]] = {
+    "mamba": Mamba,
+    "falcon_mamba": FalconMamba,
+    "mamba2": Mamba2,
+    "bamba": Bamba,
+    "falcon_h1": FalconH1,
+    "granitemoehybrid": GraniteMoeHybrid,
+    "jamba": Jamba,
+    "nemotron_h": NemotronH,
+    "zamba2": Zamba2,
+}
 
-__all__ = ["MODEL_TYPES", "REMOVED_A_LOG", "Architecture", "Block", "Tap", "Target", "adapt"]
+__all__ = [
+    "MODEL_TYPES",
+    "REMOVED_A_LOG",
+    "Architecture",
+    "Axis",
+    "Block",
+    "Part",
+    "SharedTarget",
+    "Tail",
+    "Tap",
+    "Target",
+    "adapt",
+    "seen_by_all_uses",
+]
 
 
 def adapt(model: nn.Module, stored: Mapping[str, torch.dtype] | None = None) -> Architecture:

@@ -11,12 +11,15 @@ Letters used in formulas, here and in the kernels (Gu & Dao, arXiv 2312.00752):
     K width of the convolution · u input of the scan (W, T, D) · Δ or delta, step size (W, T, D)
     A = -exp(A_log) (D, N) · B, C input and readout (W, T, N) · D skip weight (D,) · z gate (W, T, D)
     h state (W, D, N): h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t u_t, y_t = (C_t·h_t + D u_t)·silu(z_t)
+
+Mamba-2 (Dao & Gu, arXiv 2405.21060) has one A, Δ and D for each of H heads of P channels (D = H P), and one B
+and C for each of G groups of heads; its A_log is a matrix of one column here.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -53,7 +56,8 @@ class Target:
         family: "ssm" (A_log), "projections" (linear layers), "conv1d" or "head".
         kind: the parameter's own name inside its layer, e.g. "A_log", "in_proj".
         layer: index of its block.
-        parameter: the live parameter, [out, in] after flattening; for A_log [channel, state].
+        parameter: the live parameter or a view of it, [out, in] after flattening; for A_log [channel, state],
+            in Mamba-2 [head, 1].
         stored: dtype in which the checkpoint holds it; values are rounded to it, so that what we measure is
             what gets saved.
         removed: name of a removed value -> the number stored for it.
@@ -67,7 +71,7 @@ class Target:
     family: str
     kind: str
     layer: int
-    parameter: nn.Parameter
+    parameter: Tensor
     stored: torch.dtype
     removed: Mapping[str, float] = field(default_factory=lambda: REMOVED_WEIGHT)
     module_class: str = "Linear"
@@ -81,9 +85,15 @@ class Target:
         return self.name.removesuffix(".weight")
 
     @property
+    def routed(self) -> bool:
+        """Whether it sees only the tokens that a router sends it: a matrix of an expert."""
+        return self.kind.startswith("experts.")
+
+    @property
     def matrix(self) -> Tensor:
-        """The weight as a detached view [out, in]."""
-        return self.parameter.detach().flatten(1)
+        """The weight as a detached view [out, in]; a vector is one column."""
+        parameter = self.parameter.detach()
+        return parameter[:, None] if parameter.ndim == 1 else parameter.flatten(1)
 
     def replace(self, weight: Tensor) -> None:
         """Write a new weight [out, in], rounded to the stored dtype."""
@@ -97,12 +107,67 @@ class Target:
             parameter.copy_((parameter.double() + change.double()).to(stored))
 
 
+@dataclass(frozen=True)
+class Part:
+    """Where the units of an axis lie in one tensor: unit i is start + i * width and the `width - 1` after it.
+
+    Attributes:
+        tensor: name inside the layer, e.g. "mixer.in_proj.weight". dim: the dimension they lie along.
+    """
+
+    tensor: str
+    dim: int
+    start: int = 0
+    width: int = 1
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Units of a layer that can be taken out whole, in every tensor that has a place for them.
+
+    A layer may have several axes of one name (the heads of each group, the states of each group): they choose
+    their units apart and lose the same number.
+
+    Attributes:
+        name: "state", "channel" or "head". size: number of units. parts: all tensors that share the axis.
+        write, read: rows that make what states take in, and what reads them, linearly: those of the kept ones
+            may be replaced by any mixture of all. None where something that is not linear comes behind them
+            (a norm, a SiLU).
+    """
+
+    name: str
+    size: int
+    parts: tuple[Part, ...]
+    write: Part | None = None
+    read: Part | None = None
+
+
+def cut(tensors: Mapping[str, Tensor], axes: Sequence[Axis], keeps: Sequence[Tensor]) -> dict[str, Tensor]:
+    """A layer's tensors without the units that are not kept: every tensor that shares an axis gets smaller.
+
+    Args:
+        tensors: by name inside the layer. keeps: for each axis (units,) bool, True = kept.
+    """
+    kept: dict[tuple[str, int], Tensor] = {}
+    for axis, keep in zip(axes, keeps, strict=True):
+        for part in axis.parts:
+            length = tensors[part.tensor].shape[part.dim]
+            mask = kept.setdefault((part.tensor, part.dim), torch.ones(length, dtype=torch.bool))
+            mask[part.start : part.start + axis.size * part.width] &= keep.repeat_interleave(part.width)
+    smaller = dict(tensors)
+    for (name, dim), mask in kept.items():
+        smaller[name] = smaller[name].index_select(dim, mask.nonzero()[:, 0])
+    return smaller
+
+
 class Block(ABC):
     """One layer of the model: residual stream in, residual stream out."""
 
     index: int
     name: str
     targets: tuple[Target, ...]  # in the order in which data meets them
+    axes: tuple[Axis, ...] = ()  # what can be taken out of it whole
+    layer: nn.Module  # the stock layer
 
     @abstractmethod
     def forward(
@@ -124,6 +189,32 @@ class Block(ABC):
         """The same block with weights of its own, which later changes of the model do not touch."""
 
 
+class Tail(Block):
+    """What follows the layers: the final norm and the head."""
+
+    def __init__(
+        self, norm: Any, head: Any, name: str, index: int, stored: Mapping[str, torch.dtype]
+    ) -> None:
+        self.index, self.name = index, name.removesuffix(".weight")
+        self._norm = norm
+        dtype = stored.get(name, head.weight.dtype)
+        self.targets = (Target(name, "head", "lm_head", index, head.weight, dtype),)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        state: Any = None,
+        taps: Mapping[str, Tap] | None = None,
+        until: str | None = None,
+    ) -> tuple[Tensor | None, Any]:
+        if tap := (taps or {}).get("lm_head"):
+            tap.add(self._norm(hidden))
+        return hidden, None
+
+    def copy(self) -> Tail:
+        return self  # the norm is never pruned
+
+
 class Architecture(ABC):
     """A stock model seen as embedding, blocks and head; in evaluation mode and without gradients.
 
@@ -132,6 +223,8 @@ class Architecture(ABC):
         tail: a last block, identity on the residual stream, whose targets are behind the layers (the head).
         tied: the head's weight is the embedding.
         states: d_state.
+        structure: the axes along which it can shrink to a stock model, "block" among them.
+        stored: parameter name -> dtype of its checkpoint.
     """
 
     model: nn.Module
@@ -139,6 +232,54 @@ class Architecture(ABC):
     tail: Block
     tied: bool
     states: int
+    structure: tuple[str, ...] = ()
+    stored: Mapping[str, torch.dtype]
+
+    def fields(self, sizes: Mapping[str, int]) -> dict[str, Any]:
+        """The fields of the stock configuration that say that every layer has these sizes.
+
+        Args:
+            sizes: axis -> units of each of a layer's axes of that name; what is not named stays as it is.
+
+        Raises:
+            ValueError: stock code has no word for them.
+        """
+        raise NotImplementedError
+
+    def sizes(self, axis: str) -> list[int]:
+        """All sizes smaller than now that stock code has a word for, ascending; of each of a layer's axes."""
+        if axis == "block":
+            return list(range(1, len(self.blocks)))
+        now = next((a.size for block in self.blocks for a in block.axes if a.name == axis), 1)
+        found = []
+        for size in range(1, now):
+            try:
+                self.fields({axis: size})
+            except ValueError:
+                continue
+            found.append(size)
+        return found
+
+    def resize(self, block: Block, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Block:
+        """Put a stock layer of another shape in the place of a block; the model's config is left as it is.
+
+        Args:
+            fields: of the stock configuration, in which the new layer differs.
+            tensors: its state, by name inside the layer.
+
+        Returns:
+            The new block, which also takes its place in `blocks`.
+        """
+        raise NotImplementedError
+
+    def drop(self, index: int) -> None:
+        """Take a whole block out of the model; those behind it move up, config and `stored` follow."""
+        raise NotImplementedError
+
+    def settle(self, fields: Mapping[str, Any]) -> None:
+        """Write fields into the model's own configuration, when all layers have their new shapes."""
+        for name, value in fields.items():
+            setattr(self.model.config, name, value)
 
     @abstractmethod
     def embed(self, tokens: Tensor) -> Tensor:
@@ -166,3 +307,16 @@ class Architecture(ABC):
         """(W, L) token ids -> (W, L, vocabulary)."""
         with torch.inference_mode():
             return self.head(self.final(tokens))
+
+
+def renumbered(stored: Mapping[str, torch.dtype], layers: str, gone: int) -> dict[str, torch.dtype]:
+    """The dtypes of a checkpoint whose layer number `gone` is taken out; `layers` is the name before it."""
+    found = {}
+    for name, dtype in stored.items():
+        if name.startswith(layers):
+            number, _, rest = name.removeprefix(layers).partition(".")
+            if int(number) == gone:
+                continue
+            name = f"{layers}{int(number) - (int(number) > gone)}.{rest}"
+        found[name] = dtype
+    return found

@@ -1,12 +1,12 @@
-"""Mamba-1 (`MambaForCausalLM`): its targets, and its mixer's forward around our scan kernel.
+"""The Mamba-1 mixer: its targets and axes, and its forward around our scan kernel.
 
 The same computation as transformers' `MambaMixer.forward`, channel-last and without its Python loop over
-time; the tests compare the two.
+time; the tests compare the two. FalconMamba and Jamba add norms on Δ, B and C. Who has such mixers, and what
+is around them, say `stack.py` and `hybrid.py`.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsessm import kernels
-from sparsessm.architectures.base import REMOVED_A_LOG, Architecture, Block, Tap, Target
+from sparsessm.architectures.base import REMOVED_A_LOG, Axis, Part, Tap, Target
 
 
 class MixerState(NamedTuple):
@@ -26,78 +26,69 @@ class MixerState(NamedTuple):
     removed: Tensor | None  # (W, D, N): the state of the recurrence with A = -1, while it is being observed
 
 
-class Mamba1Block(Block):
-    """One `MambaBlock`: hidden + mixer(norm(hidden))."""
+def targets(mixer: Any, prefix: str, layer: int, stored: Mapping[str, torch.dtype]) -> tuple[Target, ...]:
+    """The matrices of a mixer in the order of the data; `prefix` is its full name and a dot."""
 
-    def __init__(self, block: Any, index: int, stored: Mapping[str, torch.dtype]) -> None:
-        self.index, self.name = index, f"backbone.layers.{index}"
-        self._block, self._stored = block, stored
-        mixer, prefix = block.mixer, f"{self.name}.mixer."
+    def of(kind: str, parameter: nn.Parameter, family: str = "projections", **what: Any) -> Target:
+        name = prefix + kind + ("" if family == "ssm" else ".weight")
+        dtype = stored.get(name, parameter.dtype)
+        return Target(name, family, kind, layer, parameter, dtype, **what)
 
-        def of(kind: str, parameter: nn.Parameter, family: str = "projections", **what: Any) -> Target:
-            name = prefix + kind + ("" if family == "ssm" else ".weight")
-            dtype = stored.get(name, parameter.dtype)
-            return Target(name, family, kind, index, parameter, dtype, **what)
-
-        skip = (mixer.D, stored.get(f"{prefix}D", mixer.D.dtype))
-        fed = ("x_proj", mixer.time_step_rank) if mixer.x_proj.bias is None else None
-        self.targets = (
-            of("in_proj", mixer.in_proj.weight),
-            of("conv1d", mixer.conv1d.weight, "conv1d", module_class="Conv1d", depthwise=True),
-            of("x_proj", mixer.x_proj.weight),
-            of("dt_proj", mixer.dt_proj.weight, fed_by=fed),
-            of(
-                "A_log",
-                mixer.A_log,
-                "ssm",
-                removed=REMOVED_A_LOG,
-                module_class="MambaMixer",
-                companions={"D": skip},
-            ),
-            of("out_proj", mixer.out_proj.weight),
-        )
-
-    def forward(
-        self,
-        hidden: Tensor,
-        state: MixerState | None = None,
-        taps: Mapping[str, Tap] | None = None,
-        until: str | None = None,
-    ) -> tuple[Tensor | None, MixerState | None]:
-        out, state = mixer_forward(self._block.mixer, self._block.norm(hidden), state, taps or {}, until)
-        return out if out is None else hidden + out, state
-
-    def copy(self) -> Mamba1Block:
-        return Mamba1Block(copy.deepcopy(self._block), self.index, self._stored)
+    skip = (mixer.D, stored.get(f"{prefix}D", mixer.D.dtype))
+    plain = mixer.x_proj.bias is None and not hasattr(mixer, "dt_layernorm")
+    return (
+        of("in_proj", mixer.in_proj.weight),
+        of("conv1d", mixer.conv1d.weight, "conv1d", module_class="Conv1d", depthwise=True),
+        of("x_proj", mixer.x_proj.weight),
+        of("dt_proj", mixer.dt_proj.weight, fed_by=("x_proj", mixer.time_step_rank) if plain else None),
+        of(
+            "A_log",
+            mixer.A_log,
+            "ssm",
+            removed=REMOVED_A_LOG,
+            module_class=type(mixer).__name__,
+            companions={"D": skip},
+        ),
+        of("out_proj", mixer.out_proj.weight),
+    )
 
 
-class Tail(Block):
-    """What follows the layers: the final norm and the head."""
+def axes(mixer: Any, prefix: str) -> tuple[Axis, ...]:
+    """Its states and channels; `prefix` is its name inside the layer and a dot."""
+    channels, states = mixer.A_log.shape
+    rank = mixer.time_step_rank
+    state = [Part("x_proj.weight", 0, rank), Part("x_proj.weight", 0, rank + states), Part("A_log", 1)]
+    channel = [
+        Part("in_proj.weight", 0),
+        Part("in_proj.weight", 0, channels),
+        Part("conv1d.weight", 0),
+        Part("x_proj.weight", 1),
+        Part("dt_proj.weight", 0),
+        Part("dt_proj.bias", 0),
+        Part("A_log", 0),
+        Part("D", 0),
+        Part("out_proj.weight", 1),
+    ]
+    if mixer.in_proj.bias is not None:
+        channel += [Part("in_proj.bias", 0), Part("in_proj.bias", 0, channels)]
+    if mixer.conv1d.bias is not None:
+        channel.append(Part("conv1d.bias", 0))
+    for norm in ("b_layernorm", "c_layernorm"):  # Jamba's have weights, FalconMamba's have none
+        if isinstance(getattr(getattr(mixer, norm, None), "weight", None), nn.Parameter):
+            state.append(Part(f"{norm}.weight", 0))
+    linear = not hasattr(mixer, "c_layernorm") and mixer.x_proj.bias is None
 
-    def __init__(
-        self, norm: Any, head: Any, name: str, index: int, stored: Mapping[str, torch.dtype]
-    ) -> None:
-        self.index, self.name = index, name.removesuffix(".weight")
-        self._norm = norm
-        dtype = stored.get(name, head.weight.dtype)
-        self.targets = (Target(name, "head", "lm_head", index, head.weight, dtype),)
+    def prefixed(parts: list[Part]) -> tuple[Part, ...]:
+        return tuple(Part(prefix + p.tensor, p.dim, p.start, p.width) for p in parts)
 
-    def forward(
-        self,
-        hidden: Tensor,
-        state: Any = None,
-        taps: Mapping[str, Tap] | None = None,
-        until: str | None = None,
-    ) -> tuple[Tensor | None, Any]:
-        if tap := (taps or {}).get("lm_head"):
-            tap.add(self._norm(hidden))
-        return hidden, None
-
-    def copy(self) -> Tail:
-        return self  # the norm is never pruned
+    own = prefixed(state)
+    return (
+        Axis("state", states, own, *(own[:2] if linear else ())),
+        Axis("channel", channels, prefixed(channel)),
+    )
 
 
-def mixer_forward(
+def forward(
     mixer: Any, x: Tensor, state: MixerState | None, taps: Mapping[str, Tap], until: str | None = None
 ) -> tuple[Tensor | None, MixerState | None]:
     """The mixer over one slab: x (W, T, d_model), normalised -> (W, T, d_model) and the state after it."""
@@ -122,15 +113,15 @@ def mixer_forward(
     u, before = convolve(mixer, conv_input, before)
     if until == "conv1d" or fed("x_proj", u):
         return None, MixerState(before, None, None)
-    step, B, C = mixer.x_proj(u).split(
-        [mixer.time_step_rank, mixer.ssm_state_size, mixer.ssm_state_size], dim=-1
-    )
+    step, B, C = readings(mixer, u)
     if fed("dt_proj", step):
         return None, MixerState(before, None, None)
     delta = F.softplus(mixer.dt_proj(step))  # (W, T, D)
-    A = -torch.exp(_precise(mixer.A_log))  # (D, N)
-    skip = _precise(mixer.D)
-    if tap := taps.get("A_log"):
+    A = -torch.exp(precise(mixer.A_log))  # (D, N)
+    skip = precise(mixer.D)
+    if tap := taps.get("states"):
+        y, scan_state = _sampled(tap, mixer, (u, delta, A, B, C, skip, z), scan_state)
+    elif tap := taps.get("A_log"):
         y, scan_state, stats = kernels.selective_scan_stats(
             u, delta, A, B, C, skip, z, scan_state, removed_state=removed_state, **tap.options
         )
@@ -140,9 +131,43 @@ def mixer_forward(
         y, scan_state = kernels.selective_scan(u, delta, A, B, C, skip, z, scan_state)
         removed_state = None
     state = MixerState(before, scan_state, removed_state)
-    if until == "A_log" or fed("out_proj", y):
+    if until in ("A_log", "states") or fed("out_proj", y):
         return None, state
     return mixer.out_proj(y), state
+
+
+def _sampled(tap: Tap, mixer: Any, inputs: tuple[Any, ...], state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The scan, a few steps at a time: after each the tap is fed the state, its readout and the gate.
+
+    With "pairs" (decays, inputs) among its options the states are others: each with the decay of one state
+    and the input of another; the output is then none of the layer's.
+    """
+    u, delta, A, B, C, skip, z = inputs
+    every, parts, read = tap.options["every"], [], C
+    if pairs := tap.options.get("pairs"):
+        A, B, C = A[:, pairs[0]], B[..., pairs[1]], C[..., pairs[1]]
+    for start in range(0, u.shape[1], every):
+        now = slice(start, start + every)
+        y, state = kernels.selective_scan(
+            u[:, now], delta[:, now], A, B[:, now], C[:, now], skip, z[:, now], state
+        )
+        if y.shape[1] == every:
+            last = slice(start + every - 1, start + every)
+            h, gain = state[:, None], F.silu(z[:, last])  # (W, 1, D, N), (W, 1, D)
+            tap.add(h, read[:, last, None], gain, mixer.out_proj.weight.detach())
+        parts.append(y)
+    assert state is not None
+    return torch.cat(parts, 1), state
+
+
+def readings(mixer: Any, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """u (W, T, D) -> inputs of dt_proj (W, T, rank), B and C (W, T, N), after the norms where there are."""
+    step, B, C = mixer.x_proj(u).split(
+        [mixer.time_step_rank, mixer.ssm_state_size, mixer.ssm_state_size], dim=-1
+    )
+    if hasattr(mixer, "dt_layernorm"):
+        return mixer.dt_layernorm(step), mixer.b_layernorm(B), mixer.c_layernorm(C)
+    return step, B, C
 
 
 def windows(mixer: Any, x: Tensor, before: Tensor | None) -> Tensor:
@@ -162,31 +187,6 @@ def convolve(mixer: Any, x: Tensor, before: Tensor | None) -> tuple[Tensor, Tens
     return u, torch.cat([before, x[:, -past:]], 1)[:, -past:] if past else before
 
 
-def _precise(parameter: Tensor) -> Tensor:
+def precise(parameter: Tensor) -> Tensor:
     """float32 as in the stock forward, or float64 in a float64 model."""
     return parameter if parameter.dtype == torch.float64 else parameter.float()
-
-
-class Mamba1(Architecture):
-    """`MambaForCausalLM` of transformers."""
-
-    def __init__(self, model: nn.Module, stored: Mapping[str, torch.dtype]) -> None:
-        self.model = model
-        self._backbone: Any = model.backbone
-        self._lm_head: Any = model.lm_head
-        config = self._backbone.config
-        if config.hidden_act not in ("silu", "swish"):
-            raise ValueError(f"hidden_act is {config.hidden_act!r}; a Mamba with 'silu' is supported")
-        self.states = int(config.state_size)
-        self.blocks = tuple(Mamba1Block(layer, i, stored) for i, layer in enumerate(self._backbone.layers))
-        embeddings = "backbone.embeddings.weight"
-        self.tied = self._lm_head.weight is self._backbone.embeddings.weight
-        # A tied weight is one target, under the name it is stored by.
-        name = embeddings if self.tied and "lm_head.weight" not in stored else "lm_head.weight"
-        self.tail = Tail(self._backbone.norm_f, self._lm_head, name, len(self.blocks), stored)
-
-    def embed(self, tokens: Tensor) -> Tensor:
-        return self._backbone.embeddings(tokens)
-
-    def head(self, hidden: Tensor) -> Tensor:
-        return self._lm_head(self._backbone.norm_f(hidden))

@@ -1,0 +1,85 @@
+"""The experts of a mixture: stock code keeps them in two tensors (E, out, in); each slice is a target.
+
+Stock code has several ways to run them, chosen by the configuration. They run as it says while nobody looks
+at an expert; while somebody does, here, one after the other, on the tokens that the stock router sends them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparsessm.architectures.base import Target
+
+# (kind, inputs (1, n, in), which tokens of the slab they are (n,)): before an expert's product is made.
+Fed = Callable[[str, Tensor, Tensor], None]
+# (kind, outputs (n, out)): after it.
+Made = Callable[[str, Tensor], None]
+
+
+def is_experts(module: Any) -> bool:
+    """Whether this is a stock module of stacked experts."""
+    weight = getattr(module, "down_proj", None)
+    return isinstance(weight, nn.Parameter) and weight.ndim == 3
+
+
+def kinds(experts: Any) -> list[str]:
+    """Kinds of their targets in the order of the data: both matrices of an expert, then the next expert's."""
+    first = _first(experts)
+    numbers = range(experts.down_proj.shape[0])
+    return [f"experts.{name}.{e}" for e in numbers for name in (first, "down_proj")]
+
+
+def targets(
+    experts: Any, prefix: str, layer: int, stored: Mapping[str, torch.dtype]
+) -> Iterator[tuple[str, Target]]:
+    """(kind, target) of each expert's matrices; `prefix` is the full name of the module and a dot."""
+    for kind in kinds(experts):
+        _, name, number = kind.split(".")
+        parameter = getattr(experts, name)
+        # A view that shares memory with the parameter, outside of any graph: it is written through.
+        yield (
+            kind,
+            Target(
+                f"{prefix}{name}.{number}",
+                "projections",
+                kind,
+                layer,
+                parameter.detach()[int(number)],
+                stored.get(prefix + name, parameter.dtype),
+                module_class=type(experts).__name__,
+            ),
+        )
+
+
+def run(experts: Any, hidden: Tensor, index: Tensor, weights: Tensor, fed: Fed, made: Made) -> Tensor:
+    """The experts on hidden (tokens, in), as stock code computes them one by one.
+
+    Args:
+        index, weights: (tokens, k), the experts of each token and what their outputs count. An index beyond
+            the last expert is no expert.
+        fed, made: called before and after each product, that of an expert without tokens (n = 0) included.
+    """
+    first = _first(experts)
+    out = torch.zeros_like(hidden)
+    for e in range(experts.down_proj.shape[0]):
+        rows, place = torch.where(index == e)
+        x = hidden[rows]
+        fed(f"experts.{first}.{e}", x[None], rows)
+        inside = F.linear(x, getattr(experts, first)[e])
+        made(f"experts.{first}.{e}", inside)
+        inside = experts._apply_gate(inside) if experts.has_gate else experts.act_fn(inside)
+        fed(f"experts.down_proj.{e}", inside[None], rows)
+        part = F.linear(inside, experts.down_proj[e])
+        made(f"experts.down_proj.{e}", part)
+        out = out.index_add(0, rows, (part * weights[rows, place, None]).to(out.dtype))
+    return out
+
+
+def _first(experts: Any) -> str:
+    """The matrix that reads the stream: gate and up in one, or up alone."""
+    return "gate_up_proj" if experts.has_gate else "up_proj"

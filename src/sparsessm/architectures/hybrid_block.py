@@ -1,0 +1,287 @@
+"""A layer of a hybrid model: Mamba, attention, an MLP, experts, or several of them.
+
+A layer is run by its own stock code. Only three things inside it are ours for the time of a call: the Mamba
+mixer is computed by `mamba1.py` or `mamba2.py` with a state, attention gets the keys and values of earlier
+slabs (`attention.py`), and experts are run one by one while somebody looks at them (`experts.py`). What a
+linear layer is fed comes to its tap by a hook. So whatever else a family does between these parts
+(multipliers, positions, routers, adapters) is right by construction.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sparsessm.architectures import experts
+from sparsessm.architectures.attention import Keys, causal_mask, positions
+from sparsessm.architectures.base import Architecture, Block, Tap, Target
+
+
+@dataclass(frozen=True)
+class SharedTarget(Target):
+    """A matrix that several blocks have in common; it is a target of the first of them.
+
+    Attributes:
+        uses: indices of all blocks whose data meets it, ascending. `seen_by_all_uses` looks at all.
+    """
+
+    uses: tuple[int, ...] = ()
+
+
+class HybridState(NamedTuple):
+    """What a block carries from one slab of time to the next."""
+
+    start: int = 0  # tokens so far
+    mixer: Any = None
+    keys: tuple[Tensor, Tensor] | None = None  # of attention, with the values
+
+
+class Setting(NamedTuple):
+    """What the blocks of a model have in common.
+
+    Attributes:
+        kind: `mamba1` or `mamba2`.
+        order: paths inside a layer where a mixer, linear layers and experts may be, in the order of the data.
+        rotary: stock module that makes position embeddings, None if the model has none.
+        stored: parameter name -> dtype of its checkpoint.
+    """
+
+    kind: ModuleType
+    order: tuple[str, ...]
+    rotary: Any
+    stored: Mapping[str, torch.dtype]
+
+
+class _Reached(Exception):
+    """The tap of `until` was fed."""
+
+
+class HybridBlock(Block):
+    """One stock layer, whatever is in it.
+
+    Attributes:
+        layer: the stock module.
+        mixer: name of the Mamba mixer inside it, None if it has none.
+    """
+
+    def __init__(self, setting: Setting, layer: Any, index: int, uses: Mapping[str, tuple[int, ...]]) -> None:
+        """uses: path of a linear layer inside this one -> the blocks that share its weight, if there are."""
+        self.index, self.name, self.layer = index, f"model.layers.{index}", layer
+        self._setting, self._uses = setting, uses
+        self.mixer: str | None = None
+        self._mixer: Any = None
+        self._experts: Any = None
+        self._expert_kinds: set[str] = set()
+        self._linear: dict[str, nn.Linear] = {}  # kind -> module; those inside the mixer left out
+        self._names: dict[str, str] = {}  # kind -> name of its target
+        self._captured: dict[str, Tensor] | None = None
+        self.targets = tuple(self._found())
+        self.axes = () if self.mixer is None else setting.kind.axes(self._mixer, f"{self.mixer}.")
+
+    def _found(self) -> Iterator[Target]:
+        """The targets in the order of the data, noting where they are."""
+        kind, order, _, stored = self._setting
+        for path in order:
+            module, full = inside(self.layer, path), f"{self.name}.{path}."
+            if hasattr(module, "A_log"):
+                self.mixer, self._mixer = path, module
+                mixed = kind.targets(module, full, self.index, stored)
+                self._names |= {target.kind: target.name for target in mixed}
+                yield from mixed
+            elif isinstance(module, nn.Linear):
+                own = path.rpartition(".")[2]
+                self._linear[own] = module
+                if (target := self._target(path, module, own)) is not None:
+                    yield target
+            elif experts.is_experts(module):
+                self._experts = module
+                for own, target in experts.targets(module, full, self.index, stored):
+                    self._expert_kinds.add(own)
+                    self._names[own] = target.name
+                    yield target
+
+    def _target(self, path: str, module: nn.Linear, kind: str) -> Target | None:
+        """A linear layer as a target; None if an earlier block has it."""
+        uses = self._uses.get(path, (self.index,))
+        self._names[kind] = name = f"model.layers.{uses[0]}.{path}.weight"
+        dtype = self._setting.stored.get(name, module.weight.dtype)
+        if uses[0] != self.index:
+            return None
+        plain = Target(name, "projections", kind, self.index, module.weight, dtype)
+        if len(uses) == 1:
+            return plain
+        return SharedTarget(**{f.name: getattr(plain, f.name) for f in fields(plain)}, uses=uses)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        state: HybridState | None = None,
+        taps: Mapping[str, Tap] | None = None,
+        until: str | None = None,
+    ) -> tuple[Tensor | None, HybridState]:
+        before, watched = state or HybridState(), taps or {}
+        mixed, keys = before.mixer, Keys(before.keys)
+
+        def fed(kind: str, x: Tensor, rows: Tensor | None = None) -> None:
+            if (tap := watched.get(kind)) and x.shape[1]:
+                # Of an expert's tokens somebody may want to know which they are.
+                tap.add(x, rows=rows) if getattr(tap, "routed", False) else tap.add(x)
+            if kind == until:
+                raise _Reached
+
+        def made(kind: str, x: Tensor) -> None:
+            if self._captured is not None:
+                self._captured[self._names[kind]] = x
+
+        def mix(hidden_states: Tensor, **_: Any) -> Tensor:
+            nonlocal mixed
+            out, mixed = self._setting.kind.forward(self._mixer, hidden_states, mixed, watched, until)
+            if out is None:
+                raise _Reached
+            return out
+
+        def route(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+            return experts.run(self._experts, hidden_states, top_k_index, top_k_weights, fed, made)
+
+        wanted = {*watched, until}
+        with ExitStack() as stack:
+            for kind, module in self._linear.items():
+                if kind in wanted:
+                    hook = module.register_forward_pre_hook(_feeding(fed, kind, hidden))
+                    stack.callback(hook.remove)
+            if self._mixer is not None:
+                stack.enter_context(_instead(self._mixer, mix))
+            if self._captured is not None or wanted & self._expert_kinds:
+                stack.enter_context(_instead(self._experts, route))
+            try:
+                out = self._through(hidden, before.start, keys)
+            except _Reached:
+                out = None
+        return out, HybridState(before.start + hidden.shape[1], mixed, keys.past)
+
+    def _through(self, hidden: Tensor, start: int, keys: Keys) -> Tensor:
+        """The stock layer on a slab that comes after `start` tokens."""
+        out = self.layer(hidden, **self._beside(hidden, start, keys))
+        return out[0] if isinstance(out, tuple) else out
+
+    def _beside(self, hidden: Tensor, start: int, keys: Keys, mask: str = "attention_mask") -> dict[str, Any]:
+        """The stock layer's arguments for attention; of the mixer's nothing is needed, it has our state."""
+        if "q_proj" not in self._linear:
+            return {}
+        given: dict[str, Any] = {mask: causal_mask(start, hidden), "past_key_values": keys}
+        if self._setting.rotary is not None:
+            given["position_embeddings"] = self._setting.rotary(hidden, positions(start, hidden))
+        return given
+
+    @contextmanager
+    def outputs(self) -> Iterator[dict[str, Tensor]]:
+        """Yields what holds the outputs of all linear layers and experts, by target name, after a forward.
+
+        Linear layers that are targets of an earlier block are among them. Experts: (tokens sent to it, out).
+        """
+        captured: dict[str, Tensor] = {}
+        linear: dict[str, Any] = dict(self._linear)
+        if self._mixer is not None:
+            parts = {kind: getattr(self._mixer, kind, None) for kind in self._names}
+            linear |= {kind: module for kind, module in parts.items() if isinstance(module, nn.Linear)}
+        with ExitStack() as stack:
+            for kind, module in linear.items():
+                hook = module.register_forward_hook(_keeping(captured, self._names[kind]))
+                stack.callback(hook.remove)
+            self._captured = captured if self._experts is not None else None
+            try:
+                yield captured
+            finally:
+                self._captured = None
+
+    def copy(self) -> HybridBlock:
+        return type(self)(self._setting, copy.deepcopy(self.layer), self.index, self._uses)
+
+
+class Zamba2Block(HybridBlock):
+    """A layer of Zamba2. The shared transformer also reads the embedding, which the stream carries along."""
+
+    def _through(self, hidden: Tensor, start: int, keys: Keys) -> Tensor:
+        stream, embedded = hidden.chunk(2, -1)
+        beside = self._beside(stream, start, keys, "causal_mask")
+        out = self.layer(stream, original_hidden_states=embedded, layer_idx=self.index, **beside)
+        return torch.cat([out, embedded], -1)
+
+
+def inside(layer: Any, path: str) -> Any:
+    """What a dotted path leads to, None if it leads nowhere."""
+    for name in path.split("."):
+        layer = getattr(layer, name, None)
+    return layer
+
+
+def _feeding(fed: Callable[[str, Tensor], None], kind: str, slab: Tensor) -> Callable[..., None]:
+    """A hook that feeds a tap (W, T, in), also where stock code puts windows and time into one dimension."""
+    return lambda module, inputs: fed(kind, inputs[0].reshape(*slab.shape[:2], -1))
+
+
+def _keeping(captured: dict[str, Tensor], name: str) -> Callable[..., None]:
+    return lambda module, inputs, output: captured.__setitem__(name, output)
+
+
+@contextmanager
+def _instead(module: Any, forward: Callable[..., Tensor]) -> Iterator[None]:
+    """The module computes `forward` meanwhile."""
+    had = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if had is None:
+            del module.forward
+        else:
+            module.forward = had
+
+
+def seen_by_all_uses(
+    architecture: Architecture, target: SharedTarget, observer: Any, hidden: Tensor, width: int
+) -> Any:
+    """Look at a shared matrix in all blocks that use it, in the model as it is.
+
+    The blocks between the uses are as they are now: in a walk those not reached yet are dense. A `paired`
+    observer sees the same inputs as those of both models.
+
+    Args:
+        hidden: (W, L, ...) windows entering the first of the blocks; left as they are.
+        width: tokens a slab.
+
+    Returns:
+        The observer's result.
+    """
+    tap: Any = _Twice(observer) if getattr(observer, "paired", False) else observer
+    with torch.inference_mode():
+        stream = hidden.clone()
+        for block in architecture.blocks[target.uses[0] : target.uses[-1] + 1]:
+            taps = {target.kind: tap} if block.index in target.uses else {}
+            until = target.kind if block.index == target.uses[-1] else None
+            state = None
+            for start in range(0, stream.shape[1], width):
+                slab = stream[:, start : start + width]
+                out, state = block.forward(slab, state, taps, until)
+                if out is not None:
+                    slab.copy_(out)
+    return observer.result()
+
+
+class _Twice:
+    """A tap that hands a paired observer its inputs as those of the dense model too."""
+
+    options: Mapping[str, Any] = {}
+
+    def __init__(self, observer: Any) -> None:
+        self._observer = observer
+
+    def add(self, x: Tensor) -> None:
+        self._observer.add(x, x)

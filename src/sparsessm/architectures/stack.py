@@ -1,0 +1,134 @@
+"""Models that are nothing but mixers: Mamba, FalconMamba and Mamba-2 of transformers.
+
+Each layer is hidden + mixer(norm(hidden)); what is inside the mixer say `mamba1.py` and `mamba2.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsessm.architectures import mamba1, mamba2
+from sparsessm.architectures.base import Architecture, Block, Tail, Tap, renumbered
+
+
+class StackBlock(Block):
+    """One layer: hidden + mixer(norm(hidden))."""
+
+    def __init__(self, kind: ModuleType, layer: Any, index: int, stored: Mapping[str, torch.dtype]) -> None:
+        self.index, self.name = index, f"backbone.layers.{index}"
+        self.layer, self._kind, self._stored = layer, kind, stored
+        self.targets = kind.targets(layer.mixer, f"{self.name}.mixer.", index, stored)
+        self.axes = kind.axes(layer.mixer, "mixer.")
+
+    def forward(
+        self,
+        hidden: Tensor,
+        state: Any = None,
+        taps: Mapping[str, Tap] | None = None,
+        until: str | None = None,
+    ) -> tuple[Tensor | None, Any]:
+        layer: Any = self.layer
+        out, state = self._kind.forward(layer.mixer, layer.norm(hidden), state, taps or {}, until)
+        return out if out is None else hidden + out, state
+
+    def copy(self) -> StackBlock:
+        return StackBlock(self._kind, copy.deepcopy(self.layer), self.index, self._stored)
+
+
+class Stack(Architecture):
+    """`MambaForCausalLM`, `FalconMambaForCausalLM` or `Mamba2ForCausalLM` of transformers."""
+
+    kind: ModuleType
+
+    def __init__(self, model: nn.Module, stored: Mapping[str, torch.dtype]) -> None:
+        self.model, self.stored = model, stored
+        self._backbone: Any = model.backbone
+        self._lm_head: Any = model.lm_head
+        config = self._backbone.config
+        if config.hidden_act not in ("silu", "swish"):
+            raise ValueError(f"hidden_act is {config.hidden_act!r}; one with 'silu' is supported")
+        self.states = int(config.state_size)
+        self.blocks = tuple(self._block(i, layer) for i, layer in enumerate(self._backbone.layers))
+        self.tied = self._lm_head.weight is self._backbone.embeddings.weight
+        # A tied weight is one target, under the name it is stored by.
+        tied_name = "backbone.embeddings.weight"
+        name = tied_name if self.tied and "lm_head.weight" not in stored else "lm_head.weight"
+        self.tail = Tail(self._backbone.norm_f, self._lm_head, name, len(self.blocks), stored)
+
+    def _block(self, index: int, layer: Any) -> StackBlock:
+        return StackBlock(self.kind, layer, index, self.stored)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        return self._backbone.embeddings(tokens)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return self._lm_head(self._backbone.norm_f(hidden))
+
+    def resize(self, block: Block, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Block:
+        layer = self._backbone.layers[block.index]
+        config = copy.deepcopy(self._backbone.config)
+        for name, value in fields.items():
+            setattr(config, name, value)
+        with torch.random.fork_rng([]):  # the start values, which are all replaced, are drawn from it
+            new = type(layer)(config, layer_idx=block.index)
+        new.load_state_dict(dict(tensors), assign=True)
+        new.requires_grad_(next(layer.parameters()).requires_grad).eval()
+        self._backbone.layers[block.index] = new
+        made = self._block(block.index, new)
+        self.blocks = (*self.blocks[: block.index], made, *self.blocks[block.index + 1 :])
+        return made
+
+    def drop(self, index: int) -> None:
+        layers = self._backbone.layers
+        del layers[index]
+        self.stored = renumbered(self.stored, "backbone.layers.", index)
+        for i, layer in enumerate(layers):
+            for part in (layer, layer.mixer):
+                part.layer_idx = i
+        config: Any = self.model.config
+        config.num_hidden_layers = len(layers)
+        self.blocks = tuple(self._block(i, layer) for i, layer in enumerate(layers))
+        self.tail.index = len(layers)
+
+
+class Mamba(Stack):
+    """Mamba, Mamba-1 layers (`MambaForCausalLM`)."""
+
+    kind = mamba1
+    structure = ("state", "channel", "block")
+
+    def fields(self, sizes: Mapping[str, int]) -> dict[str, Any]:
+        # Newer releases want a whole `expand`, but take the product of it if it stands in the file.
+        words = {"state": "state_size", "channel": "intermediate_size"}
+        return {words[axis]: size for axis, size in sizes.items() if axis in words}
+
+
+class FalconMamba(Mamba):
+    """FalconMamba, Mamba-1 layers with norms on B, C and step size (`FalconMambaForCausalLM`)."""
+
+
+class Mamba2(Stack):
+    """Mamba-2, heads with one decay each (`Mamba2ForCausalLM`)."""
+
+    kind = mamba2
+    structure = ("state", "head", "channel", "block")
+
+    def fields(self, sizes: Mapping[str, int]) -> dict[str, Any]:
+        config: Any = self.model.config
+        found = {"state_size": sizes["state"]} if "state" in sizes else {}
+        if "head" in sizes or "channel" in sizes:
+            heads = sizes["head"] * config.n_groups if "head" in sizes else config.num_heads  # of each group
+            inner = heads * sizes.get("channel", config.head_dim)  # channels of each head
+            if inner % config.hidden_size:
+                raise ValueError(
+                    f"{inner} channels in all heads: stock Mamba-2 takes multiples of hidden_size "
+                    f"{config.hidden_size} only"
+                )
+            found |= {"num_heads": heads, "head_dim": inner // heads, "expand": inner // config.hidden_size}
+        return found

@@ -1,0 +1,164 @@
+"""Pico hybrids: the six stock families of attention and Mamba layers, small, with random weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+COMMON = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 24,
+    "pad_token_id": None,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+MAMBA2 = {"mamba_d_state": 8, "mamba_n_heads": 8, "mamba_n_groups": 2, "mamba_chunk_size": 16}
+
+FAMILIES: Mapping[str, Mapping[str, Any]] = {
+    # Layers: Mamba, attention with experts, Mamba, attention's period over: Mamba with experts.
+    "jamba": {
+        "num_hidden_layers": 4,
+        "attn_layer_period": 3,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "mamba_d_state": 8,
+        "mamba_dt_rank": 3,
+    },
+    # One shared block, used twice.
+    "zamba2": {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+        "mamba_d_state": 8,
+        "n_mamba_heads": 4,
+        "mamba_ngroups": 2,
+        "chunk_size": 16,
+        "num_key_value_heads": 4,
+        "use_shared_attention_adapter": True,
+        "adapter_rank": 4,
+    },
+    "bamba": MAMBA2 | {"num_hidden_layers": 3, "attn_layer_indices": [1]},
+    "falcon_h1": MAMBA2
+    | {
+        "num_hidden_layers": 2,
+        "mamba_d_ssm": 24,
+        "mamba_n_heads": 6,
+        "embedding_multiplier": 2.0,
+        "lm_head_multiplier": 0.5,
+        "mlp_multipliers": [0.8, 1.3],
+        "key_multiplier": 0.7,
+        "attention_in_multiplier": 1.1,
+        "attention_out_multiplier": 0.9,
+        "ssm_multipliers": [1.2, 0.8, 1.1, 0.9, 1.3],
+        "ssm_in_multiplier": 1.25,
+        "ssm_out_multiplier": 0.75,
+    },
+    "nemotron_h": {
+        "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp", "linear_attention"],
+        "head_dim": 4,
+        "ssm_state_size": 8,
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 6,
+        "n_groups": 2,
+        "chunk_size": 16,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 12,
+        "moe_shared_expert_intermediate_size": 20,
+    },
+    "granitemoehybrid": MAMBA2
+    | {
+        "num_hidden_layers": 3,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "shared_intermediate_size": 20,
+        "embedding_multiplier": 3.0,
+        "logits_scaling": 2.0,
+        "residual_multiplier": 0.6,
+        "attention_multiplier": 0.4,
+    },
+}
+
+# Other options of the same families: name -> (family, what differs).
+VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "jamba-dense": ("jamba", {"num_experts": 1, "mamba_proj_bias": True, "mamba_conv_bias": False}),
+    "jamba-tied": ("jamba", {"tie_word_embeddings": True, "num_experts_per_tok": 1, "mamba_expand": 3}),
+    "jamba-eager": ("jamba", {"attn_implementation": "eager", "experts_implementation": "eager"}),
+    "zamba2-two-blocks": (
+        "zamba2",
+        {
+            "num_hidden_layers": 6,
+            "layers_block_type": [*["linear_attention", "hybrid"], *["hybrid"] * 3, "linear_attention"],
+            "num_mem_blocks": 2,
+            "use_mem_rope": True,
+            "num_key_value_heads": 2,
+            "use_shared_attention_adapter": False,
+            "add_bias_linear": True,
+        },
+    ),
+    "zamba2-no-adapters": (
+        "zamba2",
+        {"use_shared_attention_adapter": False, "tie_word_embeddings": False, "hidden_act": "silu"},
+    ),
+    "zamba2-rope-eager": ("zamba2", {"use_mem_rope": True, "attn_implementation": "eager"}),
+    "bamba-biased": (
+        "bamba",
+        {"attention_bias": True, "mlp_bias": True, "mamba_proj_bias": True, "mamba_conv_bias": False,
+         "attn_layer_indices": [0, 2], "tie_word_embeddings": True, "time_step_limit": [0.1, 0.6]},
+    ),
+    "falcon_h1-normed": (
+        "falcon_h1",
+        {"mamba_rms_norm": True, "mamba_norm_before_gate": True, "attention_bias": True, "mlp_bias": True},
+    ),
+    "falcon_h1-normed-after": (
+        "falcon_h1",
+        {"mamba_rms_norm": True, "mamba_norm_before_gate": False, "projectors_bias": True,
+         "mamba_proj_bias": True, "tie_word_embeddings": True, "mamba_d_ssm": None, "mamba_n_heads": 8},
+    ),
+    "nemotron_h-latent": (
+        "nemotron_h",
+        {"moe_latent_size": 8, "mlp_bias": True, "n_group": 2, "routed_scaling_factor": 2.5, "use_bias": True,
+         "norm_topk_prob": False},
+    ),
+    "granite-dense": ("granitemoehybrid", {"num_local_experts": 0, "tie_word_embeddings": True}),
+    "granite-rope": (
+        "granitemoehybrid",
+        {"position_embedding_type": "rope", "attention_bias": True, "mamba_proj_bias": True,
+         "experts_implementation": "eager"},
+    ),
+}  # fmt: skip
+
+
+def pico_hybrid(name: str, **overrides: Any) -> PreTrainedModel:
+    """A model of one of the families or variants; the same weights every time."""
+    family, differs = VARIANTS.get(name, (name, {}))
+    fields = copy.deepcopy(COMMON | FAMILIES[family] | differs | overrides)
+    how = {key: fields.pop(key) for key in ("attn_implementation", "experts_implementation") if key in fields}
+    config = AutoConfig.for_model(family, **fields)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, **how)
+        with torch.no_grad():
+            for name_, parameter in model.named_parameters():
+                if parameter.ndim < 2 or name_.endswith("A_log"):  # norms, biases, A_log, D
+                    parameter.add_(0.1 * torch.randn_like(parameter))  # away from their regular start values
+                else:  # large enough for every part of a layer to reach the logits
+                    parameter.mul_(4 if "conv1d" in name_ else 8)
+                if name_.endswith("dt_bias"):  # middling steps and slow decay: states that remember
+                    parameter.copy_(0.3 * torch.randn_like(parameter) - 1)
+                elif name_.endswith("A_log") and parameter.ndim == 1:
+                    parameter.sub_(2)
+            for buffer_name, buffer in model.named_buffers():
+                if buffer_name.endswith("e_score_correction_bias"):
+                    buffer.copy_(0.05 * torch.randn_like(buffer))
+    return model.eval()
