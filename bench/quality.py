@@ -1,4 +1,4 @@
-"""What pruning costs: `python bench/quality.py` prunes the built-in model in every way the README and docs
+"""What pruning costs: `python bench/quality.py` prunes the built-in models in every way the README and docs
 compare.
 
 Held-out perplexity against the dense model, on modules that no calibration sees; calibration seeds 0, 1 and
@@ -24,7 +24,7 @@ from sparsessm.data import evaluation_windows
 from sparsessm.evaluation import difference, perplexity
 from sparsessm.recipe import Recipe
 
-MODEL = "builtin:pycode"
+MODEL, MODEL2 = "builtin:pycode", "builtin:pycode2"
 SEEDS = (0, 1, 2)
 Fields = dict[str, Any]
 
@@ -34,6 +34,13 @@ DENSITIES: dict[str, Fields] = {
     "4:8": {"pattern": "4:8"},
 }
 LINEAR: Fields = {"target": "projections"}
+
+
+def units(axis: str, *shares: int, **more: Any) -> dict[str, Fields]:
+    """Columns: so many percent of an axis."""
+    return {
+        f"{share} %": {"pattern": f"structured:{axis}", "sparsity": share / 100, **more} for share in shares
+    }
 
 
 def beside_exact(method: str) -> Fields:
@@ -46,8 +53,27 @@ def beside_exact(method: str) -> Fields:
     }
 
 
-# Rows (a label and what it adds to the recipe) and columns of each table.
-TABLES: dict[str, tuple[dict[str, Fields], dict[str, Fields]]] = {
+# Of the states alone: who chooses, and whether the rest is repaired.
+CHOSEN: dict[str, Fields] = {
+    "random": {"method": "random", "repair": "none"},
+    "column vote (the paper's)": {"method": "sparsessm-vote", "repair": "none"},
+    "GHOST": {"method": "ghost", "repair": "none"},
+    "exact": {"method": "exact", "repair": "none"},
+    "column vote, repaired": {"method": "sparsessm-vote"},
+    "GHOST, repaired": {"method": "ghost"},
+    "exact, repaired (default)": {},
+}
+WHOLE: dict[str, Fields] = {"magnitude": {"method": "magnitude", "repair": "none"}}
+WHOLE |= {"exact": {"repair": "none"}, "exact, repaired (default)": {}}
+NO_VOTE = {name: fields for name, fields in CHOSEN.items() if "vote" not in name}
+BLOCKS: dict[str, Fields] = {"cosine": {"method": "cosine", "repair": "none"}}
+BLOCKS |= {"exact": {"repair": "none"}, "exact, repaired (default)": {}}
+MIXES: dict[str, Fields] = {
+    f"{share} % of all parameters": {"pattern": "structured", "sparsity": share / 100} for share in (25, 40)
+}
+
+# Rows (a label and what it adds to the recipe) and columns of each table, and its model.
+TABLES: dict[str, tuple[dict[str, Fields], dict[str, Fields], str]] = {
     "methods": (
         {
             "magnitude": beside_exact("magnitude"),
@@ -56,10 +82,12 @@ TABLES: dict[str, tuple[dict[str, Fields], dict[str, Fields]]] = {
             "absorb (default)": {},
         },
         DENSITIES,
+        MODEL,
     ),
     "state matrix alone": (
         {"exact (default)": {"target": "ssm"}},
         {"50 %": {"sparsity": 0.5}},
+        MODEL,
     ),
     "absorption": (
         {
@@ -67,6 +95,7 @@ TABLES: dict[str, tuple[dict[str, Fields], dict[str, Fields]]] = {
             "sparsegpt + dense-target": {**LINEAR, "method": "sparsegpt", "repair": "dense-target"},
         },
         {name: DENSITIES[name] for name in ("50 %", "60 %", "70 %", "2:4")},
+        MODEL,
     ),
     "steps": (
         {
@@ -77,39 +106,51 @@ TABLES: dict[str, tuple[dict[str, Fields], dict[str, Fields]]] = {
             "+ loss (absorb)": LINEAR,
         },
         {name: DENSITIES[name] for name in ("50 %", "70 %")},
+        MODEL,
     ),
     "allocation": (
         {name: {**LINEAR, "allocation": name} for name in ("uniform", "hessian-trace", "owl", "loss")},
         {name: DENSITIES[name] for name in ("50 %", "70 %")},
+        MODEL,
     ),
+    "states": (CHOSEN, units("state", 25, 50, 75), MODEL),
+    "states of Mamba-2": (NO_VOTE, units("state", 25, 50, 75), MODEL2),
+    "channels": (WHOLE, units("channel", 25, 50), MODEL),
+    "heads of Mamba-2": (WHOLE, units("head", 50), MODEL2),
+    "channels of Mamba-2's heads": (WHOLE, units("channel", 50), MODEL2),
+    "blocks": (BLOCKS, units("block", 14, 29), MODEL),
+    "blocks of Mamba-2": (BLOCKS, units("block", 14, 29), MODEL2),
+    "mix": ({"exact, repaired (default)": {}}, MIXES, MODEL),
+    "mix of Mamba-2": ({"exact, repaired (default)": {}}, MIXES, MODEL2),
 }  # fmt: skip
 
 
-def key(fields: Fields, seed: int, samples: int, windows: int) -> str:
-    return json.dumps({**fields, "seed": seed, "samples": samples, "windows": windows}, sort_keys=True)
+def key(fields: Fields, seed: int, samples: int, windows: int, model: str) -> str:
+    told = {**fields, "seed": seed, "samples": samples, "windows": windows}
+    return json.dumps(told if model == MODEL else {**told, "model": model}, sort_keys=True)
 
 
 class Measure:
-    """Runs recipes on the built-in model, each once."""
+    """Runs recipes on a built-in model, each once."""
 
-    def __init__(self, path: Path, samples: int, windows: int) -> None:
-        self._path, self._samples, self._windows = path, samples, windows
+    def __init__(self, path: Path, samples: int, windows: int, model: str = MODEL) -> None:
+        self._path, self._samples, self._windows, self._model = path, samples, windows, model
         self._done: dict[str, Any] = json.loads(path.read_text())["runs"] if path.exists() else {}
         self._tokens: dict[int, torch.Tensor] = {}
         self._dense: Any = None
 
     def __call__(self, fields: Fields, seed: int) -> float:
         """Relative change of perplexity."""
-        name = key(fields, seed, self._samples, self._windows)
+        name = key(fields, seed, self._samples, self._windows, self._model)
         if name not in self._done:
             self._done[name] = self._run(fields, seed)
-            record = {"cpu": cpu(), "model": MODEL, "runs": self._done}
+            record = {"cpu": cpu(), "runs": self._done}
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._path.write_text(json.dumps(record, indent=1) + "\n")
         return float(self._done[name]["change"])
 
     def _run(self, fields: Fields, seed: int) -> dict[str, float]:
-        checkpoint = sparsessm.load(MODEL)
+        checkpoint = sparsessm.load(self._model)
         if self._dense is None:
             length = checkpoint.trained_length
             self._text = evaluation_windows(
@@ -118,7 +159,7 @@ class Measure:
             self._dense = perplexity(checkpoint.model, *self._text)
         recipe = sparsessm.resolve(checkpoint, Recipe(**fields, samples=self._samples, seed=seed))
         if seed not in self._tokens:
-            drawn = sparsessm.draw(checkpoint, Recipe(**{**recipe.model_dump(), "method": None}))
+            drawn = sparsessm.draw(checkpoint, Recipe(samples=self._samples, seed=seed, length=recipe.length))
             assert drawn is not None
             self._tokens[seed] = drawn
         began = time.perf_counter()
@@ -131,6 +172,7 @@ class Measure:
         return {
             "perplexity": pruned.perplexity, "dense": self._dense.perplexity, "change": change.mean,
             "low": change.low, "high": change.high, "seconds": round(seconds, 1), "sparsity": sparsity,
+            "parameters": report.parameters, "shape": report.shape,
         }  # fmt: skip
 
 
@@ -167,9 +209,9 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--json", type=Path, default=Path("build/quality.json"))
     options = parser.parse_args()
-    measure = Measure(options.json, options.samples, options.windows)
     for title in options.table or TABLES:
-        show(title, *TABLES[title], measure)
+        rows, columns, model = TABLES[title]
+        show(title, rows, columns, Measure(options.json, options.samples, options.windows, model))
 
 
 if __name__ == "__main__":

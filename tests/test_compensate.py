@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparsessm import compensate
-from sparsessm.compensate import dense_target, output_error, refit, sweep
+from sparsessm.compensate import dense_target, output_error, readout, readout_error, refit, sweep
 from sparsessm.hessian import Factor, factorise
 from sparsessm.methods import METHODS, Rule
 from sparsessm.observers import Moments
@@ -613,3 +613,112 @@ def test_output_error_is_the_energy_of_the_output() -> None:
     W, X = problem(11, 3, 6)
     gram = torch.from_numpy(X @ X.T / X.shape[1])
     assert output_error(torch.from_numpy(W), gram) == pytest.approx(((W @ X) ** 2).sum() / X.shape[1])
+
+
+# readouts of states
+
+
+def states_and_readouts(seed: int, steps: int, channels: int, states: int) -> tuple[Array, Array]:
+    """C (S, N) and h (S, D, N), states alike as neighbours are."""
+    rng = np.random.default_rng(seed)
+    shared = rng.standard_normal((states, 2))
+    C = rng.standard_normal((steps, states)) + rng.standard_normal((steps, 2)) @ shared.T
+    h = 0.5 * rng.standard_normal((steps, channels, states))
+    return C, h + rng.standard_normal((steps, channels, 2)) @ shared.T
+
+
+def full_sums(C: Array, h: Array, weight: Array) -> Tensor:
+    """[n, n', m, m'] = sum C_n C_n' sum_d w_d h_dm h_dm', by loops."""
+    states = C.shape[1]
+    full = np.zeros([states] * 4)
+    for s in range(len(C)):
+        pairs = sum(weight[s, d] * np.outer(h[s, d], h[s, d]) for d in range(h.shape[1]))
+        full += np.multiply.outer(np.outer(C[s], C[s]), pairs)
+    return torch.from_numpy(full)
+
+
+def products_of(C: Array, h: Array, weight: Array, kept: list[int]) -> tuple[Array, Array]:
+    """The features (steps and channels, N r) and the output that they should restore, weighted."""
+    rows, wanted = [], []
+    for s in range(len(C)):
+        for d in range(h.shape[1]):
+            root = np.sqrt(weight[s, d])
+            rows.append(root * np.outer(C[s], h[s, d, kept]).ravel())
+            wanted.append(root * (C[s] @ h[s, d]))
+    return np.array(rows), np.array(wanted)
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=SEEDS, states=st.integers(1, 5), data=st.data())
+def test_readouts_are_least_squares_over_all_products(seed: int, states: int, data: st.DataObject) -> None:
+    kept = sorted(data.draw(st.sets(st.integers(0, states - 1), min_size=1)))
+    C, h = states_and_readouts(seed, 6 * states, 6, states)
+    weight = np.random.default_rng(seed + 1).random((6 * states, 6)) ** 2
+    keep = torch.zeros(states, dtype=torch.bool)
+    keep[kept] = True
+    full = full_sums(C, h, weight)
+    features, wanted = products_of(C, h, weight, kept)
+    best, *_ = np.linalg.lstsq(features, wanted, rcond=None)
+    rest = np.square(wanted - features @ best).sum()
+    for damping in (1e-10, 1e-4):
+        mix = readout(full, keep, damping)
+        assert mix.shape == (states, len(kept)) and mix.dtype == torch.float64
+        error = np.square(wanted - features @ mix.numpy().ravel()).sum()
+        measured = readout_error(full, keep, mix)
+        assert abs(measured - error) <= 1e-8 * np.square(wanted).sum()
+        assert rest <= error * (1 + 1e-9) + 1e-12
+        start = np.eye(states)[:, kept].ravel()
+        added = damping * np.square(features).sum(0).mean()
+        # the damped problem as one plain least squares
+        A = np.concatenate([features, np.sqrt(added) * np.eye(len(start))])
+        damped, *_ = np.linalg.lstsq(A, np.concatenate([wanted, np.sqrt(added) * start]), rcond=None)
+        np.testing.assert_allclose(mix.numpy().ravel(), damped, rtol=0, atol=2e-5)
+        if damping == 1e-10:
+            assert error <= rest + 1e-6 * np.square(wanted).sum()
+
+
+def test_readouts_of_all_states_stay_as_they_are() -> None:
+    C, h = states_and_readouts(0, 20, 4, 4)
+    full, keep = full_sums(C, h, np.ones((20, 4))), torch.ones(4, dtype=torch.bool)
+    mix = readout(full, keep)
+    torch.testing.assert_close(mix, torch.eye(4, dtype=torch.float64), rtol=0, atol=1e-9)
+    assert abs(readout_error(full, keep, mix)) < 1e-9 * float(torch.einsum("abab->", full))
+
+
+def test_readouts_without_any_state_or_signal() -> None:
+    C, h = states_and_readouts(0, 20, 4, 4)
+    full = full_sums(C, h, np.ones((20, 4)))
+    nothing = torch.zeros(4, dtype=torch.bool)
+    mix = readout(full, nothing)
+    assert mix.shape == (4, 0)
+    whole = np.square((h @ C[:, :, None])[..., 0]).sum()
+    assert readout_error(full, nothing, mix) == pytest.approx(float(whole))
+    silent = readout(torch.zeros_like(full), torch.arange(4) < 2)
+    torch.testing.assert_close(silent, torch.eye(4, dtype=torch.float64)[:, :2])
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("fewer", [1, 4])
+def test_a_dense_target_with_fewer_inputs(strength: float, fewer: int) -> None:
+    """argmin |V X~ - W X|^2 / n + added |V - start|^2 as one least squares; W has inputs that V has not."""
+    W, X = problem(0, 5, 8)
+    other = X[fewer:] + 0.1 * problem(1, 5, 8)[1][fewer:]
+    count = X.shape[1]
+    start = W[:, fewer:] + 0.1
+    seen = Moments(torch.from_numpy(other @ other.T / count), torch.from_numpy(X @ other.T / count))
+    factor = factorise(seen.gram)
+    got = dense_target(torch.from_numpy(W), seen, factor, strength, start=torch.from_numpy(start))
+    root = np.sqrt(float(factor.added) * count) * np.eye(8 - fewer)
+    A = np.concatenate([other.T, root])
+    best, *_ = np.linalg.lstsq(A, np.concatenate([X.T @ W.T, root @ start.T]), rcond=None)
+    np.testing.assert_allclose(got.numpy(), start + strength * (best.T - start), rtol=0, atol=1e-8)
+
+
+def test_a_dense_target_keeps_the_start_of_dead_inputs() -> None:
+    W, X = problem(0, 3, 6)
+    other = X[2:].copy()
+    other[1] = 0.0
+    seen = Moments(torch.from_numpy(other @ other.T), torch.from_numpy(X @ other.T))
+    start = torch.from_numpy(W[:, 2:])
+    got = dense_target(torch.from_numpy(W), seen, factorise(seen.gram), start=start)
+    assert torch.equal(got[:, 1], start[:, 1]) and not torch.allclose(got, start)

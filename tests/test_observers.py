@@ -10,8 +10,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pico import pico_mamba
+from pico import pico_mamba, pico_mamba2
 from torch import Tensor
+from transcription import normalise, trace
 from transcription_linear import conv1d_hessians
 
 from sparsessm import calibrate
@@ -19,7 +20,15 @@ from sparsessm.architectures import Target, adapt
 from sparsessm.architectures.mamba1 import windows
 from sparsessm.calibrate import Stop, walk
 from sparsessm.methods.sparsessm import time_weights
-from sparsessm.observers import InputGram, InputNorm, Moments, StateEnergy, StateError, StateVote
+from sparsessm.observers import (
+    InputGram,
+    InputNorm,
+    Moments,
+    StateEnergy,
+    StateError,
+    StateMoments,
+    StateVote,
+)
 from sparsessm.patterns import NofM, Unstructured
 
 TOKENS = torch.randint(0, 64, (3, 50), generator=torch.Generator().manual_seed(0))
@@ -143,10 +152,7 @@ def test_moments_through_a_layer(paired: bool) -> None:
 
 def test_observers_say_whether_they_want_both_models() -> None:
     assert InputGram(paired=True).paired and not InputGram().paired and not InputNorm().paired
-    with pytest.raises(AssertionError, match="nothing was observed"):
-        InputNorm().result()
-    with pytest.raises(AssertionError, match="nothing was observed"):
-        InputGram().result()
+    assert (InputNorm().result().tokens, InputGram().result().tokens) == (0, 0)  # an expert without tokens
     assert Moments(torch.eye(3)).power.tolist() == [1, 1, 1]
 
 
@@ -210,3 +216,168 @@ def test_diagonal_is_the_diagonal() -> None:
     stop = next(walk(adapt(pico_mamba()), TOKENS, passes=1))
     full, diagonal = (stop.seen(a_log(stop), StateError("unit", d)) for d in (False, True))
     torch.testing.assert_close(diagonal.gram, full.gram.diagonal(dim1=1, dim2=2), rtol=1e-6, atol=0)
+
+
+# states, for whole units
+
+
+def _silu(x: np.ndarray) -> np.ndarray:
+    return x / (1 + np.exp(-x))
+
+
+def steps_of_mamba1(mixer: Any, hidden: Tensor, norm: Any) -> list[tuple[np.ndarray, ...]]:
+    """Of each window: h (L, D, N), C (L, 1, N) and gain (L, D), by the transcription."""
+    found = []
+    for window in hidden.numpy():
+        one = trace(mixer, normalise(norm, window))
+        found.append((one.state, one.C[:, None], one.gate))
+    return found
+
+
+def steps_of_mamba2(mixer: Any, hidden: Tensor, norm: Any) -> list[tuple[np.ndarray, ...]]:
+    """The same of Mamba-2, C (L, G, N), by the plain recurrence; gain is what the norm then multiplies with."""
+    H, P, G, N = mixer.num_heads, mixer.head_dim, mixer.n_groups, mixer.ssm_state_size
+    D, GN = H * P, G * N
+    w = {name: parameter.detach().double().numpy() for name, parameter in mixer.named_parameters()}
+    found = []
+    for window in hidden.numpy():
+        projected = normalise(norm, window) @ w["in_proj.weight"].T
+        length = len(projected)
+        z, mixed, step = projected[:, :D], projected[:, D : 2 * D + 2 * GN], projected[:, 2 * D + 2 * GN :]
+        taps = w["conv1d.weight"][:, 0]
+        past = np.concatenate([np.zeros((taps.shape[1] - 1, mixed.shape[1])), mixed])
+        conv = np.stack([(past[t : t + taps.shape[1]].T * taps).sum(1) for t in range(length)])
+        conv = _silu(conv + w["conv1d.bias"])
+        u, B, C = conv[:, :D].reshape(-1, H, P), conv[:, D : D + GN], conv[:, D + GN :]
+        B, C = B.reshape(-1, G, N), C.reshape(-1, G, N)
+        delta = np.log1p(np.exp(step + w["dt_bias"]))
+        h, states, gains = np.zeros((H, P, N)), [], []
+        for t in range(length):
+            y = np.zeros((H, P))
+            for head in range(H):
+                group = head // (H // G)
+                decay = np.exp(-delta[t, head] * np.exp(w["A_log"][head]))
+                h[head] = decay * h[head] + delta[t, head] * np.outer(u[t, head], B[t, group])
+                y[head] = h[head] @ C[t, group] + w["D"][head] * u[t, head]
+            gate = _silu(z[t])
+            seen = (y.reshape(-1) * gate).reshape(G, -1)
+            scale = 1 / np.sqrt((seen**2).mean(1) + mixer.norm.variance_epsilon)
+            gains.append(np.repeat(scale, D // G) * gate * w["norm.weight"])
+            states.append(h.reshape(D, N).copy())
+        found.append((np.stack(states), C, np.stack(gains)))
+    return found
+
+
+def state_sums(
+    windows: list[tuple[np.ndarray, ...]], every: int, out_proj: np.ndarray, cost: np.ndarray | None
+) -> dict[str, np.ndarray]:
+    """The five sums by their definitions, one loop for each index."""
+    cost = np.ones(len(out_proj)) if cost is None else cost
+    omega = np.array([(cost * column**2).sum() for column in out_proj.T])
+    (_, channels, states), groups = windows[0][0].shape, windows[0][1].shape[1]
+    pairs_ = (groups, states, states)
+    sums = {name: np.zeros(pairs_) for name in ("gram", "states", "readouts")}
+    sums |= {"energy": np.zeros((groups, states)), "full": np.zeros((groups, *[states] * 4))}
+    for h, C, gain in windows:
+        for t in range(every - 1, len(h), every):
+            for group in range(groups):
+                own = range(group * (channels // groups), (group + 1) * (channels // groups))
+                pairs = sum(omega[d] * gain[t, d] ** 2 * np.outer(h[t, d], h[t, d]) for d in own)
+                plain = sum(h[t, d] ** 2 for d in own)
+                readouts = np.outer(C[t, group], C[t, group])
+                sums["gram"][group] += readouts * pairs
+                sums["energy"][group] += C[t, group] ** 2 * plain
+                sums["states"][group] += pairs
+                sums["readouts"][group] += readouts
+                sums["full"][group] += readouts[:, :, None, None] * pairs
+    return sums
+
+
+STATES: list[tuple[Callable[..., Any], dict[str, Any], Callable[..., Any]]] = [
+    (pico_mamba, {"state_size": 3}, steps_of_mamba1),
+    (pico_mamba, {"time_step_rank": 3}, steps_of_mamba1),
+    (pico_mamba2, {"n_groups": 1}, steps_of_mamba2),
+    (pico_mamba2, {"n_groups": 2, "state_size": 5}, steps_of_mamba2),
+]
+
+
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("every", "longest"), [(1, 128), (3, 6), (16, 128), (5, 5)])
+@pytest.mark.parametrize(("make", "shapes", "steps"), STATES)
+def test_moments_of_states_by_an_explicit_loop(
+    make: Callable[..., Any],
+    shapes: dict[str, Any],
+    steps: Callable[..., Any],
+    every: int,
+    longest: int,
+    weighted: bool,
+    double: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever slabs they came in; sampled at every so many steps, counted from the beginning."""
+    monkeypatch.setattr(calibrate, "LONGEST", longest)
+    model = make(num_hidden_layers=1, **shapes)
+    model = model.double() if double else model
+    layer = model.backbone.layers[0]
+    with torch.no_grad():
+        for name in ("in_proj", "out_proj"):
+            getattr(layer.mixer, name).weight.mul_(3)
+    architecture = adapt(model)
+    cost = draw(7, 16).square() if weighted else None
+    moments = StateMoments(every, cost)
+    stop = next(walk(architecture, TOKENS, passes=1))
+    before = stop.hidden.clone()
+    stop.run({"states": moments}, until="states")
+    assert torch.equal(stop.hidden, before)
+    got = moments.result()
+    hidden = model.backbone.embeddings(TOKENS).detach().double()
+    out_proj = layer.mixer.out_proj.weight.detach().double().numpy()
+    want = state_sums(
+        steps(layer.mixer, hidden, layer.norm), every, out_proj, None if cost is None else cost.numpy()
+    )
+    for name, value in want.items():
+        mine = getattr(got, name)
+        assert mine.dtype == torch.float64 and mine.shape == value.shape
+        assert np.abs(mine.numpy() - value).max() <= (2e-6 if double else 1e-4) * np.abs(value).max(), name
+
+
+def test_many_states_have_no_full_moments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StateMoments, "MOST_FULL", 7)
+    stop = next(walk(adapt(pico_mamba()), TOKENS, passes=1))
+    moments = StateMoments(4)
+    stop.run({"states": moments}, until="states")
+    assert moments.result().full is None
+    with pytest.raises(AssertionError, match="nothing was observed"):
+        StateMoments(4).result()
+
+
+@pytest.mark.parametrize("make", [pico_mamba, pico_mamba2])
+def test_watching_the_states_changes_nothing(make: Callable[..., Any]) -> None:
+    """The output of a block that is watched is that of one that is not."""
+    architecture = adapt(make())
+    with torch.inference_mode():
+        hidden = architecture.embed(TOKENS)
+        plain, _ = architecture.blocks[0].forward(hidden)
+        watched, _ = architecture.blocks[0].forward(hidden, None, {"states": StateMoments(7)})
+    torch.testing.assert_close(watched, plain, rtol=1e-6, atol=1e-6)
+
+
+def test_the_sums_say_what_removing_states_costs() -> None:
+    """1' gram 1 over what goes is the squared error of the block's output, out_proj'out_proj diagonal."""
+    model = pico_mamba(num_hidden_layers=1).double()
+    mixer = model.backbone.layers[0].mixer
+    with torch.no_grad():
+        mixer.out_proj.weight.copy_(torch.eye(16, 32))
+    stop = next(walk(adapt(model), TOKENS, passes=1))
+    moments = StateMoments(1)
+    stop.run({"states": moments}, until="states")
+    gone = [1, 4, 5]
+    cost = moments.result().gram[0][gone][:, gone].sum()
+    block = stop.block
+    with torch.inference_mode():
+        before, _ = block.forward(stop.hidden)
+        mixer.x_proj.weight[-8:][gone] = 0.0
+        after, _ = block.forward(stop.hidden)
+    assert before is not None and after is not None
+    assert float(cost) == pytest.approx(float((before - after).square().sum()), rel=1e-6)

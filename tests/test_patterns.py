@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transcription import remove_smallest
 
-from sparsessm.patterns import NofM, Unstructured, parse
+from sparsessm.patterns import AXES, NofM, Structured, Unstructured, parse
 
 
 @settings(deadline=None)
@@ -67,7 +67,7 @@ def test_parse() -> None:
     assert NofM(1, 4).sparsity == 0.75
 
 
-@pytest.mark.parametrize("text", ["4:2", "0:4", "4:4", "2/4", "structured", "", "-1:4", "2:4:8"])
+@pytest.mark.parametrize("text", ["4:2", "0:4", "4:4", "2/4", "structure", "", "-1:4", "2:4:8"])
 def test_parse_refuses(text: str) -> None:
     with pytest.raises(ValueError, match="unknown pattern .*'N:M' with 0 < N < M"):
         parse(text)
@@ -81,3 +81,68 @@ def test_m_must_divide_the_row() -> None:
 def test_groups_for_elimination() -> None:
     assert Unstructured().groups(16) == (16, 16)
     assert NofM(1, 4).groups(16) == (4, 3)
+
+
+# whole units
+
+SHARES = st.floats(1e-6, 1, exclude_max=True).map(lambda share: float(f"{share:.6g}")).filter(lambda x: x < 1)
+
+
+@settings(deadline=None)
+@given(
+    axes=st.permutations(AXES),
+    count=st.integers(0, 4),
+    shares=st.lists(SHARES, min_size=4, max_size=4),
+    bare=st.booleans(),
+)
+def test_structured_there_and_back(axes: list[str], count: int, shares: list[float], bare: bool) -> None:
+    pairs = list(zip(axes[:count], shares, strict=False))
+    pattern = Structured(((axes[0], None),)) if bare else Structured(tuple(pairs))
+    assert parse(str(pattern)) == pattern
+    assert pattern.mixed == (count > 0 and not bare)
+
+
+def test_structured_by_its_words() -> None:
+    assert parse("structured") == Structured() and str(Structured()) == "structured"
+    assert parse("structured:state") == Structured((("state", None),))
+    mix = parse("structured:state=0.5,block=.25")
+    assert mix == Structured((("state", 0.5), ("block", 0.25)))
+    assert str(mix) == "structured:state=0.5,block=0.25"
+    assert not Structured().mixed and not Structured((("state", None),)).mixed
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "structured:", "structured:states", "structured:state,state", "structured:state=0.5,state=0.5",
+        "structured:state=0", "structured:state=1", "structured:state=-0.5", "structured:state=nan",
+        "structured:state=", "structured:state=half", "structured:=0.5", "structured:state=0.5,",
+        "structured:state, block=0.5", "structured:state=0.5=0.5", "structured:state=inf",
+    ],
+)  # fmt: skip
+def test_structured_refuses(text: str) -> None:
+    with pytest.raises(ValueError, match=f"pattern '{text}': .* is no axis; known: state, channel, head, block"):
+        parse(text)
+
+
+@pytest.mark.parametrize("text", ["structured:state,block", "structured:state=0.5,block", "structured:head,block=0.1"])
+def test_several_axes_need_a_share_each(text: str) -> None:
+    with pytest.raises(ValueError, match="several axes need a share each, as in 'state=0.5,block=0.1'"):
+        parse(text)
+
+
+@pytest.mark.parametrize("text", ["structure", "structuredstate", "Structured", " structured", "unstructured:state"])
+def test_what_only_looks_structured_is_unknown(text: str) -> None:
+    with pytest.raises(ValueError, match="unknown pattern .*'structured:AXIS' .state, channel, head, block"):
+        parse(text)
+
+
+@settings(deadline=None)
+@given(units=st.integers(1, 12), rows=st.integers(1, 4), seed=st.integers(0, 9999), data=st.data())
+def test_exactly_so_many_units_of_every_row_go(units: int, rows: int, seed: int, data: st.DataObject) -> None:
+    removed = data.draw(st.integers(0, units))
+    score = torch.randint(3, (rows, units), generator=torch.Generator().manual_seed(seed)).double()
+    score[score == 2] = torch.inf  # what an elimination says of those that stay
+    keep = Structured().keep(score, removed)
+    for row in range(rows):
+        assert np.array_equal(keep[row].numpy(), remove_smallest(score[row].numpy(), removed))

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from sparsessm.plan import Plan
     from sparsessm.recipe import Recipe
     from sparsessm.report import Report
+    from sparsessm.units import Order
 
     from .checkpoint import Checkpoint
 
@@ -100,16 +101,19 @@ def resolve(checkpoint: Checkpoint, recipe: Recipe | None = None, **fields: Any)
     return recipe
 
 
-def planned(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
-    """What a resolved recipe does to every matrix of the model.
+def planned(checkpoint: Checkpoint, recipe: Recipe) -> Plan | Order:
+    """What a resolved recipe does to every matrix of the model, or which whole units it takes out.
 
     Raises:
         ValueError: as `resolve`.
     """
-    from sparsessm import plan
+    from sparsessm import plan, units
     from sparsessm.architectures import adapt
 
-    return plan.make(recipe, adapt(checkpoint.model, checkpoint.stored).targets)
+    architecture = adapt(checkpoint.model, checkpoint.stored)
+    if units.is_structured(recipe):
+        return units.order(recipe, architecture)
+    return plan.make(recipe, architecture.targets)
 
 
 def draw(checkpoint: Checkpoint, recipe: Recipe) -> Tensor | None:
@@ -153,8 +157,11 @@ def settle(
         return recipe, draw(checkpoint, recipe), []
     from sparsessm.advice import choose, watched
     from sparsessm.architectures import adapt
+    from sparsessm.plan import Plan
 
     architecture, plan = adapt(checkpoint.model, checkpoint.stored), planned(checkpoint, recipe)
+    if not isinstance(plan, Plan):
+        raise ValueError("samples 'auto' compares masks of single entries; give a number for whole units")
     watched(architecture, plan)  # refuses before the text is read
     tokens = draw(checkpoint, recipe)
     assert tokens is not None
@@ -177,7 +184,9 @@ def follow(
 
     before = checkpoint.model in _pruned
     _pruned.add(checkpoint.model)  # before the work: an interrupted run has changed the model too
-    report = pipeline.prune(adapt(checkpoint.model, checkpoint.stored), recipe, tokens, progress)
+    architecture = adapt(checkpoint.model, checkpoint.stored)
+    report = pipeline.prune(architecture, recipe, tokens, progress)
+    checkpoint.stored = dict(architecture.stored)  # a layer that has gone takes its tensors with it
     report.pruned_before = before
     kinds = contents(checkpoint.model.state_dict(), checkpoint.stored)
     report.sizes = {kind: size for kind, (size, _) in kinds.items()}

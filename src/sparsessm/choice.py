@@ -27,7 +27,8 @@ from .allocation import ALLOCATIONS
 from .allocation import parse as parse_allocation
 from .methods import DEFAULTS, METHODS, Method
 from .methods.sparsessm import time_weights
-from .patterns import NofM, parse
+from .methods.structured import SELECTIONS
+from .patterns import AXES, NofM, Structured, parse
 
 REPAIRS = ("none", "self", "dense-target")
 # Fields that only some methods read. Given with others only, they are refused, not ignored.
@@ -53,13 +54,18 @@ class Choice(BaseModel):
     method: str | None = Field(
         None,
         description=f"How entries are scored: {', '.join(METHODS)}. Default, also for families that the one "
-        f"named does not know: {', '.join(f'{DEFAULTS[name]} ({name})' for name in ('ssm', 'projections'))}.",
+        f"named does not know: {', '.join(f'{DEFAULTS[name]} ({name})' for name in ('ssm', 'projections'))}. "
+        f"Of whole units: {', '.join(SELECTIONS)}; exact.",
     )
     sparsity: float | None = Field(
-        None, description="Share removed, in [0, 1); 0.5, or what an N:M pattern says."
+        None,
+        description="Share removed, in [0, 1); 0.5, or what an N:M pattern says. Structured: of the units.",
     )
     pattern: str | None = Field(
-        None, description="unstructured (the default), or N:M: N entries KEPT of every M inputs or states."
+        None,
+        description="unstructured (the default); N:M: N entries KEPT of every M inputs or states; "
+        f"structured:AXIS ({', '.join(AXES)}): whole units, the same number in every layer; structured: a "
+        "mix of axes for a share of all parameters.",
     )
     removed: Literal["memoryless", "unit"] | None = Field(
         None,
@@ -99,14 +105,14 @@ class Choice(BaseModel):
     @field_validator("method")
     @classmethod
     def _known_method(cls, method: str | None) -> str | None:
-        return method if method is None else known("method", method, METHODS)
+        return method if method is None else known("method", method, [*METHODS, *SELECTIONS])
 
     @field_validator("pattern")
     @classmethod
     def _known_pattern(cls, pattern: str | None) -> str | None:
         if pattern is not None:
             if ":" not in pattern:
-                known("pattern", pattern, ["unstructured"], "or N:M, e.g. 2:4")
+                known("pattern", pattern, ["unstructured", "structured"], "or N:M, e.g. 2:4")
             parse(pattern)
         return pattern
 
@@ -145,6 +151,13 @@ class Choice(BaseModel):
     @model_validator(mode="after")
     def _sparsity_fits_pattern(self) -> Self:
         pattern = parse(self.pattern or "unstructured")
+        if isinstance(pattern, Structured):
+            _fits_units(self, pattern)
+        elif self.method and self.method not in METHODS:
+            raise ValueError(
+                f"method {self.method!r} chooses whole units; it needs a pattern structured:AXIS "
+                f"({', '.join(SELECTIONS[self.method].axes)})"
+            )
         if isinstance(pattern, NofM):
             if self.sparsity is not None and abs(self.sparsity - pattern.sparsity) > 1e-9:
                 raise ValueError(
@@ -204,6 +217,30 @@ class Choice(BaseModel):
         if self.removed and "ssm" not in families:
             found["removed"] = f"removed is {self.removed!r}; it has an effect on target 'ssm' only"
         return found
+
+
+def _fits_units(choice: Choice, pattern: Structured) -> None:
+    """Refuse what has no effect on a structured pattern.
+
+    Raises:
+        ValueError: names it.
+    """
+    given = f"pattern {str(pattern)!r}"
+    idle = [name for name in ("allocation", "removed", "diagonal", "time_weights") if name in choice.chosen]
+    if idle:
+        raise ValueError(f"{idle[0]} has no effect with {given}, which takes out whole units")
+    if pattern.mixed and choice.sparsity is not None:
+        raise ValueError(f"sparsity is {choice.sparsity:g}, but {given} says how much of each axis goes")
+    if choice.sparsity == 0:
+        raise ValueError(f"sparsity is 0; {given} takes out at least one unit")
+    if choice.method and choice.method not in SELECTIONS:
+        raise ValueError(
+            f"method {choice.method!r} scores single entries; with {given}: {', '.join(SELECTIONS)}"
+        )
+    if choice.repair and parse_repair(choice.repair)[0] == "self":
+        raise ValueError(f"repair is {choice.repair!r}; with {given}: none, dense-target[:STRENGTH]")
+    if choice.weight == "norms":
+        raise ValueError(f"weight is 'norms'; with {given}: none, fisher")
 
 
 def reads(method: Method, option: str) -> bool:

@@ -22,6 +22,8 @@ from sparsessm.patterns import NofM, Pattern
 # would otherwise be fitted to nothing and grow without bound.
 SKIP_DAMPING = 1e-6
 WIDTH = 128  # columns whose errors are handed on together (SparseGPT's lazy batches)
+ROUNDS = 8  # of inputs and readouts in turn, in `remix`
+READOUT_DAMPING = 1e-4  # share of the mean diagonal, in `readout`
 STEPS = 10  # of conjugate gradients in `refit`
 
 # (columns [out, width] as they are now, their place) -> scores [out, width]; the smallest are removed.
@@ -108,7 +110,9 @@ def _push(lanes: Tensor, upper: Tensor, errors: Tensor) -> None:
         lanes -= torch.einsum("owr,wo->ro", upper, errors)
 
 
-def dense_target(weight: Tensor, seen: Moments, factor: Factor, strength: float = 1.0) -> Tensor:
+def dense_target(
+    weight: Tensor, seen: Moments, factor: Factor, strength: float = 1.0, start: Tensor | None = None
+) -> Tensor:
     """The weights with which the layer, fed by the pruned model, comes nearest to its dense output.
 
     argmin ||V X~ - W X||^2 + added ||V - W||^2 = W (X X~' + added I) (X~ X~' + added I)^-1, X being the
@@ -117,15 +121,91 @@ def dense_target(weight: Tensor, seen: Moments, factor: Factor, strength: float 
 
     Args:
         weight: (out, in), the dense W. strength: 0 is W itself, 1 the full solution.
+        start: (out, fewer in) where inputs were taken out: what is pulled towards, instead of W.
 
     Returns:
         (out, in) in the weight's dtype; columns of dead inputs are those of W.
     """
     assert seen.cross is not None
+    start = weight if start is None else start
     upper = factor.upper
-    solved = _times(weight, seen.cross.to(weight.dtype)) + factor.added * weight
+    solved = _times(weight, seen.cross.to(weight.dtype)) + factor.added * start
     solved = _times(_times(solved, upper.mT), upper)
-    return weight + strength * (solved - weight).masked_fill(factor.dead, 0.0)
+    return start + strength * (solved - start).masked_fill(factor.dead, 0.0)
+
+
+def readout(full: Tensor, keep: Tensor, damping: float = READOUT_DAMPING) -> Tensor:
+    """The readouts of the kept states that restore the output of all: C'_k = sum_n Z_nk C_n.
+
+    The output is sum_n C_n h_n in every channel and step; least squares over the products C_n h_k of every
+    readout with every kept state, pulled towards C'_k = C_k.
+
+    Args:
+        full: (N, N, N, N) float64, `StateSums.full` of one group. keep: (N,) bool, r of them True.
+
+    Returns:
+        Z (N, r) float64.
+    """
+    states, kept = len(keep), keep.nonzero()[:, 0]
+    some = full[:, :, kept][..., kept]  # [n, n', k, k']
+    products = some.permute(0, 2, 1, 3).flatten(0, 1).flatten(1)  # [(n, k), (n', k')]
+    wanted = torch.einsum("apak->pk", full[..., kept]).flatten()  # sum_n full[n, n', n, k'], [(n', k')]
+    start = torch.eye(states, dtype=torch.float64)[:, kept].flatten()
+    return _ridge(products, wanted, start, damping).view(states, len(kept))
+
+
+def remix(
+    full: Tensor, keep: Tensor, read: Tensor, damping: float = READOUT_DAMPING, rounds: int = ROUNDS
+) -> tuple[Tensor, Tensor]:
+    """Inputs and readouts of the kept states that restore the output of all: B'_k = sum_m M_km B_m,
+    C'_k = sum_n Z_nk C_n.
+
+    The output is linear in either while the other is fixed: least squares in turn, each pulled towards what
+    there was.
+
+    Args:
+        full: (N, N, pairs, pairs) float64, `PairMoments.result`: first the pairs (decay k, input m) of every
+            kept k with all m, then those (n, n) of the removed n. keep: (N,) bool, r of them True.
+        read: Z (N, r), the start.
+
+    Returns:
+        M (r, N) and Z (N, r), float64.
+    """
+    states, kept, gone = len(keep), keep.nonzero()[:, 0], (~keep).nonzero()[:, 0]
+    r = len(kept)
+    # the whole output: C_n of every n with the pair (n, n)
+    own = torch.empty(states, dtype=torch.int64)
+    own[kept] = torch.arange(r) * states + kept
+    own[gone] = r * states + torch.arange(len(gone))
+    made = full[:, :, : r * states, : r * states].unflatten(2, (r, states)).unflatten(4, (r, states))
+    crossed = torch.stack([full[n, :, own[n], : r * states] for n in range(states)]).sum(0)
+    crossed = crossed.unflatten(1, (r, states))  # [n', k, m]: whole output against C_n' h_km
+    start = torch.eye(states, dtype=torch.float64)
+    write, read_start = start[kept], start[:, kept]
+    for _ in range(rounds):
+        products = torch.einsum("abkmln,ak,bl->kmln", made, read, read).flatten(0, 1).flatten(1)
+        wanted = torch.einsum("akm,ak->km", crossed, read).flatten()
+        write = _ridge(products, wanted, start[kept].flatten(), damping).view(r, states)
+        products = torch.einsum("abkmln,km,ln->akbl", made, write, write).flatten(0, 1).flatten(1)
+        wanted = torch.einsum("akm,km->ak", crossed, write).flatten()
+        read = _ridge(products, wanted, read_start.flatten(), damping).view(states, r)
+    return write, read
+
+
+def _ridge(products: Tensor, wanted: Tensor, start: Tensor, damping: float) -> Tensor:
+    """argmin x' products x - 2 wanted' x + added |x - start|^2."""
+    added = damping * products.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
+    damped = products + added * torch.eye(len(products), dtype=torch.float64)
+    return torch.linalg.solve(damped, wanted + added * start)
+
+
+def readout_error(full: Tensor, keep: Tensor, mix: Tensor) -> float:
+    """What `readout` leaves of the output's error, in the unit of `full`."""
+    kept = keep.nonzero()[:, 0]
+    whole = torch.einsum("abab->", full)
+    wanted = torch.einsum("apak->pk", full[..., kept])
+    again = torch.einsum("nmkl,nk,ml->", full[:, :, kept][..., kept], mix, mix)
+    return float(whole - 2 * (wanted * mix).sum() + again)
 
 
 def refit(

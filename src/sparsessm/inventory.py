@@ -16,8 +16,10 @@ from sparsessm.methods import Rule
 from sparsessm.patterns import NofM
 from sparsessm.plan import Plan, words
 from sparsessm.report import contents, kind_of, percent, recipe_table, removed_table, targets_table
+from sparsessm.units import Order, size_of
 
 if TYPE_CHECKING:
+    from sparsessm.architectures import Architecture
     from sparsessm.checkpoint import Checkpoint
 
 REMOVED = {**REMOVED_A_LOG, **REMOVED_WEIGHT}
@@ -58,7 +60,9 @@ def preview(plan: Plan, tensors: Mapping[str, Tensor], stored: Mapping[str, dtyp
             for target in part if family != "ssm" else ():
                 total = target.matrix.numel()
                 size = -(-total // 8) + kept(rule, *target.matrix.shape) * target.stored.itemsize
-                packed[target.name] = min(size, total * target.stored.itemsize)
+                # the slices of an expert tensor add up to it
+                name = target.name.rpartition(".")[0] if target.routed else target.name
+                packed[name] = packed.get(name, 0) + min(size, total * target.stored.itemsize)
     sizes = {name: tensors[name].numel() * form.itemsize for name, form in stored.items()}
     dense: Counter[str] = Counter()
     for name, size in sizes.items():
@@ -83,6 +87,24 @@ def kept(rule: Rule, rows: int, columns: int) -> int:
     if rule.method.by_row:
         return rows * (columns - round(rule.sparsity * columns))
     return rows * columns - round(rule.sparsity * rows * columns)
+
+
+def preview_units(order: Order, architecture: Architecture) -> dict[str, Any]:
+    """What an order for whole units will leave; plain values."""
+    axes = {
+        axis: {"now": size_of(architecture, axis), "after": size, "method": order.selections[axis].name}
+        for axis, size in order.sizes.items()
+    }
+    return {"axes": axes, "share": order.share, "repair": order.strength}
+
+
+def preview_units_table(model: str, record: Mapping[str, Any]) -> Table:
+    """What `preview_units` returned, for people."""
+    cells = [
+        [axis, row["method"], str(row["now"]), str(row["after"]), percent(1 - row["after"] / row["now"])]
+        for axis, row in record["axes"].items()
+    ] or [["found by measuring", "exact", "", "", percent(record["share"]) + " of all parameters"]]
+    return f"{model}: what would be taken out", ["axis", "by", "units now", "after", "removed"], cells, 2
 
 
 def preview_tables(model: str, record: Mapping[str, Any]) -> list[Table]:
@@ -163,9 +185,14 @@ def recount(record: Mapping[str, Any], tensors: Mapping[str, Tensor], path: str)
     found = {}
     for row in record["targets"]:
         name = row["target"]
-        if name not in tensors:
+        if row["removed"] == "cut":  # what is gone is not there to be counted
+            continue
+        held, _, expert = name.rpartition(".")
+        slices = tensors[held] if expert.isdigit() and held in tensors else ()
+        tensor = slices[int(expert)] if expert.isdigit() and int(expert) < len(slices) else tensors.get(name)
+        if tensor is None:
             raise ValueError(f"{path}: the model has no {name}")
-        found[name] = int((tensors[name] == REMOVED[row["removed"]]).sum())
+        found[name] = int((tensor == REMOVED[row["removed"]]).sum())
         if found[name] < row["pruned"]:
             count = f"{row['pruned']} removed entries, its tensor has {found[name]}"
             raise ValueError(f"{path} does not fit the tensors: it says that {name} has {count}")

@@ -43,11 +43,13 @@ class Moments:
         cross: (in, in) float64, mean of x_dense x': the inputs in the dense model against those in the
             pruned one; None if not asked for.
         diagonal: only the diagonal was asked for: gram is (in,), or (out, in) for a depthwise layer.
+        tokens: that were seen; None where it is not known. An expert may see none: gram is empty then.
     """
 
     gram: Tensor
     cross: Tensor | None = None
     diagonal: bool = False
+    tokens: int | None = None
 
     @property
     def power(self) -> Tensor:
@@ -77,8 +79,9 @@ class InputNorm:
         self._tokens += x.shape[0] * x.shape[1]
 
     def result(self) -> Moments:
-        assert isinstance(self._sum, Tensor), "nothing was observed"
-        return Moments(self._sum / self._tokens, diagonal=True)
+        if not isinstance(self._sum, Tensor):
+            return Moments(torch.empty(0, dtype=torch.float64), diagonal=True, tokens=0)
+        return Moments(self._sum / self._tokens, diagonal=True, tokens=self._tokens)
 
 
 class InputGram:
@@ -104,11 +107,12 @@ class InputGram:
             self._cross = _added(self._cross, dense.flatten(0, 1).movedim(0, -1) @ rows.mT)
 
     def result(self) -> Moments:
-        assert self._gram is not None, "nothing was observed"
-        gram, cross = self._gram, self._cross
+        if self._gram is None:
+            return Moments(torch.empty(0, 0, dtype=torch.float64), tokens=0)
+        gram, cross, tokens = self._gram, self._cross, self._tokens
         self._gram = self._cross = None  # handed over
         with torch.inference_mode():  # in which the walk made them
-            return Moments(gram.div_(self._tokens), None if cross is None else cross.div_(self._tokens))
+            return Moments(gram.div_(tokens), None if cross is None else cross.div_(tokens), tokens=tokens)
 
 
 def _added(total: Tensor | None, part: Tensor) -> Tensor:
@@ -120,9 +124,13 @@ class StateError:
 
     paired = False
 
-    def __init__(self, removed: str, diagonal: bool, weight: Tensor | None = None) -> None:
-        """weight: (d_model,) what an error in each coordinate of the layer's output costs; all 1 if None."""
+    def __init__(
+        self, removed: str, diagonal: bool, weight: Tensor | None = None, rows: int | None = None
+    ) -> None:
+        """weight: (d_model,) what an error in each coordinate of the layer's output costs; all 1 if None.
+        rows: of A_log, where they are heads of several channels."""
         self.options: Mapping[str, Any] = {"removed": removed, "gram": "diagonal" if diagonal else "full"}
+        self._rows = rows
         self._weight = weight
         self._energy: Tensor | None = None
         self._sums: tuple[Tensor, Tensor, Tensor] | None = None
@@ -136,6 +144,8 @@ class StateError:
         output_energy = self._energy
         gram = stats.gram * output_energy.view(-1, *[1] * (stats.gram.ndim - 1))
         cross, power = stats.cross * output_energy[:, None], stats.power * output_energy
+        if self._rows and self._rows < len(gram):  # Mamba-2: an entry of A_log is of all its head's channels
+            gram, cross, power = (x.unflatten(0, (self._rows, -1)).sum(1) for x in (gram, cross, power))
         if self._sums is not None:
             gram, cross, power = (
                 new.add_(old) for new, old in zip((gram, cross, power), self._sums, strict=True)
@@ -146,6 +156,100 @@ class StateError:
     def result(self) -> ErrorSums:
         assert self._sums is not None, "nothing was observed"
         return ErrorSums(*self._sums, self._signal)
+
+
+@dataclass(frozen=True)
+class StateSums:
+    """Second moments of the states of a layer, sums over sampled steps; one for each group of heads.
+
+    In residual-stream units: channel d counts with what an error of it costs there, w_d = omega_d gain_d^2.
+
+    Attributes:
+        gram: (G, N, N) float64, sum C_n C_m sum_d w_d h_dn h_dm: removing the states R without any repair
+            costs 1' gram_RR 1.
+        energy: (G, N) float64, sum C_n^2 sum_d h_dn^2: the square of GHOST's score.
+        states: (G, N, N) float64, sum over d and t of w_d h h'. readouts: (G, N, N), sum over t of C C'.
+        full: (G, N, N, N, N) float64, [n, n', m, m'] = sum C_n C_n' sum_d w_d h_dm h_dm'; None where there
+            are more than `MOST_FULL` states.
+    """
+
+    gram: Tensor
+    energy: Tensor
+    states: Tensor
+    readouts: Tensor
+    full: Tensor | None
+
+
+class StateMoments:
+    """Sums what removing whole states costs, and what other readouts of the kept ones could restore."""
+
+    paired = False
+    MOST_FULL = 32
+
+    def __init__(self, every: int, weight: Tensor | None = None) -> None:
+        """every: look at every so many steps. weight: (d_model,) what an error in the stream costs."""
+        self.options: Mapping[str, Any] = {"every": every}
+        self._weight = weight
+        self._sums: list[Tensor] | None = None
+
+    def add(self, h: Tensor, C: Tensor, gain: Tensor, out_proj: Tensor) -> None:
+        """h (W, S, D, N): states at S sampled steps; C (W, S, G, N); gain (W, S, D): of the output."""
+        squares = out_proj.square()
+        cost = squares.sum(0) if self._weight is None else self._weight.to(squares.dtype) @ squares  # (D,)
+        groups, states = C.shape[2:]
+        h = h.flatten(0, 1).unflatten(1, (groups, -1))  # (S, G, D/G, N): every step of every window
+        C = C.flatten(0, 1)
+        weight = (gain * cost.sqrt()).flatten(0, 1).unflatten(1, (groups, -1))
+        energy = (C.square() * h.square().sum(2)).sum(0)
+        h = h * weight[..., None]
+        pairs = h.mT @ h  # (S, G, N, N)
+        readouts = C[..., :, None] * C[..., None, :]
+        sums = [(pairs * readouts).sum(0), energy, pairs.sum(0), readouts.sum(0)]
+        if states <= self.MOST_FULL:
+            steps = (part.movedim(1, 0).flatten(2) for part in (readouts, pairs))  # (G, S, N N)
+            left, right = (part.double() for part in steps)
+            sums.append(left.mT @ right)
+        sums = [part.double() for part in sums]
+        self._sums = (
+            sums if self._sums is None else [a.add_(b) for a, b in zip(self._sums, sums, strict=True)]
+        )
+
+    def result(self) -> StateSums:
+        assert self._sums is not None, "nothing was observed"
+        gram, energy, pairs, readouts, *full = self._sums
+        states = gram.shape[-1]
+        return StateSums(gram, energy, pairs, readouts, full[0].view(-1, *[states] * 4) if full else None)
+
+
+class PairMoments:
+    """Sums what states with the decay of one and the input of another would do, for every such pair: all that
+    a least squares over inputs and readouts of the kept states needs."""
+
+    paired = False
+
+    def __init__(self, every: int, decays: Tensor, inputs: Tensor, weight: Tensor | None = None) -> None:
+        """decays, inputs: (pairs,) int64, the state whose decay and whose input each pair has."""
+        self.options: Mapping[str, Any] = {"every": every, "pairs": (decays, inputs)}
+        self._weight = weight
+        self._sum: Tensor | None = None
+
+    def add(self, h: Tensor, C: Tensor, gain: Tensor, out_proj: Tensor) -> None:
+        """As `StateMoments.add`, of one group; h (W, S, D, pairs)."""
+        squares = out_proj.square()
+        cost = squares.sum(0) if self._weight is None else self._weight.to(squares.dtype) @ squares
+        h = (h * (gain * cost.sqrt())[..., None]).flatten(0, 1)  # (S, D, pairs): every step of every window
+        C = C.flatten(0, 1)[:, 0]  # (S, N)
+        products = (h.mT @ h).flatten(1)
+        readouts = (C[:, :, None] * C[:, None, :]).flatten(1)
+        part = (readouts.mT @ products).double()  # sums of one slab are short
+        self._sum = part if self._sum is None else self._sum.add_(part)
+        self._sizes = C.shape[1], h.shape[2]
+
+    def result(self) -> Tensor:
+        """(N, N, pairs, pairs) float64: [n, n', p, p'] = sum C_n C_n' sum_d w_d h_dp h_dp'."""
+        assert self._sum is not None, "nothing was observed"
+        states, pairs = self._sizes
+        return self._sum.view(states, states, pairs, pairs)
 
 
 class StateEnergy:

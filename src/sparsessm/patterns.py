@@ -6,6 +6,7 @@ A pattern works on the last two axes [out, in] of a score tensor; leading axes a
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -65,24 +66,76 @@ class NofM:
         return self.m, self.m - self.n
 
 
-Pattern = Unstructured | NofM
+AXES = ("state", "channel", "head", "block")
 
 
-def parse(text: str) -> Pattern:
-    """The pattern that "unstructured" or "N:M" names.
+@dataclass(frozen=True)
+class Structured:
+    """Whole units of an axis are removed, from every tensor that shares it: matrices get smaller.
+
+    Every layer loses the same number, so that stock code has a word for what is left.
+
+    Attributes:
+        shares: axis -> share of its units that is removed, None: the recipe's sparsity. Without any axis the
+            sparsity is a share of all parameters, and which axes give how much is found by measuring.
+    """
+
+    shares: tuple[tuple[str, float | None], ...] = ()
+
+    def __str__(self) -> str:
+        parts = (axis if share is None else f"{axis}={share:.6g}" for axis, share in self.shares)
+        return f"structured:{','.join(parts)}".removesuffix(":")
+
+    @property
+    def mixed(self) -> bool:
+        """Whether it says itself how much."""
+        return any(share is not None for _, share in self.shares)
+
+    def keep(self, score: Tensor, removed: int) -> Tensor:
+        """Bool mask of score's shape (..., units), True = kept; exactly `removed` of every row are not."""
+        return _keep_largest(score, score.shape[-1] - removed)
+
+
+Pattern = Unstructured | NofM  # of single entries
+
+
+def parse(text: str) -> Pattern | Structured:
+    """The pattern that "unstructured", "N:M" or "structured[:AXIS]" names.
 
     Raises:
         ValueError: anything else, with what is allowed.
     """
     if text == "unstructured":
         return Unstructured()
+    if text.partition(":")[0] == "structured":
+        return _structured(text)
     match = re.fullmatch(r"(\d+):(\d+)", text)
     if match and 0 < int(match[1]) < int(match[2]):
         return NofM(int(match[1]), int(match[2]))
     raise ValueError(
         f"unknown pattern {text!r}; known: 'unstructured', or 'N:M' with 0 < N < M (N kept of every M), "
-        "e.g. '2:4'"
+        f"e.g. '2:4', or 'structured:AXIS' ({', '.join(AXES)})"
     )
+
+
+def _structured(text: str) -> Structured:
+    shares: dict[str, float | None] = {}
+    _, colon, rest = text.partition(":")
+    for part in rest.split(",") if colon else ():
+        axis, equals, number = part.partition("=")
+        try:
+            share = float(number) if equals else None
+        except ValueError:
+            share = math.nan
+        if axis not in AXES or axis in shares or (share is not None and not 0 < share < 1):
+            raise ValueError(
+                f"pattern {text!r}: {part!r} is no axis; known: {', '.join(AXES)}, each once, as in "
+                "'structured:state', or with shares between 0 and 1, as in 'structured:state=0.5,block=0.1'"
+            )
+        shares[axis] = share
+    if len(shares) > 1 and None in shares.values():
+        raise ValueError(f"pattern {text!r}: several axes need a share each, as in 'state=0.5,block=0.1'")
+    return Structured(tuple(shares.items()))
 
 
 def _keep_largest(score: Tensor, count: int) -> Tensor:

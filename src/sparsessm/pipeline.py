@@ -15,18 +15,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparsessm import allocation, curvature
+from sparsessm import allocation, curvature, shrinking
 from sparsessm import plan as plans
-from sparsessm.architectures import Architecture, Target
-from sparsessm.calibrate import Progress, survey, walk
+from sparsessm.architectures import Architecture, SharedTarget, Target, seen_by_all_uses
+from sparsessm.calibrate import Progress, Stop, slab_width, survey, walk
 from sparsessm.compensate import dense_target, output_error, refit, sweep
 from sparsessm.data import fingerprint
 from sparsessm.hessian import Factor, factorise
-from sparsessm.methods import Rule
+from sparsessm.methods import METHODS, Rule
 from sparsessm.observers import InputNorm, Moments
 from sparsessm.plan import Plan
 from sparsessm.recipe import Recipe
 from sparsessm.report import Report, Row
+from sparsessm.units import Order, is_structured
 
 # Looks at a target of the walk: observer in, what it saw out; None stands for "no data needed".
 Look = Callable[[Any], Any]
@@ -52,6 +53,8 @@ def prune(
             finite, by name.
     """
     began = time.perf_counter()
+    if is_structured(recipe):
+        return shrinking.run(architecture, recipe, tokens, progress)
     plan = plans.make(recipe, architecture.targets)
     if tokens is None and (hungry := [rule for rule in plan.rules.values() if _looks(rule)]):
         words = dict.fromkeys(
@@ -72,8 +75,10 @@ def prune(
     return Report(recipe.model_dump(), rows, sha256, seconds)
 
 
-def needs_data(plan: Plan) -> bool:
+def needs_data(plan: Plan | Order) -> bool:
     """Whether any rule looks at calibration windows."""
+    if isinstance(plan, Order):
+        return plan.looks
     return any(_looks(rule) for rule in plan.rules.values())
 
 
@@ -92,9 +97,13 @@ def _naming(target: Target) -> Iterator[None]:
 
 def _prune(target: Target, rule: Rule, look: Look) -> Row:
     """Prune one target: the four stages."""
-    method = rule.method
     # 1 calibrate; what was seen is handed over, not kept: a float64 Hessian is large
-    done = solve(target, rule, look(method.watch(target.matrix, rule)) if method.watch else None)
+    seen = look(rule.method.watch(target.matrix, rule)) if rule.method.watch else None
+    tokens = seen.tokens if target.routed and isinstance(seen, Moments) else None
+    if starved(target, seen):
+        rule, seen = replace(rule, method=METHODS["magnitude"], repair="none", weight="none", cost=None), None
+    method = rule.method
+    done = solve(target, rule, seen)
     target.replace(done.weight.masked_fill(~done.keep, target.removed[rule.removed]))
     changes = method.companions(done.seen, done.keep, rule) if method.companions else {}
     for companion, change in changes.items():
@@ -103,7 +112,13 @@ def _prune(target: Target, rule: Rule, look: Look) -> Row:
     if done.factor is not None:
         gram, start = done.seen.gram, done.start
         error = output_error(target.matrix - start, gram), output_error(start, gram)
-    return _row(target, rule, done.keep, done.factor, tuple(changes), error)
+    return replace(_row(target, rule, done.keep, done.factor, tuple(changes), error), tokens=tokens)
+
+
+def starved(target: Target, seen: Any) -> bool:
+    """Whether an expert saw fewer tokens than it has inputs: too few to say what its weights are good for."""
+    few = target.matrix.shape[1]
+    return target.routed and isinstance(seen, Moments) and seen.tokens is not None and seen.tokens < few
 
 
 class Solution(NamedTuple):
@@ -188,9 +203,16 @@ def _visit(
     for stop in walk(architecture, tokens, passes, progress, dense=hidden if dense else None, tail=behind):
         for target in stop.block.targets:
             if target.name in rules:
-                yield target, lambda observer, stop=stop, target=target: stop.seen(target, observer)
+                yield target, _looking(architecture, stop, target)
     if not architecture.tied and not behind:
         yield from ((target, lambda observer: None) for target in head)
+
+
+def _looking(architecture: Architecture, stop: Stop, target: Target) -> Look:
+    if isinstance(target, SharedTarget):
+        width = slab_width(*stop.hidden.shape[:2])
+        return lambda observer: seen_by_all_uses(architecture, target, observer, stop.hidden, width)
+    return lambda observer: stop.seen(target, observer)
 
 
 def _behind_the_layers(
@@ -281,8 +303,14 @@ def _surveyed(
         return {name: named(target, None) for name, target in targets.items()}
     assert tokens is not None
     few = tokens[: max(1, SURVEY_TOKENS // tokens.shape[1])]
-    seen = {target.name: named(target, what) for target, what in survey(architecture, few, watch, progress)}
-    return seen | {name: named(target, None) for name, target in targets.items() if name not in seen}
+    seen, left_out = {}, set()
+    for target, what in survey(architecture, few, watch, progress):
+        if starved(target, what):  # an expert of which nothing is known keeps the rule's own share
+            left_out.add(target.name)
+        else:
+            seen[target.name] = named(target, what)
+    rest = [name for name in targets if name not in seen and name not in left_out]
+    return seen | {name: named(targets[name], None) for name in rest}
 
 
 def compared(target: Target, rule: Rule, seen: Any) -> Any:

@@ -17,7 +17,6 @@ expression, conv1d also by its class. What is ignored is ignored by every form.
 from __future__ import annotations
 
 import difflib
-import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from dataclasses import dataclass
 from sparsessm import allocation, patterns
 from sparsessm.architectures import Target
 from sparsessm.choice import OPTIONS, Choice, applies, parse_repair, reads
-from sparsessm.methods.base import Rule
+from sparsessm.methods.base import Rule, seed_of
 from sparsessm.recipe import DEFAULT_SPARSITY, Recipe
 
 ON_REQUEST = ("conv1d", "head")
@@ -141,6 +140,7 @@ def _joined(recipe: Recipe, fields: Choice) -> dict[str, object]:
 def _rule(recipe: Recipe, choice: Choice, target: Target, hit: Sequence[Target]) -> Rule:
     method = choice.methods([target.family])[target.family]
     pattern = patterns.parse(choice.pattern or "unstructured")
+    assert not isinstance(pattern, patterns.Structured), "whole units are units.py's part"
     sparsity = DEFAULT_SPARSITY if choice.sparsity is None else choice.sparsity
     name = choice.allocation or method.defaults["allocation"]
     if not applies("allocation", name, target.family):
@@ -168,7 +168,7 @@ def _rule(recipe: Recipe, choice: Choice, target: Target, hit: Sequence[Target])
         diagonal=bool(choice.diagonal),
         time_weights=choice.time_weights or "power:1",
         length=recipe.length or 0,
-        seed=_seed(recipe.seed, target.name),
+        seed=seed_of(recipe.seed, target.name),
     )
 
 
@@ -192,11 +192,6 @@ def _refuse_indivisible(pattern: patterns.NofM, target: Target) -> None:
             f"pattern '{pattern}': groups of {pattern.m} do not divide the {row} entries of a row of "
             f"{target.name}; allowed M: {divisors}; or leave it dense: ignore {target.kind}"
         )
-
-
-def _seed(seed: int, name: str) -> int:
-    """A seed of its own for every target."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:6], "big")
 
 
 def _chosen(

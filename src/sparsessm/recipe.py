@@ -17,7 +17,7 @@ from pydantic import Field, field_validator, model_validator
 from .choice import MOST_SAMPLES, OPTIONS, Choice, known
 from .data import DATASETS, FILE_TYPES
 from .methods import DEFAULTS
-from .patterns import NofM, parse
+from .patterns import NofM, Structured, parse
 
 DEFAULT_SPARSITY = 0.5
 DEFAULT_LENGTH = 2048
@@ -107,6 +107,16 @@ class Recipe(Choice):
             raise ValueError(
                 f"target is {self.target!r}, but the rules say what is pruned; give only one of them"
             )
+        if isinstance(parse(self.pattern or "unstructured"), Structured):
+            for name in ("target", "rules", "ignore"):
+                if getattr(self, name) not in (None, ()):
+                    raise ValueError(
+                        f"{name} has no effect with pattern {self.pattern!r}: it takes whole layers"
+                    )
+            return self
+        for rule in self.rules:
+            if isinstance(parse(rule.pattern or "unstructured"), Structured):
+                raise ValueError(f"pattern {rule.pattern!r} is for the whole model, not for a rule")
         for sentence in self.idle(self.families).values():
             raise ValueError(sentence)
         return self
@@ -159,6 +169,8 @@ class Recipe(Choice):
             brought |= {*OPTIONS}
         if fields.get("pattern", self.pattern) != self.pattern:
             brought |= {"sparsity", "allocation"}
+            if fields["pattern"] and isinstance(parse(fields["pattern"]), Structured):
+                brought |= {"target", "rules", "ignore", "removed", "diagonal", "time_weights"}
         if fields.get("rules"):
             brought |= {"target"}
         if (target := fields.get("target")) is not None:
@@ -182,6 +194,10 @@ class Recipe(Choice):
             "pattern": str(pattern),
             "length": self.length or window_length(trained_length),
         }
+        if isinstance(pattern, Structured):
+            if pattern.mixed:
+                del facts["sparsity"]
+            return Recipe(**{**self.model_dump(), **facts})
         if not self.rules:
             facts["target"] = self.target or "all"
         if "ssm" in self.families:

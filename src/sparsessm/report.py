@@ -24,6 +24,7 @@ REMOVED_WORDS = {
     "memoryless": "its state forgets at once (decay 0; stored as `A_log` = 38)",
     "unit": "its state decays with A = -1 (stored as `A_log` = 0)",
     "zero": "the connection is gone (stored as 0)",
+    "cut": "the unit is gone from every tensor that had a place for it",
 }
 
 
@@ -45,6 +46,7 @@ class Row:
         error: energy of the output error with the layer's input fixed, against what the repair aims at; None
             where the method does not know it.
         signal: energy of the layer's output, in the unit of `error`.
+        tokens: calibration tokens that an expert saw; None elsewhere.
         repaired: other parameters that were changed to make up for the removal, by full name.
     """
 
@@ -62,6 +64,7 @@ class Row:
     damping: float | None = None
     error: float | None = None
     signal: float | None = None
+    tokens: int | None = None
     repaired: tuple[str, ...] = ()
 
     @property
@@ -87,6 +90,9 @@ class Report:
         advice: the curve from which `samples: auto` chose (`advice.Step`s as plain values); else empty.
         perplexity: records under "dense", "pruned" and "difference"; empty if not measured.
         sizes: bytes in the checkpoint by kind of tensor ("A_log", "in_proj", ...), in the stored dtypes.
+        parameters: of the model, under "dense" and "pruned", where whole units were taken out; else empty.
+        shape: axis -> units that stayed in every layer, then. trials: what was measured to find how much each
+            axis gives, where the recipe left it open (`mixture.Trial`s as plain values).
         pruned_before: the model had been pruned in memory already, so the recipe alone does not repeat it.
     """
 
@@ -97,6 +103,9 @@ class Report:
     advice: list[dict[str, Any]] = field(default_factory=list)
     perplexity: dict[str, Any] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
+    parameters: dict[str, int] = field(default_factory=dict)
+    shape: dict[str, int] = field(default_factory=dict)
+    trials: list[dict[str, Any]] = field(default_factory=list)
     pruned_before: bool = False
 
     @property
@@ -140,12 +149,26 @@ class Report:
             "totals": self.totals,
             "targets": [{**asdict(row), "sparsity": row.sparsity} for row in self.rows],
             "bytes": dict(self.sizes),
+            "structure": {
+                "parameters": dict(self.parameters),
+                "shape": dict(self.shape),
+                "trials": [dict(trial) for trial in self.trials],
+            }
+            if self.parameters
+            else None,
             "perplexity": dict(self.perplexity),
         }
         return finite(record)
 
     def honesty(self) -> str:
         """The sentence about bytes and speed that belongs under every result."""
+        if self.parameters:
+            dense, pruned = self.parameters["dense"], self.parameters["pruned"]
+            kept = ", ".join(f"{size} {axis}s" for axis, size in self.shape.items())
+            return (
+                f"{pruned:,} of {dense:,} parameters are left ({percent(1 - pruned / dense)} gone): {kept}. "
+                "A smaller stock model: every runtime computes less, no sparse kernel is needed."
+            )
         kinds = [f"`{kind}`" for kind in dict.fromkeys(kind_of(row.target) for row in self.rows)]
         names = " and ".join(filter(None, [", ".join(kinds[:-1]), *kinds[-1:]]))
         share = self.target_share
@@ -158,13 +181,23 @@ class Report:
         )
 
     def damped(self) -> str:
-        """The sentence for Hessians that had to be damped more than usual; empty if none was."""
+        """The sentences for experts that saw too little, and for Hessians that had to be damped more than
+        usual; empty if there are none."""
+        experts = [row for row in self.rows if row.tokens is not None]
+        few = [f"{row.target} ({row.tokens})" for row in experts if row.method == "magnitude"]
+        wanted = self.recipe.get("method") == "magnitude"
+        starved = (
+            f"{len(few)} of {len(experts)} matrices of experts saw fewer calibration tokens than they have "
+            f"inputs and were pruned by magnitude: {', '.join(few[:8])}{' ...' if len(few) > 8 else ''}. "
+            if few and not wanted
+            else ""
+        )
         shares = {row.target: row.damping for row in self.rows if row.damping is not None}
         more = {target: share for target, share in shares.items() if share > 1.5 * DAMPING}
         if not more:
-            return ""
+            return starved.strip()
         most = max(more, key=lambda target: more[target])
-        return (
+        return starved + (
             f"{len(more)} of {len(shares)} Hessians were singular on the calibration windows and took more "
             f"damping than {DAMPING:g} of their mean diagonal, at most {more[most]:g} ({most})."
         )
@@ -302,8 +335,10 @@ def finite(value: Any) -> Any:
 
 
 def kind_of(parameter: str) -> str:
-    """The kind of a tensor by its name: "A_log" of "...mixer.A_log", "in_proj" of "...in_proj.weight"."""
+    """The kind of a tensor by its name: "A_log" of "...mixer.A_log", "in_proj" of "...in_proj.weight",
+    "down_proj" of an expert's "...experts.down_proj.3"."""
     parts = parameter.split(".")
+    parts = parts[:-1] if parts[-1].isdigit() and len(parts) > 1 else parts
     return parts[-2] if parts[-1] in ("weight", "bias") and len(parts) > 1 else parts[-1]
 
 

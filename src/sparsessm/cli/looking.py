@@ -15,7 +15,8 @@ import sparsessm
 from .. import tables
 from ..data import DATASETS
 from ..methods import METHODS
-from ..patterns import NofM, Unstructured
+from ..methods.structured import SELECTIONS
+from ..patterns import NofM, Structured, Unstructured
 from ..recipe import Recipe, window_length
 from ..report import checked
 from .answering import Json, Length, Quiet, Tokenizer, answering, app, print_json
@@ -102,15 +103,24 @@ def list_() -> None:
     from ..architectures import MODEL_TYPES
 
     methods = [[row.name, ", ".join(row.families), row.summary, row.paper] for row in METHODS.values()]
+    units = [[row.name, ", ".join(row.axes), row.summary, row.paper] for row in SELECTIONS.values()]
     texts = [[row.name, row.calibration, row.evaluation, row.summary] for row in DATASETS.values()]
     patterns = [
         [name, str(kind.__doc__).splitlines()[0]]
-        for name, kind in (("unstructured", Unstructured), ("N:M", NofM))
+        for name, kind in (("unstructured", Unstructured), ("N:M", NofM), ("structured:AXIS", Structured))
     ]
-    models = [[name, str(kind.__doc__).splitlines()[0]] for name, kind in MODEL_TYPES.items()]
+    models = [
+        [name, str(kind.__doc__).splitlines()[0], ", ".join(kind.structure)]
+        for name, kind in MODEL_TYPES.items()
+    ]
     tables.show(
         tables.table("Methods (--method)", ["name", "targets", "summary", "source"], methods, left=4),
+        tables.table(
+            "Methods for whole units (--method)", ["name", "axes", "summary", "source"], units, left=4
+        ),
         tables.table("Patterns (--pattern)", ["name", "meaning"], patterns, left=2),
         tables.table("Data (--data)", ["name", "calibration", "evaluation", "summary"], texts, left=4),
-        tables.table("Architectures (model_type in config.json)", ["name", "meaning"], models, left=2),
+        tables.table(
+            "Architectures (model_type in config.json)", ["name", "meaning", "axes"], models, left=3
+        ),
     )

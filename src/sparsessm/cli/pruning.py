@@ -24,6 +24,7 @@ from .answering import Force, Json, Length, Quiet, Tokenizer, answering, app, fi
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
     from ..plan import Plan
+    from ..units import Order
 
 EVALUATED_TOKENS = 32768  # tokens that `prune` measures on, before and after
 
@@ -32,6 +33,14 @@ DryRun = Annotated[
     typer.Option("--dry-run", help="Say what every rule hits and the bytes; read no text, write nothing."),
 ]
 NoEval = Annotated[bool, typer.Option("--no-eval", help="Do not measure perplexity before and after.")]
+Structured = Annotated[
+    float | None,
+    typer.Option(
+        help="Take out whole units until this share of all parameters is gone, in the mix of axes that costs "
+        "least: short for --pattern structured --sparsity SHARE.",
+        show_default=False,
+    ),
+]
 FromFile = Annotated[
     Path | None,
     typer.Option(help="A recipe (YAML), or a result to repeat; options beside it replace its fields."),
@@ -48,6 +57,7 @@ def prune(
     ignore: Annotated[list[str] | None, field("ignore")] = None,
     method: Annotated[str | None, field("method")] = None,
     pattern: Annotated[str | None, field("pattern")] = None,
+    structured: Structured = None,
     repair: Annotated[str | None, field("repair")] = None,
     weight: Annotated[str | None, field("weight")] = None,
     allocation: Annotated[str | None, field("allocation")] = None,
@@ -78,6 +88,13 @@ def prune(
     with answering(quiet) as progress:
         from ..checkpoint import refuse_existing
         from ..yardstick import Yardstick, compared
+
+        if structured is not None:
+            if clash := [name for name in ("pattern", "sparsity") if name in given]:
+                raise ValueError(
+                    f"--structured is --pattern structured --sparsity; give no --{clash[0]} beside it"
+                )
+            given |= {"pattern": "structured", "sparsity": structured}
 
         wanted = (Recipe.load(recipe) if recipe else Recipe()).updated(**given)
         if wanted.model is None:
@@ -130,10 +147,20 @@ def prune(
         tables.show(*filter(None, notes), f"Saved to {out}; pruning took {report.seconds:.0f} s.")
 
 
-def _preview(checkpoint: Checkpoint, plan: Plan, recipe: Recipe, as_json: bool, quiet: bool) -> None:
+def _preview(checkpoint: Checkpoint, plan: Plan | Order, recipe: Recipe, as_json: bool, quiet: bool) -> None:
     """What `prune --dry-run` answers."""
-    from ..inventory import preview, preview_tables
+    from ..architectures import adapt
+    from ..inventory import preview, preview_tables, preview_units, preview_units_table
+    from ..units import Order
 
+    if isinstance(plan, Order):
+        units = preview_units(plan, adapt(checkpoint.model, checkpoint.stored))
+        if as_json:
+            print_json({"recipe": recipe.model_dump(), **units})
+        elif not quiet:
+            tables.show(tables.table(*preview_units_table(checkpoint.source, units)))
+            tables.show("A dry run: nothing was read but the model, nothing was written.")
+        return
     record = preview(plan, checkpoint.model.state_dict(), checkpoint.stored)
     if as_json:
         print_json({"recipe": recipe.model_dump(), **record})

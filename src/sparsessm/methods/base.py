@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -79,3 +80,8 @@ class Method:
     error: Callable[[Any, Tensor, Rule], tuple[float, float] | None] | None = None
     defaults: Mapping[str, str] = field(default_factory=lambda: {"allocation": "uniform"})
     options: tuple[str, ...] = ()
+
+
+def seed_of(seed: int, name: str) -> int:
+    """A seed of its own for everything that has a name."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:6], "big")

@@ -72,7 +72,7 @@ def _error(seen: ErrorSums, keep: Tensor, rule: Rule) -> tuple[float, float] | N
 
 
 def _watch(weight: Tensor, rule: Rule) -> Any:
-    return StateError(rule.removed, rule.diagonal, rule.cost)
+    return StateError(rule.removed, rule.diagonal, rule.cost, len(weight))
 
 
 exact = Method(

@@ -1,0 +1,49 @@
+"""A run with a structured pattern, from recipe to report: what `pipeline.prune` is for single entries."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from torch import Tensor
+
+from sparsessm import mixture, structure
+from sparsessm.architectures import Architecture
+from sparsessm.calibrate import Progress
+from sparsessm.data import fingerprint
+from sparsessm.recipe import Recipe
+from sparsessm.report import Report
+from sparsessm.units import order
+
+
+def run(
+    architecture: Architecture, recipe: Recipe, tokens: Tensor | None, progress: Progress | None = None
+) -> Report:
+    """Take whole units out of the model in place.
+
+    Args:
+        recipe: resolved, with a structured pattern. tokens: (W, L) int64 calibration windows, None where
+            nothing is looked at.
+
+    Raises:
+        ValueError: as `units.order`, `mixture.find` and `structure.shrink`.
+    """
+    began = time.perf_counter()
+    wanted = order(recipe, architecture)
+    if wanted.looks and tokens is None:
+        raise ValueError(f"pattern {recipe.pattern!r} needs calibration windows, none were given")
+    dense = _parameters(architecture)
+    trials: list[dict[str, Any]] = []
+    if wanted.share is not None:
+        assert tokens is not None
+        wanted, trials = mixture.find(architecture, wanted, tokens, progress)
+    rows = structure.shrink(architecture, wanted, tokens, progress)
+    sha256 = fingerprint(tokens) if tokens is not None and wanted.looks else ""
+    report = Report(recipe.model_dump(), rows, sha256, time.perf_counter() - began)
+    report.parameters = {"dense": dense, "pruned": _parameters(architecture)}
+    report.shape, report.trials = dict(wanted.sizes), trials
+    return report
+
+
+def _parameters(architecture: Architecture) -> int:
+    return sum(parameter.numel() for parameter in architecture.model.parameters())

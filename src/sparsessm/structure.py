@@ -1,0 +1,371 @@
+"""The loop for whole units: states, channels, heads and blocks leave the model, which stays a stock model.
+
+Beside `pipeline.py`, which removes single entries. Blocks are chosen first, on the dense model; then the
+walk goes through the layers as usual, each seeing what the shrunken layers before it produce: 1 look,
+2 score, 3 keep the same number in every layer, cut every tensor that shares the axis, 4 repair what is left
+by least squares so that it restores the dense model's outputs. Who gives how much, where the recipe names no
+axis, finds `mixture.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparsessm import curvature
+from sparsessm.architectures import Architecture, Axis, Block, Part, Target
+from sparsessm.architectures.base import cut
+from sparsessm.calibrate import Progress, Stop, slab_width
+from sparsessm.compensate import dense_target, readout, remix
+from sparsessm.evaluation import ROWS as HEAD_ROWS
+from sparsessm.hessian import factorise
+from sparsessm.kernels import MAX_STATES
+from sparsessm.methods.base import seed_of
+from sparsessm.methods.structured import Reader, Units
+from sparsessm.observers import InputGram, Moments, PairMoments, StateMoments, StateVote
+from sparsessm.patterns import Structured, Unstructured
+from sparsessm.report import Row
+from sparsessm.units import INNER, Order
+
+BLOCK_TOKENS = 16_384  # of the calibration windows on which blocks are compared
+COST_TOKENS = 16_384  # and which the backward pass looks at
+EVERY = 16  # steps between two looks at the states: neighbours are alike, and pairs of states are dear
+# The matrices of a mixer that are repaired, in the order of the data.
+REPAIRED = ("in_proj", "x_proj", "dt_proj", "out_proj")
+PATTERN = Structured()
+
+
+def shrink(
+    architecture: Architecture, order: Order, tokens: Tensor | None, progress: Progress | None = None
+) -> list[Row]:
+    """Take units out of the model in place.
+
+    Args:
+        architecture: from `adapt(model)`; its model, `blocks` and `stored` change.
+        tokens: (W, L) int64 calibration windows; None where nothing is looked at (`Order.looks`).
+
+    Returns:
+        A row for each layer and axis, named after the layers of the dense model.
+
+    Raises:
+        ValueError: activations, Hessians or costs that are not finite, with the block's name.
+    """
+    if order.looks and tokens is None:
+        raise ValueError("structured removal needs calibration windows, none were given")
+    rows: list[Row] = []
+    costs: dict[str, Tensor] = {}
+    inner = [axis for axis in INNER if axis in order.sizes]
+    if order.fisher and tokens is not None and any(order.selections[axis].name == "exact" for axis in inner):
+        few = tokens[: max(1, COST_TOKENS // tokens.shape[1])]
+        costs = curvature.output_fisher(architecture, few, progress)
+    gone = _chosen_blocks(architecture, order, tokens, progress)
+    if "block" in order.sizes:
+        chosen = order.selections["block"].name
+        rows.append(_row("blocks", -1, "block", chosen, len(architecture.blocks), len(gone)))
+    if inner or (gone and order.strength):
+        for stop in _walk(architecture, tokens if order.looks else None, gone, order.strength > 0, progress):
+            try:
+                rows += _shrink_block(architecture, stop, order, inner, costs)
+            except ValueError as error:
+                raise ValueError(f"{stop.block.name}: {error}") from None
+    for index in sorted(gone, reverse=True):
+        architecture.drop(index)
+    architecture.settle(architecture.fields({axis: order.sizes[axis] for axis in inner}))
+    return rows
+
+
+def _row(
+    target: str, layer: int, axis: str, method: str, total: int, pruned: int, repair: str = "none"
+) -> Row:
+    return Row(
+        target=target,
+        layer=layer,
+        family=axis,
+        method=method,
+        pattern=f"structured:{axis}",
+        removed="cut",
+        total=total,
+        pruned=pruned,
+        repair=repair,
+    )
+
+
+def _walk(
+    architecture: Architecture,
+    tokens: Tensor | None,
+    gone: Sequence[int],
+    paired: bool,
+    progress: Progress | None,
+) -> Iterator[Stop]:
+    """Stop before each block that stays; what the dense model computes goes through all of them."""
+    blocks = architecture.blocks
+    hidden = torch.empty(0, 0, 0) if tokens is None else _embedded(architecture, tokens)
+    dense = hidden.clone() if paired else None
+    for done, block in enumerate(blocks):
+        if block.index in gone:
+            if dense is not None:
+                Stop(block, dense, lambda: None).advance()
+            continue
+        stop = Stop(block, hidden, lambda: None, block.copy() if paired else None, dense)
+        yield stop
+        if tokens is not None and block is not blocks[-1]:
+            stop.advance()
+        if progress:
+            progress("shrink", done + 1, len(blocks))
+
+
+def _embedded(architecture: Architecture, tokens: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return architecture.embed(tokens)
+
+
+def _shrink_block(
+    architecture: Architecture, stop: Stop, order: Order, inner: Sequence[str], costs: Mapping[str, Tensor]
+) -> list[Row]:
+    """Look, choose, cut and repair one block."""
+    rows = []
+    goals = {kind: target.matrix.clone() for kind, target in _linear(stop.block).items()}
+    before = [kind for kind in REPAIRED if kind in goals]
+    if order.strength and before[:1] == ["in_proj"]:
+        _repair(stop, "in_proj", goals["in_proj"], order.strength)
+    done: dict[str, int] = {}
+    for axis in inner:
+        axes = [a for a in stop.block.axes if a.name == axis]
+        if not axes:  # a layer of a hybrid that has no mixer
+            continue
+        removing = axes[0].size - order.sizes[axis]
+        units = _look(stop, axis, axes, removing, order, costs)
+        score = order.selections[axis].score
+        assert score is not None
+        keeps = [PATTERN.keep(value, removing) for value in score(units)]
+        mixes = _mixes(stop, axes, units, keeps, costs) if order.strength and units.mixable else None
+        done[axis] = order.sizes[axis]
+        stop.block = _resized(architecture, stop.block, axes, keeps, mixes, goals, done)
+        total = sum(a.size for a in axes)
+        repair = "none" if not order.strength else f"dense-target:{order.strength:g}"
+        name = f"{stop.block.name}.{axis}"
+        method = order.selections[axis].name
+        rows.append(_row(name, stop.block.index, axis, method, total, removing * len(axes), repair))
+    if order.strength:
+        for kind in before[1:]:
+            _repair(stop, kind, goals[kind], order.strength)
+    return rows
+
+
+def _linear(block: Block) -> dict[str, Target]:
+    return {target.kind: target for target in block.targets if target.kind in REPAIRED}
+
+
+def _tensor(block: Block, target: Target) -> str:
+    """A target's name inside its layer."""
+    return target.name.removeprefix(f"{block.name}.")
+
+
+def _look(
+    stop: Stop,
+    axis: str,
+    axes: Sequence[Axis],
+    removing: int,
+    order: Order,
+    costs: Mapping[str, Tensor],
+) -> Units:
+    """What a selection needs to know."""
+    block, selection = stop.block, order.selections[axis]
+    tensors = block.layer.state_dict()
+    units = Units(
+        [a.size for a in axes],
+        removing,
+        weights=[_entries(tensors, a) for a in axes],
+        mixable=all(a.read is not None for a in axes),
+        seed=seed_of(order.seed, f"{block.name}.{axis}"),
+    )
+    looks = selection.looks.get(axis, "")
+    linear = _linear(block)
+    mixing = axis == "state" and order.strength > 0 and units.mixable
+    if looks == "states" or mixing:
+        every = min(EVERY, slab_width(*stop.hidden.shape[:2]))
+        cost = costs.get(linear["out_proj"].name)
+        moments = StateMoments(every, cost)
+        stop.run({"states": moments}, until="states")
+        units = replace(units, states=moments.result())
+    if looks == "votes":
+        a_log = next(target for target in block.targets if target.kind == "A_log").matrix
+        observer = StateVote(a_log, Unstructured(), removing / axes[0].size)
+        stop.run({"A_log": observer}, until="A_log")
+        units = replace(units, votes=observer.result().sum(0))
+    if looks == "inputs":
+        readers = []
+        for kind in ("x_proj", "out_proj"):
+            if kind not in linear:
+                continue
+            target = linear[kind]
+            name = _tensor(block, target)
+            columns = [_columns(a, name) for a in axes]
+            seen = _seen(stop, kind, InputGram())
+            readers.append(Reader(target.matrix, costs.get(target.name), seen, torch.cat(columns)))
+        units = replace(units, readers=readers)
+    return units
+
+
+def _mixes(
+    stop: Stop, axes: Sequence[Axis], units: Units, keeps: Sequence[Tensor], costs: Mapping[str, Tensor]
+) -> dict[Part, Tensor] | None:
+    """Rows that make up for the states that go: part of a tensor -> its new rows, mixtures of the old ones.
+
+    Where there are too many states for sums over pairs of pairs, the readouts alone; or nothing.
+    """
+    if units.states is None or units.states.full is None:
+        return None
+    (axis,), (keep,), (full,) = axes, keeps, units.states.full
+    assert axis.write is not None and axis.read is not None
+    read = readout(full, keep)
+    kept, gone = keep.nonzero()[:, 0], (~keep).nonzero()[:, 0]
+    pairs = len(kept) * axis.size + len(gone)
+    if pairs > MAX_STATES:
+        return {axis.read: read.T}
+    decays = torch.cat([kept.repeat_interleave(axis.size), gone])
+    inputs = torch.cat([torch.arange(axis.size).repeat(len(kept)), gone])
+    every = min(EVERY, slab_width(*stop.hidden.shape[:2]))
+    observer = PairMoments(every, decays, inputs, costs.get(_linear(stop.block)["out_proj"].name))
+    stop.run({"states": observer}, until="states")
+    write, read = remix(observer.result(), keep, read)
+    return {axis.write: write, axis.read: read.T}
+
+
+def _entries(tensors: Mapping[str, Tensor], axis: Axis) -> Tensor:
+    """(units, entries): all weights of matrices that belong to each unit."""
+    found = []
+    for part in axis.parts:
+        tensor = tensors[part.tensor].movedim(part.dim, 0)
+        if tensor.ndim > 1:
+            rows = tensor[part.start : part.start + axis.size * part.width]
+            found.append(rows.reshape(axis.size, -1))
+    return torch.cat(found, 1)
+
+
+def _columns(axis: Axis, tensor: str) -> Tensor:
+    """(units, width): the columns of a matrix that each unit feeds."""
+    parts = [part for part in axis.parts if part.tensor == tensor and part.dim == 1]
+    starts = torch.arange(axis.size)[:, None]
+    return torch.cat([part.start + starts * part.width + torch.arange(part.width) for part in parts], 1)
+
+
+def _seen(stop: Stop, kind: str, observer: InputGram) -> Moments:
+    stop.run({kind: observer}, until=kind)
+    return observer.result()
+
+
+def _repair(stop: Stop, kind: str, goal: Tensor, strength: float) -> None:
+    """Fit a matrix to what it put out in the dense model, where it may have had more inputs."""
+    target = _linear(stop.block)[kind]
+    seen = _seen(stop, kind, InputGram(paired=True))
+    factor = factorise(seen.gram.to(goal.dtype))
+    fitted = dense_target(goal, seen, factor, strength, start=target.matrix)
+    if not torch.isfinite(fitted).all():
+        raise ValueError(f"{kind}: the repaired weights are not finite")
+    target.replace(fitted)
+
+
+def _resized(
+    architecture: Architecture,
+    block: Block,
+    axes: Sequence[Axis],
+    keeps: Sequence[Tensor],
+    mixes: Mapping[Part, Tensor] | None,
+    goals: dict[str, Tensor],
+    sizes: Mapping[str, int],
+) -> Block:
+    """The block without some units; rows of `goals` follow, their columns stay those of the dense model."""
+    linear = _linear(block)
+    tensors = {name: tensor.detach() for name, tensor in block.layer.state_dict().items()}
+    smaller = cut(tensors, axes, keeps)
+    by_tensor = {_tensor(block, target): kind for kind, target in linear.items()}
+    rows = [replace(a, parts=tuple(p for p in a.parts if p.dim == 0 and p.tensor in by_tensor)) for a in axes]
+    named = {name: goals[kind] for name, kind in by_tensor.items()}
+    goal = cut(named, rows, keeps)
+    for part, mix in (mixes or {}).items():
+        was = slice(part.start, part.start + mix.shape[1])
+        # the states' other rows of the same tensor that lie before got fewer too
+        fewer = mix.shape[1] - mix.shape[0]
+        before = sum((p.tensor, p.dim) == (part.tensor, 0) and p.start < part.start for p in axes[0].parts)
+        now = slice(part.start - fewer * before, part.start - fewer * before + mix.shape[0])
+        for old, new in ((tensors, smaller), (named, goal)):
+            new[part.tensor] = new[part.tensor].clone()
+            new[part.tensor][now] = mix.to(old[part.tensor].dtype) @ old[part.tensor][was]
+    goals |= {kind: goal[name] for name, kind in by_tensor.items()}
+    return architecture.resize(block, architecture.fields(sizes), smaller)
+
+
+def _chosen_blocks(
+    architecture: Architecture, order: Order, tokens: Tensor | None, progress: Progress | None
+) -> list[int]:
+    """The blocks that go, one after the other."""
+    if "block" not in order.sizes:
+        return []
+    total, selection = len(architecture.blocks), order.selections["block"]
+    count = total - order.sizes["block"]
+    if not selection.looks:
+        random = torch.Generator().manual_seed(seed_of(order.seed, "blocks"))
+        return torch.randperm(total, generator=random)[:count].tolist()
+    assert tokens is not None
+    few = tokens[: max(1, BLOCK_TOKENS // tokens.shape[1])]
+    cost = _change if selection.looks["block"] == "change" else _loss_without
+    gone: list[int] = []
+    for turn in range(count):
+        costs = cost(architecture, few, gone)
+        if not all(map(torch.isfinite, map(torch.tensor, costs.values()))):
+            raise ValueError("the cost of removing a block is not finite")
+        gone.append(min(costs, key=lambda index: costs[index]))
+        if progress:
+            progress("blocks", turn + 1, count)
+    return gone
+
+
+def _loss_without(architecture: Architecture, tokens: Tensor, gone: Sequence[int]) -> dict[int, float]:
+    """Nats a token without each of the blocks that are left."""
+    left = [block for block in architecture.blocks if block.index not in gone]
+    costs = dict.fromkeys((block.index for block in left), 0.0)
+    groups = tokens.split(max(1, 4096 // tokens.shape[1]))
+    for group in groups:
+        hidden = _embedded(architecture, group)
+        for place, block in enumerate(left):
+            rest = hidden
+            for later in left[place + 1 :]:
+                rest = _through(later, rest)
+            costs[block.index] += loss_of(architecture, rest, group) * len(group) / len(tokens)
+            hidden = _through(block, hidden)
+    return costs
+
+
+def _change(architecture: Architecture, tokens: Tensor, gone: Sequence[int]) -> dict[int, float]:
+    """1 - cosine between input and output of each of the blocks that are left, mean over the tokens."""
+    costs = {}
+    hidden = _embedded(architecture, tokens)
+    for block in architecture.blocks:
+        if block.index not in gone:
+            out = _through(block, hidden)
+            costs[block.index] = 1 - float(F.cosine_similarity(hidden, out, dim=-1).double().mean())
+            hidden = out
+    return costs
+
+
+def _through(block: Block, hidden: Tensor) -> Tensor:
+    with torch.inference_mode():
+        out, _ = block.forward(hidden)
+    assert out is not None
+    return out
+
+
+def loss_of(architecture: Architecture, hidden: Tensor, tokens: Tensor) -> float:
+    """Mean nats of the next token, of what the last block put out (W, L, d_model)."""
+    rows, labels = hidden[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
+    total = 0.0
+    with torch.inference_mode():
+        for part, right in zip(rows.split(HEAD_ROWS), labels.split(HEAD_ROWS), strict=True):
+            logits = architecture.head(part[None])[0].float()
+            total += float(F.cross_entropy(logits, right, reduction="sum").double())
+    return total / len(labels)
