@@ -1,16 +1,21 @@
 """Decoding and prompts without zeros, at real shapes: random weights, packed against dense, equal precision.
 
     python bench/runtime.py --shape 130m --threads 1 --dtype bf16 fp32 int8 --head same int8 --json FILE
+    python bench/runtime.py --shape 130m --shrink state=8 channel=768 --batches 1 16
+    python bench/runtime.py --shape mamba2-130m --shrink state=64 head=12 --batches 1 16
 
 Both engines run in turn, round by round (`runtime/timing.py`); printed are medians of the rounds, and the
 median of their ratios with first and third quartile. "of the bytes" is that ratio divided by how many times
-fewer bytes a step reads: 1 is a speed that the bytes explain in full, the goal is 0.93 at batch 1.
+fewer bytes of weights a step reads: 1 is a speed that the bytes explain in full, the goal is 0.93 at batch 1.
+"with states" counts the states too, which a step reads and writes for each sequence.
 
 Shares that are removed are those of a real run at 50 % (`--shares uniform`: half of everything); A_log loses
 little in the first layers and much in the last. The dense model keeps all of its states, and its head in the
-same precision unless `--dense-head same` leaves it in that of its other matrices. Options: --shape, --threads
-N (default 1), --dtype (default bf16), --head (default same), --rounds N (default 9), --batches (default 1 4 8
-16), --prompt N (default 512), --shares real|uniform, --json FILE.
+same precision unless `--dense-head same` leaves it in that of its other matrices. With --shrink there are no
+zeros: what is compared with the dense model is a dense one of fewer states, channels (of Mamba-2: of a head)
+or heads. Options: --shape, --shrink AXIS=SIZE..., --layers N (fewer than the shape has), --threads N (default
+1), --dtype (default bf16), --head (default same), --rounds N (default 9), --batches (default 1 4 8 16),
+--prompt N (default 512), --shares real|uniform, --json FILE.
 """
 
 from __future__ import annotations
@@ -18,7 +23,9 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,11 +36,21 @@ from torch import Tensor
 
 from sparsessm import kernels
 from sparsessm.checkpoint.encoding import Encoded, encode
+from sparsessm.runtime.base import heads, model_type
 from sparsessm.runtime.engine import NativeEngine
 from sparsessm.runtime.measure import Measurement, Subject, measure, storage
 
 SHAPES = {"130m": (768, 24), "370m": (1024, 48), "1.4b": (2048, 48), "2.8b": (2560, 64)}  # d_model, layers
+SHAPES2 = {
+    "mamba2-130m": (768, 24),
+    "mamba2-370m": (1024, 48),
+    "mamba2-1.3b": (2048, 48),
+    "mamba2-2.7b": (2560, 64),
+}
 VOCABULARY, STATES, TAPS = 50280, 16, 4
+VOCABULARY2, STATES2, HEAD, GROUPS = 50288, 128, 64, 1  # of Mamba-2; HEAD: channels of one
+AXES = {"state": "state_size", "channel": "intermediate_size", "head": "num_heads"}
+AXES2 = AXES | {"channel": "head_dim"}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.bfloat16}  # of what is not int8 then
 SHARES = {"in_proj": 0.529, "x_proj": 0.569, "dt_proj": 0.498, "out_proj": 0.430}
 QUANTISED = ("in_proj", "x_proj", "out_proj")  # as `sparsessm pack --dtype int8`
@@ -42,25 +59,36 @@ REMOVED = 38.0  # of A_log: a state that keeps no memory
 GOAL = 0.93
 
 
-def configuration(shape: str) -> SimpleNamespace:
-    width, layers = SHAPES[shape]
-    return SimpleNamespace(
-        vocab_size=VOCABULARY,
-        hidden_size=width,
-        intermediate_size=2 * width,
-        state_size=STATES,
-        conv_kernel=TAPS,
-        time_step_rank=width // 16,
-        num_hidden_layers=layers,
-        layer_norm_epsilon=1e-5,
-        use_bias=False,
-        use_conv_bias=True,
-        tie_word_embeddings=True,
-    )
+def configuration(shape: str, layers: int | None = None, shrunken: str = "") -> SimpleNamespace:
+    """That of a shape, with fewer layers if given, and with one axis shrunken ("state=8")."""
+    dual = shape in SHAPES2
+    width, depth = SHAPES2[shape] if dual else SHAPES[shape]
+    fields = {
+        "vocab_size": VOCABULARY2 if dual else VOCABULARY,
+        "hidden_size": width,
+        "state_size": STATES2 if dual else STATES,
+        "conv_kernel": TAPS,
+        "num_hidden_layers": depth if layers is None else layers,
+        "layer_norm_epsilon": 1e-5,
+        "use_bias": False,
+        "use_conv_bias": True,
+        "tie_word_embeddings": True,
+    }
+    if dual:
+        fields |= {"model_type": "mamba2", "num_heads": 2 * width // HEAD, "head_dim": HEAD}
+        fields |= {"n_groups": GROUPS, "time_step_limit": (0.0, math.inf)}
+    else:
+        fields |= {"intermediate_size": 2 * width, "time_step_rank": width // 16}
+    if shrunken:
+        axis, size = shrunken.split("=")
+        fields[(AXES2 if dual else AXES)[axis]] = int(size)
+    return SimpleNamespace(**fields)
 
 
 def share(kind: str, layer: int, layers: int, shares: str) -> float:
     """Of a matrix, what is removed."""
+    if shares == "none":
+        return 0.0
     if shares == "uniform":
         return 0.5
     if kind != "A_log":
@@ -72,31 +100,49 @@ def share(kind: str, layer: int, layers: int, shares: str) -> float:
 def tensors(config: SimpleNamespace, shares: str) -> Iterator[tuple[str, Tensor, float]]:
     """(name, float32 values, share that is removed) of a model; the same values every time."""
     generator = torch.Generator().manual_seed(0)
-    width, inner, rank = config.hidden_size, config.intermediate_size, config.time_step_rank
-    layers = config.num_hidden_layers
+    width, layers = config.hidden_size, config.num_hidden_layers
 
     def normal(*shape: int, scale: float = 0.02) -> Tensor:
         return torch.randn(shape, generator=generator) * scale
 
-    yield "backbone.embeddings.weight", normal(VOCABULARY, width), 0.0
+    yield "backbone.embeddings.weight", normal(config.vocab_size, width), 0.0
     for layer in range(layers):
-        matrices = {
-            "in_proj": (2 * inner, width),
-            "x_proj": (rank + 2 * STATES, inner),
-            "dt_proj": (inner, rank),
-            "out_proj": (width, inner),
-        }
         prefix = f"backbone.layers.{layer}."
         yield f"{prefix}norm.weight", torch.ones(width), 0.0
-        for kind, shape in matrices.items():
-            yield f"{prefix}mixer.{kind}.weight", normal(*shape), share(kind, layer, layers, shares)
-        a_log = torch.log(torch.arange(1.0, STATES + 1)).repeat(inner, 1)
-        yield f"{prefix}mixer.A_log", a_log, share("A_log", layer, layers, shares)
-        yield f"{prefix}mixer.conv1d.weight", normal(inner, 1, TAPS, scale=0.3), 0.0
-        yield f"{prefix}mixer.conv1d.bias", normal(inner, scale=0.1), 0.0
-        yield f"{prefix}mixer.dt_proj.bias", normal(inner, scale=1.0) - 4, 0.0
-        yield f"{prefix}mixer.D", torch.ones(inner), 0.0
+        mixer = mamba2_tensors if model_type(config) == "mamba2" else mamba1_tensors
+        for name, values in mixer(config, normal):
+            kind = name.removesuffix(".weight")
+            lost = kind == "A_log" or (values.ndim == 2 and kind in SHARES)
+            yield f"{prefix}mixer.{name}", values, share(kind, layer, layers, shares) if lost else 0.0
     yield "backbone.norm_f.weight", torch.ones(width), 0.0
+
+
+def mamba1_tensors(config: SimpleNamespace, normal: Callable[..., Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """(name, values) of one mixer."""
+    width, inner, rank = config.hidden_size, config.intermediate_size, config.time_step_rank
+    states = config.state_size
+    yield "in_proj.weight", normal(2 * inner, width)
+    yield "x_proj.weight", normal(rank + 2 * states, inner)
+    yield "dt_proj.weight", normal(inner, rank)
+    yield "out_proj.weight", normal(width, inner)
+    yield "A_log", torch.log(torch.arange(1.0, states + 1)).repeat(inner, 1)
+    yield "conv1d.weight", normal(inner, 1, TAPS, scale=0.3)
+    yield "conv1d.bias", normal(inner, scale=0.1)
+    yield "dt_proj.bias", normal(inner, scale=1.0) - 4
+    yield "D", torch.ones(inner)
+
+
+def mamba2_tensors(config: SimpleNamespace, normal: Callable[..., Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """(name, values) of one mixer."""
+    width, size = config.hidden_size, heads(config)
+    yield "in_proj.weight", normal(size.inner + size.mixed + size.heads, width)
+    yield "out_proj.weight", normal(width, size.inner)
+    yield "A_log", torch.linspace(0, math.log(16), size.heads)
+    yield "conv1d.weight", normal(size.mixed, 1, TAPS, scale=0.3)
+    yield "conv1d.bias", normal(size.mixed, scale=0.1)
+    yield "dt_bias", normal(size.heads, scale=1.0) - 4
+    yield "norm.weight", torch.ones(size.inner)
+    yield "D", torch.ones(size.heads)
 
 
 def encoded(
@@ -121,15 +167,21 @@ def encoded(
     return dense, sparse
 
 
-def compared(shape: str, dtype: str, head: str, options: argparse.Namespace) -> Measurement:
+def compared(
+    shape: str, dtype: str, head: str, options: argparse.Namespace, shrunken: str = ""
+) -> Measurement:
     """Both engines of one precision, in turn."""
-    config = configuration(shape)
-    dense, sparse = encoded(config, dtype, head, options.shares, options.dense_head)
+    config, shares = configuration(shape, options.layers), "none" if shrunken else options.shares
+    dense, sparse = encoded(config, dtype, head, shares, options.dense_head)
+    models = [("packed", config, sparse), ("dense", config, dense)]
+    if shrunken:
+        other = configuration(shape, options.layers, shrunken)
+        models[0] = (shrunken, other, encoded(other, dtype, head, shares, options.dense_head)[0])
     subjects = []
-    for name, held in (("packed", sparse), ("dense", dense)):
-        engine = NativeEngine(config, held, options.threads)
-        subjects.append(Subject(name, engine, config, name == "packed", storage(held)))
-    del dense, sparse
+    for name, its, held in models:
+        engine = NativeEngine(its, held, options.threads)
+        subjects.append(Subject(name, engine, its, name == "packed", storage(held)))
+    del dense, sparse, models
     batches = options.batches if 1 in options.batches else [1, *options.batches]
     return measure(
         subjects[0],
@@ -145,13 +197,21 @@ def rows(found: Measurement) -> dict[str, Any]:
     record = found.record()
     packed, dense = record["models"]
     fewer = 1 / record["ratios"]["bytes"]["read_per_step"]
+    sizes = [model["bytes"] for model in record["models"]]
+
+    def with_states(batch: int) -> float:
+        """Times fewer bytes of weights and states, the latter read and written."""
+        first, second = (each["read_per_step"] + 2 * batch * each["state_per_sequence"] for each in sizes)
+        return second / first
+
     table: dict[str, Any] = {
         f"{model['model']}: MB a step, GB/s": f"{model['bytes']['read_per_step'] / 1e6:.1f}, "
         f"{model['gb_per_second']:.1f}"
         for model in (dense, packed)
     }
-    table["times fewer bytes"] = round(fewer, 3)
+    table["weights, times fewer bytes"] = round(fewer, 3)
     table["state, times fewer bytes"] = round(1 / record["ratios"]["bytes"]["state_per_sequence"], 3)
+    table["state, bytes"] = " -> ".join(f"{each['state_per_sequence']:,}" for each in sizes[::-1])
     for phase in found.phases:
         ratio = phase.ratio(0, 1)
         milliseconds = [1000 * phase.seconds(i).median for i in (1, 0)]
@@ -160,6 +220,7 @@ def rows(found: Measurement) -> dict[str, Any]:
         text = f"{each}, {ratio.median:.3f} ({ratio.low:.3f} to {ratio.high:.3f}) times as fast"
         if phase.name == "decode":
             text += f", {ratio.median / fewer:.3f} of the bytes"
+            text += f", {ratio.median / with_states(phase.batch):.3f} with states"
         if phase.name == "decode" and phase.batch == 1:
             text += f" (goal {GOAL})"
         dropped = f", {phase.dropped} dropped" if phase.dropped else ""
@@ -170,11 +231,21 @@ def rows(found: Measurement) -> dict[str, Any]:
     return table
 
 
+def axis(text: str) -> str:
+    """An argument of --shrink, checked."""
+    name, _, size = text.partition("=")
+    if name not in AXES or not size.isdigit() or int(size) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; allowed: {', '.join(AXES)}, each with =SIZE")
+    return text
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["130m"])
+    parser.add_argument("--shape", nargs="+", choices=(*SHAPES, *SHAPES2), default=["130m"])
+    parser.add_argument("--shrink", nargs="+", type=axis, default=[""], metavar="AXIS=SIZE")
+    parser.add_argument("--layers", type=int)
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
     parser.add_argument("--head", nargs="+", choices=("same", "int8"), default=["same"])
     parser.add_argument("--dense-head", choices=("same", "int8"), default="int8")
@@ -189,17 +260,18 @@ def main() -> None:
     where = {"cpu": cpu(), "threads": options.threads, "kernels": kernels.LEVEL, "torch": torch.__version__}
     show("machine", where)
     results: dict[str, Any] = {"machine": where, "shares": options.shares}
-    for shape in options.shape:
-        for dtype in options.dtype:
-            for head in options.head:
-                found = compared(shape, dtype, head, options)
-                title = f"mamba-{shape}, {dtype}" + (", int8 head" if head == "int8" else "")
-                if head == "int8" and options.dense_head == "same":
-                    title += f" against {dtype} head"
-                show(title, rows(found))
-                results[title] = {"shown": rows(found), **found.record()}
-                del found
-                gc.collect()
+    for shape, dtype, head, shrunken in product(options.shape, options.dtype, options.head, options.shrink):
+        found = compared(shape, dtype, head, options, shrunken)
+        title = f"{shape if shape in SHAPES2 else f'mamba-{shape}'}, {dtype}"
+        title += ", int8 head" if head == "int8" else ""
+        if head == "int8" and options.dense_head == "same":
+            title += f" against {dtype} head"
+        title += f", {shrunken}, dense" if shrunken else ""
+        title += f", {options.layers} layers" if options.layers else ""
+        show(title, rows(found))
+        results[title] = {"shown": rows(found), **found.record()}
+        del found
+        gc.collect()
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")
 

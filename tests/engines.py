@@ -24,9 +24,13 @@ def reference(model: Any) -> Engine:
 def native(model: Any) -> Engine:
     if not kernels.NATIVE:
         pytest.skip("the native extension is not built")
-    dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
-    checkpoint = Checkpoint(model, pico_tokenizer(), "", "transformers", dtypes, None)
-    return NativeEngine(model.config, packed.of(checkpoint).tensors)
+    return NativeEngine(model.config, packed.of(held(model)).tensors)
 
 
 both = pytest.mark.parametrize("make", [reference, native])
+
+
+def held(model: Any) -> Checkpoint:
+    """As `sparsessm.load` would give it."""
+    dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    return Checkpoint(model, pico_tokenizer(), "", "transformers", dtypes, None)

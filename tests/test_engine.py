@@ -17,7 +17,9 @@ from torch import Tensor
 import sparsessm
 from sparsessm import kernels, pipeline, runtime
 from sparsessm.checkpoint.encoding import Encoded, encode
-from sparsessm.runtime.engine import LANES, NativeEngine, Slots
+from sparsessm.runtime.engine import NativeEngine
+from sparsessm.runtime.mamba1 import Slots
+from sparsessm.runtime.mixer import LANES
 from sparsessm.runtime.reference import ReferenceEngine
 
 pytestmark = pytest.mark.skipif(not kernels.NATIVE, reason="the native extension is not built")

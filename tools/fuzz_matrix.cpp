@@ -350,8 +350,35 @@ void steps(Source &s) {
     Network net{};
     net.width = 1 + s.below(80), net.channels = 1 + s.below(70), net.states = s.pick<int64_t>({1, 3, 8, 16, 17, 33});
     net.rank = 1 + s.below(5), net.taps = 1 + s.below(4), net.vocabulary = 1 + s.below(20), net.epsilon = 1e-5f;
+    const bool dual = s.below(2); // Mamba-2
+    Heads shape{};
+    if (dual) {
+        shape.groups = 1 + s.below(3), shape.count = shape.groups * (1 + s.below(7));
+        net.channels = shape.count * s.pick<int64_t>({1, 3, 8, 17, 40, 64, 70, 131}), net.rank = 0;
+        shape.least = 0.001f, shape.most = s.below(2) ? 0.3f : std::numeric_limits<float>::infinity();
+    } else if (s.below(3) == 0) {
+        net.mixer_epsilon = 1e-6f; // FalconMamba
+    }
+    for (int layers = s.below(3); dual && layers > 0; --layers) {
+        Layer l;
+        auto m = std::make_shared<Heads>(shape);
+        const int64_t inner = net.channels, mixed = inner + 2 * m->groups * net.states;
+        const int64_t room = (m->count + SCAN_LANES - 1) / SCAN_LANES * SCAN_LANES;
+        l.in_x = random_matrix(s, mixed, net.width, keep), l.in_z = random_matrix(s, inner, net.width, keep);
+        m->in_dt = random_matrix(s, m->count, net.width, keep), l.out_proj = random_matrix(s, net.width, inner, keep);
+        l.norm = numbers(net.width), l.conv = numbers(net.taps * mixed), m->norm = numbers(inner);
+        if (s.below(2)) l.conv_bias = numbers(mixed);
+        if (s.below(2)) l.in_bias = numbers(mixed + inner), l.out_bias = numbers(net.width);
+        m->dt_bias = numbers(room), m->skip = numbers(room);
+        for (int64_t h = 0; h < room; ++h) m->A.push_back(s.below(8) ? -std::fabs(s.normal()) : -4.6e16f);
+        for (int64_t h = 0; h < m->count; ++h) (s.below(3) ? m->kept : m->memoryless).push_back(h);
+        l.conv_state = net.state_size, l.scan_state = l.conv_state + (net.taps - 1) * mixed;
+        net.state_size = l.scan_state + static_cast<int64_t>(m->kept.size()) * inner / m->count * net.states;
+        l.heads = std::move(m);
+        net.layers.push_back(std::move(l));
+    }
     const int64_t D = net.channels, padded = (D + SCAN_LANES - 1) / SCAN_LANES * SCAN_LANES;
-    for (int layers = s.below(3); layers > 0; --layers) {
+    for (int layers = s.below(3); !dual && layers > 0; --layers) {
         Layer l;
         l.in_x = random_matrix(s, D, net.width, keep), l.in_z = random_matrix(s, D, net.width, keep);
         l.x_proj = random_matrix(s, net.rank + 2 * net.states, D, keep);
@@ -388,12 +415,14 @@ void steps(Source &s) {
         const auto run = [&](const std::vector<int64_t> &tokens, std::vector<float> &state, int threads) {
             const auto count = static_cast<int64_t>(tokens.size());
             std::vector<float> logits(count * net.vocabulary);
-            Workspace w{std::vector<float>(count * net.width), std::vector<float>(count * D), std::vector<float>(count * D),
-                        std::vector<float>(count * (net.rank + 2 * net.states)), std::vector<float>(count * D)};
+            const int64_t mixed = dual ? D + 2 * shape.groups * net.states : D;
+            Workspace w{std::vector<float>(count * net.width), std::vector<float>(count * mixed), std::vector<float>(count * D),
+                        std::vector<float>(count * (dual ? shape.count : net.rank + 2 * net.states)),
+                        std::vector<float>(count * D)};
             Barrier barrier;
             std::vector<std::vector<int64_t>> shares;
             for (const Layer &layer : net.layers)
-                for (const auto &m : {layer.in_x, layer.in_z, layer.x_proj, layer.out_proj})
+                for (const auto &m : {layer.in_x, layer.in_z, dual ? layer.heads->in_dt : layer.x_proj, layer.out_proj})
                     shares.push_back(m->shares(threads));
             shares.push_back(net.head->shares(threads));
             Step step{net, tokens.data(), state.data(), logits.data(), count, w, barrier, shares};

@@ -120,7 +120,7 @@ class Decoder:
     def __init__(
         self, sizes: Mapping[str, Any], layers: Sequence[Mapping[str, Any]], rest: Mapping[str, Any]
     ) -> None:
-        """Take matrices and vectors as native_runtime.cpp names them (runtime/engine.py makes them).
+        """Take matrices and vectors as native_runtime.cpp names them (runtime/mixer.py makes them).
 
         Raises:
             ValueError: one that is missing or does not fit the sizes.

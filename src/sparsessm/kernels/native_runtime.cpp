@@ -98,7 +98,7 @@ struct Decoder {
         if (threads == shared_by) return;
         shares.clear();
         for (const Layer &layer : net.layers)
-            for (const auto &m : {layer.in_x, layer.in_z, layer.x_proj, layer.out_proj})
+            for (const auto &m : {layer.in_x, layer.in_z, layer.heads ? layer.heads->in_dt : layer.x_proj, layer.out_proj})
                 shares.push_back(m->shares(threads));
         shares.push_back(net.head->shares(threads));
         shared_by = threads;
@@ -126,15 +126,40 @@ std::shared_ptr<const Matrix> matrix(const nb::dict &from, const char *name, int
     return m;
 }
 
-Layer layer(const nb::dict &from, const Network &net) {
-    const int64_t D = net.channels, d = net.width, padded = (D + SCAN_LANES - 1) / SCAN_LANES * SCAN_LANES;
+// What every layer has; `mixed` channels go through the convolution.
+Layer outer(const nb::dict &from, const Network &net, int64_t mixed) {
+    const int64_t D = net.channels, d = net.width;
     Layer l;
-    l.in_x = matrix(from, "in_x", D, d), l.in_z = matrix(from, "in_z", D, d);
+    l.in_x = matrix(from, "in_x", mixed, d), l.in_z = matrix(from, "in_z", D, d);
+    l.out_proj = matrix(from, "out_proj", d, D);
+    l.norm = floats(from, "norm", d), l.conv = floats(from, "conv", net.taps * mixed);
+    l.conv_bias = floats(from, "conv_bias", mixed, true);
+    l.in_bias = floats(from, "in_bias", mixed + D, true), l.out_bias = floats(from, "out_bias", d, true);
+    return l;
+}
+
+// A layer of Mamba-2, `shape` gives the sizes of its heads; what it says of them holds for all layers.
+Layer dual_layer(const nb::dict &from, const Network &net, const Heads &shape) {
+    auto made = std::make_shared<Heads>(shape);
+    Heads &m = *made;
+    Layer l = outer(from, net, net.channels + 2 * m.groups * net.states);
+    const int64_t padded = (m.count + SCAN_LANES - 1) / SCAN_LANES * SCAN_LANES; // enough for every level's lanes
+    m.in_dt = matrix(from, "in_dt", m.count, net.width);
+    m.dt_bias = floats(from, "dt_bias", padded), m.A = floats(from, "A", padded), m.skip = floats(from, "skip", padded);
+    m.norm = floats(from, "gated_norm", net.channels);
+    if (!from.contains("keeps")) refuse("keeps is missing");
+    const auto keeps = nb::cast<Array<const uint8_t, 1>>(from["keeps"]);
+    if (static_cast<int64_t>(keeps.shape(0)) != m.count) refuse("keeps does not have one entry a head");
+    for (int64_t h = 0; h < m.count; ++h) (keeps.data()[h] ? m.kept : m.memoryless).push_back(h);
+    l.heads = std::move(made);
+    return l;
+}
+
+Layer layer(const nb::dict &from, const Network &net) {
+    const int64_t D = net.channels, padded = (D + SCAN_LANES - 1) / SCAN_LANES * SCAN_LANES;
+    Layer l = outer(from, net, D);
     l.x_proj = matrix(from, "x_proj", net.rank + 2 * net.states, D);
-    l.dt_proj = matrix(from, "dt_proj", D, net.rank), l.out_proj = matrix(from, "out_proj", d, D);
-    l.norm = floats(from, "norm", d), l.conv = floats(from, "conv", net.taps * D);
-    l.conv_bias = floats(from, "conv_bias", D, true);
-    l.in_bias = floats(from, "in_bias", 2 * D, true), l.out_bias = floats(from, "out_bias", d, true);
+    l.dt_proj = matrix(from, "dt_proj", D, net.rank);
     l.dt_bias = floats(from, "dt_bias", padded), l.skip = floats(from, "skip", padded);
     for (const char *name : {"channel", "slots", "index"})
         if (!from.contains(name)) refuse(std::string(name) + " is missing");
@@ -181,15 +206,27 @@ std::shared_ptr<Decoder> decoder(const nb::dict &sizes, const std::vector<nb::di
         if (value < 1 || value > (int64_t{1} << 31)) refuse(std::string(name) + " is out of range");
         return value;
     };
-    net.width = size("width"), net.channels = size("channels"), net.states = size("states"), net.rank = size("rank");
+    net.width = size("width"), net.channels = size("channels"), net.states = size("states");
     net.taps = size("taps"), net.vocabulary = size("vocabulary");
-    if (net.states > 256) refuse("more than 256 states");
     net.epsilon = nb::cast<float>(sizes["epsilon"]);
+    Heads shape{};
+    if (sizes.contains("heads")) { // Mamba-2
+        shape.count = size("heads"), shape.groups = size("groups");
+        shape.least = nb::cast<float>(sizes["least"]), shape.most = nb::cast<float>(sizes["most"]);
+        if (net.channels % shape.count || shape.count % shape.groups)
+            refuse("channels must be the same number for every head, and heads for every group");
+    } else {
+        net.rank = size("rank");
+        if (net.states > 256) refuse("more than 256 states");
+        if (sizes.contains("mixer_epsilon")) net.mixer_epsilon = nb::cast<float>(sizes["mixer_epsilon"]);
+    }
     for (const nb::dict &fields : layers) {
-        Layer l = layer(fields, net);
+        Layer l = shape.count ? dual_layer(fields, net, shape) : layer(fields, net);
         l.conv_state = net.state_size;
-        l.scan_state = l.conv_state + (net.taps - 1) * net.channels;
-        net.state_size = l.scan_state + static_cast<int64_t>(l.A.size());
+        l.scan_state = l.conv_state + (net.taps - 1) * l.in_x->rows;
+        const int64_t kept = shape.count ? static_cast<int64_t>(l.heads->kept.size()) * net.channels / shape.count * net.states
+                                         : static_cast<int64_t>(l.A.size());
+        net.state_size = l.scan_state + kept;
         net.layers.push_back(std::move(l));
     }
     net.norm = floats(rest, "norm", net.width);
@@ -238,8 +275,13 @@ void step(Decoder &self, const std::string &level, int threads, Array<const int6
     nb::gil_scoped_release release;
     const std::lock_guard<std::mutex> lock(self.busy);
     Workspace &w = self.work;
-    w.hidden.resize(batch * net.width), w.u.resize(batch * net.channels), w.z.resize(batch * net.channels);
-    w.y.resize(batch * net.channels), w.dbc.resize(batch * (net.rank + 2 * net.states));
+    int64_t mixed = 0, narrow = net.rank + 2 * net.states;
+    for (const Layer &layer : net.layers) {
+        mixed = std::max(mixed, layer.in_x->rows);
+        if (layer.heads) narrow = std::max(narrow, layer.heads->count);
+    }
+    w.hidden.resize(batch * net.width), w.u.resize(batch * mixed), w.z.resize(batch * net.channels);
+    w.y.resize(batch * net.channels), w.dbc.resize(batch * narrow);
     std::atomic<bool> ready{false};
     Step s{net, tokens.data(), state.data(), logits.data(), batch, w, self.barrier, self.shares};
     std::atomic<int> first{0};

@@ -21,9 +21,23 @@ struct ScanGroup {
     bool consecutive; // its channels follow each other, all SCAN_LANES
 };
 
+// What Mamba-2 has between convolution and out_proj (Dao & Gu, arXiv 2405.21060): heads of P channels with one step size
+// and one decay each, B and C for each group of heads, and a norm of the gated output. A head whose decay is zero has no
+// state; the others' follow each other as (N, P).
+struct Heads {
+    std::shared_ptr<const Matrix> in_dt; // (H, d_model)
+    std::vector<float> dt_bias, A, skip; // (padded heads); A times log2(e), skip is D
+    std::vector<float> norm;             // (D)
+    std::vector<int64_t> kept, memoryless; // heads with a state, in the order of the states, and without
+    int64_t count, groups;                 // H, G
+    float least, most;                     // bounds of a step size
+};
+
 struct Layer {
     std::shared_ptr<const Matrix> in_x, in_z, x_proj, dt_proj, out_proj; // rows of dt_proj in the sorted order
-    std::vector<float> norm, conv, conv_bias, in_bias, out_bias; // conv: (K, D); biases may be empty
+    std::shared_ptr<const Heads> heads; // of Mamba-2, which has no x_proj, dt_proj and what belongs to them; else null
+    // M channels go through the convolution: the D of the scan, and of Mamba-2 also B and C of every group.
+    std::vector<float> norm, conv, conv_bias, in_bias, out_bias; // conv: (K, M), in_bias: (M + D); biases may be empty
     std::vector<float> dt_bias, skip;                            // (padded channels), sorted; skip is D
     std::vector<float> A;                                        // (slots, SCAN_LANES) per group, times log2(e)
     std::vector<uint8_t> index;                                  // the same: which state a slot holds
@@ -36,6 +50,7 @@ struct Network {
     int64_t width, channels, states, rank, taps, vocabulary; // d_model, D, N, R, K, V
     float epsilon;
     int64_t state_size; // floats a sequence
+    float mixer_epsilon = -1; // of FalconMamba's norms on the inputs of dt_proj, B and C; below zero: there are none
     std::vector<Layer> layers;
     std::vector<float> norm;
     std::shared_ptr<const Matrix> embedding, head;
@@ -62,7 +77,7 @@ class Barrier {
 };
 
 struct Workspace { // shared by the threads of one step, (batch, ...) each
-    std::vector<float> hidden, u, z, dbc, y;
+    std::vector<float> hidden, u, z, dbc, y; // u: what the convolution gives; dbc: R + 2N values, or H step sizes
 };
 
 struct Step {
@@ -73,7 +88,7 @@ struct Step {
     int64_t batch;
     Workspace &work;
     Barrier &barrier;
-    // Per layer in_x, in_z, x_proj, out_proj: bounds of each thread's share of groups; of the head behind them.
+    // Per layer in_x, in_z, x_proj or in_dt, out_proj: bounds of each thread's share of groups; of the head behind them.
     const std::vector<std::vector<int64_t>> &shares;
 };
 

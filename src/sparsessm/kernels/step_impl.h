@@ -1,14 +1,24 @@
 // One token through the whole network for each sequence of a batch: what every thread does, with a barrier between
 // phases. Included by scan_impl.h's levels, in their namespace.
 
-static void rms_norm(const float *x, const float *weight, float epsilon, int64_t count, float *out) {
+// One over the root mean square.
+static float unit_of(const float *x, float epsilon, int64_t count) {
     vec squares{};
     float rest = 0;
     int64_t i = 0;
     for (; i + LANES <= count; i += LANES) squares += load(x + i) * load(x + i);
     for (; i < count; ++i) rest += x[i] * x[i];
-    const float unit = 1.0f / std::sqrt((sum(squares) + rest) / static_cast<float>(count) + epsilon);
-    for (i = 0; i < count; ++i) out[i] = weight[i] * (x[i] * unit);
+    return 1.0f / std::sqrt((sum(squares) + rest) / static_cast<float>(count) + epsilon);
+}
+
+static void rms_norm(const float *x, const float *weight, float epsilon, int64_t count, float *out) {
+    const float unit = unit_of(x, epsilon, count);
+    for (int64_t i = 0; i < count; ++i) out[i] = weight[i] * (x[i] * unit);
+}
+
+static void rms_norm(const float *x, float epsilon, int64_t count, float *out) {
+    const float unit = unit_of(x, epsilon, count);
+    for (int64_t i = 0; i < count; ++i) out[i] = x[i] * unit;
 }
 
 // table[index[lane]]; the table is padded to SCAN_LANES entries.
@@ -55,7 +65,7 @@ static inline void put(float *to, const int32_t *channel, bool consecutive, int 
 // The convolution's window of channels [begin, end) moves on by x; u = silu(conv). x and u may be the same.
 static void convolve(const Layer &layer, const Network &net, float *state, int64_t begin, int64_t end, const float *x,
                      float *u) {
-    const int64_t D = net.channels, past = net.taps - 1;
+    const int64_t D = layer.in_x->rows, past = net.taps - 1;
     for (int64_t c = begin; c < end; c += LANES) {
         const int lanes = static_cast<int>(std::min<int64_t>(LANES, end - c));
         const vec now = load(x + c, lanes);
@@ -102,13 +112,16 @@ static void recur(const Layer &layer, const Network &net, int64_t g, const float
     }
 }
 
+#include "heads_impl.h"
+
 void step(const Step &s, int thread, int threads) {
     const Network &net = s.net;
     const int64_t d = net.width, D = net.channels, N = net.states, R = net.rank, V = net.vocabulary;
     const int64_t padded = (D + SCAN_LANES - 1) / SCAN_LANES * SCAN_LANES;
     Workspace &w = s.work;
-    std::vector<float> own(s.batch * (d + padded)); // this thread's
-    float *normed = own.data(), *delta = own.data() + s.batch * d;
+    const bool normalised = net.mixer_epsilon >= 0;
+    std::vector<float> own(s.batch * (d + padded + (normalised ? R + 2 * N : 0))); // this thread's
+    float *normed = own.data(), *inner = normed + s.batch * d, *readings = inner + s.batch * padded;
     std::vector<float> padded_states(3 * (N + SCAN_LANES));
     float *B = padded_states.data(), *C = B + N + SCAN_LANES, *BC = C + N + SCAN_LANES;
     if (thread == 0)
@@ -120,13 +133,15 @@ void step(const Step &s, int thread, int threads) {
     int64_t begin, end;
     for (size_t l = 0; l < net.layers.size(); ++l) {
         const Layer &layer = net.layers[l];
+        const Heads *heads = layer.heads.get();
+        const int64_t M = layer.in_x->rows; // channels of the convolution
         for (int64_t b = 0; b < s.batch; ++b)
             rms_norm(w.hidden.data() + b * d, layer.norm.data(), net.epsilon, d, normed + b * d);
         share(4 * l, begin, end);
-        project(*layer.in_x, normed, d, s.batch, begin, end, w.u.data(), D);
-        const int64_t c0 = begin * GROUP, c1 = std::min(D, end * GROUP);
+        project(*layer.in_x, normed, d, s.batch, begin, end, w.u.data(), M);
+        const int64_t c0 = begin * GROUP, c1 = std::min(M, end * GROUP);
         for (int64_t b = 0; b < s.batch && c0 < c1; ++b) {
-            float *u = w.u.data() + b * D;
+            float *u = w.u.data() + b * M;
             if (!layer.in_bias.empty())
                 for (int64_t c = c0; c < c1; ++c) u[c] += layer.in_bias[c];
             convolve(layer, net, s.state + b * net.state_size + layer.conv_state, c0, c1, u, u);
@@ -136,35 +151,62 @@ void step(const Step &s, int thread, int threads) {
         if (!layer.in_bias.empty())
             for (int64_t b = 0; b < s.batch; ++b)
                 for (int64_t c = begin * GROUP; c < std::min(D, end * GROUP); ++c)
-                    w.z[b * D + c] += layer.in_bias[D + c];
-        s.barrier.wait(threads);
-
+                    w.z[b * D + c] += layer.in_bias[M + c];
         share(4 * l + 2, begin, end);
-        project(*layer.x_proj, w.u.data(), D, s.batch, begin, end, w.dbc.data(), R + 2 * N);
+        if (heads) project(*heads->in_dt, normed, d, s.batch, begin, end, w.dbc.data(), heads->count);
         s.barrier.wait(threads);
 
-        // Whole scan groups, of SCAN_LANES / GROUP groups of dt_proj's sorted rows each.
-        const int64_t groups = static_cast<int64_t>(layer.groups.size()), g0 = groups * thread / threads,
-                      g1 = groups * (thread + 1) / threads;
-        constexpr int64_t WITHIN = SCAN_LANES / GROUP;
-        project(*layer.dt_proj, w.dbc.data(), R + 2 * N, s.batch, std::min(g0 * WITHIN, layer.dt_proj->groups),
-                std::min(g1 * WITHIN, layer.dt_proj->groups), delta, padded);
-        for (int64_t b = 0; b < s.batch; ++b) {
-            const float *dbc = w.dbc.data() + b * (R + 2 * N);
-            float total = 0;
-            for (int64_t n = 0; n < N; ++n) {
-                B[n] = dbc[R + n], C[n] = dbc[R + N + n], BC[n] = B[n] * C[n];
-                total += BC[n];
+        if (heads) {
+            for (int64_t b = 0; b < s.batch; ++b)
+                turn_heads(*heads, net, thread, threads, w.dbc.data() + b * heads->count, w.u.data() + b * M,
+                           w.z.data() + b * D, s.state + b * net.state_size + layer.scan_state, w.y.data() + b * D);
+        } else {
+            project(*layer.x_proj, w.u.data(), D, s.batch, begin, end, w.dbc.data(), R + 2 * N);
+            s.barrier.wait(threads);
+
+            const float *from = w.dbc.data();
+            if (normalised) { // every thread needs all of B and C, and normalising them costs less than to wait for it
+                for (int64_t b = 0; b < s.batch; ++b) {
+                    const float *raw = w.dbc.data() + b * (R + 2 * N);
+                    float *to = readings + b * (R + 2 * N);
+                    rms_norm(raw, net.mixer_epsilon, R, to);
+                    rms_norm(raw + R, net.mixer_epsilon, N, to + R);
+                    rms_norm(raw + R + N, net.mixer_epsilon, N, to + R + N);
+                }
+                from = readings;
             }
-            for (int64_t g = g0; g < g1; ++g)
-                recur(layer, net, g, delta + b * padded, w.u.data() + b * D, w.z.data() + b * D, B, C, BC, total,
-                      s.state + b * net.state_size + layer.scan_state, w.y.data() + b * D);
+            // Whole scan groups, of SCAN_LANES / GROUP groups of dt_proj's sorted rows each.
+            const int64_t groups = static_cast<int64_t>(layer.groups.size()), g0 = groups * thread / threads,
+                          g1 = groups * (thread + 1) / threads;
+            constexpr int64_t WITHIN = SCAN_LANES / GROUP;
+            project(*layer.dt_proj, from, R + 2 * N, s.batch, std::min(g0 * WITHIN, layer.dt_proj->groups),
+                    std::min(g1 * WITHIN, layer.dt_proj->groups), inner, padded);
+            for (int64_t b = 0; b < s.batch; ++b) {
+                const float *dbc = from + b * (R + 2 * N);
+                float total = 0;
+                for (int64_t n = 0; n < N; ++n) {
+                    B[n] = dbc[R + n], C[n] = dbc[R + N + n], BC[n] = B[n] * C[n];
+                    total += BC[n];
+                }
+                for (int64_t g = g0; g < g1; ++g)
+                    recur(layer, net, g, inner + b * padded, w.u.data() + b * D, w.z.data() + b * D, B, C, BC, total,
+                          s.state + b * net.state_size + layer.scan_state, w.y.data() + b * D);
+            }
         }
         s.barrier.wait(threads);
 
         share(4 * l + 3, begin, end);
         if (begin < end) { // what it adds to the residual stream goes through `normed`, which is free now
-            project(*layer.out_proj, w.y.data(), D, s.batch, begin, end, normed, d);
+            const float *y = w.y.data();
+            if (heads) { // a group's norm needs all of its channels: each thread sums them, which saves a barrier
+                for (int64_t b = 0; b < s.batch; ++b) {
+                    const int64_t size = D / heads->groups;
+                    for (int64_t c = 0; c < D; c += size)
+                        rms_norm(y + b * D + c, heads->norm.data() + c, net.epsilon, size, inner + b * D + c);
+                }
+                y = inner;
+            }
+            project(*layer.out_proj, y, D, s.batch, begin, end, normed, d);
             for (int64_t b = 0; b < s.batch; ++b)
                 for (int64_t i = begin * GROUP; i < std::min(d, end * GROUP); ++i)
                     w.hidden[b * d + i] += normed[b * d + i] + (layer.out_bias.empty() ? 0.0f : layer.out_bias[i]);

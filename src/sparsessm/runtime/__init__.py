@@ -5,6 +5,7 @@ Place in the flow: after everything that prunes, above `checkpoint/` and `kernel
     base.py         the Engine protocol: tokens in, logits out, a state between
     reference.py    the definition, in plain PyTorch
     engine.py       the same in native code, from encoded tensors
+    mixer.py        a layer of it, with a file for each kind: mamba1.py, mamba2.py
     sampling.py     logits -> the next token
     text.py         tokens -> text, piece by piece
     state.py        what a sequence carries, to keep and to continue from
@@ -48,14 +49,22 @@ def load(
         threads: so many, of the whole process; None: as many as torch uses.
 
     Raises:
-        ValueError: `threads` below 1, or as `sparsessm.load`.
+        ValueError: `threads` below 1, a model that does not run here (hybrids), or as `sparsessm.load`.
     """
     if threads is not None and (type(threads) is not int or threads < 1):
         raise ValueError(f"threads is {threads!r}; allowed: a whole number from 1, or none")
     from sparsessm import checkpoint
+    from sparsessm.architectures import MODEL_TYPES
     from sparsessm.checkpoint import packed, reading
+    from sparsessm.checkpoint.files import read_json
 
-    if reading.is_packed(reading.find(os.fspath(path))):
+    from .base import refuse_unsupported
+
+    folder = reading.find(os.fspath(path))
+    kind = read_json(folder / reading.CONFIG).get("model_type")
+    if kind in MODEL_TYPES:  # before gigabytes are read; what is known to nobody is refused where it is read
+        refuse_unsupported(SimpleNamespace(model_type=kind))
+    if reading.is_packed(folder):
         found = packed.read(path)
         return _model(found, found.tokenizer(tokenizer), threads)
     return of(checkpoint.load(path, tokenizer=tokenizer), threads=threads)
@@ -69,9 +78,15 @@ def of(checkpoint: Checkpoint, *, threads: int | None = None) -> Model:
     Args:
         checkpoint: what `sparsessm.load` returned, pruned or not.
         threads: as in `load`.
+
+    Raises:
+        ValueError: a model that does not run here.
     """
     from sparsessm.checkpoint import packed
 
+    from .base import refuse_unsupported
+
+    refuse_unsupported(checkpoint.model.config)
     return _model(packed.of(checkpoint), checkpoint.tokenizer, threads)
 
 

@@ -1,19 +1,22 @@
 """What runs a model: the `Engine` every implementation is, and the name of a model's state.
 
-Place in the flow: the lowest file of `runtime/`. `reference.py` is the slow definition, `engine.py` the fast
-one; `generation.py` uses either and cannot tell which.
+Place in the flow: the lowest file of `runtime/`, which also reads configurations. `reference.py` is the slow
+definition, `engine.py` the fast one; `generation.py` uses either and cannot tell which.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-FIELDS = (  # of a configuration: what decides, together with the weights, what a model computes
+from sparsessm.architectures.mamba2 import Sizes
+
+_MAMBA = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",
@@ -25,6 +28,26 @@ FIELDS = (  # of a configuration: what decides, together with the weights, what 
     "use_bias",
     "use_conv_bias",
 )
+_MAMBA2 = (
+    "vocab_size",
+    "hidden_size",
+    "num_heads",
+    "head_dim",
+    "n_groups",
+    "state_size",
+    "conv_kernel",
+    "num_hidden_layers",
+    "layer_norm_epsilon",
+    "time_step_limit",
+    "use_bias",
+    "use_conv_bias",
+)
+# By model type what runs, and of its configuration what decides, with the weights, what a model computes.
+FIELDS: Mapping[str, tuple[str, ...]] = {
+    "mamba": _MAMBA,
+    "falcon_mamba": (*_MAMBA, "mixer_rms_eps"),
+    "mamba2": _MAMBA2,
+}
 _SAMPLES = 64  # values of a tensor that go into a fingerprint as they are
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -92,14 +115,48 @@ class Engine(Protocol):
         ...
 
 
+def model_type(config: Any) -> str:
+    """Of a configuration of transformers; an object that does not say it is a Mamba's."""
+    return getattr(config, "model_type", "mamba")
+
+
 def refuse_unsupported(config: Any) -> None:
-    """Check that a Mamba of this configuration is what the engines compute.
+    """Check that a model of this configuration is what the engines compute.
 
     Raises:
-        ValueError: an activation other than SiLU.
+        ValueError: a model type that is not among `FIELDS`, an activation other than SiLU.
     """
+    if (kind := model_type(config)) not in FIELDS:
+        known = ", ".join(sorted(FIELDS))
+        raise ValueError(f"the runtime does not run model type {kind!r}; what runs: {known}")
     if (activation := getattr(config, "hidden_act", "silu")) not in ("silu", "swish"):
         raise ValueError(f"hidden_act is {activation!r}; a Mamba with 'silu' is supported")
+
+
+def described(config: Any) -> dict[str, Any]:
+    """The fields of a configuration that `FIELDS` names, fit for JSON: an infinite bound is None."""
+    fields = {name: getattr(config, name) for name in FIELDS[model_type(config)]}
+    if "time_step_limit" in fields:  # a list or a tuple, of whole numbers or not
+        bounds = [float(bound) for bound in fields["time_step_limit"]]
+        fields["time_step_limit"] = [bound if math.isfinite(bound) else None for bound in bounds]
+    return fields
+
+
+def heads(config: Any) -> Sizes:
+    """The sizes of a Mamba-2, told by a `transformers.Mamba2Config` or an object with its attributes."""
+    names = ("n_groups", "num_heads", "head_dim", "state_size")
+    return Sizes(*(int(getattr(config, name)) for name in names))
+
+
+def limits(config: Any) -> tuple[float, float]:
+    """Bounds of a step size of a Mamba-2."""
+    least, most = config.time_step_limit
+    return float(least), float(most)
+
+
+def mixer_epsilon(config: Any) -> float | None:
+    """Of FalconMamba's norms inside the mixer; None where there are none."""
+    return float(config.mixer_rms_eps) if model_type(config) == "falcon_mamba" else None
 
 
 def fingerprint(config: Any, weights: Mapping[str, Tensor], order: str) -> str:
@@ -109,14 +166,14 @@ def fingerprint(config: Any, weights: Mapping[str, Tensor], order: str) -> str:
     values: a model that was pruned, packed with loss or trained further has another one.
 
     Args:
-        config: has the attributes `FIELDS`.
+        config: has the attributes that `FIELDS` names.
         weights: parameter name -> tensor.
         order: names the order of the values in the state, different for engines that order them differently.
 
     Returns:
         16 hexadecimal digits.
     """
-    told = hashlib.sha256(repr([order, *(getattr(config, name) for name in FIELDS)]).encode())
+    told = hashlib.sha256(repr([order, *described(config).values()]).encode())
     for name in sorted(weights):
         values = weights[name].detach().contiguous().flatten()
         bits = values.view(_BITS[values.element_size()])

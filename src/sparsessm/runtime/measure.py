@@ -22,7 +22,7 @@ from sparsessm.checkpoint.container import PACKED
 from sparsessm.checkpoint.files import weight_files
 
 from . import engine_of, timing
-from .base import FIELDS, Engine
+from .base import Engine, described
 from .timing import BATCHES, PROMPT, ROUNDS, Bandwidth, Phase, Told
 
 PARTS = {  # the large matrices, by the last words of their names
@@ -38,7 +38,7 @@ class Subject:
     Attributes:
         name: what it is called.
         engine: runs it.
-        config: has the attributes `base.FIELDS`.
+        config: has the attributes that `base.FIELDS` names.
         packed: its zeros are not stored.
         stored: how its large matrices are stored, see `storage`.
         disk: bytes of its weights' files and of all files of its directory; None: it is in memory only.
@@ -110,7 +110,7 @@ class Measurement:
             "model": subject.name,
             "packed": subject.packed,
             "stored": subject.stored,
-            "architecture": _architecture(subject.config),
+            "architecture": described(subject.config),
             "bytes": {
                 "disk": disk.get("weights"),
                 "disk_all": disk.get("all"),
@@ -212,10 +212,6 @@ def _bytes(files: Sequence[Path]) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def _architecture(config: Any) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in FIELDS}
-
-
 def _notes(subjects: Sequence[Subject], phases: Sequence[Phase], memory: Bandwidth) -> list[str]:
     """What the figures do not say by themselves, in sentences."""
     first = subjects[0]
@@ -228,9 +224,10 @@ def _notes(subjects: Sequence[Subject], phases: Sequence[Phase], memory: Bandwid
     for other in subjects[1:]:
         if other.packed:
             notes.append(f"{other.name} is packed: the ratios are not to a dense model.")
-        ours, theirs = _architecture(first.config), _architecture(other.config)
-        if differ := [name for name in FIELDS if ours[name] != theirs[name]]:
-            told = ", ".join(f"{name} {ours[name]} and {theirs[name]}" for name in differ)
+        ours, theirs = described(first.config), described(other.config)
+        names = [*ours, *(name for name in theirs if name not in ours)]
+        if differ := [name for name in names if ours.get(name) != theirs.get(name)]:
+            told = ", ".join(f"{name} {ours.get(name)} and {theirs.get(name)}" for name in differ)
             notes.append(f"The architectures differ: {told}.")
         for part in PARTS:
             mine, its = (", ".join(each.stored[part]["dtypes"]) for each in (first, other))

@@ -1,8 +1,9 @@
-"""The definition of the runtime: a Mamba read token by token in plain PyTorch. Slow, and the truth of tests.
+"""The definition of the runtime: models read token by token in plain PyTorch. Slow, and the truth of tests.
 
 Place in the flow: an `Engine` (base.py). It is what runs where the native extension is missing, and what
-tests compare the native engine with. The same computation as transformers' `MambaForCausalLM` in float32,
-with the state in one tensor; letters as in `architectures/base.py`.
+tests compare the native engine with. The same computation as transformers' `MambaForCausalLM`,
+`FalconMambaForCausalLM` and `Mamba2ForCausalLM` in float32, with the state in one tensor; letters as in
+`architectures/base.py`.
 """
 
 from __future__ import annotations
@@ -15,29 +16,37 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsessm.kernels import reference as kernels
-from sparsessm.runtime.base import fingerprint, refuse_unsupported
+from sparsessm.runtime.base import (
+    fingerprint,
+    heads,
+    limits,
+    mixer_epsilon,
+    model_type,
+    refuse_unsupported,
+)
 
 SLAB = 512  # tokens of a prompt that are in memory together
 ORDER = "layer, [inputs of the convolution (K-1, D), oldest first; scan (D, N)]"
+ORDER2 = "layer, [inputs of the convolution (K-1, D + 2GN), oldest first; scan (H, P, N)]"
 
 
 class ReferenceEngine:
     """A model in float32, one sequence at a time.
 
     The state of a sequence holds, layer after layer, the last K - 1 inputs of the convolution (K-1, D) and
-    the state of the scan (D, N).
+    the state of the scan (D, N); of Mamba-2 (K-1, D + 2GN) and (H, P, N).
     """
 
     def __init__(self, config: Any, weights: Mapping[str, Tensor]) -> None:
         """Take the weights of a stock model.
 
         Args:
-            config: a `transformers.MambaConfig`, or an object with its attributes.
-            weights: tensors of any floating dtype under the names of `MambaForCausalLM.state_dict()`;
+            config: a configuration of transformers of a type of `base.FIELDS`, or alike.
+            weights: tensors of any floating dtype under the names of the stock model's `state_dict()`;
                 `lm_head.weight` may be missing where it is tied to the embedding.
 
         Raises:
-            ValueError: an activation other than SiLU, a tensor that is missing or of a wrong shape.
+            ValueError: as `refuse_unsupported`; a tensor that is missing or of a wrong shape.
         """
         refuse_unsupported(config)
         shapes = expected_shapes(config)
@@ -50,12 +59,13 @@ class ReferenceEngine:
         self._weights = {name: weights[name].detach().to("cpu", torch.float32) for name in shapes}
         self._head = self._weights.get("lm_head.weight", self._weights["backbone.embeddings.weight"])
         self._config, self._past = config, int(config.conv_kernel) - 1
-        self._layers, self._channels = int(config.num_hidden_layers), int(config.intermediate_size)
+        self._layers, self._dual = int(config.num_hidden_layers), model_type(config) == "mamba2"
         self._a = [-torch.exp(self._of(layer, "mixer.A_log")) for layer in range(self._layers)]
-        self._sizes = (self._past * self._channels, self._channels * int(config.state_size))
+        inner, self._mixed = _channels(config)
+        self._sizes = (self._past * self._mixed, inner * int(config.state_size))
         self.vocabulary = int(config.vocab_size)
         self.state_size = self._layers * sum(self._sizes)
-        self.layout = fingerprint(config, self._weights, ORDER)
+        self.layout = fingerprint(config, self._weights, ORDER2 if self._dual else ORDER)
 
     def _of(self, layer: int, name: str) -> Tensor:
         return self._weights[f"backbone.layers.{layer}.{name}"]
@@ -96,63 +106,83 @@ class ReferenceEngine:
     def _read(self, tokens: Tensor, state: Tensor) -> Tensor:
         """(L,) tokens -> (L, d_model) after the last layer; the state (state_size,) is advanced."""
         hidden = F.embedding(tokens, self._weights["backbone.embeddings.weight"])
+        mixer = self._mamba2 if self._dual else self._mamba1
         for layer, carried in enumerate(state.view(self._layers, -1)):
-            hidden = hidden + self._mixer(layer, self._norm(hidden, self._of(layer, "norm.weight")), carried)
+            conv, scan = carried.split(self._sizes)
+            x = self._norm(hidden, self._of(layer, "norm.weight"))
+            hidden = hidden + mixer(layer, x, conv.view(self._past, self._mixed), scan)
         return hidden
 
-    def _mixer(self, layer: int, x: Tensor, carried: Tensor) -> Tensor:
-        """(L, d_model), normalised -> (L, d_model); `carried` is the layer's part of the state."""
-        conv, scan = carried.split(self._sizes)
-        conv, scan = conv.view(self._past, self._channels), scan.view(self._channels, -1)
+    def _mamba1(self, layer: int, x: Tensor, conv: Tensor, scan: Tensor) -> Tensor:
+        """(L, d_model), normalised -> (L, d_model); `conv` and `scan` are the layer's parts of the state."""
         u, z = self._linear(layer, "in_proj", x).chunk(2, dim=-1)
-        seen = torch.cat([conv, u])
-        weight = self._of(layer, "mixer.conv1d.weight")[:, 0]
-        bias = self._weights.get(f"backbone.layers.{layer}.mixer.conv1d.bias")
-        u = kernels.causal_conv1d(u[None], weight, bias, conv[None], silu=True)
-        conv.copy_(seen[len(seen) - self._past :])
+        u = self._convolve(layer, u, conv)
         states = int(self._config.state_size)
         widths = [int(self._config.time_step_rank), states, states]
         step, b, c = self._linear(layer, "x_proj", u).split(widths, dim=-1)
+        if (epsilon := mixer_epsilon(self._config)) is not None:  # FalconMamba
+            step, b, c = (_normalised(part, epsilon) for part in (step, b, c))
         delta = F.softplus(self._linear(layer, "dt_proj", step))
-        skip = self._of(layer, "mixer.D")
-        y, last = kernels.selective_scan(u, delta, self._a[layer], b, c, skip, z[None], scan[None])
-        scan.copy_(last[0])
+        skip, a = self._of(layer, "mixer.D"), self._a[layer]
+        start = scan.view(a.shape)[None]
+        y, last = kernels.selective_scan(u[None], delta[None], a, b[None], c[None], skip, z[None], start)
+        scan.copy_(last.flatten())
         return self._linear(layer, "out_proj", y[0])
+
+    def _mamba2(self, layer: int, x: Tensor, conv: Tensor, scan: Tensor) -> Tensor:
+        """As `_mamba1`; the recurrence of Dao & Gu, arXiv 2405.21060, with one decay a head."""
+        size, a, skip = heads(self._config), self._a[layer], self._of(layer, "mixer.D")
+        z, mixed, step = self._linear(layer, "in_proj", x).split([size.inner, size.mixed, size.heads], dim=-1)
+        widths = [size.inner, size.groups * size.states, size.groups * size.states]
+        u, b, c = self._convolve(layer, mixed, conv).split(widths, dim=-1)
+        u = u.unflatten(-1, (size.heads, size.channels))  # (L, H, P)
+        shared = size.heads // size.groups
+        b, c = (t.unflatten(-1, (size.groups, -1)).repeat_interleave(shared, 1) for t in (b, c))  # (L, H, N)
+        delta = F.softplus(step + self._of(layer, "mixer.dt_bias")).clamp(*limits(self._config))  # (L, H)
+        h, rows = scan.view(size.heads, size.channels, size.states), []
+        for t in range(len(x)):
+            decay = torch.exp(delta[t] * a)[:, None, None]
+            h.copy_(decay * h + (delta[t, :, None] * u[t])[:, :, None] * b[t, :, None])
+            rows.append((h * c[t, :, None]).sum(-1) + skip[:, None] * u[t])
+        y = torch.stack(rows).flatten(1) * F.silu(z)
+        y = _normalised(y.unflatten(-1, (size.groups, -1)), self._config.layer_norm_epsilon).flatten(1)
+        return self._linear(layer, "out_proj", y * self._of(layer, "mixer.norm.weight"))
+
+    def _convolve(self, layer: int, x: Tensor, before: Tensor) -> Tensor:
+        """(L, M) after convolution and SiLU; `before` (K-1, M) is advanced."""
+        seen = torch.cat([before, x])
+        weight = self._of(layer, "mixer.conv1d.weight")[:, 0]
+        bias = self._weights.get(f"backbone.layers.{layer}.mixer.conv1d.bias")
+        x = kernels.causal_conv1d(x[None], weight, bias, before[None], silu=True)[0]
+        before.copy_(seen[len(seen) - self._past :])
+        return x
 
     def _linear(self, layer: int, name: str, x: Tensor) -> Tensor:
         prefix = f"backbone.layers.{layer}.mixer.{name}"
         return F.linear(x, self._weights[f"{prefix}.weight"], self._weights.get(f"{prefix}.bias"))
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        power = x.pow(2).mean(-1, keepdim=True)
-        return weight * (x * torch.rsqrt(power + self._config.layer_norm_epsilon))
+        return weight * _normalised(x, self._config.layer_norm_epsilon)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return F.linear(self._norm(hidden, self._weights["backbone.norm_f.weight"]), self._head)
 
 
 def expected_shapes(config: Any) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a Mamba of this configuration, by its stock name, and its shape.
+    """Every tensor of a model of this configuration, by its stock name, and its shape.
 
     Args:
-        config: a `transformers.MambaConfig`, or an object with its attributes.
+        config: as `ReferenceEngine` takes it.
     """
-    model, inner, states = int(config.hidden_size), int(config.intermediate_size), int(config.state_size)
-    rank, rows = int(config.time_step_rank), int(config.vocab_size)
-    mixer: dict[str, tuple[int, ...]] = {
-        "in_proj.weight": (2 * inner, model),
-        "conv1d.weight": (inner, 1, int(config.conv_kernel)),
-        "x_proj.weight": (rank + 2 * states, inner),
-        "dt_proj.weight": (inner, rank),
-        "dt_proj.bias": (inner,),
-        "A_log": (inner, states),
-        "D": (inner,),
-        "out_proj.weight": (model, inner),
-    }
+    model, rows, (inner, mixed) = int(config.hidden_size), int(config.vocab_size), _channels(config)
+    dual = model_type(config) == "mamba2"
+    mixer = _heads(config) if dual else _selection(config)
+    projected = mixer["in_proj.weight"][0]
+    mixer |= {"conv1d.weight": (mixed, 1, int(config.conv_kernel)), "out_proj.weight": (model, inner)}
     if config.use_conv_bias:
-        mixer["conv1d.bias"] = (inner,)
+        mixer["conv1d.bias"] = (mixed,)
     if config.use_bias:
-        mixer |= {"in_proj.bias": (2 * inner,), "out_proj.bias": (model,)}
+        mixer |= {"in_proj.bias": (projected,), "out_proj.bias": (model,)}
     shapes: dict[str, tuple[int, ...]] = {"backbone.embeddings.weight": (rows, model)}
     for layer in range(int(config.num_hidden_layers)):
         shapes[f"backbone.layers.{layer}.norm.weight"] = (model,)
@@ -161,3 +191,36 @@ def expected_shapes(config: Any) -> dict[str, tuple[int, ...]]:
     if not config.tie_word_embeddings:
         shapes["lm_head.weight"] = (rows, model)
     return shapes
+
+
+def _channels(config: Any) -> tuple[int, int]:
+    """Those of the scan, and those of the convolution."""
+    if model_type(config) == "mamba2":
+        size = heads(config)
+        return size.inner, size.mixed
+    return int(config.intermediate_size), int(config.intermediate_size)
+
+
+def _selection(config: Any) -> dict[str, tuple[int, ...]]:
+    """What a mixer of Mamba-1 has of its own, and in_proj."""
+    inner, states, rank = int(config.intermediate_size), int(config.state_size), int(config.time_step_rank)
+    return {
+        "in_proj.weight": (2 * inner, int(config.hidden_size)),
+        "x_proj.weight": (rank + 2 * states, inner),
+        "dt_proj.weight": (inner, rank),
+        "dt_proj.bias": (inner,),
+        "A_log": (inner, states),
+        "D": (inner,),
+    }
+
+
+def _heads(config: Any) -> dict[str, tuple[int, ...]]:
+    """The same of Mamba-2."""
+    size = heads(config)
+    vectors = {name: (size.heads,) for name in ("A_log", "D", "dt_bias")}
+    projected = (size.inner + size.mixed + size.heads, int(config.hidden_size))
+    return {"in_proj.weight": projected, "norm.weight": (size.inner,), **vectors}
+
+
+def _normalised(x: Tensor, epsilon: float) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon)

@@ -1,0 +1,142 @@
+"""A layer of Mamba-1 in the native engine: each channel of its scan has N states and a decay for each.
+
+Place in the flow: a `Mixer` (mixer.py). Only states that remember are carried: an entry of A_log that keeps
+no memory (exp(Δ·A) = 0) answers with C_n·B_n·Δu at once, so channels are sorted by how many states they keep,
+sixteen share a group with room for the most any of them keeps, and half of the entries removed make half of
+the state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparsessm import kernels
+from sparsessm.architectures.base import REMOVED_A_LOG
+from sparsessm.runtime.base import mixer_epsilon
+from sparsessm.runtime.mixer import LANES, Mixer, Weights, matrix, padded
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Where the states of one layer live.
+
+    Attributes:
+        order: (D,) channel at each sorted place.
+        slots: states that each group of 16 places has room for.
+        entry: (size,) for each float of the state the entry channel * N + n of A_log; -1 where there is none.
+    """
+
+    order: Tensor
+    slots: list[int]
+    entry: Tensor
+
+    @staticmethod
+    def of(a_log: Tensor) -> Slots:
+        """Sort the channels of A_log (D, N)."""
+        channels, states = a_log.shape
+        keeps = a_log < REMOVED_A_LOG["memoryless"]
+        counts = keeps.sum(1)
+        order = torch.argsort(counts, stable=True)
+        # kept states first; those behind them fill up the room that a channel of the group does not need
+        first = torch.argsort((~keeps).to(torch.int8), dim=1, stable=True)
+        slots, entries = [], []
+        for place in range(0, channels, LANES):
+            group = order[place : place + LANES]
+            room = int(counts[group].max())
+            chosen = torch.arange(states).expand(len(group), -1) if room == states else first[group, :room]
+            entry = torch.full((room, LANES), -1)
+            entry[:, : len(group)] = (group[:, None] * states + chosen).T
+            slots.append(room)
+            entries.append(entry.flatten())
+        return Slots(order, slots, torch.cat(entries))
+
+    @property
+    def channel(self) -> Tensor:
+        """int32 (padded channels,), -1 behind the last."""
+        return F.pad(self.order, (0, -len(self.order) % LANES), value=-1).to(torch.int32)
+
+    def sorted(self, vector: Tensor) -> Tensor:
+        """A value per channel (D,) -> float32 (padded channels,) in the sorted order."""
+        return padded(vector[self.order])
+
+    def pack(self, scan: Tensor) -> Tensor:
+        """States (D, N) -> (size,)."""
+        return torch.where(self.entry < 0, 0.0, scan.flatten()[self.entry.clamp(min=0)])
+
+    def unpack(self, packed: Tensor, shape: tuple[int, int]) -> Tensor:
+        """The reverse; states that are not kept are 0, which nothing ever reads."""
+        scan, held = torch.zeros(math.prod(shape)), self.entry >= 0
+        scan[self.entry[held]] = packed[held]
+        return scan.view(shape)
+
+
+class Mamba1(Mixer):
+    """Of Mamba and of FalconMamba, which normalises the inputs of dt_proj, B and C."""
+
+    ORDER = "layer, [inputs of the convolution (K-1, D); kept states by group (slots, 16)]"
+    small = ("a", "skip", "norm", "conv", "conv_bias", "in_bias", "out_bias", "dt_bias")
+    large = ("in_x", "in_z", "x_proj", "dt_proj", "out_proj")
+
+    def __init__(self, config: Any, weights: Weights) -> None:
+        super().__init__(weights)
+        inner = int(config.intermediate_size)
+        a_log = weights.vector("mixer.A_log")
+        self.slots, self.a = Slots.of(a_log), -torch.exp(a_log)
+        self.in_bias = weights.optional("mixer.in_proj.bias")
+        self.dt_bias = weights.vector("mixer.dt_proj.bias")
+        every, projection = torch.arange(2 * inner), weights.encoded("mixer.in_proj.weight")
+        self.in_x, self.in_z = matrix(projection, every[:inner]), matrix(projection, every[inner:])
+        self.x_proj = matrix(weights.encoded("mixer.x_proj.weight"))
+        step = weights.encoded("mixer.dt_proj.weight")
+        # twice, as it is small: in the order of the slots for decoding, as it came for prompts
+        self.dt_proj, self.dt_rows = matrix(step, self.slots.order), matrix(step)
+        self.state_size = (int(config.conv_kernel) - 1) * inner + len(self.slots.entry)
+        self._epsilon = mixer_epsilon(config)
+
+    @staticmethod
+    def sizes(config: Any) -> dict[str, Any]:
+        """As `Mixer.sizes`."""
+        epsilon = mixer_epsilon(config)
+        norms = {} if epsilon is None else {"mixer_epsilon": epsilon}
+        return {"channels": int(config.intermediate_size), "rank": int(config.time_step_rank)} | norms
+
+    def native(self) -> dict[str, Any]:
+        """As `Mixer.native`."""
+        entry = self.slots.entry
+        states, known = self.a.shape[1], entry.clamp(min=0)
+        return super().native() | {
+            "dt_bias": self.slots.sorted(self.dt_bias),
+            "skip": self.slots.sorted(self.skip),
+            "channel": self.slots.channel,
+            "slots": self.slots.slots,
+            "A": torch.where(entry < 0, 0.0, self.a.flatten()[known] / math.log(2)),
+            "index": (known % states).to(torch.uint8),
+        }
+
+    def held(self) -> Iterator[Any]:
+        """As `Mixer.held`."""
+        yield from (*super().held(), self.slots.order, self.slots.entry)
+
+    def read(self, x: Tensor, state: Tensor) -> Tensor:
+        """As `Mixer.read`."""
+        channels, states = self.a.shape
+        u, z = self.project(x)  # (L, D)
+        u, scan = self.convolve(u, state)
+        parts = self.x_proj.linear(u).split([self.dt_rows.cols, states, states], dim=-1)
+        if self._epsilon is not None:
+            parts = tuple(F.rms_norm(part, part.shape[-1:], None, self._epsilon) for part in parts)
+        raw, b, c = parts
+        delta = self.dt_rows.linear(raw, self.dt_bias, softplus=True)
+        start = self.slots.unpack(scan, (channels, states))
+        y, last = kernels.selective_scan(
+            u[None], delta[None], self.a, b[None], c[None], self.skip, z[None], start[None]
+        )
+        scan.copy_(self.slots.pack(last[0]))
+        return self.out_proj.linear(y[0], self.out_bias)

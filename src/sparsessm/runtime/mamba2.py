@@ -1,0 +1,86 @@
+"""A layer of Mamba-2 in the native engine: heads of P channels with one decay each, N states a channel.
+
+Place in the flow: a `Mixer` (mixer.py). A head whose decay is zero (exp(Δ·A) = 0) answers with C·B Δu at
+once and has no place in the state.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparsessm import kernels
+from sparsessm.architectures.base import REMOVED_A_LOG
+from sparsessm.runtime.base import heads, limits
+from sparsessm.runtime.mixer import Mixer, Weights, matrix, padded
+
+
+class Mamba2(Mixer):
+    """Of Mamba-2."""
+
+    ORDER = "layer, [inputs of the convolution (K-1, D + 2GN); states of heads with memory (N, P)]"
+    small = ("a", "skip", "norm", "conv", "conv_bias", "in_bias", "out_bias", "dt_bias", "gated_norm")
+    large = ("in_x", "in_z", "in_dt", "out_proj")
+
+    def __init__(self, config: Any, weights: Weights) -> None:
+        super().__init__(weights)
+        self.size, self._epsilon = heads(config), float(config.layer_norm_epsilon)
+        self._limit = limits(config)
+        a_log = weights.vector("mixer.A_log")
+        self.keeps, self.a = a_log < REMOVED_A_LOG["memoryless"], -torch.exp(a_log)
+        self.gated_norm, self.dt_bias = weights.vector("mixer.norm.weight"), weights.vector("mixer.dt_bias")
+        widths, self.in_bias = [self.size.inner, self.size.mixed, self.size.heads], None
+        if (bias := weights.optional("mixer.in_proj.bias")) is not None:
+            of_gate, of_conv, of_step = bias.split(widths)
+            self.in_bias, self.dt_bias = torch.cat([of_conv, of_gate]), self.dt_bias + of_step
+        projection = weights.encoded("mixer.in_proj.weight")
+        self.in_z, self.in_x, self.in_dt = (
+            matrix(projection, rows) for rows in torch.arange(sum(widths)).split(widths)
+        )
+        self._kept = (int(self.keeps.sum()), self.size.states, self.size.channels)
+        self.state_size = (int(config.conv_kernel) - 1) * self.size.mixed + math.prod(self._kept)
+
+    @staticmethod
+    def sizes(config: Any) -> dict[str, Any]:
+        """As `Mixer.sizes`."""
+        size, (least, most) = heads(config), limits(config)
+        return {
+            "channels": size.inner,
+            "heads": size.heads,
+            "groups": size.groups,
+            "least": least,
+            "most": most,
+        }
+
+    def native(self) -> dict[str, Any]:
+        """As `Mixer.native`."""
+        return super().native() | {
+            "dt_bias": padded(self.dt_bias),
+            "skip": padded(self.skip),
+            "A": padded(self.a / math.log(2)),
+            "gated_norm": self.gated_norm,
+            "keeps": self.keeps.to(torch.uint8),
+        }
+
+    def read(self, x: Tensor, state: Tensor) -> Tensor:
+        """As `Mixer.read`."""
+        size = self.size
+        mixed, z = self.project(x)
+        delta = self.in_dt.linear(x, self.dt_bias, softplus=True).clamp(*self._limit)  # (L, H)
+        mixed, scan = self.convolve(mixed, state)
+        widths = [size.inner, size.groups * size.states, size.groups * size.states]
+        u, b, c = (part[None] for part in mixed.split(widths, dim=-1))
+        u = u.unflatten(-1, (size.heads, size.channels))
+        b, c = (part.unflatten(-1, (size.groups, size.states)) for part in (b, c))
+        kept = scan.view(self._kept)
+        start = torch.zeros(1, size.heads, size.channels, size.states)
+        start[0, self.keeps] = kept.mT
+        y, last = kernels.ssd_scan(u, delta[None], self.a, b, c, self.skip, start)
+        kept.copy_(last[0, self.keeps].mT)
+        gated = (y[0].flatten(-2) * F.silu(z)).unflatten(-1, (size.groups, -1))
+        y = F.rms_norm(gated, gated.shape[-1:], None, self._epsilon).flatten(-2) * self.gated_norm
+        return self.out_proj.linear(y, self.out_bias)

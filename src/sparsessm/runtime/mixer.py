@@ -1,0 +1,129 @@
+"""A layer in the native engine: what all kinds have in common. `mamba1.py` and `mamba2.py` are the kinds.
+
+Place in the flow: below `engine.py`, above the kernels. A prompt goes through `read`, in torch's terms; for
+decoding the layer hands matrices and vectors to the native side (`native`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparsessm import kernels
+from sparsessm.checkpoint.encoding import Encoded
+from sparsessm.kernels.matrix import Matrix
+
+LANES = 16  # channels of a group of Mamba-1; vectors of heads are padded to it too (runtime.h)
+
+
+class Weights:
+    """The tensors of one layer, by their names in it."""
+
+    def __init__(self, tensors: Mapping[str, Encoded], prefix: str) -> None:
+        self._tensors, self._prefix = tensors, prefix
+
+    def encoded(self, name: str) -> Encoded:
+        """A tensor as it is stored."""
+        return self._tensors[self._prefix + name]
+
+    def vector(self, name: str) -> Tensor:
+        """A tensor in float32."""
+        return self.encoded(name).decode(torch.float32)
+
+    def optional(self, name: str) -> Tensor | None:
+        """The same, None where the model has no such tensor."""
+        return self.vector(name) if self._prefix + name in self._tensors else None
+
+
+class Mixer(ABC):
+    """A layer: norm, in_proj in parts, convolution, what the kind has behind it, out_proj.
+
+    Attributes:
+        ORDER: names the order of the values in a layer's part of the state.
+        small, large: attributes that a decoding step reads, vectors and matrices.
+        state_size: floats of a sequence's state that are this layer's; inputs of the convolution come first.
+    """
+
+    ORDER: ClassVar[str]
+    small: ClassVar[tuple[str, ...]]
+    large: ClassVar[tuple[str, ...]]
+    in_x: Matrix
+    in_z: Matrix
+    in_bias: Tensor | None  # of in_x, then of in_z
+    state_size: int
+
+    def __init__(self, weights: Weights) -> None:
+        self.norm, self.skip = weights.vector("norm.weight"), weights.vector("mixer.D")
+        self.conv = weights.vector("mixer.conv1d.weight")[:, 0]
+        self.conv_bias = weights.optional("mixer.conv1d.bias")
+        self.out_bias = weights.optional("mixer.out_proj.bias")
+        self.out_proj = matrix(weights.encoded("mixer.out_proj.weight"))
+
+    @staticmethod
+    @abstractmethod
+    def sizes(config: Any) -> dict[str, Any]:
+        """What the decoder asks for beside the sizes that all kinds have (native_runtime.cpp)."""
+
+    @abstractmethod
+    def read(self, x: Tensor, state: Tensor) -> Tensor:
+        """(L, d_model), normalised -> (L, d_model); `state` (state_size,) is advanced."""
+
+    def native(self) -> dict[str, Any]:
+        """The layer as the decoder takes it."""
+        names = (*self.large, "norm", "conv_bias", "in_bias", "out_bias")
+        return {"conv": self.conv.T.contiguous().flatten()} | {name: getattr(self, name) for name in names}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights that one decoding step reads."""
+        parts = (getattr(self, name) for name in (*self.small, *self.large))
+        return sum(part.nbytes for part in parts if part is not None)
+
+    def held(self) -> Iterator[Any]:
+        """Everything in memory; vectors are held twice, for prompts and for decoding."""
+        yield from vars(self).values()
+        yield from (part for part in self.native().values() if isinstance(part, Tensor))
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(L, d_model) -> what goes into the convolution (L, M), and the gate (L, D)."""
+        of_x = of_z = None
+        if self.in_bias is not None:
+            of_x, of_z = self.in_bias.split([self.in_x.rows, self.in_z.rows])
+        return self.in_x.linear(x, of_x), self.in_z.linear(x, of_z)
+
+    def convolve(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """(L, M) -> (L, M) after convolution and SiLU, and what follows its inputs in the layer's state."""
+        channels, taps = self.conv.shape
+        past = taps - 1
+        conv, rest = state.split([past * channels, len(state) - past * channels])
+        before = conv.view(past, channels)
+        next_before = torch.cat([before, x[-past:] if past else x[:0]])[-past:][:past]
+        x = kernels.causal_conv1d(x[None], self.conv, self.conv_bias, before[None], silu=True)[0]
+        conv.copy_(next_before.flatten())
+        return x, rest
+
+
+def matrix(tensor: Encoded, rows: Tensor | None = None) -> Matrix:
+    """The rows of a checked tensor, all if not given, in the form the kernels read."""
+    tensor = tensor.bitmask()
+    # float16 is read as float32, and so is a fill other than zero written out
+    if tensor.values.dtype == torch.float16 or tensor.fill:
+        values, scale = tensor.decode(torch.float32), None
+    elif tensor.kind == "dense":
+        values, scale = tensor.values, tensor.scale
+    else:
+        assert tensor.mask is not None
+        return Matrix.packed(tensor.mask, tensor.shape[1], tensor.values, tensor.scale, rows)
+    if rows is None:
+        return Matrix.dense(values, scale)
+    return Matrix.dense(values[rows], None if scale is None else scale[rows])
+
+
+def padded(vector: Tensor) -> Tensor:
+    """(count,) -> float32 with zeros behind it, for whole vectors of the kernels."""
+    return F.pad(vector.float(), (0, -len(vector) % LANES))
