@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparsessm import compensate
-from sparsessm.compensate import dense_target, output_error, readout, readout_error, refit, sweep
+from sparsessm.compensate import (
+    dense_target,
+    output_error,
+    readout,
+    readout_error,
+    refit,
+    remix,
+    sweep,
+)
 from sparsessm.hessian import Factor, factorise
 from sparsessm.methods import METHODS, Rule
 from sparsessm.observers import Moments
@@ -722,3 +730,45 @@ def test_a_dense_target_keeps_the_start_of_dead_inputs() -> None:
     start = torch.from_numpy(W[:, 2:])
     got = dense_target(torch.from_numpy(W), seen, factorise(seen.gram), start=start)
     assert torch.equal(got[:, 1], start[:, 1]) and not torch.allclose(got, start)
+
+
+def ridge(features: Array, wanted: Array, start: Array, damping: float) -> Array:
+    """The damped least squares as one plain one."""
+    added = np.sqrt(damping * np.square(features).sum(0).mean())
+    A = np.concatenate([features, added * np.eye(len(start))])
+    return np.linalg.lstsq(A, np.concatenate([wanted, added * start]), rcond=None)[0]
+
+
+@settings(deadline=None, max_examples=25)
+@given(seed=SEEDS, states=st.integers(2, 4), rounds=st.integers(1, 3), data=st.data())
+def test_inputs_and_readouts_in_turn_are_least_squares(
+    seed: int, states: int, rounds: int, data: st.DataObject
+) -> None:
+    """h of each pair of a kept state's decay with any state's input, and of what goes, made up."""
+    kept = sorted(data.draw(st.sets(st.integers(0, states - 1), min_size=1, max_size=states - 1)))
+    gone = [n for n in range(states) if n not in kept]
+    r, rng = len(kept), np.random.default_rng(seed)
+    C, _ = states_and_readouts(seed, 12 * states, 5, states)
+    h = rng.standard_normal((len(C), 5, r * states + len(gone))) + rng.standard_normal((len(C), 5, 1))
+    pair = {k: i * states + k for i, k in enumerate(kept)} | {n: r * states + i for i, n in enumerate(gone)}
+    wanted = sum(C[:, None, n] * h[:, :, pair[n]] for n in range(states)).ravel()
+    full = np.einsum("sa,sb,sdp,sdq->abpq", C, C, h, h)
+    keep = torch.zeros(states, dtype=torch.bool)
+    keep[kept] = True
+    start = torch.eye(states, dtype=torch.float64)[:, kept] + 0.1 * torch.from_numpy(
+        rng.standard_normal((states, r))
+    )
+    write, read = remix(torch.from_numpy(full), keep, start, 1e-4, rounds)
+    assert write.shape == (r, states) and read.shape == (states, r)
+    M, Z, made = np.eye(states)[kept], start.numpy(), h[:, :, : r * states].reshape(len(C), 5, r, states)
+    errors_ = []
+    for _ in range(rounds):
+        features = np.einsum("sk,sdkm->sdkm", C @ Z, made).reshape(len(wanted), -1)
+        M = ridge(features, wanted, np.eye(states)[kept].ravel(), 1e-4).reshape(r, states)
+        features = np.einsum("sn,sdkm,km->sdnk", C, made, M).reshape(len(wanted), -1)
+        Z = ridge(features, wanted, np.eye(states)[:, kept].ravel(), 1e-4).reshape(states, r)
+        errors_.append(np.square(wanted - features @ Z.ravel()).sum())
+    scale = max(1.0, np.abs(M).max(), np.abs(Z).max())
+    np.testing.assert_allclose(write.numpy(), M, rtol=0, atol=1e-5 * scale)
+    np.testing.assert_allclose(read.numpy(), Z, rtol=0, atol=1e-5 * scale)
+    assert errors_ == sorted(errors_, reverse=True) or errors_[-1] <= 1.01 * errors_[0]

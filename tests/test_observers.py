@@ -24,6 +24,7 @@ from sparsessm.observers import (
     InputGram,
     InputNorm,
     Moments,
+    PairMoments,
     StateEnergy,
     StateError,
     StateMoments,
@@ -235,7 +236,7 @@ def steps_of_mamba1(mixer: Any, hidden: Tensor, norm: Any) -> list[tuple[np.ndar
 
 
 def steps_of_mamba2(mixer: Any, hidden: Tensor, norm: Any) -> list[tuple[np.ndarray, ...]]:
-    """The same of Mamba-2, C (L, G, N), by the plain recurrence; gain is what the norm then multiplies with."""
+    """The same of Mamba-2, C (L, G, N), by the plain recurrence; the gain has the norm in it."""
     H, P, G, N = mixer.num_heads, mixer.head_dim, mixer.n_groups, mixer.ssm_state_size
     D, GN = H * P, G * N
     w = {name: parameter.detach().double().numpy() for name, parameter in mixer.named_parameters()}
@@ -381,3 +382,41 @@ def test_the_sums_say_what_removing_states_costs() -> None:
         after, _ = block.forward(stop.hidden)
     assert before is not None and after is not None
     assert float(cost) == pytest.approx(float((before - after).square().sum()), rel=1e-6)
+
+
+@pytest.mark.parametrize(("every", "longest"), [(1, 128), (3, 6), (16, 128)])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_moments_of_pairs_by_an_explicit_loop(
+    every: int, longest: int, weighted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """States with the decay of one and the input of another, by their recurrence."""
+    monkeypatch.setattr(calibrate, "LONGEST", longest)
+    model = pico_mamba(num_hidden_layers=1, state_size=4, time_step_rank=3).double()
+    layer = model.backbone.layers[0]
+    decays, inputs = torch.tensor([0, 0, 2, 2, 1, 3, 3]), torch.tensor([0, 1, 2, 0, 1, 3, 1])
+    cost = draw(7, 16).square() if weighted else None
+    observer = PairMoments(every, decays, inputs, cost)
+    stop = next(walk(adapt(model), TOKENS, passes=1))
+    stop.run({"states": observer}, until="states")
+    got = observer.result()
+    out_proj = layer.mixer.out_proj.weight.detach().numpy()
+    omega = ((1.0 if cost is None else cost.numpy()[:, None]) * out_proj**2).sum(0)
+    want = np.zeros((4, 4, 7, 7))
+    for window in model.backbone.embeddings(TOKENS).detach().numpy():
+        one = trace(layer.mixer, normalise(layer.norm, window))
+        h = np.zeros((32, 7))
+        for t in range(len(window)):
+            entering = (one.delta[t] * one.u[t])[:, None] * one.B[t][inputs]
+            h = one.a[t][:, decays] * h + entering
+            if (t + 1) % every == 0:
+                weighed = (omega * one.gate[t] ** 2)[:, None] * h
+                want += np.multiply.outer(np.outer(one.C[t], one.C[t]), weighed.T @ h)
+    assert got.dtype == torch.float64 and got.shape == want.shape
+    assert np.abs(got.numpy() - want).max() <= 2e-6 * np.abs(want).max()
+    own = PairMoments(every, torch.arange(4), torch.arange(4), cost)
+    stop.run({"states": own}, until="states")
+    moments = StateMoments(every, cost)
+    stop.run({"states": moments}, until="states")
+    full = moments.result().full
+    assert full is not None
+    torch.testing.assert_close(own.result(), full[0], rtol=1e-9, atol=1e-12 * float(full.abs().max()))

@@ -121,17 +121,23 @@ def test_structured_by_its_words() -> None:
     ],
 )  # fmt: skip
 def test_structured_refuses(text: str) -> None:
-    with pytest.raises(ValueError, match=f"pattern '{text}': .* is no axis; known: state, channel, head, block"):
+    with pytest.raises(
+        ValueError, match=f"pattern '{text}': .* is no axis; known: state, channel, head, block"
+    ):
         parse(text)
 
 
-@pytest.mark.parametrize("text", ["structured:state,block", "structured:state=0.5,block", "structured:head,block=0.1"])
+@pytest.mark.parametrize(
+    "text", ["structured:state,block", "structured:state=0.5,block", "structured:head,block=0.1"]
+)
 def test_several_axes_need_a_share_each(text: str) -> None:
     with pytest.raises(ValueError, match="several axes need a share each, as in 'state=0.5,block=0.1'"):
         parse(text)
 
 
-@pytest.mark.parametrize("text", ["structure", "structuredstate", "Structured", " structured", "unstructured:state"])
+@pytest.mark.parametrize(
+    "text", ["structure", "structuredstate", "Structured", " structured", "unstructured:state"]
+)
 def test_what_only_looks_structured_is_unknown(text: str) -> None:
     with pytest.raises(ValueError, match="unknown pattern .*'structured:AXIS' .state, channel, head, block"):
         parse(text)

@@ -29,7 +29,7 @@ BLOCK = re.compile(r"^```(\w*)\n([\s\S]*?)^```$|((?:^    .*\n)+)", flags=re.MULT
 HUB = re.compile(r"[\w-]+/[\w.-]+")
 # Appended to a command that would take long; of an option given twice the last counts.
 SHORT = {
-    "prune": ["--samples", "1", "--length", "64", "--no-eval"],
+    "prune": ["--samples", "2", "--length", "64", "--no-eval"],
     "eval": ["--limit", "1", "--length", "64"],
     "demo": ["--samples", "1"],
     "analyze": ["--samples", "1", "--windows", "1", "--length", "64"],

@@ -390,9 +390,11 @@ def test_the_examples_of_the_page_load(tmp_path: Path) -> None:
         ({"diagonal": True}, "diagonal has no effect with pattern 'structured:state'"),
         ({"time_weights": "linear"}, "time_weights has no effect with pattern 'structured:state'"),
         ({"sparsity": 0}, "sparsity is 0; pattern 'structured:state' takes out at least one unit"),
-        ({"method": "wanda"}, "method 'wanda' scores single entries; with pattern 'structured:state': random, "),
+        ({"method": "wanda"},
+         "method 'wanda' scores single entries; with pattern 'structured:state': random, "),
         ({"method": "sparsessm"}, "method 'sparsessm' scores single entries"),
-        ({"repair": "self"}, r"repair is 'self'; with pattern 'structured:state': none, dense-target\[:STRENGTH\]"),
+        ({"repair": "self"},
+         r"repair is 'self'; with pattern 'structured:state': none, dense-target\[:STRENGTH\]"),
         ({"weight": "norms"}, "weight is 'norms'; with pattern 'structured:state': none, fisher"),
         ({"pattern": "structured:state=0.5", "sparsity": 0.5},
          "sparsity is 0.5, but pattern 'structured:state=0.5' says how much of each axis goes"),
@@ -400,7 +402,8 @@ def test_the_examples_of_the_page_load(tmp_path: Path) -> None:
         ({"pattern": "structurd"}, "unknown pattern 'structurd'; .*; did you mean 'structured'"),
         ({"pattern": "unstructured", "method": "ghost"},
          r"method 'ghost' chooses whole units; it needs a pattern structured:AXIS \(state\)"),
-        ({"pattern": "2:4", "method": "cosine"}, r"method 'cosine' chooses whole units; .* structured:AXIS \(block\)"),
+        ({"pattern": "2:4", "method": "cosine"},
+         r"method 'cosine' chooses whole units; .* structured:AXIS \(block\)"),
         ({"pattern": None, "method": "ghost"}, "method 'ghost' chooses whole units"),
         ({"pattern": None, "rules": [{"targets": "A_log", "pattern": "structured:state"}]},
          "pattern 'structured:state' is for the whole model, not for a rule"),
@@ -491,7 +494,10 @@ def test_from_whole_units_to_single_entries() -> None:
     assert (new.pattern, new.target, new.sparsity, new.method) == ("unstructured", "ssm", None, "exact")
     with pytest.raises(ValueError, match="method 'ghost' chooses whole units"):
         result(pattern="structured:state", method="ghost").updated(pattern="unstructured")
-    assert result(pattern="structured:state", method="ghost").updated(pattern="2:4", method="exact").pattern == "2:4"
+    assert (
+        result(pattern="structured:state", method="ghost").updated(pattern="2:4", method="exact").pattern
+        == "2:4"
+    )
     with pytest.raises(ValueError, match="target has no effect with pattern 'structured:state'"):
         old.updated(target="ssm")
     with pytest.raises(ValueError, match="target has no effect with pattern 'structured:state'"):

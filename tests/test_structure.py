@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from sparsessm.architectures.base import cut
 from sparsessm.methods.structured import SELECTIONS
 from sparsessm.recipe import Recipe
 from sparsessm.structure import loss_of, shrink
-from sparsessm.units import order
+from sparsessm.units import Order, order
 
 TOKENS = torch.randint(0, 64, (4, 21), generator=torch.Generator().manual_seed(0))
 Keeps = list[list[Tensor]]  # of each layer, of each of its axes of one name
@@ -229,8 +230,8 @@ def test_a_smaller_model_is_the_full_one_with_units_silenced(
 
 
 @pytest.mark.parametrize(
-    ("make", "shapes", "axis", "size"), [CASES[0], CASES[3], CASES[8], CASES[10], CASES[12], CASES[17]], ids=_name
-)  # fmt: skip
+    ("make", "shapes", "axis", "size"), [CASES[i] for i in (0, 3, 8, 10, 12, 17)], ids=_name
+)
 def test_a_smaller_model_comes_back_from_its_files(
     make: Callable[..., Any], shapes: dict[str, Any], axis: str, size: int, tmp_path: Path
 ) -> None:
@@ -497,7 +498,9 @@ def test_magnitude_keeps_the_units_of_the_largest_norm_and_touches_nothing_else(
     shrink(architecture, wanted, None)
     keeps = []
     for layer in full.backbone.layers:
-        keeps.append([norm >= norm.sort(descending=True).values[size - 1] for norm in norms(layer.mixer, axis)])
+        keeps.append(
+            [norm >= norm.sort(descending=True).values[size - 1] for norm in norms(layer.mixer, axis)]
+        )
     take_out(adapt(by_hand), axis, size, keeps)
     got, want = small.state_dict(), by_hand.state_dict()
     assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
@@ -565,7 +568,7 @@ def test_out_proj_is_repaired_by_least_squares(
         want = start + strength * (best - start)
         got = repaired.out_proj.weight.detach()
         assert difference(got.double(), want) <= 2e-3
-        assert difference(start, want) > 2e-2
+        assert difference(start, want) > 1e-2
         assert torch.equal(repaired.out_proj.bias, mixer.out_proj.bias)
 
 
@@ -636,8 +639,36 @@ def test_a_duplicated_state_costs_nothing_where_readouts_can_be_mixed() -> None:
         assert torch.equal(small.mixer.A_log.sort(1).values, decays.sort(1).values), "one of the two went"
     repaired = errors(full, architecture.model, tokens)
     plain = adapt(copy.deepcopy(full))
-    shrink(plain, ordered(plain, pattern="structured:state", sparsity=1 / 8, weight="none", repair="none"), tokens)
-    assert repaired < 0.02 * errors(full, plain.model, tokens)
+    shrink(
+        plain,
+        ordered(plain, pattern="structured:state", sparsity=1 / 8, weight="none", repair="none"),
+        tokens,
+    )
+    assert repaired < 0.05 * errors(full, plain.model, tokens)
+
+
+def test_a_state_that_is_read_alike_costs_nothing_where_inputs_can_be_mixed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two states with one decay and one readout but for a factor are one state with another input."""
+    full = mamba()
+    for layer in full.backbone.layers:
+        with torch.no_grad():
+            layer.mixer.A_log[:, 5] = layer.mixer.A_log[:, 2]
+            layer.mixer.x_proj.weight[3 + 8 + 5] = -0.7 * layer.mixer.x_proj.weight[3 + 8 + 2]
+    tokens = torch.randint(0, 64, (8, 64), generator=torch.Generator().manual_seed(2))
+    last = replace(SELECTIONS["random"], score=lambda units: [torch.arange(8).eq(5).logical_not().double()])
+    found = []
+    for strength, most in ((1.0, structure.MAX_STATES), (1.0, 0), (0.0, 0)):
+        monkeypatch.setattr(structure, "MAX_STATES", most)  # 0: readouts alone
+        architecture = adapt(copy.deepcopy(full))
+        wanted = Order({"state": 7}, {"state": last}, strength=strength, fisher=False)
+        shrink(architecture, wanted, tokens)
+        for small, layer in zip(architecture.model.backbone.layers, full.backbone.layers, strict=True):
+            assert torch.equal(small.mixer.A_log, layer.mixer.A_log[:, [0, 1, 2, 3, 4, 6, 7]])
+        found.append(errors(full, architecture.model, tokens))
+    both, readouts, nothing = found
+    assert both < 0.05 * nothing and both < 0.2 * readouts
 
 
 # blocks
@@ -660,21 +691,20 @@ def without(model: Any, gone: Sequence[int]) -> Any:
 def test_blocks_go_by_the_stock_loss_without_them(make: Callable[..., Any]) -> None:
     """Greedy, each after all single removals from what is left were tried."""
     tokens = torch.randint(0, 64, (300, 17), generator=torch.Generator().manual_seed(3))  # several groups
-    model = make(num_hidden_layers=6)
+    model = make(num_hidden_layers=5)
     gone: list[int] = []
-    for _ in range(3):
-        costs = {i: loss(without(model, [*gone, i]), tokens) for i in range(6) if i not in gone}
+    for _ in range(2):
+        costs = {i: loss(without(model, [*gone, i]), tokens) for i in range(5) if i not in gone}
         gone.append(min(costs, key=lambda i: costs[i]))
     architecture = adapt(copy.deepcopy(model))
-    wanted = ordered(architecture, pattern="structured:block", repair="none")
+    wanted = ordered(architecture, pattern="structured:block", sparsity=0.4, repair="none")
     shrink(architecture, wanted, tokens)
     want = without(model, gone)
     got = architecture.model.state_dict()
     assert all(torch.equal(got[name], tensor) for name, tensor in want.state_dict().items())
     assert torch.equal(stock(architecture.model), stock(want))
-    costs = structure._loss_without(adapt(model), tokens, gone[:1])
-    for index, cost in costs.items():
-        assert cost == pytest.approx(loss(without(model, [gone[0], index]), tokens), rel=1e-5)
+    for index, cost in structure._loss_without(adapt(model), tokens, gone[:1]).items():
+        assert cost == pytest.approx(costs[index], rel=1e-5)
     assert loss_of(adapt(model), adapt(model).final(tokens), tokens) == pytest.approx(loss(model, tokens))
 
 
@@ -700,7 +730,11 @@ def test_blocks_go_by_how_little_they_turn_the_stream() -> None:
         stock(left)
         gone.append(min(costs, key=lambda i: costs[i]))
     architecture = adapt(copy.deepcopy(model))
-    shrink(architecture, ordered(architecture, pattern="structured:block", method="cosine", repair="none"), TOKENS)
+    shrink(
+        architecture,
+        ordered(architecture, pattern="structured:block", method="cosine", repair="none"),
+        TOKENS,
+    )
     assert torch.equal(stock(architecture.model), stock(without(model, gone)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -106,7 +107,9 @@ def test_elimination_equals_refitting_after_every_removal(
     columns = torch.from_numpy(places).view(units, width)
     readers = [reader(seed, out, columns, units * width + spare, cost)]
     if two:  # each with columns of its own, as x_proj and out_proj have
-        readers.append(reader(seed + 100, out + 1, torch.arange(units * 2).view(2, units).mT, units * 2, cost))
+        readers.append(
+            reader(seed + 100, out + 1, torch.arange(units * 2).view(2, units).mT, units * 2, cost)
+        )
     scores = eliminate(Units(sizes, removing, readers=readers))
     assert [len(score) for score in scores] == sizes
     assert all(int(torch.isfinite(score).sum()) == removing for score in scores), "each axis loses the same"
@@ -198,7 +201,9 @@ def test_elimination_leaves_what_it_was_given_alone() -> None:
     eliminate(Units([6], 3, readers=[one]))
     assert torch.equal(one.weight, weight) and torch.equal(one.seen.gram, gram)
     single = Reader(weight.float(), one.cost, Moments(gram), columns)
-    assert torch.equal(eliminate(Units([6], 3, readers=[single]))[0], eliminate(Units([6], 3, readers=[one]))[0])
+    assert torch.equal(
+        eliminate(Units([6], 3, readers=[single]))[0], eliminate(Units([6], 3, readers=[one]))[0]
+    )
 
 
 def test_weights_that_are_not_finite_are_refused() -> None:
@@ -209,6 +214,12 @@ def test_weights_that_are_not_finite_are_refused() -> None:
 
 
 # states
+
+
+def scored(name: str, units: Units) -> Sequence[Tensor]:
+    score = SELECTIONS[name].score
+    assert score is not None
+    return score(units)
 
 
 def state_sums(C: Tensor, h: Tensor, weight: Tensor | None = None) -> StateSums:
@@ -264,7 +275,7 @@ def test_a_copy_of_a_state_is_the_first_to_go() -> None:
     assert sums.full is not None
     assert int(mixed_elimination(sums.full[0], 1).argmin()) in (1, 3)
     units = Units([5], 1, states=sums, mixable=True)
-    assert int(SELECTIONS["exact"].score(units)[0].argmin()) in (1, 3)  # pyright: ignore[reportOptionalCall]
+    assert int(scored("exact", units)[0].argmin()) in (1, 3)
 
 
 def removal_error(C: Tensor, h: Tensor, weight: Tensor, gone: list[int]) -> float:
@@ -280,22 +291,22 @@ def test_states_whose_readouts_are_fixed(seed: int, states: int, data: st.DataOb
     removing = data.draw(st.integers(1, states - 1))
     groups = []
     for group in range(2):
-        C, h = correlated(seed + group, 9, states), correlated(seed + 50 + group, 45, states).view(9, 5, states)
+        C, h = (
+            correlated(seed + group, 9, states),
+            correlated(seed + 50 + group, 45, states).view(9, 5, states),
+        )
         groups.append((C, h, draw(seed + 70 + group, 9, 5).square()))
     parts = [state_sums(*group) for group in groups]
-    sums = StateSums(*(torch.cat([getattr(p, f) for p in parts]) for f in ("gram", "energy", "states", "readouts", "full")))  # fmt: skip
+    names = ("gram", "energy", "states", "readouts", "full")
+    sums = StateSums(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
     for mixable, full in ((False, sums.full), (True, None)):
         some = StateSums(sums.gram, sums.energy, sums.states, sums.readouts, full)
-        scores = SELECTIONS["exact"].score(  # pyright: ignore[reportOptionalCall]
-            Units([states, states], removing, states=some, mixable=mixable)
-        )
+        scores = scored("exact", Units([states, states], removing, states=some, mixable=mixable))
         for score, (C, h, weight) in zip(scores, groups, strict=True):
             gone: list[int] = []
             order = score.argsort()[:removing].tolist()
             for state in order:
-                errors = {
-                    n: removal_error(C, h, weight, [*gone, n]) for n in range(states) if n not in gone
-                }
+                errors = {n: removal_error(C, h, weight, [*gone, n]) for n in range(states) if n not in gone}
                 assert errors[state] <= min(errors.values()) * (1 + 1e-9) + 1e-12
                 gone.append(state)
 
@@ -305,14 +316,17 @@ def test_states_whose_readouts_are_fixed(seed: int, states: int, data: st.DataOb
 
 def test_ghost_is_the_root_of_the_energy_of_a_state_and_its_readout() -> None:
     C, h = draw(0, 9, 5), draw(1, 9, 4, 5)
-    [score] = SELECTIONS["ghost"].score(Units([5], 2, states=state_sums(C, h)))  # pyright: ignore[reportOptionalCall]
-    want = [sum(float(C[s, n] ** 2 * h[s, d, n] ** 2) for s in range(9) for d in range(4)) ** 0.5 for n in range(5)]
+    [score] = scored("ghost", Units([5], 2, states=state_sums(C, h)))
+    want = [
+        sum(float(C[s, n] ** 2 * h[s, d, n] ** 2) for s in range(9) for d in range(4)) ** 0.5
+        for n in range(5)
+    ]
     np.testing.assert_allclose(score, want)
 
 
 def test_many_votes_go_first() -> None:
     votes = torch.tensor([5, 900, 0, 17])
-    [score] = SELECTIONS["sparsessm-vote"].score(Units([4], 2, votes=votes))  # pyright: ignore[reportOptionalCall]
+    [score] = scored("sparsessm-vote", Units([4], 2, votes=votes))
     assert Structured().keep(score, 2).tolist() == [True, False, True, False]
 
 

@@ -67,22 +67,20 @@ def test_the_size_is_the_nearest_there_is_or_none(share: float, which: int) -> N
     [
         (MAMBA, "structured:head", 0.5, "pattern 'structured:head': a Mamba model has no such axis; it has: "
          "state, channel, block"),
-        (FALCON, "structured:head", 0.5, "a FalconMamba model has no such axis; it has: state, channel, block"),
+        (FALCON, "structured:head", 0.5,
+         "a FalconMamba model has no such axis; it has: state, channel, block"),
         (MAMBA, "structured:state", 0.99, "sparsity 0.99 of axis 'state': stock code has no word for about "
          "0.08 of 8; shares that it has: 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875"),
-        (MAMBA, "structured:channel", 0.05, "of axis 'channel': .* about 30.4 of 32; shares that it has: 0.5$"),
+        (MAMBA, "structured:channel", 0.05,
+         "of axis 'channel': .* about 30.4 of 32; shares that it has: 0.5$"),
         (MAMBA, "structured:block", 0.9, "of axis 'block': .* about 0.2 of 2; shares that it has: 0.5$"),
         (MAMBA2, "structured:head", 0.9, "of axis 'head': .* about 0.4 of 4; shares .*: 0.25, 0.5, 0.75$"),
-        (MAMBA2, "structured:channel", 0.5 + 0.2, ".*'channel': .* 2.4 of 8"),
         (TIGHT, "structured:head", 0.5, "of axis 'head': .* about 1 of 2; shares that it has: none"),
     ],
 )  # fmt: skip
 def test_what_is_impossible_lists_what_is_possible(
     architecture: Architecture, pattern: str, sparsity: float, words: str
 ) -> None:
-    if sparsity == 0.7:  # within half a unit of 2
-        assert ordered(architecture, pattern=pattern, sparsity=sparsity).sizes == {"channel": 2}
-        return
     with pytest.raises(ValueError, match=words) as caught:
         ordered(architecture, pattern=pattern, sparsity=sparsity)
     assert "\n" not in str(caught.value)
@@ -90,7 +88,9 @@ def test_what_is_impossible_lists_what_is_possible(
 
 def test_sizes_that_stock_code_has_no_word_for_together() -> None:
     """Each alone is fine: 4 heads of 8, and 8 heads of 2; together 8 channels in a stream of 16."""
-    with pytest.raises(ValueError, match="pattern 'structured:head=0.5,channel=0.75': 8 channels in all heads"):
+    with pytest.raises(
+        ValueError, match="pattern 'structured:head=0.5,channel=0.75': 8 channels in all heads"
+    ):
         ordered(MAMBA2, pattern="structured:head=0.5,channel=0.75")
     assert ordered(MAMBA2, pattern="structured:head=0.5,channel=0.5").sizes == {"head": 2, "channel": 4}
 
@@ -100,12 +100,16 @@ def test_sizes_that_stock_code_has_no_word_for_together() -> None:
 def test_a_method_that_does_not_choose_units_of_the_axis(method: str, axis: str) -> None:
     how = {"pattern": f"structured:{axis}", "method": method}
     if axis not in SELECTIONS[method].axes:
-        with pytest.raises(ValueError, match=f"'{method}' does not choose among units of axis '{axis}'") as caught:
+        with pytest.raises(
+            ValueError, match=f"'{method}' does not choose among units of axis '{axis}'"
+        ) as caught:
             ordered(MAMBA2, **how)
         listed = str(caught.value).partition("these do: ")[2].split(", ")
         assert listed == [name for name, row in SELECTIONS.items() if axis in row.axes]
     elif method == "sparsessm-vote":
-        with pytest.raises(ValueError, match="'sparsessm-vote' needs states with a decay of their own, as Mamba-1"):
+        with pytest.raises(
+            ValueError, match="'sparsessm-vote' needs states with a decay of their own, as Mamba-1"
+        ):
             ordered(MAMBA2, **how)
         assert ordered(MAMBA, **how).methods == ["sparsessm-vote"]
     else:
@@ -162,8 +166,11 @@ def test_a_model_without_an_axis_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
 
 @settings(deadline=None, max_examples=30)
 @given(
-    hidden=st.integers(1, 6), expand=st.integers(1, 4), heads=st.sampled_from([1, 2, 3, 4, 6]), groups=st.integers(1, 3)
-)  # fmt: skip
+    hidden=st.integers(1, 6),
+    expand=st.integers(1, 4),
+    heads=st.sampled_from([1, 2, 3, 4, 6]),
+    groups=st.integers(1, 3),
+)
 def test_every_size_said_possible_makes_a_stock_model(
     hidden: int, expand: int, heads: int, groups: int
 ) -> None:

@@ -59,7 +59,7 @@ def card(report: Report, source: str, *, base_model: str | None = None, format: 
             "",
             _LOADING[format],
             "",
-            "## What it does not do",
+            "## What is left" if report.parameters else "## What it does not do",
             "",
             report.honesty(),
             "",
@@ -77,6 +77,9 @@ def _removed(report: Report) -> list[str]:
     lines[-1] += "its tensors of the energy of the output error, over that of the output."
     for removed in dict.fromkeys(row.removed for row in report.rows):
         kinds = dict.fromkeys(f"`{kind_of(row.target)}`" for row in report.rows if row.removed == removed)
+        if removed == "cut":
+            lines += ["", f"A removed unit is gone: {REMOVED_WORDS[removed]}."]
+            continue
         what = f"A removed entry of {', '.join(kinds)} becomes `{removed}`: {REMOVED_WORDS[removed]}."
         lines += ["", what]
     if repaired := dict.fromkeys(kind_of(name) for row in report.rows for name in row.repaired):

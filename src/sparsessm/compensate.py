@@ -23,7 +23,7 @@ from sparsessm.patterns import NofM, Pattern
 SKIP_DAMPING = 1e-6
 WIDTH = 128  # columns whose errors are handed on together (SparseGPT's lazy batches)
 ROUNDS = 8  # of inputs and readouts in turn, in `remix`
-READOUT_DAMPING = 1e-4  # share of the mean diagonal, in `readout`
+READOUT_DAMPING = 1e-3  # share of the mean diagonal, in `readout` and `remix`
 STEPS = 10  # of conjugate gradients in `refit`
 
 # (columns [out, width] as they are now, their place) -> scores [out, width]; the smallest are removed.

@@ -57,8 +57,8 @@ def find(
         ValueError: too few windows, or a share that no combination of sizes reaches; says how near it comes.
     """
     assert order.share is not None
-    if len(tokens) < 4:
-        raise ValueError(f"pattern 'structured' needs at least 4 calibration windows, got {len(tokens)}")
+    if len(tokens) < 2:  # one to calibrate on, one to measure on
+        raise ValueError(f"pattern 'structured' needs at least 2 calibration windows, got {len(tokens)}")
     aside = max(1, min(HELD_TOKENS // tokens.shape[1], len(tokens) // 4))
     held, few = tokens[-aside:], tokens[:-aside][: max(2, TRIAL_TOKENS // tokens.shape[1])]
     dense = loss_of(architecture, architecture.final(held), held)

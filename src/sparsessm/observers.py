@@ -226,12 +226,14 @@ class PairMoments:
     a least squares over inputs and readouts of the kept states needs."""
 
     paired = False
+    TOGETHER = 256  # steps summed in one product
 
     def __init__(self, every: int, decays: Tensor, inputs: Tensor, weight: Tensor | None = None) -> None:
         """decays, inputs: (pairs,) int64, the state whose decay and whose input each pair has."""
         self.options: Mapping[str, Any] = {"every": every, "pairs": (decays, inputs)}
         self._weight = weight
         self._sum: Tensor | None = None
+        self._held: list[tuple[Tensor, Tensor]] = []
 
     def add(self, h: Tensor, C: Tensor, gain: Tensor, out_proj: Tensor) -> None:
         """As `StateMoments.add`, of one group; h (W, S, D, pairs)."""
@@ -241,12 +243,22 @@ class PairMoments:
         C = C.flatten(0, 1)[:, 0]  # (S, N)
         products = (h.mT @ h).flatten(1)
         readouts = (C[:, :, None] * C[:, None, :]).flatten(1)
-        part = (readouts.mT @ products).double()  # sums of one slab are short
-        self._sum = part if self._sum is None else self._sum.add_(part)
         self._sizes = C.shape[1], h.shape[2]
+        self._held.append((readouts, products))
+        if sum(len(part) for part, _ in self._held) >= self.TOGETHER:
+            self._add_up()
+
+    def _add_up(self) -> None:
+        """One product for many steps: the sum is large, and touching it costs more than the product."""
+        readouts, products = (torch.cat(parts) for parts in zip(*self._held, strict=True))
+        self._held.clear()
+        part = (readouts.mT @ products).double()
+        self._sum = part if self._sum is None else self._sum.add_(part)
 
     def result(self) -> Tensor:
         """(N, N, pairs, pairs) float64: [n, n', p, p'] = sum C_n C_n' sum_d w_d h_dp h_dp'."""
+        if self._held:
+            self._add_up()
         assert self._sum is not None, "nothing was observed"
         states, pairs = self._sizes
         return self._sum.view(states, states, pairs, pairs)

@@ -24,7 +24,7 @@ REMOVED_WORDS = {
     "memoryless": "its state forgets at once (decay 0; stored as `A_log` = 38)",
     "unit": "its state decays with A = -1 (stored as `A_log` = 0)",
     "zero": "the connection is gone (stored as 0)",
-    "cut": "the unit is gone from every tensor that had a place for it",
+    "cut": "every tensor that had a place for it got smaller",
 }
 
 

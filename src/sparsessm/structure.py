@@ -109,6 +109,8 @@ def _walk(
         if block.index in gone:
             if dense is not None:
                 Stop(block, dense, lambda: None).advance()
+            if progress:
+                progress("shrink", done + 1, len(blocks))
             continue
         stop = Stop(block, hidden, lambda: None, block.copy() if paired else None, dense)
         yield stop
@@ -142,7 +144,7 @@ def _shrink_block(
         score = order.selections[axis].score
         assert score is not None
         keeps = [PATTERN.keep(value, removing) for value in score(units)]
-        mixes = _mixes(stop, axes, units, keeps, costs) if order.strength and units.mixable else None
+        mixes = _mixes(stop, axes, units, keeps, costs) if units.mixable else None
         done[axis] = order.sizes[axis]
         stop.block = _resized(architecture, stop.block, axes, keeps, mixes, goals, done)
         total = sum(a.size for a in axes)
@@ -180,12 +182,12 @@ def _look(
         [a.size for a in axes],
         removing,
         weights=[_entries(tensors, a) for a in axes],
-        mixable=all(a.read is not None for a in axes),
+        mixable=order.strength > 0 and all(a.read is not None for a in axes),
         seed=seed_of(order.seed, f"{block.name}.{axis}"),
     )
     looks = selection.looks.get(axis, "")
     linear = _linear(block)
-    mixing = axis == "state" and order.strength > 0 and units.mixable
+    mixing = axis == "state" and units.mixable
     if looks == "states" or mixing:
         every = min(EVERY, slab_width(*stop.hidden.shape[:2]))
         cost = costs.get(linear["out_proj"].name)

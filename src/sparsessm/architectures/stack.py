@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -95,6 +96,7 @@ class Stack(Architecture):
         config.num_hidden_layers = len(layers)
         self.blocks = tuple(self._block(i, layer) for i, layer in enumerate(layers))
         self.tail.index = len(layers)
+        self.tail.targets = tuple(replace(target, layer=len(layers)) for target in self.tail.targets)
 
 
 class Mamba(Stack):

@@ -1,0 +1,154 @@
+"""What a stock checkpoint of Mamba-2 loses by keeping some of the states instead of the best directions.
+
+    python bench/balanced.py
+
+With one decay a head any change of basis of the states commutes with the scan, so the best r directions
+(balanced truncation, docs/structured.md) could replace the N states, if B and C did not come out of a
+convolution and a SiLU. Here both are computed in memory, with nothing else repaired, and held-out perplexity
+is measured: coordinates chosen by GHOST and by `exact`, those with mixed readouts (no stock weights either),
+and the balanced projection. Options: --model, --samples, --windows, --json FILE.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench import cpu
+from torch import Tensor
+
+import sparsessm
+from sparsessm import kernels
+from sparsessm.architectures import adapt
+from sparsessm.architectures.stack import StackBlock
+from sparsessm.calibrate import Stop, slab_width
+from sparsessm.data import evaluation_windows
+from sparsessm.evaluation import difference, perplexity
+from sparsessm.methods.exact import elimination_scores
+from sparsessm.observers import StateMoments, StateSums
+from sparsessm.recipe import Recipe
+
+SHARES = (0.25, 0.5, 0.75)
+Maps = list[tuple[Tensor, Tensor]]  # of each layer T_b and T_c, (G, N, r)
+
+
+def root(matrix: Tensor, power: float) -> Tensor:
+    """A power of symmetric positive semidefinite matrices, of what is not numerically zero."""
+    values, vectors = torch.linalg.eigh(matrix)
+    floor = 1e-10 * values.max(-1, keepdim=True).values
+    powers = torch.where(values > floor, values.clamp(min=1e-300) ** power, 0.0)
+    return vectors @ (powers[..., None] * vectors.mT)
+
+
+def balanced(sums: StateSums, r: int) -> tuple[Tensor, Tensor]:
+    p, q = root(sums.states, 0.5), root(sums.readouts, 0.5)
+    u, s, vh = torch.linalg.svd(p @ q)
+    scale = s[..., None, :r].sqrt()
+    t_b = root(sums.states, -0.5) @ u[..., :r] * scale
+    return t_b, root(sums.readouts, -0.5) @ vh.mT[..., :r] * scale
+
+
+def coordinates(sums: StateSums, r: int, by: str) -> Tensor:
+    """(G, r) int64, the states that stay."""
+    states = sums.energy.shape[-1]
+    if by == "ghost":
+        return sums.energy.topk(r, -1).indices.sort(-1).values
+    scores = torch.stack([elimination_scores(g[None], states, states - r)[0] for g in sums.gram])
+    return scores.topk(r, -1).indices.sort(-1).values
+
+
+def kept(sums: StateSums, r: int, by: str, mixed: bool) -> tuple[Tensor, Tensor]:
+    states, chosen = sums.energy.shape[-1], coordinates(sums, r, by)
+    select = torch.eye(states, dtype=torch.float64)[chosen].mT  # (G, N, r)
+    if not mixed:
+        return select, select
+    p = sums.states @ select  # (G, N, r)
+    inner = select.mT @ p
+    added = (
+        1e-6 * inner.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] * torch.eye(r, dtype=torch.float64)
+    )
+    return select, torch.linalg.solve(inner + added, p.mT).mT
+
+
+KINDS = {
+    "GHOST's states": lambda sums, r: kept(sums, r, "ghost", False),
+    "exact's states": lambda sums, r: kept(sums, r, "exact", False),
+    "exact's states, readouts mixed": lambda sums, r: kept(sums, r, "exact", True),
+    "balanced projection": balanced,
+}
+
+
+@contextmanager
+def projected(maps: Maps) -> Iterator[None]:
+    """Every layer's B and C go through its maps meanwhile."""
+    forward, scan = StackBlock.forward, kernels.ssd_scan
+    now: list[int] = [0]
+
+    def through(self: Any, *args: Any, **kwargs: Any) -> Any:
+        now[0] = self.index
+        return forward(self, *args, **kwargs)
+
+    def smaller(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, *rest: Any, **more: Any) -> Any:
+        t_b, t_c = maps[now[0]]
+        B, C = (torch.einsum("wtgn,gnr->wtgr", x, t) for x, t in ((B, t_b), (C, t_c)))
+        return scan(u, delta, A, B.contiguous(), C.contiguous(), *rest, **more)
+
+    StackBlock.forward, kernels.ssd_scan = through, smaller  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        StackBlock.forward, kernels.ssd_scan = forward, scan  # type: ignore[method-assign]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="builtin:pycode2")
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--windows", type=int, default=48)
+    parser.add_argument("--json", type=Path, default=Path("build/balanced.json"))
+    options = parser.parse_args()
+    checkpoint = sparsessm.load(options.model)
+    length = checkpoint.trained_length
+    recipe = sparsessm.resolve(checkpoint, Recipe(samples=options.samples))
+    tokens = sparsessm.draw(checkpoint, recipe)
+    assert tokens is not None
+    architecture = adapt(checkpoint.model, checkpoint.stored)
+    with torch.inference_mode():
+        hidden = architecture.embed(tokens)
+    sums = []
+    for block in architecture.blocks:
+        moments = StateMoments(min(16, slab_width(*tokens.shape)))
+        Stop(block, hidden, lambda: None).run({"states": moments})
+        sums.append(moments.result())
+    text = evaluation_windows("stdlib", checkpoint.tokenizer, length=length, limit=options.windows)
+    dense = perplexity(checkpoint.model, *text)
+    states = architecture.states
+    print(
+        f"| change of perplexity in % | {' | '.join(f'{share:.0%} of the states gone' for share in SHARES)} |"
+    )
+    print("|---|" + "---|" * len(SHARES), flush=True)
+    record: dict[str, Any] = {"cpu": cpu(), "model": options.model, "dense": dense.perplexity, "runs": {}}
+    for name, kind in KINDS.items():
+        cells = []
+        for share in SHARES:
+            maps = [
+                tuple(part.float() for part in kind(layer, round(states * (1 - share)))) for layer in sums
+            ]
+            with projected(maps):  # type: ignore[arg-type]
+                change = difference(dense, perplexity(checkpoint.model, *text))
+            cells.append(f"{100 * change.mean:+.2f}")
+            record["runs"][f"{name}, {share}"] = change.mean
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
