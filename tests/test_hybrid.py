@@ -764,14 +764,7 @@ def test_there_and_back_through_a_checkpoint(name: str, tmp_path: Path) -> None:
     assert_same(adapt(came.model, came.stored).logits(TOKENS), ours)
 
 
-RENAMED = pytest.mark.xfail(
-    reason="files of these have other names, which checkpoint does not map", strict=True
-)
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=RENAMED if name in MIXTURES else ()) for name in FAMILIES]
-)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_files_that_stock_code_wrote(name: str, tmp_path: Path) -> None:
     model = pico_hybrid(name)
     model.save_pretrained(tmp_path / "in")

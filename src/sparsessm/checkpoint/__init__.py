@@ -4,7 +4,9 @@ Stage 5 of the flow. `load` hands a model over in float32 together with the dtyp
 stored in; `save` writes the same format back, each tensor in that dtype, with the record of the pruning
 beside it (`docs/checkpoint.md` describes the files).
 
-    reading.py        find, check, assemble
+    reading.py        find, read, and the tokenizer
+    assembly.py       check the tensors, make the model of them
+    stock_names.py    what the tensors of a model are called in its files
     writing.py        the way back
     atomic.py         a directory appears whole or not at all
     files.py          JSON, safetensors and .bin, one file or sharded

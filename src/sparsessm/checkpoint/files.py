@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-SAFETENSORS, BIN = "model.safetensors", "pytorch_model.bin"
+CONFIG, SAFETENSORS, BIN = "config.json", "model.safetensors", "pytorch_model.bin"
 SHARD_BYTES = 5 * 10**9
 """Most bytes in one safetensors file, the stock writer's limit."""
 _NO_JSON = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}

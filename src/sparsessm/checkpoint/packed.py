@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..architectures import REMOVED_A_LOG
 from . import container, reading, state_spaces
+from .assembly import stock_model, untied
 from .container import PACKED, Layout
 from .encoding import TRIED, Encoded, encode
 from .files import read_json
@@ -117,7 +118,7 @@ def read(source: str | os.PathLike[str], *, check: bool = True) -> Packed:
         if header is None:
             raise ValueError(f"{source!r} is not packed: it has no {PACKED}")
         config = reading.stock_config(source, fields, original)
-        _, expected, _ = reading.stock_model(source, config)
+        _, expected, _ = stock_model(source, config)
     shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
     tensors = dict(container.read_tensors(header, shapes, check))
     words = partial(_tokenizer, source, folder, config=config, original=original)
@@ -218,7 +219,7 @@ def unpack(
 
 def _stored(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
     """(stock name, tensor in its stored dtype) of a checkpoint, tied ones once."""
-    for name, tensor in reading.untied(checkpoint.model)[0].items():
+    for name, tensor in untied(checkpoint.model)[0].items():
         yield name, tensor.detach().to(checkpoint.stored.get(name, tensor.dtype))
 
 

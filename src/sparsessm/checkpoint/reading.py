@@ -1,4 +1,4 @@
-"""Read a checkpoint: find the directory, check every tensor, assemble the stock model and its tokenizer.
+"""Read a checkpoint: find the directory, have its tensors checked and assembled, read its tokenizer.
 
 The hub, a transformers directory, an original state-spaces directory and the models inside the package all
 come in here. Nothing that is read is ever executed, and whatever is wrong with the files is said here, by
@@ -21,16 +21,16 @@ from typing import Any, Literal
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from ..architectures import MODEL_TYPES
 from . import container, state_spaces
-from .files import BIN, SAFETENSORS, count_tensors, few, read_json, read_tensors
+from .assembly import assemble
+from .assembly import stock_model as stock_model  # where tools look for it
+from .files import BIN, CONFIG, SAFETENSORS, count_tensors, read_json
 
-RECORD, CONFIG, GENERATION = "pruning.json", "config.json", "generation_config.json"
-CARD = "README.md"
+RECORD, GENERATION, CARD = "pruning.json", "generation_config.json", "README.md"
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 TOKENIZER_FILES = (
     *VOCABULARIES,
@@ -40,6 +40,8 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
+_LAYER_LISTS = ("layers_block_type", "layer_types", "hybrid_override_pattern")
+"""Fields that some hybrids have in place of, or beside, the number of layers: what each one is."""
 _SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", CARD)
 
 
@@ -91,7 +93,7 @@ def load(source: str | os.PathLike[str], *, tokenizer: str | os.PathLike[str] | 
         if packed is None:
             _refuse_layers(source, fields, original, count_tensors(folder))
         config = stock_config(source, fields, original)
-        model, stored = _model(source, folder, config, packed)
+        model, stored = assemble(source, folder, config, packed)
         if (folder / GENERATION).is_file():
             model.generation_config = transformers.GenerationConfig.from_dict(read_json(folder / GENERATION))
         words, files = read_tokenizer(source, folder, tokenizer, original, config)
@@ -206,64 +208,13 @@ def _refuse_layers(
     source: str, fields: Mapping[str, Any], original: bool, tensors: int, what: str = "tensors"
 ) -> None:
     """Refuse more layers than there are tensors, before anything of that size is built."""
-    layers = fields.get("n_layer" if original else "num_hidden_layers")
-    if isinstance(layers, int) and layers > tensors:
+    said = fields.get("n_layer" if original else "num_hidden_layers")
+    kinds = (fields.get(name) for name in _LAYER_LISTS)
+    layers = max(
+        said if isinstance(said, int) else 0, *(len(k) if isinstance(k, list | str) else 0 for k in kinds)
+    )
+    if layers > tensors:
         raise ValueError(f"{source}/{CONFIG}: {layers} layers, but only {tensors} {what}")
-
-
-def _model(
-    source: str, folder: Path, config: transformers.PretrainedConfig, packed: container.Header | None
-) -> tuple[PreTrainedModel, dict[str, torch.dtype]]:
-    """Read, check and assemble the tensors; returns the model and the dtype each tensor had on disk."""
-    empty, expected, copies = stock_model(source, config)
-    tensors: dict[str, Tensor] = {}
-    stored: dict[str, torch.dtype] = {}
-    not_finite: list[str] = []
-    for name, value, dtype in _weights(folder, packed, expected):
-        # In both formats: transformers' own MambaModel maps the original name when it loads a state dict.
-        name = state_spaces.to_transformers(name)
-        if not torch.isfinite(value).all():
-            not_finite.append(name)
-        if name in tensors and not torch.equal(tensors[name], value):
-            raise ValueError(f"{source!r} holds two different tensors for {name}, under its two names")
-        tensors[name], stored[name] = value, dtype
-    for copy, name in copies.items():  # a tied pair may be stored under either name, or both
-        if copy not in tensors:
-            continue
-        value, dtype = tensors.pop(copy), stored.pop(copy)
-        if name not in tensors:
-            tensors[name], stored[name] = value, dtype
-        elif not {copy, name} & set(not_finite) and not torch.equal(value, tensors[name]):
-            raise ValueError(f"{source!r}: {copy} differs from {name}, although {CONFIG} ties the two")
-    shapes = [
-        f"{name} {tuple(tensors[name].shape)}, expected {tuple(expected[name].shape)}"
-        for name in expected
-        if name in tensors and tensors[name].shape != expected[name].shape
-    ]
-    faults = {
-        "missing tensors": [name for name in expected if name not in tensors],
-        "tensors the model does not have": [name for name in tensors if name not in expected],
-        "wrong shapes": shapes,
-        "NaN or Inf in": not_finite,
-    }
-    if any(faults.values()):
-        told = "; ".join(f"{what}: {few(names)}" for what, names in faults.items() if names)
-        raise ValueError(f"{source!r} does not hold the model of its {CONFIG}: {told}")
-    model = type(empty).from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32)
-    return model.eval(), stored
-
-
-def stock_model(
-    source: str, config: transformers.PretrainedConfig
-) -> tuple[PreTrainedModel, dict[str, Tensor], dict[str, str]]:
-    """The stock model of a configuration without memory for its weights, and its tensors (see `untied`)."""
-    try:
-        with torch.device("meta"):  # shapes only
-            empty = transformers.AutoModelForCausalLM.from_config(config)
-            empty.tie_weights()
-    except Exception as error:
-        raise ValueError(f"{source}/{CONFIG} describes no model that can be built: {error}") from error
-    return empty, *untied(empty)
 
 
 def packed_header(
@@ -281,35 +232,6 @@ def packed_header(
         raise ValueError(f"{header.file}: layout {header.layout!r}, but {CONFIG} is of the other layout")
     _refuse_layers(source, fields, original, len(header.stock), "packed tensors")
     return header
-
-
-def _weights(
-    folder: Path, packed: container.Header | None, expected: Mapping[str, Tensor]
-) -> Iterator[tuple[str, Tensor, torch.dtype]]:
-    """(name, tensor, dtype on disk) of every tensor; the tensor in float32 and in memory of its own."""
-    if packed is not None:
-        shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
-        for name, encoded in container.read_tensors(packed, shapes):
-            yield name, encoded.decode(torch.float32), encoded.dtype
-        return
-    for name, tensor in read_tensors(folder):
-        # A copy even in the same dtype: the file would stay mapped, and whoever rewrites it change the model.
-        value = tensor.to(torch.float32, copy=True) if tensor.is_floating_point() else tensor.clone()
-        yield name, value, tensor.dtype
-
-
-def untied(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors a checkpoint holds, each once, and the tied names: copy -> the name it is stored under."""
-    first: dict[int, str] = {}
-    tensors: dict[str, Tensor] = {}
-    copies: dict[str, str] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) in first:
-            copies[name] = first[id(tensor)]
-        else:
-            first[id(tensor)] = name
-            tensors[name] = tensor
-    return tensors, copies
 
 
 def read_tokenizer(

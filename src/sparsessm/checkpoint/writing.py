@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatch
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from . import atomic, state_spaces
+from .assembly import stock_model, untied
 from .container import PACKED
 from .files import BIN, decode_float, few, read_json, write_safetensors
 from .reading import (
@@ -32,9 +34,8 @@ from .reading import (
     local_folder,
     quiet,
     stock_config,
-    stock_model,
-    untied,
 )
+from .stock_names import in_files
 
 # Names that older files have beside today's; stock code reads neither, but other readers do.
 _OLDER = {"num_hidden_layers": "n_layer", "intermediate_size": "d_inner"}
@@ -163,23 +164,37 @@ def stock_weights(checkpoint: Checkpoint) -> Callable[[Path], None]:
     return lambda folder: writer(checkpoint, folder)
 
 
-def _stored(checkpoint: Checkpoint, name: str, tensor: Tensor) -> Tensor:
-    value = tensor.detach().to(checkpoint.stored.get(name, tensor.dtype)).contiguous()
+def _as_stored(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    value = tensor.detach().to(dtype).contiguous()
     if not torch.isfinite(value).all():
         raise ValueError(f"{name} is NaN or Inf as {value.dtype}; not written")
     return value
 
 
 def _write_safetensors(checkpoint: Checkpoint, folder: Path) -> None:
-    tensors, _ = untied(checkpoint.model)
-    sizes = {name: t.numel() * checkpoint.stored.get(name, t.dtype).itemsize for name, t in tensors.items()}
-    write_safetensors(folder, sizes, lambda name: _stored(checkpoint, name, tensors[name]))
+    model = checkpoint.model
+    tensors, _ = untied(model)
+    dtypes = {name: checkpoint.stored.get(name, tensor.dtype) for name, tensor in tensors.items()}
+    whole: dict[str, str] = {}  # name in the file -> name of what it is, or is a part of, in memory
+    sizes: dict[str, int] = {}
+    for name, tensor in tensors.items():
+        for part, shape in in_files(model, name, tensor.to("meta")).items():
+            whole[part], sizes[part] = name, shape.numel() * dtypes[name].itemsize
+
+    @lru_cache(1)  # the parts of a tensor are written one after the other
+    def split(name: str) -> dict[str, Tensor]:
+        return in_files(model, name, tensors[name])
+
+    def value(part: str) -> Tensor:
+        return _as_stored(part, split(whole[part])[part], dtypes[whole[part]])
+
+    write_safetensors(folder, sizes, value)
 
 
 def _write_bin(checkpoint: Checkpoint, folder: Path) -> None:
     """The original writer keeps both names of a tied tensor, over one storage."""
     tensors, copies = untied(checkpoint.model)
-    values = {name: _stored(checkpoint, name, tensor) for name, tensor in tensors.items()}
+    values = {name: _as_stored(name, t, checkpoint.stored.get(name, t.dtype)) for name, t in tensors.items()}
     values |= {copy: values[name] for copy, name in copies.items()}
     with open(folder / BIN, "wb") as file:
         torch.save({state_spaces.to_original(name): value for name, value in values.items()}, file)

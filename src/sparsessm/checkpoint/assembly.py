@@ -1,0 +1,110 @@
+"""The tensors of a checkpoint: hold them against the model of its `config.json`, and fill that with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import reduce
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from . import container, state_spaces
+from .files import CONFIG, few, read_tensors
+from .stock_names import held_as, in_files
+
+
+def assemble(
+    source: str, folder: Path, config: transformers.PretrainedConfig, packed: container.Header | None
+) -> tuple[PreTrainedModel, dict[str, torch.dtype]]:
+    """Read, check and assemble the tensors; returns the model and the dtype each tensor had on disk."""
+    empty, expected, copies = stock_model(source, config)
+    tensors: dict[str, Tensor] = {}  # by their names in the files, as all that is said about them
+    stored: dict[str, torch.dtype] = {}
+    not_finite: list[str] = []
+    for name, value, dtype in _weights(folder, packed, expected):
+        # In both formats: transformers' own MambaModel maps the original name when it loads a state dict.
+        name = state_spaces.to_transformers(name)
+        if not torch.isfinite(value).all():
+            not_finite.append(name)
+        if name in tensors and not torch.equal(tensors[name], value):
+            raise ValueError(f"{source!r} holds two different tensors for {name}, under its two names")
+        tensors[name], stored[name] = value, dtype
+    held = held_as(empty, expected, tensors)
+    held_copies = held_as(empty, {copy: expected[name] for copy, name in copies.items()}, tensors)
+    ties = ((held_copies[copy], held[name]) for copy, name in copies.items())
+    # A tied pair may be stored under either name, or both.
+    for copy, name in (pair for names in ties for pair in zip(*names, strict=False)):
+        if copy not in tensors:
+            continue
+        value, dtype = tensors.pop(copy), stored.pop(copy)
+        if name not in tensors:
+            tensors[name], stored[name] = value, dtype
+        elif not {copy, name} & set(not_finite) and not torch.equal(value, tensors[name]):
+            raise ValueError(f"{source!r}: {copy} differs from {name}, although {CONFIG} ties the two")
+    wanted = {part: tensor for parts in held.values() for part, tensor in parts.items()}
+    shapes = [
+        f"{name} {tuple(tensors[name].shape)}, expected {tuple(wanted[name].shape)}"
+        for name in wanted
+        if name in tensors and tensors[name].shape != wanted[name].shape
+    ]
+    faults = {
+        "missing tensors": [name for name in wanted if name not in tensors],
+        "tensors the model does not have": [name for name in tensors if name not in wanted],
+        "wrong shapes": shapes,
+        "NaN or Inf in": not_finite,
+    }
+    if any(faults.values()):
+        told = "; ".join(f"{what}: {few(names)}" for what, names in faults.items() if names)
+        raise ValueError(f"{source!r} does not hold the model of its {CONFIG}: {told}")
+    if packed is not None:  # It has the names in memory; with those on disk `save` will write the like.
+        tensors = {part: t for name in held for part, t in in_files(empty, name, tensors[name]).items()}
+    model = type(empty).from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32)
+    most_precise = {
+        name: reduce(torch.promote_types, [stored[part] for part in parts]) for name, parts in held.items()
+    }
+    return model.eval(), most_precise
+
+
+def stock_model(
+    source: str, config: transformers.PretrainedConfig
+) -> tuple[PreTrainedModel, dict[str, Tensor], dict[str, str]]:
+    """The stock model of a configuration without memory for its weights, and its tensors (see `untied`)."""
+    try:
+        with torch.device("meta"):  # shapes only
+            empty = transformers.AutoModelForCausalLM.from_config(config)
+            empty.tie_weights()
+    except Exception as error:
+        raise ValueError(f"{source}/{CONFIG} describes no model that can be built: {error}") from error
+    return empty, *untied(empty)
+
+
+def _weights(
+    folder: Path, packed: container.Header | None, expected: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor, torch.dtype]]:
+    """(name, tensor, dtype on disk) of every tensor; the tensor in float32 and in memory of its own."""
+    if packed is not None:
+        shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+        for name, encoded in container.read_tensors(packed, shapes):
+            yield name, encoded.decode(torch.float32), encoded.dtype
+        return
+    for name, tensor in read_tensors(folder):
+        # A copy even in the same dtype: the file would stay mapped, and whoever rewrites it change the model.
+        value = tensor.to(torch.float32, copy=True) if tensor.is_floating_point() else tensor.clone()
+        yield name, value, tensor.dtype
+
+
+def untied(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors a checkpoint holds, each once, and the tied names: copy -> the name it is stored under."""
+    first: dict[int, str] = {}
+    tensors: dict[str, Tensor] = {}
+    copies: dict[str, str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) in first:
+            copies[name] = first[id(tensor)]
+        else:
+            first[id(tensor)] = name
+            tensors[name] = tensor
+    return tensors, copies

@@ -1,0 +1,62 @@
+"""The names and shapes of tensors in stock files, where they are not those in memory.
+
+transformers 5 computes mixtures with the experts of a layer in one tensor and names some tensors anew, but
+its files keep what they always held: a matrix for each expert, `backbone.` for `model.`. The names in
+`model.state_dict()` are those of the rest of this package; these are met only here, in files and in messages
+about files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+
+def in_files(model: PreTrainedModel, name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """What the stock writer makes of one tensor of `model.state_dict()`: the parts by their names in a file.
+
+    Mostly the tensor itself under its own name. For a model that was read, the names that were read: stock
+    code remembers which of its rules it used.
+    """
+    # No public function tells a file's names without writing the file; this is what `save_pretrained` calls.
+    # It takes any number of tensors, and here each is one in memory and one or several in a file, so that one
+    # at a time is enough and says which parts are whose. Release 4 has no other names in memory than on disk.
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:
+        return {name: tensor}
+    return revert_weight_conversion(model, {name: tensor})
+
+
+def held_as(
+    model: PreTrainedModel, wanted: Mapping[str, Tensor], present: Collection[str]
+) -> dict[str, dict[str, Tensor]]:
+    """How a checkpoint holds each tensor: name in memory -> names in the files, in the shapes expected there.
+
+    Stock code also reads a tensor by its name in memory, and so it is held here if that name is there.
+
+    Args:
+        model: without memory for its weights.
+        wanted: its tensors, by their names in memory.
+        present: names that the files have.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    room = 2 * len(present)  # more parts than this are not looked for: a config may ask for any number
+    for name, tensor in wanted.items():
+        small = tensor.ndim < 3 or len(tensor) <= room
+        if name not in present and (small or len(_names(model, name, tensor)) < 2):
+            found[name] = in_files(model, name, tensor)
+            room -= len(found[name])
+        else:
+            found[name] = {name: tensor}
+    gone = [name for name, parts in found.items() if not parts.keys() & set(present)]
+    if gone and any(n in present and _names(model, n, tensor) != {n} for n, tensor in wanted.items()):
+        found |= {name: {name: wanted[name]} for name in gone}  # a file with names as in memory lacks those
+    return found
+
+
+def _names(model: PreTrainedModel, name: str, tensor: Tensor) -> set[str]:
+    """Names of a tensor's first parts: of a thousand experts two tell enough."""
+    return set(in_files(model, name, tensor[:2] if tensor.ndim else tensor))
