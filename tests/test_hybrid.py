@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from sparsessm import checkpoint, curvature, pipeline
+from sparsessm import advice, checkpoint, curvature, pipeline, plan, trials
 from sparsessm.architectures import Block, SharedTarget, Target, adapt, seen_by_all_uses
 from sparsessm.architectures.experts import is_experts
 from sparsessm.architectures.hybrid import Hybrid
@@ -800,3 +802,19 @@ def test_a_run_that_takes_units_out(name: str, pattern: str, tmp_path: Path) -> 
 def test_every_family_has_a_config_of_its_name() -> None:
     assert {AutoConfig.for_model(name).model_type for name in FAMILIES} == FAMILIES.keys()
     assert COMMON["vocab_size"] == 64
+
+
+@pytest.mark.parametrize("name", ["jamba", "zamba2"])
+def test_what_looks_at_single_matrices_leaves_out_experts_and_shared_ones(name: str) -> None:
+    """`analyze` and `samples: auto` look at matrices that all tokens meet, in one block."""
+    architecture = hybrid(name)
+    plain = {target.name for target in architecture.targets if target.plain}
+    assert plain and plain != {target.name for target in architecture.targets}
+    recipe = Recipe(target="projections").resolved(model="m", trained_length=37)
+    chosen = plan.make(recipe, architecture.targets)
+    assert {name for name in advice.watched(architecture, chosen)} <= plain
+    rules = {name: rule for name, rule in chosen.rules.items() if name in plain}
+    rules = {name: replace(rule, repair="self") for name, rule in rules.items()}
+    cells = list(trials.measure(architecture, rules, [0.5], MORE_TOKENS, TOKENS, set(), None))
+    assert {cell.target for found in cells for cell in found} == rules.keys()
+    assert all(cell.kl >= 0 and math.isfinite(cell.kl) for found in cells for cell in found)

@@ -179,7 +179,8 @@ def watched(architecture: Architecture, plan: Plan) -> dict[str, Target]:
     Raises:
         ValueError: there are none.
     """
-    every = [t for t in architecture.targets if t.name in plan.rules and plan.rules[t.name].method.watch]
+    rules = plan.rules
+    every = [t for t in architecture.targets if t.name in rules and rules[t.name].method.watch and t.plain]
     if not every:
         raise ValueError(
             f"samples 'auto' has nothing to compare: {' and '.join(plan.methods)} scores without calibration "

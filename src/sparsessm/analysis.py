@@ -103,6 +103,8 @@ def analyze(
     if not recipes:
         raise ValueError("sparsities: at least one is needed")
     rules = make(recipes[0], architecture.targets).rules
+    left_out = {target.name for target in architecture.targets if not target.plain}
+    rules = {name: rule for name, rule in rules.items() if name not in left_out}
     calibration = calibration_windows(data, checkpoint.tokenizer, samples=samples, length=length, seed=seed)
     held_out, _ = evaluation_windows(data, checkpoint.tokenizer, length=length, limit=windows)
     settings = {

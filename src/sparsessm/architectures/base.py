@@ -90,6 +90,11 @@ class Target:
         return self.kind.startswith("experts.")
 
     @property
+    def plain(self) -> bool:
+        """Whether all tokens meet it, in its own block only: no expert's and not shared by blocks."""
+        return not self.routed
+
+    @property
     def matrix(self) -> Tensor:
         """The weight as a detached view [out, in]; a vector is one column."""
         parameter = self.parameter.detach()

@@ -34,6 +34,10 @@ class SharedTarget(Target):
 
     uses: tuple[int, ...] = ()
 
+    @property
+    def plain(self) -> bool:
+        return False
+
 
 class HybridState(NamedTuple):
     """What a block carries from one slab of time to the next."""
