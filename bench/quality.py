@@ -69,7 +69,7 @@ NO_VOTE = {name: fields for name, fields in CHOSEN.items() if "vote" not in name
 BLOCKS: dict[str, Fields] = {"cosine": {"method": "cosine", "repair": "none"}}
 BLOCKS |= {"exact": {"repair": "none"}, "exact, repaired (default)": {}}
 MIXES: dict[str, Fields] = {
-    f"{share} % of all parameters": {"pattern": "structured", "sparsity": share / 100} for share in (25, 40)
+    f"{share} % of all parameters": {"pattern": "structured", "sparsity": share / 100} for share in (25,)
 }
 
 # Rows (a label and what it adds to the recipe) and columns of each table, and its model.
