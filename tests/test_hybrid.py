@@ -789,7 +789,8 @@ def test_a_run_that_takes_units_out(name: str, pattern: str, tmp_path: Path) -> 
     model = pico_hybrid(name)
     made = checkpoint.Checkpoint(model, pico_tokenizer(), "memory", "transformers", {}, None)
     architecture = adapt(model)
-    asked = Recipe(pattern=pattern).resolved(model="m", trained_length=37)
+    share = 1 / len(architecture.blocks) if pattern == "structured:block" else 0.5
+    asked = Recipe(pattern=pattern, sparsity=share).resolved(model="m", trained_length=37)
     report = pipeline.prune(architecture, asked, MORE_TOKENS)
     assert report.parameters["pruned"] < 0.98 * report.parameters["dense"]
     ours = architecture.logits(TOKENS)
@@ -797,6 +798,23 @@ def test_a_run_that_takes_units_out(name: str, pattern: str, tmp_path: Path) -> 
     checkpoint.save(made, tmp_path / "out")
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     assert_same(stock_logits(stock), ours)
+
+
+@pytest.mark.parametrize("name", ["bamba", "nemotron_h", "granitemoehybrid"])
+def test_the_last_layer_of_a_kind_stays(name: str) -> None:
+    """Stock caches fail without a layer of attention, and there would be no mixer to shrink."""
+    architecture = hybrid(name)
+    blocks = [block for block in architecture.blocks if isinstance(block, HybridBlock)]
+    gone: list[int] = []
+    while open_ := architecture.may_go(gone):
+        gone.append(open_[0])
+    left = [block for block in blocks if block.index not in gone]
+    assert 1 <= len(left) <= 2 and any(b.attends for b in left) and any(b.mixer for b in left)
+    share = (len(gone) + 1) / len(blocks)
+    if len(gone) + 1 < len(blocks):
+        asked = Recipe(pattern="structured:block", sparsity=share, method="random")
+        with pytest.raises(ValueError, match=f"no more than {len(gone)} blocks can go"):
+            pipeline.prune(architecture, asked.resolved(model="m", trained_length=37), MORE_TOKENS)
 
 
 def test_every_family_has_a_config_of_its_name() -> None:

@@ -255,7 +255,7 @@ def test_the_trials_are_measured_on_windows_that_they_did_not_see(monkeypatch: p
     looked, measured = [], []
     shrink_, loss_of_ = mixture.shrink, mixture.loss_of
     monkeypatch.setattr(
-        mixture, "shrink", lambda a, o, tokens, *r: (looked.append(tokens), shrink_(a, o, tokens, *r))[1]
+        mixture, "shrink", lambda a, o, tokens, **r: (looked.append(tokens), shrink_(a, o, tokens, **r))[1]
     )
     monkeypatch.setattr(
         mixture, "loss_of", lambda a, h, tokens: (measured.append(tokens), loss_of_(a, h, tokens))[1]

@@ -25,6 +25,7 @@ FLOORS = {
     6: {"__init__", "cli", "demo", "tables"},
     5: {
         "advice",
+        "depth",
         "analysis",
         "findings",
         "inventory",

@@ -421,7 +421,7 @@ STRUCTURED = st.fixed_dictionaries(
         "method": st.sampled_from(sorted(SELECTIONS)),
         "repair": st.sampled_from(["none", "dense-target", "dense-target:0.25"]),
         "weight": st.sampled_from(["none", "fisher"]),
-        "samples": st.integers(1, 100) | st.just("auto"),
+        "samples": st.integers(1, 100),
         "length": st.integers(2, 4096),
         "seed": st.integers(0, 2**63 - 1),
     },
@@ -484,16 +484,21 @@ def test_a_structured_pattern_makes_room_for_itself(old: dict[str, Any], pattern
 def test_a_method_for_single_entries_makes_room_for_whole_units(method: str) -> None:
     old = result(method=method)
     assert old.updated(pattern="structured:state", method="ghost").method == "ghost"
-    with pytest.raises(ValueError, match=f"method '{method}' scores single entries"):
-        old.updated(pattern="structured:state")
+    assert old.updated(pattern="structured:state").method is None
+    old = result(method="absorb", repair="self", weight="norms")
+    new = old.updated(pattern="structured:state")
+    assert (new.method, new.repair, new.weight) == (None, None, None)
 
 
 def test_from_whole_units_to_single_entries() -> None:
     old = result(pattern="structured:state", sparsity=0.75, method="exact")
     new = old.updated(pattern="unstructured", target="ssm")
     assert (new.pattern, new.target, new.sparsity, new.method) == ("unstructured", "ssm", None, "exact")
-    with pytest.raises(ValueError, match="method 'ghost' chooses whole units"):
-        result(pattern="structured:state", method="ghost").updated(pattern="unstructured")
+    ghost = result(pattern="structured:state", method="ghost", repair="dense-target:0.5")
+    new = ghost.updated(pattern="unstructured")
+    assert (new.method, new.repair) == (None, None)
+    with pytest.raises(ValueError, match="target has no effect with pattern 'structured:state'"):
+        ghost.updated(target="ssm")
     assert (
         result(pattern="structured:state", method="ghost").updated(pattern="2:4", method="exact").pattern
         == "2:4"

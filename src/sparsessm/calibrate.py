@@ -31,10 +31,9 @@ class Stop:
     """The walk stands before `block`; `hidden` (W, L, d_model) comes from the pruned blocks before it.
 
     With a second stream, `dense` is the block with its weights of before and `dense_hidden` what the dense
-    blocks
-    before it produce: observers that are `paired` see the inputs in both models. The pass that looks at the
-        block's
-    last target takes the dense windows through the whole block, so that target can be looked at once.
+    blocks before it produce: observers that are `paired` see the inputs in both models. The pass that looks
+    at the block's last target takes the dense windows through the whole block, so that target can be looked
+    at once.
     """
 
     block: Block

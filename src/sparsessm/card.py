@@ -29,7 +29,8 @@ def card(report: Report, source: str, *, base_model: str | None = None, format: 
         "---",
     ]
     _, fields = recipe_table(report.recipe)
-    repeat = "The same recipe gives the same masks: `sparsessm prune --recipe pruning.json -o DIR`."
+    same = "model" if report.parameters else "masks"
+    repeat = f"The same recipe gives the same {same}: `sparsessm prune --recipe pruning.json -o DIR`."
     if report.pruned_before:
         repeat = "The model in memory had been pruned before: this is its last run, not all that was done."
     return "\n".join(
@@ -70,6 +71,8 @@ def card(report: Report, source: str, *, base_model: str | None = None, format: 
 def _removed(report: Report) -> list[str]:
     record = report.record()
     lines = _markdown(*removed_table(record["targets"], record["totals"]))
+    if report.parameters:
+        return [*lines, "", f"A removed unit is gone: {REMOVED_WORDS['cut']}."]
     lines += [
         "",
         "`by tensor`: the least and the most pruned tensor of the kind. `relative error`: the mean over ",
@@ -77,9 +80,6 @@ def _removed(report: Report) -> list[str]:
     lines[-1] += "its tensors of the energy of the output error, over that of the output."
     for removed in dict.fromkeys(row.removed for row in report.rows):
         kinds = dict.fromkeys(f"`{kind_of(row.target)}`" for row in report.rows if row.removed == removed)
-        if removed == "cut":
-            lines += ["", f"A removed unit is gone: {REMOVED_WORDS[removed]}."]
-            continue
         what = f"A removed entry of {', '.join(kinds)} becomes `{removed}`: {REMOVED_WORDS[removed]}."
         lines += ["", what]
     if repaired := dict.fromkeys(kind_of(name) for row in report.rows for name in row.repaired):

@@ -105,7 +105,7 @@ class Choice(BaseModel):
     @field_validator("method")
     @classmethod
     def _known_method(cls, method: str | None) -> str | None:
-        return method if method is None else known("method", method, [*METHODS, *SELECTIONS])
+        return method if method is None else known("method", method, dict.fromkeys((*METHODS, *SELECTIONS)))
 
     @field_validator("pattern")
     @classmethod

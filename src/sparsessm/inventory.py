@@ -13,6 +13,7 @@ from torch import Tensor, dtype
 
 from sparsessm.architectures.base import REMOVED_A_LOG, REMOVED_WEIGHT
 from sparsessm.methods import Rule
+from sparsessm.mixture import saved
 from sparsessm.patterns import NofM
 from sparsessm.plan import Plan, words
 from sparsessm.report import contents, kind_of, percent, recipe_table, removed_table, targets_table
@@ -95,7 +96,17 @@ def preview_units(order: Order, architecture: Architecture) -> dict[str, Any]:
         axis: {"now": size_of(architecture, axis), "after": size, "method": order.selections[axis].name}
         for axis, size in order.sizes.items()
     }
-    return {"axes": axes, "share": order.share, "repair": order.strength}
+    total = sum(parameter.numel() for parameter in architecture.model.parameters())
+    gone = saved(architecture, order.sizes) if order.sizes else None
+    counts = {"now": total, "after": None if gone is None else total - gone}
+    repair = f"dense-target:{order.strength:g}" if order.strength else "none"
+    return {
+        "axes": axes,
+        "share": order.share,
+        "methods": order.methods,
+        "repair": repair,
+        "parameters": counts,
+    }
 
 
 def preview_units_table(model: str, record: Mapping[str, Any]) -> Table:
@@ -103,7 +114,18 @@ def preview_units_table(model: str, record: Mapping[str, Any]) -> Table:
     cells = [
         [axis, row["method"], str(row["now"]), str(row["after"]), percent(1 - row["after"] / row["now"])]
         for axis, row in record["axes"].items()
-    ] or [["found by measuring", "exact", "", "", percent(record["share"]) + " of all parameters"]]
+    ] or [
+        [
+            "found by measuring",
+            ", ".join(record["methods"]),
+            "",
+            "",
+            percent(record["share"]) + " of all parameters",
+        ]
+    ]
+    if (after := record["parameters"]["after"]) is not None:
+        now = record["parameters"]["now"]
+        cells.append(["parameters", "", f"{now:,}", f"{after:,}", percent(1 - after / now)])
     return f"{model}: what would be taken out", ["axis", "by", "units now", "after", "removed"], cells, 2
 
 

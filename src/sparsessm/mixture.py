@@ -19,7 +19,8 @@ from torch import Tensor
 
 from sparsessm.architectures import Architecture, Axis, Block, adapt
 from sparsessm.calibrate import Progress
-from sparsessm.structure import loss_of, shrink
+from sparsessm.depth import loss_of
+from sparsessm.structure import row_costs, shrink
 from sparsessm.units import INNER, Order, possible, size_of
 
 TRIED = (0.25, 0.5)  # shares of an axis that are tried, as near as stock code has a word for
@@ -64,11 +65,13 @@ def find(
     dense = loss_of(architecture, architecture.final(held), held)
     axes = list(order.selections)
     jobs = [(axis, size) for axis in axes for size in _tried(architecture, axis)]
+    costs = row_costs(architecture, few) if order.fisher else {}
     trials = []
     for done, (axis, size) in enumerate(jobs, 1):
         copied = adapt(copy.deepcopy(architecture.model), architecture.stored)
-        shrink(copied, replace(order, sizes={axis: size}, share=None), few)
+        shrink(copied, replace(order, sizes={axis: size}, share=None), few, costs=costs)
         loss = loss_of(copied, copied.final(held), held) - dense
+        del copied  # before the next copy is made
         trials.append(Trial(axis, size, saved(architecture, {axis: size}), loss))
         if progress:
             progress("mix", done, len(jobs))

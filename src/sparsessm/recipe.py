@@ -16,7 +16,8 @@ from pydantic import Field, field_validator, model_validator
 
 from .choice import MOST_SAMPLES, OPTIONS, Choice, known
 from .data import DATASETS, FILE_TYPES
-from .methods import DEFAULTS
+from .methods import DEFAULTS, METHODS
+from .methods.structured import SELECTIONS
 from .patterns import NofM, Structured, parse
 
 DEFAULT_SPARSITY = 0.5
@@ -107,7 +108,11 @@ class Recipe(Choice):
             raise ValueError(
                 f"target is {self.target!r}, but the rules say what is pruned; give only one of them"
             )
-        if isinstance(parse(self.pattern or "unstructured"), Structured):
+        if _takes_units(self.pattern):
+            if self.samples == "auto":
+                raise ValueError(
+                    "samples 'auto' compares masks of single entries; give a number for whole units"
+                )
             for name in ("target", "rules", "ignore"):
                 if getattr(self, name) not in (None, ()):
                     raise ValueError(
@@ -169,15 +174,33 @@ class Recipe(Choice):
             brought |= {*OPTIONS}
         if fields.get("pattern", self.pattern) != self.pattern:
             brought |= {"sparsity", "allocation"}
-            if fields["pattern"] and isinstance(parse(fields["pattern"]), Structured):
+            if _takes_units(fields["pattern"]):
                 brought |= {"target", "rules", "ignore", "removed", "diagonal", "time_weights"}
+            if _takes_units(fields["pattern"]) != _takes_units(self.pattern):  # other methods and repairs
+                brought |= self._strange(_takes_units(fields["pattern"]))
         if fields.get("rules"):
             brought |= {"target"}
         if (target := fields.get("target")) is not None:
             brought |= {"rules"}
-            if target in TARGETS:
+            if target in TARGETS and not _takes_units(self.pattern):
                 brought |= self.idle(_families(target)).keys() - {"method"}
         return Recipe(**{name: value for name, value in kept.items() if name not in brought} | fields)
+
+    def _strange(self, units: bool) -> set[str]:
+        """What is said in words that mean nothing for whole units, or (not `units`) for single entries."""
+        if not units:
+            return {"repair", "weight"} | (
+                {"method"} if self.method and self.method not in METHODS else set()
+            )
+        return {
+            name
+            for name, strange in (
+                ("method", self.method not in SELECTIONS),
+                ("repair", (self.repair or "").startswith("self")),
+                ("weight", self.weight == "norms"),
+            )
+            if strange
+        }
 
     def resolved(self, *, model: str, trained_length: int | None) -> Recipe:
         """Fill what depends on the model, so that the recipe in the result says everything.
@@ -203,6 +226,10 @@ class Recipe(Choice):
         if "ssm" in self.families:
             facts["removed"] = self.removed or "memoryless"
         return Recipe(**{**self.model_dump(), **facts})
+
+
+def _takes_units(pattern: str | None) -> bool:
+    return isinstance(parse(pattern or "unstructured"), Structured)
 
 
 def _families(target: str | None, rules: Iterable[Any] = ()) -> tuple[str, ...]:

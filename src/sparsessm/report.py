@@ -164,7 +164,8 @@ class Report:
         """The sentence about bytes and speed that belongs under every result."""
         if self.parameters:
             dense, pruned = self.parameters["dense"], self.parameters["pruned"]
-            kept = ", ".join(f"{size} {axis}s" for axis, size in self.shape.items())
+            where = {"state": " a layer", "head": " a group", "channel": "", "block": ""}
+            kept = ", ".join(f"{axis} {size}{where[axis]}" for axis, size in self.shape.items())
             return (
                 f"{pruned:,} of {dense:,} parameters are left ({percent(1 - pruned / dense)} gone): {kept}. "
                 "A smaller stock model: every runtime computes less, no sparse kernel is needed."

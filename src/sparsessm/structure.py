@@ -14,14 +14,12 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from sparsessm import curvature
+from sparsessm import curvature, depth
 from sparsessm.architectures import Architecture, Axis, Block, Part, Target
 from sparsessm.architectures.base import cut
 from sparsessm.calibrate import Progress, Stop, slab_width
 from sparsessm.compensate import dense_target, readout, remix
-from sparsessm.evaluation import ROWS as HEAD_ROWS
 from sparsessm.hessian import factorise
 from sparsessm.kernels import MAX_STATES
 from sparsessm.methods.base import seed_of
@@ -31,22 +29,33 @@ from sparsessm.patterns import Structured, Unstructured
 from sparsessm.report import Row
 from sparsessm.units import INNER, Order
 
-BLOCK_TOKENS = 16_384  # of the calibration windows on which blocks are compared
-COST_TOKENS = 16_384  # and which the backward pass looks at
+COST_TOKENS = 16_384  # of the calibration windows that the backward pass looks at
 EVERY = 16  # steps between two looks at the states: neighbours are alike, and pairs of states are dear
 # The matrices of a mixer that are repaired, in the order of the data.
 REPAIRED = ("in_proj", "x_proj", "dt_proj", "out_proj")
 PATTERN = Structured()
 
 
+def row_costs(
+    architecture: Architecture, tokens: Tensor, progress: Progress | None = None
+) -> Mapping[str, Tensor]:
+    """What an error in each output row of the dense model's matrices costs the loss, by target."""
+    return curvature.output_fisher(architecture, tokens[: max(1, COST_TOKENS // tokens.shape[1])], progress)
+
+
 def shrink(
-    architecture: Architecture, order: Order, tokens: Tensor | None, progress: Progress | None = None
+    architecture: Architecture,
+    order: Order,
+    tokens: Tensor | None,
+    progress: Progress | None = None,
+    costs: Mapping[str, Tensor] | None = None,
 ) -> list[Row]:
     """Take units out of the model in place.
 
     Args:
         architecture: from `adapt(model)`; its model, `blocks` and `stored` change.
         tokens: (W, L) int64 calibration windows; None where nothing is looked at (`Order.looks`).
+        costs: what `row_costs` returned; None: it is asked where it is needed.
 
     Returns:
         A row for each layer and axis, named after the layers of the dense model.
@@ -57,15 +66,16 @@ def shrink(
     if order.looks and tokens is None:
         raise ValueError("structured removal needs calibration windows, none were given")
     rows: list[Row] = []
-    costs: dict[str, Tensor] = {}
     inner = [axis for axis in INNER if axis in order.sizes]
-    if order.fisher and tokens is not None and any(order.selections[axis].name == "exact" for axis in inner):
-        few = tokens[: max(1, COST_TOKENS // tokens.shape[1])]
-        costs = curvature.output_fisher(architecture, few, progress)
-    gone = _chosen_blocks(architecture, order, tokens, progress)
+    priced = order.fisher and any(order.selections[axis].name == "exact" for axis in inner)
+    if not priced or tokens is None:
+        costs = {}
+    elif costs is None:
+        costs = row_costs(architecture, tokens, progress)
+    gone = depth.chosen_blocks(architecture, order, tokens, progress)
     if "block" in order.sizes:
         chosen = order.selections["block"].name
-        rows.append(_row("blocks", -1, "block", chosen, len(architecture.blocks), len(gone)))
+        rows.append(_row("blocks", -1, "block", chosen, len(architecture.blocks), len(gone), order))
     if inner or (gone and order.strength):
         for stop in _walk(architecture, tokens if order.looks else None, gone, order.strength > 0, progress):
             try:
@@ -79,7 +89,15 @@ def shrink(
 
 
 def _row(
-    target: str, layer: int, axis: str, method: str, total: int, pruned: int, repair: str = "none"
+    target: str,
+    layer: int,
+    axis: str,
+    method: str,
+    total: int,
+    pruned: int,
+    order: Order,
+    weight: str = "none",
+    repaired: Sequence[str] = (),
 ) -> Row:
     return Row(
         target=target,
@@ -90,7 +108,9 @@ def _row(
         removed="cut",
         total=total,
         pruned=pruned,
-        repair=repair,
+        repair=f"dense-target:{order.strength:g}" if order.strength else "none",
+        weight=weight,
+        repaired=tuple(repaired),
     )
 
 
@@ -103,7 +123,7 @@ def _walk(
 ) -> Iterator[Stop]:
     """Stop before each block that stays; what the dense model computes goes through all of them."""
     blocks = architecture.blocks
-    hidden = torch.empty(0, 0, 0) if tokens is None else _embedded(architecture, tokens)
+    hidden = torch.empty(0, 0, 0) if tokens is None else depth.embedded(architecture, tokens)
     dense = hidden.clone() if paired else None
     for done, block in enumerate(blocks):
         if block.index in gone:
@@ -118,11 +138,6 @@ def _walk(
             stop.advance()
         if progress:
             progress("shrink", done + 1, len(blocks))
-
-
-def _embedded(architecture: Architecture, tokens: Tensor) -> Tensor:
-    with torch.inference_mode():
-        return architecture.embed(tokens)
 
 
 def _shrink_block(
@@ -143,15 +158,19 @@ def _shrink_block(
         units = _look(stop, axis, axes, removing, order, costs)
         score = order.selections[axis].score
         assert score is not None
-        keeps = [PATTERN.keep(value, removing) for value in score(units)]
+        values = score(units)
+        if any(value.isnan().any() for value in values):
+            raise ValueError(f"method {order.selections[axis].name!r} gave a score that is not a number")
+        keeps = [PATTERN.keep(value, removing) for value in values]
         mixes = _mixes(stop, axes, units, keeps, costs) if units.mixable else None
         done[axis] = order.sizes[axis]
-        stop.block = _resized(architecture, stop.block, axes, keeps, mixes, goals, done)
+        stop.block = _resized(architecture, stop.block, axes, keeps, mixes, goals, done, order.strength > 0)
         total = sum(a.size for a in axes)
-        repair = "none" if not order.strength else f"dense-target:{order.strength:g}"
-        name = f"{stop.block.name}.{axis}"
-        method = order.selections[axis].name
-        rows.append(_row(name, stop.block.index, axis, method, total, removing * len(axes), repair))
+        name, method = f"{stop.block.name}.{axis}", order.selections[axis].name
+        weight = "fisher" if costs and method == "exact" else "none"
+        repaired = [target.name for target in _linear(stop.block).values()] if order.strength else []
+        counts = total, removing * len(axes)
+        rows.append(_row(name, stop.block.index, axis, method, *counts, order, weight, repaired))
     if order.strength:
         for kind in before[1:]:
             _repair(stop, kind, goals[kind], order.strength)
@@ -181,7 +200,7 @@ def _look(
     units = Units(
         [a.size for a in axes],
         removing,
-        weights=[_entries(tensors, a) for a in axes],
+        weights=[_entries(tensors, a) for a in axes] if selection.name == "magnitude" else (),
         mixable=order.strength > 0 and all(a.read is not None for a in axes),
         seed=seed_of(order.seed, f"{block.name}.{axis}"),
     )
@@ -280,6 +299,7 @@ def _resized(
     mixes: Mapping[Part, Tensor] | None,
     goals: dict[str, Tensor],
     sizes: Mapping[str, int],
+    repairing: bool,
 ) -> Block:
     """The block without some units; rows of `goals` follow, their columns stay those of the dense model."""
     linear = _linear(block)
@@ -299,75 +319,10 @@ def _resized(
             new[part.tensor] = new[part.tensor].clone()
             new[part.tensor][now] = mix.to(old[part.tensor].dtype) @ old[part.tensor][was]
     goals |= {kind: goal[name] for name, kind in by_tensor.items()}
+    for name in {p.tensor for a in axes for p in a.parts if repairing and p.tensor.endswith("norm.weight")}:
+        # A norm's mean over fewer channels is larger, though those that went were the weak ones.
+        if axes[0].name in ("head", "channel"):
+            share = smaller[name].numel() / tensors[name].numel()
+            stored = architecture.stored.get(f"{block.name}.{name}", smaller[name].dtype)
+            smaller[name] = (smaller[name] / share**0.5).to(stored).to(smaller[name].dtype)
     return architecture.resize(block, architecture.fields(sizes), smaller)
-
-
-def _chosen_blocks(
-    architecture: Architecture, order: Order, tokens: Tensor | None, progress: Progress | None
-) -> list[int]:
-    """The blocks that go, one after the other."""
-    if "block" not in order.sizes:
-        return []
-    total, selection = len(architecture.blocks), order.selections["block"]
-    count = total - order.sizes["block"]
-    if not selection.looks:
-        random = torch.Generator().manual_seed(seed_of(order.seed, "blocks"))
-        return torch.randperm(total, generator=random)[:count].tolist()
-    assert tokens is not None
-    few = tokens[: max(1, BLOCK_TOKENS // tokens.shape[1])]
-    cost = _change if selection.looks["block"] == "change" else _loss_without
-    gone: list[int] = []
-    for turn in range(count):
-        costs = cost(architecture, few, gone)
-        if not all(map(torch.isfinite, map(torch.tensor, costs.values()))):
-            raise ValueError("the cost of removing a block is not finite")
-        gone.append(min(costs, key=lambda index: costs[index]))
-        if progress:
-            progress("blocks", turn + 1, count)
-    return gone
-
-
-def _loss_without(architecture: Architecture, tokens: Tensor, gone: Sequence[int]) -> dict[int, float]:
-    """Nats a token without each of the blocks that are left."""
-    left = [block for block in architecture.blocks if block.index not in gone]
-    costs = dict.fromkeys((block.index for block in left), 0.0)
-    groups = tokens.split(max(1, 4096 // tokens.shape[1]))
-    for group in groups:
-        hidden = _embedded(architecture, group)
-        for place, block in enumerate(left):
-            rest = hidden
-            for later in left[place + 1 :]:
-                rest = _through(later, rest)
-            costs[block.index] += loss_of(architecture, rest, group) * len(group) / len(tokens)
-            hidden = _through(block, hidden)
-    return costs
-
-
-def _change(architecture: Architecture, tokens: Tensor, gone: Sequence[int]) -> dict[int, float]:
-    """1 - cosine between input and output of each of the blocks that are left, mean over the tokens."""
-    costs = {}
-    hidden = _embedded(architecture, tokens)
-    for block in architecture.blocks:
-        if block.index not in gone:
-            out = _through(block, hidden)
-            costs[block.index] = 1 - float(F.cosine_similarity(hidden, out, dim=-1).double().mean())
-            hidden = out
-    return costs
-
-
-def _through(block: Block, hidden: Tensor) -> Tensor:
-    with torch.inference_mode():
-        out, _ = block.forward(hidden)
-    assert out is not None
-    return out
-
-
-def loss_of(architecture: Architecture, hidden: Tensor, tokens: Tensor) -> float:
-    """Mean nats of the next token, of what the last block put out (W, L, d_model)."""
-    rows, labels = hidden[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
-    total = 0.0
-    with torch.inference_mode():
-        for part, right in zip(rows.split(HEAD_ROWS), labels.split(HEAD_ROWS), strict=True):
-            logits = architecture.head(part[None])[0].float()
-            total += float(F.cross_entropy(logits, right, reduction="sum").double())
-    return total / len(labels)

@@ -134,7 +134,7 @@ def size_for(architecture: Architecture, axis: str, share: float) -> int:
     now, sizes = size_of(architecture, axis), possible(architecture, axis)
     wanted = (1 - share) * now
     best = min(sizes, key=lambda size: abs(size - wanted), default=math.inf)
-    slack = MULTIPLE / 2 if axis == "channel" and now >= 2 * MULTIPLE else 0.5
+    slack = max(0.5, min(MULTIPLE / 2, now / 16)) if axis == "channel" else 0.5
     if abs(best - wanted) > max(slack, 0.05 * now):
         some = sizes[:: max(1, len(sizes) // 12)]
         shares = ", ".join(f"{1 - size / now:.3g}" for size in reversed(some))

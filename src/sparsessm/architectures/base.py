@@ -19,7 +19,7 @@ and C for each of G groups of heads; its A_log is a matrix of one column here.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -276,6 +276,10 @@ class Architecture(ABC):
             The new block, which also takes its place in `blocks`.
         """
         raise NotImplementedError
+
+    def may_go(self, gone: Collection[int]) -> list[int]:
+        """The blocks that can be taken out beside those that go already, so that stock code runs the rest."""
+        return [block.index for block in self.blocks if block.index not in gone]
 
     def drop(self, index: int) -> None:
         """Take a whole block out of the model; those behind it move up, config and `stored` follow."""

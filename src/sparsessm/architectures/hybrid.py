@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -156,6 +156,15 @@ class Hybrid(Architecture):
     def _new_mixer(self, of: type[nn.Module], config: Any, index: int) -> nn.Module:
         with torch.random.fork_rng([]):  # the start values, which are all replaced, are drawn from it
             return of(config, layer_idx=index)  # type: ignore[call-arg]
+
+    def may_go(self, gone: Collection[int]) -> list[int]:
+        """As `Architecture.may_go`: stock caches want a layer of attention, and the rest a mixer."""
+        left = [b for b in self.blocks if isinstance(b, HybridBlock) and b.index not in gone]
+        kinds = [{"mixer": block.mixer is not None, "attention": block.attends} for block in left]
+        last = [kind for kind in ("mixer", "attention") if sum(has[kind] for has in kinds) == 1]
+        return [
+            block.index for block, has in zip(left, kinds, strict=True) if not any(has[kind] for kind in last)
+        ]
 
     def drop(self, index: int) -> None:
         """As `Architecture.drop`.
@@ -332,6 +341,15 @@ class Zamba2(Hybrid):
         found = super()._shorter(index)
         left = [i for i, kind in enumerate(found["layers_block_type"]) if kind == "hybrid"]
         return found | {"hybrid_layer_ids": left}
+
+    def may_go(self, gone: Collection[int]) -> list[int]:
+        """As `Architecture.may_go`: stock caches want a layer of attention, and the rest a mixer."""
+        left = [b for b in self.blocks if isinstance(b, HybridBlock) and b.index not in gone]
+        kinds = [{"mixer": block.mixer is not None, "attention": block.attends} for block in left]
+        last = [kind for kind in ("mixer", "attention") if sum(has[kind] for has in kinds) == 1]
+        return [
+            block.index for block, has in zip(left, kinds, strict=True) if not any(has[kind] for kind in last)
+        ]
 
     def drop(self, index: int) -> None:
         super().drop(index)

@@ -89,6 +89,11 @@ class HybridBlock(Block):
         self.targets = tuple(self._found())
         self.axes = () if self.mixer is None else setting.kind.axes(self._mixer, f"{self.mixer}.")
 
+    @property
+    def attends(self) -> bool:
+        """Whether it has attention."""
+        return "q_proj" in self._linear
+
     def _found(self) -> Iterator[Target]:
         """The targets in the order of the data, noting where they are."""
         kind, order, _, stored = self._setting
@@ -177,7 +182,7 @@ class HybridBlock(Block):
 
     def _beside(self, hidden: Tensor, start: int, keys: Keys, mask: str = "attention_mask") -> dict[str, Any]:
         """The stock layer's arguments for attention; of the mixer's nothing is needed, it has our state."""
-        if "q_proj" not in self._linear:
+        if not self.attends:
             return {}
         given: dict[str, Any] = {mask: causal_mask(start, hidden), "past_key_values": keys}
         if self._setting.rotary is not None:

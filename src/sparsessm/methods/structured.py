@@ -150,7 +150,8 @@ def eliminate(units: Units) -> Sequence[Tensor]:
         if reader.cost is not None:
             weight = weight * reader.cost.double().clamp(min=0).sqrt()[:, None]
         upper = factorise(reader.seen.gram.double()).upper
-        problems.append([weight.clone(), upper.mT @ upper, reader.columns])
+        problems.append((weight.clone(), upper.mT @ upper, reader.columns))
+        del upper  # as large as the inverse
     scores = torch.full((total,), torch.inf, dtype=torch.float64)
     left = torch.full((len(sizes),), units.removing)
     open_ = torch.ones(total, dtype=torch.bool)
@@ -170,13 +171,11 @@ def eliminate(units: Units) -> Sequence[Tensor]:
             turn += 1
         if not chosen:  # nothing is finite: weights that are not
             raise ValueError("the cost of removing a unit is not finite")
-        for problem in problems:
-            weight, inverse, columns = problem
+        for weight, inverse, columns in problems:
             gone = columns[chosen].flatten()
             solved = torch.linalg.solve(inverse[gone[:, None], gone], inverse[gone])  # (gone, in)
-            problem[0] = weight - weight[:, gone] @ solved
-            problem[1] = inverse - inverse[:, gone] @ solved
-            inverse = problem[1]
+            weight.addmm_(weight[:, gone], solved, alpha=-1)
+            inverse.addmm_(inverse[:, gone], solved, alpha=-1)
             inverse[gone] = 0.0
             inverse[:, gone] = 0.0
             inverse[gone, gone] = 1.0  # so that what is gone stays solvable; it is never chosen again
