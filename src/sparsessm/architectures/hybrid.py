@@ -143,12 +143,7 @@ class Hybrid(Architecture):
         new.requires_grad_(next(old.parameters()).requires_grad).eval()
         parent, _, own = block.mixer.rpartition(".")
         setattr(layer.get_submodule(parent), own, new)
-        # The rest keeps its place, which other layers may share.
-        held = layer.state_dict()
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                if not name.startswith(prefix):
-                    held[name].copy_(tensor)
+        # The rest keeps its place, which other layers may share: axes lie in the mixer alone.
         made = self._block(block.index)
         self.blocks = (*self.blocks[: block.index], made, *self.blocks[block.index + 1 :])
         return made

@@ -239,6 +239,11 @@ def _changed_config(checkpoint: Checkpoint) -> dict[str, Any] | None:
     for key, older in _OLDER.items():
         if key in changed and older in came and came[older] == before[key]:
             changed[older] = changed[key]
+    if "layers_block_type" in changed:  # NemotronH's older fields say the same, to readers that know no other
+        if "hybrid_override_pattern" in came and "hybrid_override_pattern" not in changed:
+            changed["hybrid_override_pattern"] = getattr(config, "hybrid_override_pattern", None)
+        if "num_hidden_layers" in came:
+            changed["num_hidden_layers"] = len(changed["layers_block_type"])
     return came | changed if changed else None
 
 
