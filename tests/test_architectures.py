@@ -50,7 +50,11 @@ def test_removed_entries_compute_what_stock_code_computes() -> None:
 
 @pytest.mark.parametrize("width", [1, 2, 5, 36, 37])
 def test_slabs_of_time_equal_one_pass(width: int) -> None:
-    architecture = adapt(pico_mamba())
+    in_slabs_as_in_one_pass(pico_mamba(), width)
+
+
+def in_slabs_as_in_one_pass(model: torch.nn.Module, width: int) -> None:
+    architecture = adapt(model)
     with torch.inference_mode():
         hidden = architecture.embed(TOKENS)
         for block in architecture.blocks:
@@ -296,16 +300,7 @@ def test_the_family_computes_what_stock_code_computes(
 @pytest.mark.parametrize("name", FAMILY)
 @pytest.mark.parametrize("width", [1, 5, 36])
 def test_the_family_in_slabs_of_time(name: str, width: int) -> None:
-    architecture = adapt(FAMILY[name]())
-    with torch.inference_mode():
-        hidden = architecture.embed(TOKENS)
-        for block in architecture.blocks:
-            state, parts = None, []
-            for start in range(0, hidden.shape[1], width):
-                out, state = block.forward(hidden[:, start : start + width], state)
-                parts.append(out)
-            hidden = torch.cat(parts, 1)
-    assert_same(hidden, architecture.final(TOKENS))
+    in_slabs_as_in_one_pass(FAMILY[name](), width)
 
 
 def test_memoryless_heads_of_mamba2_compute_what_stock_code_computes() -> None:

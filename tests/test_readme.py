@@ -7,6 +7,7 @@ built-in one, WikiText-2 by a small file.
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 from collections.abc import Iterator
@@ -125,6 +126,11 @@ def test_the_tree_names_every_file() -> None:
     for file in (ROOT / "src/sparsessm").rglob("*.py"):
         name = file.name if file.name != "__init__.py" else f"{file.parent.name}/"
         assert re.search(rf"(?<![\w.]){re.escape(name)}", tree), name
+
+
+def test_the_table_of_what_is_supported_is_the_code_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    assert importlib.import_module("support_table").table() in README
 
 
 def test_the_recipes_of_the_page_fit_the_built_in_model(tmp_path: Path) -> None:

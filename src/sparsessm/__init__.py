@@ -160,8 +160,7 @@ def settle(
     from sparsessm.plan import Plan
 
     architecture, plan = adapt(checkpoint.model, checkpoint.stored), planned(checkpoint, recipe)
-    if not isinstance(plan, Plan):
-        raise ValueError("samples 'auto' compares masks of single entries; give a number for whole units")
+    assert isinstance(plan, Plan), "a recipe for whole units says no 'auto'"
     watched(architecture, plan)  # refuses before the text is read
     tokens = draw(checkpoint, recipe)
     assert tokens is not None

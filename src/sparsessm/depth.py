@@ -60,9 +60,7 @@ def chosen_blocks(
 def _may_go(architecture: Architecture, gone: Sequence[int]) -> list[int]:
     if open_ := architecture.may_go(gone):
         return open_
-    raise ValueError(
-        f"no more than {len(gone)} blocks can go: stock code needs one of each kind that is left"
-    )
+    raise ValueError(f"no more than {len(gone)} blocks can go: stock code needs those that are left")
 
 
 def _loss_without(architecture: Architecture, tokens: Tensor, gone: Sequence[int]) -> dict[int, float]:

@@ -240,6 +240,7 @@ class Architecture(ABC):
     structure: tuple[str, ...] = ()
     stored: Mapping[str, torch.dtype]
 
+    @abstractmethod
     def fields(self, sizes: Mapping[str, int]) -> dict[str, Any]:
         """The fields of the stock configuration that say that every layer has these sizes.
 
@@ -249,7 +250,6 @@ class Architecture(ABC):
         Raises:
             ValueError: stock code has no word for them.
         """
-        raise NotImplementedError
 
     def sizes(self, axis: str) -> list[int]:
         """All sizes smaller than now that stock code has a word for, ascending; of each of a layer's axes."""
@@ -265,6 +265,7 @@ class Architecture(ABC):
             found.append(size)
         return found
 
+    @abstractmethod
     def resize(self, block: Block, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Block:
         """Put a stock layer of another shape in the place of a block; the model's config is left as it is.
 
@@ -275,15 +276,14 @@ class Architecture(ABC):
         Returns:
             The new block, which also takes its place in `blocks`.
         """
-        raise NotImplementedError
 
     def may_go(self, gone: Collection[int]) -> list[int]:
         """The blocks that can be taken out beside those that go already, so that stock code runs the rest."""
         return [block.index for block in self.blocks if block.index not in gone]
 
+    @abstractmethod
     def drop(self, index: int) -> None:
         """Take a whole block out of the model; those behind it move up, config and `stored` follow."""
-        raise NotImplementedError
 
     def settle(self, fields: Mapping[str, Any]) -> None:
         """Write fields into the model's own configuration, when all layers have their new shapes."""

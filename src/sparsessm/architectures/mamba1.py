@@ -7,7 +7,7 @@ is around them, say `stack.py` and `hybrid.py`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,31 +26,39 @@ class MixerState(NamedTuple):
     removed: Tensor | None  # (W, D, N): the state of the recurrence with A = -1, while it is being observed
 
 
+KINDS = ("in_proj", "conv1d", "x_proj", "dt_proj", "A_log", "out_proj")  # in the order of the data
+
+
 def targets(mixer: Any, prefix: str, layer: int, stored: Mapping[str, torch.dtype]) -> tuple[Target, ...]:
     """The matrices of a mixer in the order of the data; `prefix` is its full name and a dot."""
-
-    def of(kind: str, parameter: nn.Parameter, family: str = "projections", **what: Any) -> Target:
-        name = prefix + kind + ("" if family == "ssm" else ".weight")
-        dtype = stored.get(name, parameter.dtype)
-        return Target(name, family, kind, layer, parameter, dtype, **what)
-
-    skip = (mixer.D, stored.get(f"{prefix}D", mixer.D.dtype))
     plain = mixer.x_proj.bias is None and not hasattr(mixer, "dt_layernorm")
-    return (
-        of("in_proj", mixer.in_proj.weight),
-        of("conv1d", mixer.conv1d.weight, "conv1d", module_class="Conv1d", depthwise=True),
-        of("x_proj", mixer.x_proj.weight),
-        of("dt_proj", mixer.dt_proj.weight, fed_by=("x_proj", mixer.time_step_rank) if plain else None),
-        of(
-            "A_log",
-            mixer.A_log,
-            "ssm",
-            removed=REMOVED_A_LOG,
-            module_class=type(mixer).__name__,
-            companions={"D": skip},
-        ),
-        of("out_proj", mixer.out_proj.weight),
-    )
+    fed_by = {"dt_proj": ("x_proj", mixer.time_step_rank)} if plain else {}
+    return matrices(mixer, prefix, layer, stored, KINDS, fed_by)
+
+
+def matrices(
+    mixer: Any,
+    prefix: str,
+    layer: int,
+    stored: Mapping[str, torch.dtype],
+    kinds: Sequence[str],
+    fed_by: Mapping[str, tuple[str, int]],
+) -> tuple[Target, ...]:
+    """A target for each of these parts of a mixer, of either kind."""
+    found = []
+    for kind in kinds:
+        part = getattr(mixer, kind)
+        state = kind == "A_log"
+        name, parameter = (prefix + kind, part) if state else (f"{prefix}{kind}.weight", part.weight)
+        what: dict[str, Any] = {"module_class": type(mixer if state else part).__name__}
+        if state:
+            skip = mixer.D, stored.get(f"{prefix}D", mixer.D.dtype)
+            what |= {"removed": REMOVED_A_LOG, "companions": {"D": skip}}
+        family = {"A_log": "ssm", "conv1d": "conv1d"}.get(kind, "projections")
+        dtype = stored.get(name, parameter.dtype)
+        what |= {"fed_by": fed_by.get(kind), "depthwise": kind == "conv1d"}
+        found.append(Target(name, family, kind, layer, parameter, dtype, **what))
+    return tuple(found)
 
 
 def axes(mixer: Any, prefix: str) -> tuple[Axis, ...]:

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsessm import kernels
-from sparsessm.architectures.base import REMOVED_A_LOG, Axis, Part, Tap, Target
-from sparsessm.architectures.mamba1 import convolve, precise, windows
+from sparsessm.architectures.base import Axis, Part, Tap, Target
+from sparsessm.architectures.mamba1 import convolve, matrices, precise, windows
+
+KINDS = ("in_proj", "conv1d", "A_log", "out_proj")  # in the order of the data
 
 
 class MixerState(NamedTuple):
@@ -54,26 +56,7 @@ class Sizes(NamedTuple):
 
 def targets(mixer: Any, prefix: str, layer: int, stored: Mapping[str, torch.dtype]) -> tuple[Target, ...]:
     """The matrices of a mixer in the order of the data; `prefix` is its full name and a dot."""
-
-    def of(kind: str, parameter: nn.Parameter, family: str = "projections", **what: Any) -> Target:
-        name = prefix + kind + ("" if family == "ssm" else ".weight")
-        dtype = stored.get(name, parameter.dtype)
-        return Target(name, family, kind, layer, parameter, dtype, **what)
-
-    skip = (mixer.D, stored.get(f"{prefix}D", mixer.D.dtype))
-    return (
-        of("in_proj", mixer.in_proj.weight),
-        of("conv1d", mixer.conv1d.weight, "conv1d", module_class="Conv1d", depthwise=True),
-        of(
-            "A_log",
-            mixer.A_log,
-            "ssm",
-            removed=REMOVED_A_LOG,
-            module_class=type(mixer).__name__,
-            companions={"D": skip},
-        ),
-        of("out_proj", mixer.out_proj.weight),
-    )
+    return matrices(mixer, prefix, layer, stored, KINDS, {})
 
 
 def axes(mixer: Any, prefix: str) -> tuple[Axis, ...]:
