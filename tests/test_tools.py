@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from pico import pico_mamba
+from pico import pico_mamba, pico_mamba2
 
 from sparsessm.data import stdlib_modules
 
@@ -24,18 +24,21 @@ def tools(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return train_builtin
 
 
-def test_loss_and_gradients_are_those_of_the_stock_model(tools: ModuleType) -> None:
+@pytest.mark.parametrize("kind", ["mamba", "mamba2"])
+def test_loss_and_gradients_are_those_of_the_stock_model(tools: ModuleType, kind: str) -> None:
     tokens = torch.randint(64, (2, 33), generator=torch.Generator().manual_seed(0))
-    stock, fast = pico_mamba(), pico_mamba()
+    make = {"mamba": pico_mamba, "mamba2": lambda: pico_mamba2(tie_word_embeddings=True)}[kind]
+    loss = {"mamba": tools.fast_mamba, "mamba2": tools.fast_mamba2}[kind].loss
+    stock, fast = make(), make()
     logits = stock(tokens[:, :-1]).logits.flatten(0, 1)
     expected = torch.nn.functional.cross_entropy(logits, tokens[:, 1:].flatten())
     expected.backward()
-    value = tools.fast_mamba.loss(fast, tokens)
+    value = loss(fast, tokens)
     value.backward()
     assert float(value.detach()) == pytest.approx(float(expected.detach()), rel=1e-3)
     for (name, slow), quick in zip(stock.named_parameters(), fast.parameters(), strict=True):
         error = (quick.grad - slow.grad).norm() / slow.grad.norm()
-        assert error < 0.03, name  # bfloat16 products
+        assert error < (0.03 if kind == "mamba" else 0.06), name  # bfloat16 products, of the scan too
 
 
 def test_muon_steps_are_orthogonal(tools: ModuleType) -> None:
