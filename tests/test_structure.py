@@ -690,11 +690,22 @@ def without(model: Any, gone: Sequence[int]) -> Any:
     return left
 
 
+def speaking(model: Any) -> tuple[Any, Tensor]:
+    """A model of five blocks that add much or little to the stream, and text that it knows: its own."""
+    with torch.no_grad():
+        for layer, size in zip(model.backbone.layers, (20.0, 1e-2, 10.0, 1.0, 1e-3), strict=True):
+            layer.mixer.out_proj.weight *= size
+        model.backbone.norm_f.weight *= 4
+    tokens = torch.randint(0, 64, (300, 1), generator=torch.Generator().manual_seed(3))  # several groups
+    for _ in range(16):
+        tokens = torch.cat([tokens, stock(model, tokens)[:, -1:].argmax(-1)], 1)
+    return model, tokens
+
+
 @pytest.mark.parametrize("make", [mamba, falcon, mamba2])
 def test_blocks_go_by_the_stock_loss_without_them(make: Callable[..., Any]) -> None:
-    """Greedy, each after all single removals from what is left were tried."""
-    tokens = torch.randint(0, 64, (300, 17), generator=torch.Generator().manual_seed(3))  # several groups
-    model = make(num_hidden_layers=5)
+    """Greedy, as if all single removals from what is left were tried, where blocks differ as trained ones."""
+    model, tokens = speaking(make(num_hidden_layers=5))
     gone: list[int] = []
     for _ in range(2):
         costs = {i: loss(without(model, [*gone, i]), tokens) for i in range(5) if i not in gone}
@@ -706,9 +717,29 @@ def test_blocks_go_by_the_stock_loss_without_them(make: Callable[..., Any]) -> N
     got = architecture.model.state_dict()
     assert all(torch.equal(got[name], tensor) for name, tensor in want.state_dict().items())
     assert torch.equal(stock(architecture.model), stock(want))
-    for index, cost in depth._loss_without(adapt(model), tokens, gone[:1]).items():
-        assert cost == pytest.approx(costs[index], rel=1e-5)
+    for index, cost in costs.items():
+        assert depth._loss_without(adapt(model), tokens, [gone[0], index]) == pytest.approx(cost, rel=1e-5)
+    for index, cost in depth._each_alone(adapt(model), tokens).items():
+        assert cost == pytest.approx(loss(without(model, [index]), tokens), rel=1e-5)
     assert loss_of(adapt(model), adapt(model).final(tokens), tokens) == pytest.approx(loss(model, tokens))
+
+
+def test_a_block_that_cannot_win_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks' costs are set far apart, so that after the first turn one question a turn is enough."""
+    model, tokens = speaking(mamba(num_hidden_layers=5))
+    asked: list[list[int]] = []
+    before = depth._loss_without
+
+    def counted(architecture: Any, tokens: Tensor, gone: Sequence[int]) -> float:
+        asked.append(sorted(gone))
+        return before(architecture, tokens, gone)
+
+    monkeypatch.setattr(depth, "_loss_without", counted)
+    architecture = adapt(model)
+    wanted = ordered(architecture, pattern="structured:block", sparsity=0.6, repair="none")
+    gone = depth.chosen_blocks(architecture, wanted, tokens, None)
+    assert set(gone) == {1, 3, 4}
+    assert len(asked) < 1 + 4 + 3, "the dense model, then not all that are left in two more turns"
 
 
 def test_blocks_go_by_how_little_they_turn_the_stream() -> None:

@@ -43,15 +43,50 @@ def chosen_blocks(
         return gone
     assert tokens is not None
     few = tokens[: max(1, BLOCK_TOKENS // tokens.shape[1])]
-    cost = _change if selection.looks["block"] == "change" else _loss_without
-    gone = []
+    choose = _by_change if selection.looks["block"] == "change" else _by_loss
+    return choose(architecture, few, count, progress)
+
+
+def _by_loss(architecture: Architecture, tokens: Tensor, count: int, progress: Progress | None) -> list[int]:
+    """Greedily, the block without which the loss is lowest.
+
+    What a block costs is taken to grow as others go. So a block whose last known cost is above the best new
+    one is not asked again (lazy greedy, Minoux 1978): after the first turn a few passes choose each.
+    """
+    before = _loss_without(architecture, tokens, [])
+    costs = {index: loss - before for index, loss in _each_alone(architecture, tokens).items()}
+    gone: list[int] = []
     for turn in range(count):
         open_ = _may_go(architecture, gone)
-        costs = {index: value for index, value in cost(architecture, few, gone).items() if index in open_}
-        costs = {index: cost for index, cost in costs.items() if math.isfinite(cost)}  # others must stay
-        if not costs:
+        asked = set(open_) if turn == 0 else set()
+        while True:
+            # A loss that is not finite is of a block that must stay.
+            best = min(open_, key=lambda index: costs[index] if math.isfinite(costs[index]) else math.inf)
+            if best in asked:
+                break
+            costs[best] = _loss_without(architecture, tokens, [*gone, best]) - before
+            asked.add(best)
+        if not math.isfinite(costs[best]):
             raise ValueError("the cost of removing a block is not finite, of whichever")
-        gone.append(min(costs, key=lambda index: costs[index]))
+        gone.append(best)
+        before += costs[best]
+        if progress:
+            progress("blocks", turn + 1, count)
+    return gone
+
+
+def _by_change(
+    architecture: Architecture, tokens: Tensor, count: int, progress: Progress | None
+) -> list[int]:
+    """Greedily, the block that turns its input least (Men et al., arXiv 2403.03853)."""
+    gone: list[int] = []
+    for turn in range(count):
+        open_ = _may_go(architecture, gone)
+        costs = _change(architecture, tokens, gone)
+        finite = [index for index in open_ if math.isfinite(costs[index])]
+        if not finite:
+            raise ValueError("the cost of removing a block is not finite, of whichever")
+        gone.append(min(finite, key=lambda index: costs[index]))
         if progress:
             progress("blocks", turn + 1, count)
     return gone
@@ -63,19 +98,31 @@ def _may_go(architecture: Architecture, gone: Sequence[int]) -> list[int]:
     raise ValueError(f"no more than {len(gone)} blocks can go: stock code needs those that are left")
 
 
-def _loss_without(architecture: Architecture, tokens: Tensor, gone: Sequence[int]) -> dict[int, float]:
-    """Nats a token without each of the blocks that are left."""
-    left = [block for block in architecture.blocks if block.index not in gone]
-    costs = dict.fromkeys((block.index for block in left), 0.0)
+def _loss_without(architecture: Architecture, tokens: Tensor, gone: Sequence[int]) -> float:
+    """Nats a token without these blocks."""
+    total = 0.0
     for group in tokens.split(max(1, GROUP // tokens.shape[1])):
         hidden = embedded(architecture, group)
-        for place, block in enumerate(left):
+        for block in architecture.blocks:
+            if block.index not in gone:
+                hidden = _through(block, hidden)
+        total += loss_of(architecture, hidden, group) * len(group) / len(tokens)
+    return total
+
+
+def _each_alone(architecture: Architecture, tokens: Tensor) -> dict[int, float]:
+    """Nats a token without each of the blocks, the others being there."""
+    blocks = architecture.blocks
+    losses = dict.fromkeys((block.index for block in blocks), 0.0)
+    for group in tokens.split(max(1, GROUP // tokens.shape[1])):
+        hidden = embedded(architecture, group)
+        for place, block in enumerate(blocks):
             rest = hidden
-            for later in left[place + 1 :]:
+            for later in blocks[place + 1 :]:
                 rest = _through(later, rest)
-            costs[block.index] += loss_of(architecture, rest, group) * len(group) / len(tokens)
+            losses[block.index] += loss_of(architecture, rest, group) * len(group) / len(tokens)
             hidden = _through(block, hidden)
-    return costs
+    return losses
 
 
 def _change(architecture: Architecture, tokens: Tensor, gone: Sequence[int]) -> dict[int, float]:

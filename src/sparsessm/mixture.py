@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sparsessm.architectures import Architecture, Axis, Block, adapt
 from sparsessm.calibrate import Progress
-from sparsessm.depth import loss_of
+from sparsessm.depth import chosen_blocks, loss_of
 from sparsessm.structure import row_costs, shrink
 from sparsessm.units import INNER, Order, possible, size_of
 
@@ -66,10 +66,14 @@ def find(
     axes = list(order.selections)
     jobs = [(axis, size) for axis in axes for size in _tried(architecture, axis)]
     costs = row_costs(architecture, few) if order.fisher else {}
+    leaving: list[int] = []  # blocks in the order in which they go: asked once for all sizes
+    if fewest := min((size for axis, size in jobs if axis == "block"), default=0):
+        leaving = chosen_blocks(architecture, replace(order, sizes={"block": fewest}), few, None)
     trials = []
     for done, (axis, size) in enumerate(jobs, 1):
         copied = adapt(copy.deepcopy(architecture.model), architecture.stored)
-        shrink(copied, replace(order, sizes={axis: size}, share=None), few, costs=costs)
+        alone = replace(order, sizes={axis: size}, share=None)
+        shrink(copied, alone, few, costs=costs, leaving=leaving)
         loss = loss_of(copied, copied.final(held), held) - dense
         del copied  # before the next copy is made
         trials.append(Trial(axis, size, saved(architecture, {axis: size}), loss))

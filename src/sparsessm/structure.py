@@ -49,6 +49,7 @@ def shrink(
     tokens: Tensor | None,
     progress: Progress | None = None,
     costs: Mapping[str, Tensor] | None = None,
+    leaving: Sequence[int] = (),
 ) -> list[Row]:
     """Take units out of the model in place.
 
@@ -56,6 +57,7 @@ def shrink(
         architecture: from `adapt(model)`; its model, `blocks` and `stored` change.
         tokens: (W, L) int64 calibration windows; None where nothing is looked at (`Order.looks`).
         costs: what `row_costs` returned; None: it is asked where it is needed.
+        leaving: what `depth.chosen_blocks` returned for as many blocks or more; empty: it is asked.
 
     Returns:
         A row for each layer and axis, named after the layers of the dense model.
@@ -72,8 +74,10 @@ def shrink(
         costs = {}
     elif costs is None:
         costs = row_costs(architecture, tokens, progress)
-    gone = depth.chosen_blocks(architecture, order, tokens, progress)
-    if "block" in order.sizes:
+    count = len(architecture.blocks) - order.sizes.get("block", len(architecture.blocks))
+    known = len(leaving) >= count
+    gone = leaving[:count] if known else depth.chosen_blocks(architecture, order, tokens, progress)
+    if count:
         chosen = order.selections["block"].name
         rows.append(_row("blocks", -1, "block", chosen, len(architecture.blocks), len(gone), order))
     if inner or (gone and order.strength):
