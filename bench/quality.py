@@ -53,23 +53,31 @@ def beside_exact(method: str) -> Fields:
     }
 
 
-# Of the states alone: who chooses, and whether the rest is repaired.
+# Of the states alone: who chooses, whether those that stay become mixtures of all, and whether the matrices
+# are fitted too.
 CHOSEN: dict[str, Fields] = {
     "random": {"method": "random", "repair": "none"},
     "column vote (the paper's)": {"method": "sparsessm-vote", "repair": "none"},
     "GHOST": {"method": "ghost", "repair": "none"},
     "exact": {"method": "exact", "repair": "none"},
-    "column vote, repaired": {"method": "sparsessm-vote"},
-    "GHOST, repaired": {"method": "ghost"},
-    "exact, repaired (default)": {},
+    "column vote, mixed": {"method": "sparsessm-vote"},
+    "GHOST, mixed": {"method": "ghost"},
+    "exact, mixed, matrices refitted": {"repair": "dense-target"},
+    "exact, mixed (default)": {},
+}
+# Mamba-2's cannot be mixed in a stock checkpoint.
+CHOSEN2: dict[str, Fields] = {name: CHOSEN[name] for name in ("random", "GHOST")}
+CHOSEN2 |= {
+    "exact, matrices refitted": {"repair": "dense-target"},
+    "exact (default)": {},
+    "balanced (our runtime only)": {"method": "balanced"},
 }
 WHOLE: dict[str, Fields] = {"magnitude": {"method": "magnitude", "repair": "none"}}
 WHOLE |= {"exact": {"repair": "none"}, "exact, repaired (default)": {}}
-NO_VOTE = {name: fields for name, fields in CHOSEN.items() if "vote" not in name}
 BLOCKS: dict[str, Fields] = {"cosine": {"method": "cosine", "repair": "none"}}
 BLOCKS |= {"exact": {"repair": "none"}, "exact, repaired (default)": {}}
 MIXES: dict[str, Fields] = {
-    f"{share} % of all parameters": {"pattern": "structured", "sparsity": share / 100} for share in (25,)
+    f"{share} % of all parameters": {"pattern": "structured", "sparsity": share / 100} for share in (25, 50)
 }
 
 # Rows (a label and what it adds to the recipe) and columns of each table, and its model.
@@ -114,7 +122,7 @@ TABLES: dict[str, tuple[dict[str, Fields], dict[str, Fields], str]] = {
         MODEL,
     ),
     "states": (CHOSEN, units("state", 25, 50, 75), MODEL),
-    "states of Mamba-2": (NO_VOTE, units("state", 25, 50, 75), MODEL2),
+    "states of Mamba-2": (CHOSEN2, units("state", 25, 50, 75), MODEL2),
     "channels": (WHOLE, units("channel", 25, 50), MODEL),
     "heads of Mamba-2": (WHOLE, units("head", 50), MODEL2),
     "channels of Mamba-2's heads": (WHOLE, units("channel", 50), MODEL2),

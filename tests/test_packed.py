@@ -998,7 +998,7 @@ def test_a_packed_directory_on_the_hub(tmp_path: Path, monkeypatch: pytest.Monke
     assert packed.read("some/model").source == "some/model"
     assert {container.PACKED, "README.md", "*.json"} <= set(asked) and "pytorch_model*.bin" not in asked
     assert torch.equal(logits(checkpoint.load("some/model").model), logits(pico_mamba()))
-    with pytest.raises(ValueError, match=r"'some/model' is packed already; pack what it was made from"):
+    with pytest.raises(ValueError, match=r"'some/model' is packed already; unpack it first"):
         checkpoint.pack("some/model", tmp_path / "out")
     checkpoint.unpack("some/model", tmp_path / "out")
     assert not packed.is_packed("some/model")

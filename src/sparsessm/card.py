@@ -17,8 +17,10 @@ def card(report: Report, source: str, *, base_model: str | None = None, format: 
         report: of the run.
         source: where the dense model came from, as the user wrote it.
         base_model: its hub id; None for a model that is not on a hub.
-        format: "transformers" or "state-spaces", how the result is stored.
+        format: "transformers" or "state-spaces", how the result is stored; packed where it has to be.
     """
+    if report.projected:
+        format = "packed"
     front = [
         "---",
         *(["library_name: transformers"] if format == "transformers" else []),
@@ -72,7 +74,8 @@ def _removed(report: Report) -> list[str]:
     record = report.record()
     lines = _markdown(*removed_table(record["targets"], record["totals"]))
     if report.parameters:
-        return [*lines, "", f"A removed unit is gone: {REMOVED_WORDS['cut']}."]
+        removed = "projected" if report.projected else "cut"
+        return [*lines, "", f"A removed unit is gone: {REMOVED_WORDS[removed]}."]
     lines += [
         "",
         "`by tensor`: the least and the most pruned tensor of the kind. `relative error`: the mean over ",
@@ -130,4 +133,14 @@ model = MambaLMHeadModel.from_pretrained("path/to/this/directory")
 ```
 
 or, without a GPU, `sparsessm.load("path/to/this/directory").model`, a transformers model.""",
+    "packed": """\
+It is packed, for the runtime of sparsessm:
+
+```python
+import sparsessm
+
+print(sparsessm.runtime.load("path/to/this/directory").generate("Once").text)
+```
+
+or `sparsessm generate path/to/this/directory "Once"`.""",
 }

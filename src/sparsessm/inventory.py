@@ -98,6 +98,9 @@ def preview_units(order: Order, architecture: Architecture) -> dict[str, Any]:
     }
     total = sum(parameter.numel() for parameter in architecture.model.parameters())
     gone = saved(architecture, order.sizes) if order.sizes else None
+    if any(order.selections[axis].project for axis in order.sizes):  # nothing is cut, projections are added
+        axes_ = [a for block in architecture.blocks for a in block.axes if a.name == "state"]
+        gone = -sum(2 * a.size * order.sizes["state"] for a in axes_)
     counts = {"now": total, "after": None if gone is None else total - gone}
     repair = f"dense-target:{order.strength:g}" if order.strength else "none"
     return {
@@ -207,7 +210,7 @@ def recount(record: Mapping[str, Any], tensors: Mapping[str, Tensor], path: str)
     found = {}
     for row in record["targets"]:
         name = row["target"]
-        if row["removed"] == "cut":  # what is gone is not there to be counted
+        if row["removed"] in ("cut", "projected"):  # what is gone is not there to be counted
             continue
         held, _, expert = name.rpartition(".")
         slices = tensors[held] if expert.isdigit() and held in tensors else ()

@@ -25,6 +25,7 @@ REMOVED_WORDS = {
     "unit": "its state decays with A = -1 (stored as `A_log` = 0)",
     "zero": "the connection is gone (stored as 0)",
     "cut": "every tensor that had a place for it got smaller",
+    "projected": "the state keeps the best directions, `B_projection` and `C_projection` lead there",
 }
 
 
@@ -160,8 +161,20 @@ class Report:
         }
         return finite(record)
 
+    @property
+    def projected(self) -> bool:
+        """Whether states were projected: the result is no stock model."""
+        return any(row.removed == "projected" for row in self.rows)
+
     def honesty(self) -> str:
         """The sentence about bytes and speed that belongs under every result."""
+        if self.projected:
+            more = self.parameters["pruned"] - self.parameters["dense"]
+            return (
+                f"{self.shape['state']} directions a group in place of its states: the state of a sequence is "
+                f"smaller, the model has {more:,} parameters more. No stock code has a place for them: the "
+                "directory is packed and runs in sparsessm alone (generate, eval, bench)."
+            )
         if self.parameters:
             dense, pruned = self.parameters["dense"], self.parameters["pruned"]
             where = {"state": " a layer", "head": " a group", "channel": "", "block": ""}

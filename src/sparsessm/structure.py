@@ -3,13 +3,13 @@
 Beside `pipeline.py`, which removes single entries. Blocks are chosen first, on the dense model; then the
 walk goes through the layers as usual, each seeing what the shrunken layers before it produce: 1 look,
 2 score, 3 keep the same number in every layer, cut every tensor that shares the axis, 4 repair what is left
-by least squares so that it restores the dense model's outputs. Who gives how much, where the recipe names no
-axis, finds `mixture.py`.
+by least squares so that it restores the dense model's outputs. Method `balanced` projects states instead of
+choosing among them. Who gives how much, where the recipe names no axis, finds `mixture.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -79,16 +79,19 @@ def shrink(
     gone = leaving[:count] if known else depth.chosen_blocks(architecture, order, tokens, progress)
     if count:
         chosen = order.selections["block"].name
-        rows.append(_row("blocks", -1, "block", chosen, len(architecture.blocks), len(gone), order))
+        repair = f"dense-target:{order.strength:g}" if order.strength else "none"
+        rows.append(_row("blocks", -1, "block", chosen, len(architecture.blocks), len(gone), repair))
+    refits = [_refits(block, order, bool(gone)) for block in architecture.blocks]
     if inner or (gone and order.strength):
-        for stop in _walk(architecture, tokens if order.looks else None, gone, order.strength > 0, progress):
+        for stop in _walk(architecture, tokens if order.looks else None, gone, any(refits), progress):
             try:
-                rows += _shrink_block(architecture, stop, order, inner, costs)
+                rows += _shrink_block(architecture, stop, order, inner, costs, refits[stop.block.index])
             except ValueError as error:
                 raise ValueError(f"{stop.block.name}: {error}") from None
     for index in sorted(gone, reverse=True):
         architecture.drop(index)
-    architecture.settle(architecture.fields({axis: order.sizes[axis] for axis in inner}))
+    smaller = [axis for axis in inner if order.selections[axis].project is None]
+    architecture.settle(architecture.fields({axis: order.sizes[axis] for axis in smaller}))
     return rows
 
 
@@ -99,9 +102,10 @@ def _row(
     method: str,
     total: int,
     pruned: int,
-    order: Order,
+    repair: str = "none",
     weight: str = "none",
-    repaired: Sequence[str] = (),
+    repaired: Iterable[str] = (),
+    removed: str = "cut",
 ) -> Row:
     return Row(
         target=target,
@@ -109,10 +113,10 @@ def _row(
         family=axis,
         method=method,
         pattern=f"structured:{axis}",
-        removed="cut",
+        removed=removed,
         total=total,
         pruned=pruned,
-        repair=f"dense-target:{order.strength:g}" if order.strength else "none",
+        repair=repair,
         weight=weight,
         repaired=tuple(repaired),
     )
@@ -145,13 +149,18 @@ def _walk(
 
 
 def _shrink_block(
-    architecture: Architecture, stop: Stop, order: Order, inner: Sequence[str], costs: Mapping[str, Tensor]
+    architecture: Architecture,
+    stop: Stop,
+    order: Order,
+    inner: Sequence[str],
+    costs: Mapping[str, Tensor],
+    refits: bool,
 ) -> list[Row]:
     """Look, choose, cut and repair one block."""
     rows = []
     goals = {kind: target.matrix.clone() for kind, target in _linear(stop.block).items()}
     before = [kind for kind in REPAIRED if kind in goals]
-    if order.strength and before[:1] == ["in_proj"]:
+    if refits and before[:1] == ["in_proj"]:
         _repair(stop, "in_proj", goals["in_proj"], order.strength)
     done: dict[str, int] = {}
     for axis in inner:
@@ -160,25 +169,58 @@ def _shrink_block(
             continue
         removing = axes[0].size - order.sizes[axis]
         units = _look(stop, axis, axes, removing, order, costs)
-        score = order.selections[axis].score
-        assert score is not None
-        values = score(units)
+        selection = order.selections[axis]
+        name, counts = f"{stop.block.name}.{axis}", (sum(a.size for a in axes), removing * len(axes))
+        if selection.project is not None:
+            assert units.states is not None
+            maps = selection.project(units.states, order.sizes[axis])
+            stop.block = architecture.project(stop.block, *maps)
+            rows.append(_row(name, stop.block.index, axis, selection.name, *counts, removed="projected"))
+            continue
+        assert selection.score is not None
+        values = selection.score(units)
         if any(value.isnan().any() for value in values):
-            raise ValueError(f"method {order.selections[axis].name!r} gave a score that is not a number")
+            raise ValueError(f"method {selection.name!r} gave a score that is not a number")
         keeps = [PATTERN.keep(value, removing) for value in values]
         mixes = _mixes(stop, axes, units, keeps, costs) if units.mixable else None
         done[axis] = order.sizes[axis]
         stop.block = _resized(architecture, stop.block, axes, keeps, mixes, goals, done, order.strength > 0)
-        total = sum(a.size for a in axes)
-        name, method = f"{stop.block.name}.{axis}", order.selections[axis].name
-        weight = "fisher" if costs and method == "exact" else "none"
-        repaired = [target.name for target in _linear(stop.block).values()] if order.strength else []
-        counts = total, removing * len(axes)
-        rows.append(_row(name, stop.block.index, axis, method, *counts, order, weight, repaired))
-    if order.strength:
+        repaired = [target.name for target in _linear(stop.block).values()] if refits else []
+        rows.append(
+            _row(
+                name,
+                stop.block.index,
+                axis,
+                selection.name,
+                *counts,
+                repair=f"dense-target:{order.strength:g}" if refits or mixes else "none",
+                weight="fisher" if costs and selection.name == "exact" else "none",
+                repaired=repaired
+                or dict.fromkeys(f"{stop.block.name}.{part.tensor}" for part in mixes or ()),
+            )
+        )
+    if refits:
         for kind in before[1:]:
             _repair(stop, kind, goals[kind], order.strength)
     return rows
+
+
+def _refits(block: Block, order: Order, blocks_go: bool) -> bool:
+    """Whether the matrices of a block are fitted to the dense model's outputs.
+
+    After states alone went, unless the recipe asks for it, only where Mamba-1 has states that cannot be
+    mixed: elsewhere it makes the result worse (docs/structured.md).
+    """
+    if not order.strength:
+        return False
+    if order.told or blocks_go or order.sizes.keys() != {"state"}:
+        return True
+    return "x_proj" in _linear(block) and not _mixable([a for a in block.axes if a.name == "state"])
+
+
+def _mixable(axes: Sequence[Axis]) -> bool:
+    """Whether the inputs or readouts of states that stay can be replaced by mixtures of all."""
+    return all(a.read is not None and a.size <= StateMoments.MOST_FULL for a in axes)
 
 
 def _linear(block: Block) -> dict[str, Target]:
@@ -205,13 +247,12 @@ def _look(
         [a.size for a in axes],
         removing,
         weights=[_entries(tensors, a) for a in axes] if selection.name == "magnitude" else (),
-        mixable=order.strength > 0 and all(a.read is not None for a in axes),
+        mixable=order.strength > 0 and axis == "state" and _mixable(axes),
         seed=seed_of(order.seed, f"{block.name}.{axis}"),
     )
     looks = selection.looks.get(axis, "")
     linear = _linear(block)
-    mixing = axis == "state" and units.mixable
-    if looks == "states" or mixing:
+    if looks == "states" or units.mixable:
         every = min(EVERY, slab_width(*stop.hidden.shape[:2]))
         cost = costs.get(linear["out_proj"].name)
         moments = StateMoments(every, cost)
@@ -238,13 +279,12 @@ def _look(
 
 def _mixes(
     stop: Stop, axes: Sequence[Axis], units: Units, keeps: Sequence[Tensor], costs: Mapping[str, Tensor]
-) -> dict[Part, Tensor] | None:
+) -> dict[Part, Tensor]:
     """Rows that make up for the states that go: part of a tensor -> its new rows, mixtures of the old ones.
 
-    Where there are too many states for sums over pairs of pairs, the readouts alone; or nothing.
+    Where there are too many states for sums over pairs of pairs, the readouts alone.
     """
-    if units.states is None or units.states.full is None:
-        return None
+    assert units.states is not None and units.states.full is not None
     (axis,), (keep,), (full,) = axes, keeps, units.states.full
     assert axis.write is not None and axis.read is not None
     read = readout(full, keep)

@@ -27,13 +27,14 @@ class Order:
     Attributes:
         sizes: axis -> units that stay, of each of its axes in a layer (of "block": blocks). Empty if `share`
             of the parameters is to go, and how is still to be found (mixture.py).
-        selections: axis -> how they are chosen. strength: of the repair, 0 is none.
+        selections: axis -> how they are chosen. strength: of the repair, 0 is none. told: the recipe says it.
         fisher: errors cost what the loss says. seed: of random choices.
     """
 
     sizes: Mapping[str, int]
     selections: Mapping[str, Selection]
     strength: float = 1.0
+    told: bool = False
     fisher: bool = True
     seed: int = 0
     share: float | None = None
@@ -94,11 +95,17 @@ def order(recipe: Recipe, architecture: Architecture) -> Order:
         raise ValueError(
             f"method {method.name!r} needs states with a decay of their own, as Mamba-1 has them"
         )
+    if method.project is not None and not architecture.projects:
+        kind = type(architecture).__name__
+        raise ValueError(
+            f"method {method.name!r} projects the states of Mamba-2 models, once; this is a {kind}"
+        )
     name, strength = parse_repair(recipe.repair or "dense-target")
     return Order(
         sizes,
         dict.fromkeys(axes, method),
         strength=0.0 if name == "none" else strength,
+        told=recipe.repair is not None,
         fisher=recipe.weight != "none",
         seed=recipe.seed,
         share=None if pattern.shares else share,

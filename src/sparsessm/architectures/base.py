@@ -229,6 +229,7 @@ class Architecture(ABC):
         tied: the head's weight is the embedding.
         states: d_state.
         structure: the axes along which it can shrink to a stock model, "block" among them.
+        projects: whether its states can be projected, for our runtime alone.
         stored: parameter name -> dtype of its checkpoint.
     """
 
@@ -238,6 +239,7 @@ class Architecture(ABC):
     tied: bool
     states: int
     structure: tuple[str, ...] = ()
+    projects: bool = False
     stored: Mapping[str, torch.dtype]
 
     @abstractmethod
@@ -284,6 +286,17 @@ class Architecture(ABC):
     @abstractmethod
     def drop(self, index: int) -> None:
         """Take a whole block out of the model; those behind it move up, config and `stored` follow."""
+
+    def project(self, block: Block, B: Tensor, C: Tensor) -> Block:
+        """Put projections of B and C (G, r, N) behind the convolution of a block's mixer (projected.py).
+
+        Returns:
+            The new block, which also takes its place in `blocks`.
+
+        Raises:
+            ValueError: there are none of this architecture.
+        """
+        raise ValueError(f"the states of a {type(self).__name__} model cannot be projected")
 
     def settle(self, fields: Mapping[str, Any]) -> None:
         """Write fields into the model's own configuration, when all layers have their new shapes."""

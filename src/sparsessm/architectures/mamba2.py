@@ -127,6 +127,9 @@ def forward(
     u, B, C = mixed.split([size.inner, size.groups * size.states, size.groups * size.states], dim=-1)
     u = u.unflatten(-1, (size.heads, size.channels))  # (W, T, H, P)
     B, C = (part.unflatten(-1, (size.groups, size.states)) for part in (B, C))  # (W, T, G, N)
+    if hasattr(mixer, "B_projection"):  # projected.py: B and C (W, T, G, r)
+        B = torch.einsum("wtgn,grn->wtgr", B, mixer.B_projection)
+        C = torch.einsum("wtgn,grn->wtgr", C, mixer.C_projection)
     low, high = mixer.time_step_limit
     delta = F.softplus(step + mixer.dt_bias).clamp(low, high)  # (W, T, H)
     inputs = u, delta, -torch.exp(precise(mixer.A_log)), B, C, precise(mixer.D)

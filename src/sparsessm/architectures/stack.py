@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsessm.architectures import mamba1, mamba2
+from sparsessm.architectures import mamba1, mamba2, projected
 from sparsessm.architectures.base import Architecture, Block, Tail, Tap, renumbered
 
 
@@ -81,9 +81,11 @@ class Stack(Architecture):
         new.load_state_dict(dict(tensors), assign=True)
         new.requires_grad_(next(layer.parameters()).requires_grad).eval()
         self._backbone.layers[block.index] = new
-        made = self._block(block.index, new)
-        self.blocks = (*self.blocks[: block.index], made, *self.blocks[block.index + 1 :])
-        return made
+        return self._replaced(self._block(block.index, new))
+
+    def _replaced(self, block: Block) -> Block:
+        self.blocks = (*self.blocks[: block.index], block, *self.blocks[block.index + 1 :])
+        return block
 
     def drop(self, index: int) -> None:
         layers = self._backbone.layers
@@ -120,6 +122,22 @@ class Mamba2(Stack):
 
     kind = mamba2
     structure = ("state", "head", "channel", "block")
+    projects = True
+
+    def __init__(self, model: nn.Module, stored: Mapping[str, torch.dtype]) -> None:
+        super().__init__(model, stored)
+        if projected.directions_of(model):  # a stock layer of another shape has no place for projections
+            self.structure, self.projects = ("block",), False
+
+    def project(self, block: Block, B: Tensor, C: Tensor) -> Block:
+        projected.attach(self.model, {block.index: B.shape[1]})
+        mixer: Any = block.layer.mixer
+        with torch.no_grad():
+            for name, matrix in zip(projected.MATRICES, (B, C), strict=True):
+                parameter = getattr(mixer, name)
+                parameter.copy_(matrix)
+                self.stored = {**self.stored, f"{block.name}.mixer.{name}": parameter.dtype}
+        return self._replaced(self._block(block.index, block.layer))
 
     def fields(self, sizes: Mapping[str, int]) -> dict[str, Any]:
         config: Any = self.model.config

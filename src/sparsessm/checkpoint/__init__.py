@@ -18,9 +18,9 @@ beside it (`docs/checkpoint.md` describes the files).
 
 from . import packed
 from .encoding import Encoded
-from .packed import Packed, is_packed, pack, unpack
+from .packed import Packed, is_packed, pack, save, unpack
 from .reading import Checkpoint, load, local_folder, read_record
-from .writing import refuse_existing, save
+from .writing import refuse_existing
 
 __all__ = [
     "Checkpoint",

@@ -11,6 +11,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..architectures import projected
 from . import container, state_spaces
 from .files import CONFIG, few, read_tensors
 from .stock_names import held_as, in_files
@@ -20,7 +21,8 @@ def assemble(
     source: str, folder: Path, config: transformers.PretrainedConfig, packed: container.Header | None
 ) -> tuple[PreTrainedModel, dict[str, torch.dtype]]:
     """Read, check and assemble the tensors; returns the model and the dtype each tensor had on disk."""
-    empty, expected, copies = stock_model(source, config)
+    directions = {} if packed is None else projected.directions_in(packed.shapes, config)
+    empty, expected, copies = stock_model(source, config, directions)
     tensors: dict[str, Tensor] = {}  # by their names in the files, as all that is said about them
     stored: dict[str, torch.dtype] = {}
     not_finite: list[str] = []
@@ -61,7 +63,11 @@ def assemble(
         raise ValueError(f"{source!r} does not hold the model of its {CONFIG}: {told}")
     if packed is not None:  # It has the names in memory; with those on disk `save` will write the like.
         tensors = {part: t for name in held for part, t in in_files(empty, name, tensors[name]).items()}
+    # What no stock model has comes in behind the stock code, which would leave it out.
+    ours = {name: tensors.pop(name) for name in [*tensors] if name.endswith(projected.MATRICES)}
     model = type(empty).from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32)
+    projected.attach(model, directions)
+    model.load_state_dict(ours, strict=False)
     most_precise = {
         name: reduce(torch.promote_types, [stored[part] for part in parts]) for name, parts in held.items()
     }
@@ -69,13 +75,18 @@ def assemble(
 
 
 def stock_model(
-    source: str, config: transformers.PretrainedConfig
+    source: str, config: transformers.PretrainedConfig, directions: Mapping[int, int] | None = None
 ) -> tuple[PreTrainedModel, dict[str, Tensor], dict[str, str]]:
-    """The stock model of a configuration without memory for its weights, and its tensors (see `untied`)."""
+    """The stock model of a configuration without memory for its weights, and its tensors (see `untied`).
+
+    Args:
+        directions: of layers whose states are projected (`projected.directions_of`).
+    """
     try:
         with torch.device("meta"):  # shapes only
             empty = transformers.AutoModelForCausalLM.from_config(config)
             empty.tie_weights()
+            projected.attach(empty, directions or {})
     except Exception as error:
         raise ValueError(f"{source}/{CONFIG} describes no model that can be built: {error}") from error
     return empty, *untied(empty)

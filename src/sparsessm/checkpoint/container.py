@@ -70,6 +70,11 @@ class Header:
     stock: Mapping[str, tuple[tuple[int, ...], torch.dtype, str, float]]
     spans: Mapping[str, _Span]
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Stock tensor -> shape."""
+        return {name: shape for name, (shape, *_) in self.stock.items()}
+
 
 def read_header(file: Path) -> Header:
     """The head of a packed file; no tensor is read.

@@ -20,8 +20,8 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..architectures import REMOVED_A_LOG
-from . import container, reading, state_spaces
+from ..architectures import REMOVED_A_LOG, projected
+from . import container, reading, state_spaces, writing
 from .assembly import stock_model, untied
 from .container import PACKED, Layout
 from .encoding import TRIED, Encoded, encode
@@ -118,7 +118,8 @@ def read(source: str | os.PathLike[str], *, check: bool = True) -> Packed:
         if header is None:
             raise ValueError(f"{source!r} is not packed: it has no {PACKED}")
         config = reading.stock_config(source, fields, original)
-        _, expected, _ = stock_model(source, config)
+        directions = projected.directions_in(header.shapes, config)
+        _, expected, _ = stock_model(source, config, directions)
     shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
     tensors = dict(container.read_tensors(header, shapes, check))
     words = partial(_tokenizer, source, folder, config=config, original=original)
@@ -146,7 +147,7 @@ def pack(
     """Write a checkpoint as a packed directory, whole or not at all.
 
     Args:
-        source: whatever `load` takes and is not packed yet.
+        source: whatever `load` takes and is not packed yet, or a model with projected states.
         out: the directory to make.
         dtype: None keeps every value as it is. "fp32" and "bf16": of the linear layers' matrices, embedding
             and head. "int8": of in_proj, x_proj and out_proj, one scale a row. All else keeps its dtype.
@@ -164,25 +165,14 @@ def pack(
     if head not in (None, "int8"):
         raise ValueError(f"unknown dtype {head!r} of the head; known: int8, or none to leave it")
     source = os.fspath(source)
-    if is_packed(source):
-        raise ValueError(f"{source!r} is packed already; unpack it first, or pack what it was made from")
     refuse_existing(out, force, source)
-    checkpoint = reading.load(source, tokenizer=tokenizer)
     folder = reading.find(source)
-    if reading.is_packed(folder):  # of a hub id it is known only now
-        raise ValueError(f"{source!r} is packed already; pack what it was made from")
+    if reading.is_packed(folder) and not projected.named_in(container.read_header(folder / PACKED).stock):
+        raise ValueError(f"{source!r} is packed already; unpack it first, or pack what it was made from")
+    checkpoint = reading.load(source, tokenizer=tokenizer)
     record = read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
-    patterns = _patterns(record)
-    tensors, sizes = {}, {}
-    for name, tensor in _stored(checkpoint):
-        sizes[name] = tensor.nbytes
-        quantised = dtype == "int8" and bool(_INT8.fullmatch(name))
-        quantised |= head == "int8" and bool(_HEAD.fullmatch(name))
-        if dtype in _FLOATS and (_LINEAR.fullmatch(name) or _HEAD.fullmatch(name)):
-            tensor = tensor.to(_FLOATS[dtype])
-        fills = tuple(REMOVED_A_LOG.values()) if name.endswith(".A_log") else (0.0,)
-        tried = (patterns[name],) if name in patterns else TRIED
-        tensors[name] = encode(name, tensor, int8=quantised, patterns=tried, fills=fills)
+    tensors = _encoded(checkpoint, record, dtype, head)
+    sizes = {name: tensor.nbytes for name, tensor in _stored(checkpoint)}
     layout = checkpoint.format
     write(checkpoint, out, lambda new: container.write(new / PACKED, layout, tensors), _ours(folder), force)
     files = _files(Path(out))
@@ -191,6 +181,40 @@ def pack(
         config = reading.stock_config(os.fspath(out), fields, layout == "state-spaces").to_dict()
     packed = Packed(os.fspath(out), layout, config, tensors, files, partial(_held, checkpoint))
     return Packing(packed, sizes, (Path(out) / PACKED).stat().st_size)
+
+
+def save(
+    checkpoint: Checkpoint,
+    path: str | os.PathLike[str],
+    *,
+    record: Mapping[str, Any] | None = None,
+    card: str | None = None,
+    force: bool = False,
+) -> Path:
+    """As `writing.save`; packed, without loss, where a stock checkpoint cannot hold the model."""
+    if not projected.directions_of(checkpoint.model):
+        return writing.save(checkpoint, path, record=record, card=card, force=force)
+    tensors = _encoded(checkpoint, record or {})
+    layout = checkpoint.format
+    ours = writing.beside(record, card)
+    return write(checkpoint, path, lambda new: container.write(new / PACKED, layout, tensors), ours, force)
+
+
+def _encoded(
+    checkpoint: Checkpoint, record: Mapping[str, Any], dtype: str | None = None, head: str | None = None
+) -> dict[str, Encoded]:
+    """The tensors of a checkpoint, each in the form that takes the least room."""
+    patterns = _patterns(record)
+    tensors = {}
+    for name, tensor in _stored(checkpoint):
+        quantised = dtype == "int8" and bool(_INT8.fullmatch(name))
+        quantised |= head == "int8" and bool(_HEAD.fullmatch(name))
+        if dtype in _FLOATS and (_LINEAR.fullmatch(name) or _HEAD.fullmatch(name)):
+            tensor = tensor.to(_FLOATS[dtype])
+        fills = tuple(REMOVED_A_LOG.values()) if name.endswith(".A_log") else (0.0,)
+        tried = (patterns[name],) if name in patterns else TRIED
+        tensors[name] = encode(name, tensor, int8=quantised, patterns=tried, fills=fills)
+    return tensors
 
 
 def unpack(
@@ -205,7 +229,7 @@ def unpack(
     Every tensor has the bits it had, unless it was packed in another dtype.
 
     Raises:
-        ValueError: as `read` and `refuse_existing`.
+        ValueError: as `read` and `refuse_existing`; its states are projected.
         OSError: writing failed; nothing is left behind, an old target is intact.
     """
     source = os.fspath(source)

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from ..architectures import projected
 from . import atomic, state_spaces
 from .assembly import stock_model, untied
 from .container import PACKED
@@ -112,13 +113,21 @@ def save(
         OSError: the disk is full, or writing failed otherwise; nothing is left behind, an old target is
             intact.
     """
+    return write(checkpoint, path, stock_weights(checkpoint), beside(record, card), force)
+
+
+def beside(record: Mapping[str, Any] | None, card: str | None) -> dict[str, bytes]:
+    """Content of `pruning.json` and `README.md`, by name, of what there is.
+
+    Raises:
+        ValueError: the record is not JSON.
+    """
     try:
         content = None if record is None else json.dumps(record, indent=2, allow_nan=False) + "\n"
     except (TypeError, ValueError) as error:
         raise ValueError(f"{RECORD} cannot hold this record: {error}") from error
-    beside = {RECORD: content, CARD: card}
-    ours = {name: text.encode() for name, text in beside.items() if text is not None}
-    return write(checkpoint, path, stock_weights(checkpoint), ours, force)
+    texts = {RECORD: content, CARD: card}
+    return {name: text.encode() for name, text in texts.items() if text is not None}
 
 
 def write(
@@ -159,7 +168,13 @@ def write(
 
 
 def stock_weights(checkpoint: Checkpoint) -> Callable[[Path], None]:
-    """What writes the weights of a checkpoint into a directory, in the format they came in."""
+    """What writes the weights of a checkpoint into a directory, in the format they came in.
+
+    Raises:
+        ValueError: its states are projected.
+    """
+    if projected.directions_of(checkpoint.model):
+        raise ValueError(f"{checkpoint.source!r} has projected states, which no stock checkpoint can hold")
     writer = _write_bin if checkpoint.format == "state-spaces" else _write_safetensors
     return lambda folder: writer(checkpoint, folder)
 
@@ -256,7 +271,7 @@ def _refuse_misfit(checkpoint: Checkpoint, fields: dict[str, Any] | None) -> Non
     content = checkpoint.files[CONFIG] if fields is None else json.dumps(fields)
     told = json.loads(content, object_hook=decode_float)
     config = stock_config(checkpoint.source, told, checkpoint.format == "state-spaces")
-    _, expected, _ = stock_model(checkpoint.source, config)
+    _, expected, _ = stock_model(checkpoint.source, config, projected.directions_of(checkpoint.model))
     held, _ = untied(checkpoint.model)
     wrong = [name for name in held if name not in expected or held[name].shape != expected[name].shape]
     if wrong := wrong + [name for name in expected if name not in held]:

@@ -74,14 +74,35 @@ struct HeadStep {
     }
 };
 
+// from (N) -> to (padded directions), through a projection (N, padded directions).
+static void project_states(const float *projection, const float *from, int64_t states, int64_t wide, float *to) {
+    for (int64_t k = 0; k < wide; k += LANES) {
+        vec sum{};
+        for (int64_t n = 0; n < states; ++n) sum += splat(from[n]) * load(projection + n * wide + k);
+        store(to + k, sum, LANES);
+    }
+}
+
 // This thread's share of the heads of one sequence: raw step sizes, the convolution's output (u, B, C) and the gate ->
 // y, gated. Heads with a state and heads without are shared out apart, as the latter cost next to nothing.
 static void turn_heads(const Heads &m, const Network &net, int thread, int threads, const float *raw, const float *mixed,
                        const float *z, float *state, float *y) {
-    const int64_t N = net.states, P = net.channels / m.count;
+    const int64_t N = net.states, R = m.directions, P = net.channels / m.count;
     const int64_t padded = (m.count + LANES - 1) / LANES * LANES;
-    std::vector<float> room(2 * padded);
+    const int64_t wide = m.B_projection.empty() ? 0 : (R + SCAN_LANES - 1) / SCAN_LANES * SCAN_LANES;
+    std::vector<float> room(2 * padded + 2 * m.groups * wide);
     float *delta = room.data(), *decay = delta + padded;
+    // B of every group, then C: as the convolution gave them, or projected, which every thread does for itself.
+    const float *B = mixed + net.channels, *C = B + m.groups * N;
+    const int64_t apart = wide ? wide : N;
+    if (wide) {
+        float *projected = decay + padded;
+        for (int64_t g = 0; g < m.groups; ++g) {
+            project_states(m.B_projection.data() + g * N * wide, B + g * N, N, wide, projected + g * wide);
+            project_states(m.C_projection.data() + g * N * wide, C + g * N, N, wide, projected + (m.groups + g) * wide);
+        }
+        B = projected, C = B + m.groups * wide;
+    }
     for (int64_t h = 0; h < m.count; h += LANES) {
         vec size = softplus(load(raw + h, static_cast<int>(std::min<int64_t>(LANES, m.count - h))) +
                             load(m.dt_bias.data() + h));
@@ -98,13 +119,14 @@ static void turn_heads(const Heads &m, const Network &net, int thread, int threa
         for (int64_t unit = units * thread / threads; unit < units * (thread + 1) / threads; ++unit) {
             const int64_t h = (*list)[unit / parts], begin = unit % parts * width;
             HeadStep head;
-            head.B = mixed + net.channels + h / (m.count / m.groups) * N, head.C = head.B + m.groups * N;
-            head.states = N, head.channels = P, head.delta = delta[h], head.decay = decay[h], head.skip = m.skip[h];
+            const int64_t group = h / (m.count / m.groups);
+            head.B = B + group * apart, head.C = C + group * apart;
+            head.states = R, head.channels = P, head.delta = delta[h], head.decay = decay[h], head.skip = m.skip[h];
             head.u = mixed + h * P, head.z = z + h * P, head.y = y + h * P;
-            head.h = list == &m.kept ? state + unit / parts * N * P : nullptr;
+            head.h = list == &m.kept ? state + unit / parts * R * P : nullptr;
             head.meeting = 0;
             if (!head.h)
-                for (int64_t n = 0; n < N; ++n) head.meeting += head.B[n] * head.C[n];
+                for (int64_t n = 0; n < R; ++n) head.meeting += head.B[n] * head.C[n];
             head.run(begin, std::min(P, begin + width));
         }
     }

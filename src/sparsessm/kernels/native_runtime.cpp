@@ -150,6 +150,14 @@ Layer dual_layer(const nb::dict &from, const Network &net, const Heads &shape) {
     if (!from.contains("keeps")) refuse("keeps is missing");
     const auto keeps = nb::cast<Array<const uint8_t, 1>>(from["keeps"]);
     if (static_cast<int64_t>(keeps.shape(0)) != m.count) refuse("keeps does not have one entry a head");
+    m.directions = net.states;
+    if (from.contains("directions")) {
+        m.directions = nb::cast<int64_t>(from["directions"]);
+        if (m.directions < 1 || m.directions > net.states) refuse("directions must be between 1 and the number of states");
+        const int64_t wide = (m.directions + SCAN_LANES - 1) / SCAN_LANES * SCAN_LANES;
+        m.B_projection = floats(from, "B_projection", m.groups * net.states * wide);
+        m.C_projection = floats(from, "C_projection", m.groups * net.states * wide);
+    }
     for (int64_t h = 0; h < m.count; ++h) (keeps.data()[h] ? m.kept : m.memoryless).push_back(h);
     l.heads = std::move(made);
     return l;
@@ -224,7 +232,7 @@ std::shared_ptr<Decoder> decoder(const nb::dict &sizes, const std::vector<nb::di
         Layer l = shape.count ? dual_layer(fields, net, shape) : layer(fields, net);
         l.conv_state = net.state_size;
         l.scan_state = l.conv_state + (net.taps - 1) * l.in_x->rows;
-        const int64_t kept = shape.count ? static_cast<int64_t>(l.heads->kept.size()) * net.channels / shape.count * net.states
+        const int64_t kept = shape.count ? static_cast<int64_t>(l.heads->kept.size()) * net.channels / shape.count * l.heads->directions
                                          : static_cast<int64_t>(l.A.size());
         net.state_size = l.scan_state + kept;
         net.layers.push_back(std::move(l));

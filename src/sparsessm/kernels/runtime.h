@@ -30,6 +30,8 @@ struct Heads {
     std::vector<float> norm;             // (D)
     std::vector<int64_t> kept, memoryless; // heads with a state, in the order of the states, and without
     int64_t count, groups;                 // H, G
+    int64_t directions;                    // states that a head keeps: N, or fewer behind projections of B and C
+    std::vector<float> B_projection, C_projection; // (G, N, padded directions) transposed; empty: there are none
     float least, most;                     // bounds of a step size
 };
 

@@ -1,6 +1,7 @@
 """A layer of Mamba-2 in the native engine: heads of P channels with one decay each, N states a channel.
 
-Place in the flow: a `Mixer` (mixer.py). A head whose decay is zero (exp(Δ·A) = 0) answers with C·B Δu at
+Place in the flow: a `Mixer` (mixer.py). Where B and C are projected (architectures/projected.py), the states
+are fewer than N. A head whose decay is zero (exp(Δ·A) = 0) answers with C·B Δu at
 once and has no place in the state.
 """
 
@@ -14,9 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsessm import kernels
+from sparsessm.architectures import projected
 from sparsessm.architectures.base import REMOVED_A_LOG
 from sparsessm.runtime.base import heads, limits
-from sparsessm.runtime.mixer import Mixer, Weights, matrix, padded
+from sparsessm.runtime.mixer import LANES, Mixer, Weights, matrix, padded
 
 
 class Mamba2(Mixer):
@@ -24,6 +26,7 @@ class Mamba2(Mixer):
 
     ORDER = "layer, [inputs of the convolution (K-1, D + 2GN); states of heads with memory (N, P)]"
     small = ("a", "skip", "norm", "conv", "conv_bias", "in_bias", "out_bias", "dt_bias", "gated_norm")
+    small += projected.MATRICES
     large = ("in_x", "in_z", "in_dt", "out_proj")
 
     def __init__(self, config: Any, weights: Weights) -> None:
@@ -41,7 +44,11 @@ class Mamba2(Mixer):
         self.in_z, self.in_x, self.in_dt = (
             matrix(projection, rows) for rows in torch.arange(sum(widths)).split(widths)
         )
-        self._kept = (int(self.keeps.sum()), self.size.states, self.size.channels)
+        self.B_projection, self.C_projection = map(
+            weights.optional, ("mixer.B_projection", "mixer.C_projection")
+        )
+        directions = self.size.states if self.B_projection is None else self.B_projection.shape[1]
+        self._kept = (int(self.keeps.sum()), directions, self.size.channels)
         self.state_size = (int(config.conv_kernel) - 1) * self.size.mixed + math.prod(self._kept)
 
     @staticmethod
@@ -58,13 +65,24 @@ class Mamba2(Mixer):
 
     def native(self) -> dict[str, Any]:
         """As `Mixer.native`."""
-        return super().native() | {
-            "dt_bias": padded(self.dt_bias),
-            "skip": padded(self.skip),
-            "A": padded(self.a / math.log(2)),
-            "gated_norm": self.gated_norm,
-            "keeps": self.keeps.to(torch.uint8),
-        }
+        projections = {}
+        if self.B_projection is not None and self.C_projection is not None:
+            projections = {
+                "directions": self._kept[1],
+                "B_projection": _by_state(self.B_projection),
+                "C_projection": _by_state(self.C_projection),
+            }
+        return (
+            super().native()
+            | projections
+            | {
+                "dt_bias": padded(self.dt_bias),
+                "skip": padded(self.skip),
+                "A": padded(self.a / math.log(2)),
+                "gated_norm": self.gated_norm,
+                "keeps": self.keeps.to(torch.uint8),
+            }
+        )
 
     def read(self, x: Tensor, state: Tensor) -> Tensor:
         """As `Mixer.read`."""
@@ -76,11 +94,19 @@ class Mamba2(Mixer):
         u, b, c = (part[None] for part in mixed.split(widths, dim=-1))
         u = u.unflatten(-1, (size.heads, size.channels))
         b, c = (part.unflatten(-1, (size.groups, size.states)) for part in (b, c))
+        if self.B_projection is not None and self.C_projection is not None:
+            b = torch.einsum("wtgn,grn->wtgr", b, self.B_projection)
+            c = torch.einsum("wtgn,grn->wtgr", c, self.C_projection)
         kept = scan.view(self._kept)
-        start = torch.zeros(1, size.heads, size.channels, size.states)
+        start = torch.zeros(1, size.heads, size.channels, self._kept[1])
         start[0, self.keeps] = kept.mT
         y, last = kernels.ssd_scan(u, delta[None], self.a, b, c, self.skip, start)
         kept.copy_(last[0, self.keeps].mT)
         gated = (y[0].flatten(-2) * F.silu(z)).unflatten(-1, (size.groups, -1))
         y = F.rms_norm(gated, gated.shape[-1:], None, self._epsilon).flatten(-2) * self.gated_norm
         return self.out_proj.linear(y, self.out_bias)
+
+
+def _by_state(projection: Tensor) -> Tensor:
+    """(G, r, N) -> (G N padded r) values, those of a state side by side, as the decoder reads them."""
+    return F.pad(projection.mT, (0, -projection.shape[1] % LANES)).flatten()

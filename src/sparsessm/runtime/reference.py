@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparsessm.architectures import projected
 from sparsessm.kernels import reference as kernels
 from sparsessm.runtime.base import (
     fingerprint,
@@ -34,7 +35,8 @@ class ReferenceEngine:
     """A model in float32, one sequence at a time.
 
     The state of a sequence holds, layer after layer, the last K - 1 inputs of the convolution (K-1, D) and
-    the state of the scan (D, N); of Mamba-2 (K-1, D + 2GN) and (H, P, N).
+    the state of the scan (D, N); of Mamba-2 (K-1, D + 2GN) and (H, P, N), or (H, P, r) where B and C are
+    projected (architectures/projected.py).
     """
 
     def __init__(self, config: Any, weights: Mapping[str, Tensor]) -> None:
@@ -49,7 +51,9 @@ class ReferenceEngine:
             ValueError: as `refuse_unsupported`; a tensor that is missing or of a wrong shape.
         """
         refuse_unsupported(config)
-        shapes = expected_shapes(config)
+        given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+        directions = projected.directions_in(given, config)
+        shapes = expected_shapes(config, directions)
         if missing := [name for name in shapes if name not in weights]:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise ValueError(f"the weights have no {missing[0]}{more}")
@@ -62,9 +66,10 @@ class ReferenceEngine:
         self._layers, self._dual = int(config.num_hidden_layers), model_type(config) == "mamba2"
         self._a = [-torch.exp(self._of(layer, "mixer.A_log")) for layer in range(self._layers)]
         inner, self._mixed = _channels(config)
-        self._sizes = (self._past * self._mixed, inner * int(config.state_size))
+        states = [directions.get(layer, int(config.state_size)) for layer in range(self._layers)]
+        self._sizes = [size for n in states for size in (self._past * self._mixed, inner * n)]
         self.vocabulary = int(config.vocab_size)
-        self.state_size = self._layers * sum(self._sizes)
+        self.state_size = sum(self._sizes)
         self.layout = fingerprint(config, self._weights, ORDER2 if self._dual else ORDER)
 
     def _of(self, layer: int, name: str) -> Tensor:
@@ -107,8 +112,8 @@ class ReferenceEngine:
         """(L,) tokens -> (L, d_model) after the last layer; the state (state_size,) is advanced."""
         hidden = F.embedding(tokens, self._weights["backbone.embeddings.weight"])
         mixer = self._mamba2 if self._dual else self._mamba1
-        for layer, carried in enumerate(state.view(self._layers, -1)):
-            conv, scan = carried.split(self._sizes)
+        parts = state.split(self._sizes)
+        for layer, (conv, scan) in enumerate(zip(parts[::2], parts[1::2], strict=True)):
             x = self._norm(hidden, self._of(layer, "norm.weight"))
             hidden = hidden + mixer(layer, x, conv.view(self._past, self._mixed), scan)
         return hidden
@@ -138,8 +143,12 @@ class ReferenceEngine:
         u = u.unflatten(-1, (size.heads, size.channels))  # (L, H, P)
         shared = size.heads // size.groups
         b, c = (t.unflatten(-1, (size.groups, -1)).repeat_interleave(shared, 1) for t in (b, c))  # (L, H, N)
+        if f"backbone.layers.{layer}.mixer.B_projection" in self._weights:
+            maps = (self._of(layer, f"mixer.{name}") for name in projected.MATRICES)  # (G, r, N) each
+            maps = (each.repeat_interleave(shared, 0) for each in maps)
+            b, c = ((each @ part[..., None])[..., 0] for each, part in zip(maps, (b, c), strict=True))
         delta = F.softplus(step + self._of(layer, "mixer.dt_bias")).clamp(*limits(self._config))  # (L, H)
-        h, rows = scan.view(size.heads, size.channels, size.states), []
+        h, rows = scan.view(size.heads, size.channels, -1), []
         for t in range(len(x)):
             decay = torch.exp(delta[t] * a)[:, None, None]
             h.copy_(decay * h + (delta[t, :, None] * u[t])[:, :, None] * b[t, :, None])
@@ -168,25 +177,27 @@ class ReferenceEngine:
         return F.linear(self._norm(hidden, self._weights["backbone.norm_f.weight"]), self._head)
 
 
-def expected_shapes(config: Any) -> dict[str, tuple[int, ...]]:
+def expected_shapes(config: Any, directions: Mapping[int, int] | None = None) -> dict[str, tuple[int, ...]]:
     """Every tensor of a model of this configuration, by its stock name, and its shape.
 
     Args:
-        config: as `ReferenceEngine` takes it.
+        config: as `ReferenceEngine` takes it. directions: layer -> r, where B and C are projected.
     """
     model, rows, (inner, mixed) = int(config.hidden_size), int(config.vocab_size), _channels(config)
     dual = model_type(config) == "mamba2"
     mixer = _heads(config) if dual else _selection(config)
-    projected = mixer["in_proj.weight"][0]
     mixer |= {"conv1d.weight": (mixed, 1, int(config.conv_kernel)), "out_proj.weight": (model, inner)}
     if config.use_conv_bias:
         mixer["conv1d.bias"] = (mixed,)
     if config.use_bias:
-        mixer |= {"in_proj.bias": (projected,), "out_proj.bias": (model,)}
+        mixer |= {"in_proj.bias": mixer["in_proj.weight"][:1], "out_proj.bias": (model,)}
     shapes: dict[str, tuple[int, ...]] = {"backbone.embeddings.weight": (rows, model)}
     for layer in range(int(config.num_hidden_layers)):
         shapes[f"backbone.layers.{layer}.norm.weight"] = (model,)
         shapes |= {f"backbone.layers.{layer}.mixer.{name}": shape for name, shape in mixer.items()}
+    for layer, count in (directions or {}).items():
+        maps = int(config.n_groups), count, int(config.state_size)
+        shapes |= {f"backbone.layers.{layer}.mixer.{name}": maps for name in projected.MATRICES}
     shapes["backbone.norm_f.weight"] = (model,)
     if not config.tie_word_embeddings:
         shapes["lm_head.weight"] = (rows, model)
