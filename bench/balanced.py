@@ -1,12 +1,14 @@
-"""What a stock checkpoint of Mamba-2 loses by keeping some of the states instead of the best directions.
+"""What a stock Mamba-2 loses by keeping states instead of the best directions, and as many in every layer.
 
     python bench/balanced.py
 
 With one decay a head any change of basis of the states commutes with the scan, so the best r directions
-(balanced truncation, docs/structured.md) could replace the N states, if B and C did not come out of a
-convolution and a SiLU. Here both are computed in memory, with nothing else repaired, and held-out perplexity
-is measured: coordinates chosen by GHOST and by `exact`, those with mixed readouts (no stock weights either),
-and the balanced projection. Options: --model, --samples, --windows, --json FILE.
+(balanced truncation, docs/structured.md) can replace the N states, but not in stock weights: B and C come out
+of a convolution and a SiLU, and the number of states is one for all layers. Here all is computed in memory,
+with nothing else repaired, and held-out perplexity is measured: coordinates chosen by GHOST and by `exact`,
+those with mixed readouts (no stock weights either), and the balanced projection; each with the same number in
+every layer, and with the numbers that method `balanced` gives them. Options: --model, --samples, --windows,
+--json FILE.
 """
 
 from __future__ import annotations
@@ -29,28 +31,14 @@ from sparsessm.architectures.stack import StackBlock
 from sparsessm.calibrate import Stop, slab_width
 from sparsessm.data import evaluation_windows
 from sparsessm.evaluation import difference, perplexity
+from sparsessm.methods.balanced import balanced_truncation, energies
 from sparsessm.methods.exact import elimination_scores
 from sparsessm.observers import StateMoments, StateSums
+from sparsessm.projection import allot
 from sparsessm.recipe import Recipe
 
 SHARES = (0.25, 0.5, 0.75)
 Maps = list[tuple[Tensor, Tensor]]  # of each layer T_b and T_c, (G, N, r)
-
-
-def root(matrix: Tensor, power: float) -> Tensor:
-    """A power of symmetric positive semidefinite matrices, of what is not numerically zero."""
-    values, vectors = torch.linalg.eigh(matrix)
-    floor = 1e-10 * values.max(-1, keepdim=True).values
-    powers = torch.where(values > floor, values.clamp(min=1e-300) ** power, 0.0)
-    return vectors @ (powers[..., None] * vectors.mT)
-
-
-def balanced(sums: StateSums, r: int) -> tuple[Tensor, Tensor]:
-    p, q = root(sums.states, 0.5), root(sums.readouts, 0.5)
-    u, s, vh = torch.linalg.svd(p @ q)
-    scale = s[..., None, :r].sqrt()
-    t_b = root(sums.states, -0.5) @ u[..., :r] * scale
-    return t_b, root(sums.readouts, -0.5) @ vh.mT[..., :r] * scale
 
 
 def coordinates(sums: StateSums, r: int, by: str) -> Tensor:
@@ -79,7 +67,7 @@ KINDS = {
     "GHOST's states": lambda sums, r: kept(sums, r, "ghost", False),
     "exact's states": lambda sums, r: kept(sums, r, "exact", False),
     "exact's states, readouts mixed": lambda sums, r: kept(sums, r, "exact", True),
-    "balanced projection": balanced,
+    "balanced projection": lambda sums, r: tuple(part.mT for part in balanced_truncation(sums, r)),
 }
 
 
@@ -135,17 +123,20 @@ def main() -> None:
     )
     print("|---|" + "---|" * len(SHARES), flush=True)
     record: dict[str, Any] = {"cpu": cpu(), "model": options.model, "dense": dense.perplexity, "runs": {}}
+    shared = [energies(layer) for layer in sums]
     for name, kind in KINDS.items():
-        cells = []
-        for share in SHARES:
-            maps = [
-                tuple(part.float() for part in kind(layer, round(states * (1 - share)))) for layer in sums
-            ]
-            with projected(maps):  # type: ignore[arg-type]
-                change = difference(dense, perplexity(checkpoint.model, *text))
-            cells.append(f"{100 * change.mean:+.2f}")
-            record["runs"][f"{name}, {share}"] = change.mean
-        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+        for where in ("", ", by layer"):
+            cells = []
+            for share in SHARES:
+                mean = round(states * (1 - share))
+                counts = allot(shared, mean) if where else [mean] * len(sums)
+                pairs = zip(sums, counts, strict=True)
+                maps = [tuple(part.float() for part in kind(layer, count)) for layer, count in pairs]
+                with projected(maps):  # type: ignore[arg-type]
+                    change = difference(dense, perplexity(checkpoint.model, *text))
+                cells.append(f"{100 * change.mean:+.2f}")
+                record["runs"][f"{name}{where}, {share}"] = change.mean
+            print(f"| {name}{where} | {' | '.join(cells)} |", flush=True)
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(record, indent=1) + "\n")
 

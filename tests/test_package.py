@@ -31,6 +31,7 @@ FLOORS = {
         "inventory",
         "mixture",
         "pipeline",
+        "projection",
         "shrinking",
         "structure",
         "trials",

@@ -347,7 +347,15 @@ def test_magnitude_is_a_norm_in_float64() -> None:
 
 
 def test_the_table_says_what_each_selection_is_for() -> None:
-    assert list(SELECTIONS) == ["random", "magnitude", "sparsessm-vote", "ghost", "cosine", "exact"]
+    assert list(SELECTIONS) == [
+        "random",
+        "magnitude",
+        "sparsessm-vote",
+        "ghost",
+        "cosine",
+        "balanced",
+        "exact",
+    ]
     for name, row in SELECTIONS.items():
         assert row.name == name and set(row.looks) <= set(row.axes)
         assert row.score is not None or row.axes == ("block",)

@@ -8,7 +8,7 @@ of one block, however many layers there are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sparsessm.architectures import Architecture, Block, SharedTarget, Tap, Target
+from sparsessm.architectures.experts import abreast
 from sparsessm.observers import InputGram, Moments
 
 Progress = Callable[[str, int, int], None]
@@ -24,6 +25,9 @@ Progress = Callable[[str, int, int], None]
 ROWS = 2048
 # Most tokens a slab, where windows are few: bounds the (T, D, N) sums of the methods that look at every step.
 LONGEST = 128
+# Bytes of Hessians that one pass over experts may sum up: those of 64 matrices with 2048 inputs (of 32 if
+# paired); a matrix with 14336 inputs takes a pass of its own.
+HELD = 2 << 30
 
 
 @dataclass
@@ -32,8 +36,8 @@ class Stop:
 
     With a second stream, `dense` is the block with its weights of before and `dense_hidden` what the dense
     blocks before it produce: observers that are `paired` see the inputs in both models. The pass that looks
-    at the block's last target takes the dense windows through the whole block, so that target can be looked
-    at once.
+    at the block's last target in both models takes the dense windows through the whole block, so that target
+    can be looked at once.
     """
 
     block: Block
@@ -82,7 +86,7 @@ class Stop:
         width = slab_width(windows, length)
         pairs = {kind: Pair(tap) for kind, tap in taps.items() if getattr(tap, "paired", False)}
         recorders = {kind: pair.dense for kind, pair in pairs.items()}
-        dense_until = None if until == self.block.targets[-1].kind else until
+        dense_until = None if until in pairs and until == self.block.targets[-1].kind else until
         both = (pairs or until is None) and not self._dense_is_through
         state = dense_state = None
         with torch.inference_mode():
@@ -152,6 +156,31 @@ def _matrix(block: Block, kind: str) -> Tensor:
 def slab_width(windows: int, length: int) -> int:
     """Tokens a slab."""
     return max(1, min(length, LONGEST, ROWS // windows))
+
+
+def together(targets: Sequence[Target], watch: Callable[[Target], Any | None]) -> Iterator[list[Target]]:
+    """The targets of a block in the order of the data, in parts that one pass can look at.
+
+    That is many only of experts, whose Hessians are then held together, up to `HELD` bytes of them.
+
+    Args:
+        watch: target -> its observer, or None to leave it out.
+    """
+    for part in abreast(targets):
+        some, held = [part[0]], _size(part[0], watch)
+        for target in part[1:]:
+            size = _size(target, watch)
+            if held + size > HELD:
+                yield some
+                some, held = [], 0
+            some, held = [*some, target], held + size
+        yield some
+
+
+def _size(target: Target, watch: Callable[[Target], Any | None]) -> int:
+    """Bytes of the Hessians that an expert's observer will hold; what others keep is next to nothing."""
+    observer = watch(target) if target.routed else None
+    return 8 * target.matrix.shape[1] ** 2 * (1 + observer.paired) if isinstance(observer, InputGram) else 0
 
 
 def survey(

@@ -98,7 +98,7 @@ def preview_units(order: Order, architecture: Architecture) -> dict[str, Any]:
     }
     total = sum(parameter.numel() for parameter in architecture.model.parameters())
     gone = saved(architecture, order.sizes) if order.sizes else None
-    if any(order.selections[axis].project for axis in order.sizes):  # nothing is cut, projections are added
+    if any(order.selections[axis].projects for axis in order.sizes):  # nothing is cut, projections are added
         axes_ = [a for block in architecture.blocks for a in block.axes if a.name == "state"]
         gone = -sum(2 * a.size * order.sizes["state"] for a in axes_)
     counts = {"now": total, "after": None if gone is None else total - gone}

@@ -18,7 +18,7 @@ from torch import Tensor
 from sparsessm import allocation, curvature, shrinking
 from sparsessm import plan as plans
 from sparsessm.architectures import Architecture, SharedTarget, Target, seen_by_all_uses
-from sparsessm.calibrate import Progress, Stop, slab_width, survey, walk
+from sparsessm.calibrate import Progress, Stop, slab_width, survey, together, walk
 from sparsessm.compensate import dense_target, output_error, refit, sweep
 from sparsessm.data import fingerprint
 from sparsessm.hessian import Factor, factorise
@@ -29,8 +29,8 @@ from sparsessm.recipe import Recipe
 from sparsessm.report import Report, Row
 from sparsessm.units import Order, is_structured
 
-# Looks at a target of the walk: observer in, what it saw out; None stands for "no data needed".
-Look = Callable[[Any], Any]
+# Looks at a target of the walk: what the observer of its method saw.
+Look = Callable[[Target], Any]
 Rules = Mapping[str, Rule]
 
 COST_TOKENS = 16_384  # of the calibration windows that the backward pass looks at
@@ -69,7 +69,7 @@ def prune(
         with _naming(target):
             rows.append(_prune(target, rules[target.name], look))
     order = list(rules)
-    rows.sort(key=lambda row: order.index(row.target))  # a tied head was pruned first
+    rows.sort(key=lambda row: order.index(row.target))  # a tied head was first, experts took turns
     seconds = time.perf_counter() - began
     sha256 = fingerprint(tokens) if tokens is not None and needs_data(plan) else ""
     return Report(recipe.model_dump(), rows, sha256, seconds)
@@ -98,7 +98,7 @@ def _naming(target: Target) -> Iterator[None]:
 def _prune(target: Target, rule: Rule, look: Look) -> Row:
     """Prune one target: the four stages."""
     # 1 calibrate; what was seen is handed over, not kept: a float64 Hessian is large
-    seen = look(rule.method.watch(target.matrix, rule)) if rule.method.watch else None
+    seen = look(target) if rule.method.watch else None
     tokens = seen.tokens if target.routed and isinstance(seen, Moments) else None
     if starved(target, seen):
         rule, seen = replace(rule, method=METHODS["magnitude"], repair="none", weight="none", cost=None), None
@@ -184,11 +184,16 @@ def _visit(
     architecture: Architecture, rules: Rules, tokens: Tensor | None, progress: Progress | None
 ) -> Iterator[tuple[Target, Look]]:
     """The targets in the order of the data, each with a way to look at it."""
+
+    def watch(target: Target) -> Any | None:
+        rule = rules.get(target.name)
+        return rule.method.watch(target.matrix, rule) if rule and rule.method.watch else None
+
     watched = {name for name, rule in rules.items() if rule.method.watch}
     if not watched or tokens is None:
         for target in architecture.targets:
             if target.name in rules:
-                yield target, lambda observer: None
+                yield target, lambda target: None
         return
     head = [target for target in architecture.tail.targets if target.name in rules]
     behind = not architecture.tied and any(target.name in watched for target in head)
@@ -196,23 +201,36 @@ def _visit(
         hidden = architecture.embed(tokens)
     if architecture.tied and head:
         # The head is the embedding too: pruned before anything sees its rows, on the dense model's states.
-        yield head[0], lambda observer: _behind_the_layers(architecture, head[0], observer, tokens, progress)
+        yield head[0], lambda head: _behind_the_layers(architecture, head, watch(head), tokens, progress)
     dense = any(rule.repair == "dense-target" for rule in rules.values())
-    looks = sum(target.name in watched for block in architecture.blocks for target in block.targets)
+    parts = (part for block in architecture.blocks for part in together(block.targets, watch))
+    # looks at what blocks share are not counted by `Stop`
+    looks = sum(any(t.name in watched and not isinstance(t, SharedTarget) for t in part) for part in parts)
     passes = 1 + looks / len(architecture.blocks)
     for stop in walk(architecture, tokens, passes, progress, dense=hidden if dense else None, tail=behind):
-        for target in stop.block.targets:
-            if target.name in rules:
-                yield target, _looking(architecture, stop, target)
+        for part in together(stop.block.targets, watch):
+            look = _looking(architecture, stop, part, watch)
+            yield from ((target, look) for target in part if target.name in rules)
     if not architecture.tied and not behind:
-        yield from ((target, lambda observer: None) for target in head)
+        yield from ((target, lambda target: None) for target in head)
 
 
-def _looking(architecture: Architecture, stop: Stop, target: Target) -> Look:
-    if isinstance(target, SharedTarget):
-        width = slab_width(*stop.hidden.shape[:2])
-        return lambda observer: seen_by_all_uses(architecture, target, observer, stop.hidden, width)
-    return lambda observer: stop.seen(target, observer)
+def _looking(architecture: Architecture, stop: Stop, part: Sequence[Target], watch: Look) -> Look:
+    """How to look at the targets of one part of a block; at experts, one pass for all has looked already."""
+    experts = {t.kind: observer for t in part if t.routed and (observer := watch(t)) is not None}
+    if experts:
+        stop.run(experts, until=list(experts)[-1])
+
+    def look(target: Target) -> Any:
+        if target.routed:
+            return experts.pop(target.kind).result()  # handed over, not kept
+        observer = watch(target)
+        if isinstance(target, SharedTarget):
+            width = slab_width(*stop.hidden.shape[:2])
+            return seen_by_all_uses(architecture, target, observer, stop.hidden, width)
+        return stop.seen(target, observer)
+
+    return look
 
 
 def _behind_the_layers(

@@ -169,11 +169,9 @@ class Report:
     def honesty(self) -> str:
         """The sentence about bytes and speed that belongs under every result."""
         if self.projected:
-            more = self.parameters["pruned"] - self.parameters["dense"]
             return (
-                f"{self.shape['state']} directions a group in place of its states: the state of a sequence is "
-                f"smaller, the model has {more:,} parameters more. No stock code has a place for them: the "
-                "directory is packed and runs in sparsessm alone (generate, eval, bench)."
+                f"{percent(self.totals['state']['sparsity'])} of the state is gone: layers keep directions "
+                "that matter. Stock code has no place for them: the directory is packed, for sparsessm alone."
             )
         if self.parameters:
             dense, pruned = self.parameters["dense"], self.parameters["pruned"]

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sparsessm import mixture, structure
+from sparsessm import mixture, projection, structure
 from sparsessm.architectures import Architecture
 from sparsessm.calibrate import Progress
 from sparsessm.data import fingerprint
@@ -37,7 +37,11 @@ def run(
     if wanted.share is not None:
         assert tokens is not None
         wanted, trials = mixture.find(architecture, wanted, tokens, progress)
-    rows = structure.shrink(architecture, wanted, tokens, progress)
+    if any(selection.projects for selection in wanted.selections.values()):
+        assert tokens is not None
+        rows = projection.project(architecture, wanted, tokens, progress)
+    else:
+        rows = structure.shrink(architecture, wanted, tokens, progress)
     sha256 = fingerprint(tokens) if tokens is not None and wanted.looks else ""
     report = Report(recipe.model_dump(), rows, sha256, time.perf_counter() - began)
     report.parameters = {"dense": dense, "pruned": _parameters(architecture)}

@@ -3,8 +3,8 @@
 Beside `pipeline.py`, which removes single entries. Blocks are chosen first, on the dense model; then the
 walk goes through the layers as usual, each seeing what the shrunken layers before it produce: 1 look,
 2 score, 3 keep the same number in every layer, cut every tensor that shares the axis, 4 repair what is left
-by least squares so that it restores the dense model's outputs. Method `balanced` projects states instead of
-choosing among them. Who gives how much, where the recipe names no axis, finds `mixture.py`.
+by least squares so that it restores the dense model's outputs. Who gives
+how much, where the recipe names no axis, finds `mixture.py`.
 """
 
 from __future__ import annotations
@@ -90,8 +90,7 @@ def shrink(
                 raise ValueError(f"{stop.block.name}: {error}") from None
     for index in sorted(gone, reverse=True):
         architecture.drop(index)
-    smaller = [axis for axis in inner if order.selections[axis].project is None]
-    architecture.settle(architecture.fields({axis: order.sizes[axis] for axis in smaller}))
+    architecture.settle(architecture.fields({axis: order.sizes[axis] for axis in inner}))
     return rows
 
 
@@ -105,7 +104,6 @@ def _row(
     repair: str = "none",
     weight: str = "none",
     repaired: Iterable[str] = (),
-    removed: str = "cut",
 ) -> Row:
     return Row(
         target=target,
@@ -113,7 +111,7 @@ def _row(
         family=axis,
         method=method,
         pattern=f"structured:{axis}",
-        removed=removed,
+        removed="cut",
         total=total,
         pruned=pruned,
         repair=repair,
@@ -171,12 +169,6 @@ def _shrink_block(
         units = _look(stop, axis, axes, removing, order, costs)
         selection = order.selections[axis]
         name, counts = f"{stop.block.name}.{axis}", (sum(a.size for a in axes), removing * len(axes))
-        if selection.project is not None:
-            assert units.states is not None
-            maps = selection.project(units.states, order.sizes[axis])
-            stop.block = architecture.project(stop.block, *maps)
-            rows.append(_row(name, stop.block.index, axis, selection.name, *counts, removed="projected"))
-            continue
         assert selection.score is not None
         values = selection.score(units)
         if any(value.isnan().any() for value in values):

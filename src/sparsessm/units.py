@@ -95,7 +95,7 @@ def order(recipe: Recipe, architecture: Architecture) -> Order:
         raise ValueError(
             f"method {method.name!r} needs states with a decay of their own, as Mamba-1 has them"
         )
-    if method.project is not None and not architecture.projects:
+    if method.projects and not architecture.projects:
         kind = type(architecture).__name__
         raise ValueError(
             f"method {method.name!r} projects the states of Mamba-2 models, once; this is a {kind}"

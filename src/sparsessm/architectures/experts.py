@@ -6,7 +6,7 @@ at an expert; while somebody does, here, one after the other, on the tokens that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -54,6 +54,16 @@ def targets(
                 module_class=type(experts).__name__,
             ),
         )
+
+
+def abreast(targets: Sequence[Target]) -> list[list[Target]]:
+    """The targets of a block in the order of the data, those together of which none sees another's outputs:
+    all experts' first matrices, then all their second ones; of the others each alone."""
+    found: dict[str, list[Target]] = {}
+    for target in targets:
+        kind = target.kind.rpartition(".")[0] if target.routed else target.kind
+        found.setdefault(kind, []).append(target)
+    return list(found.values())
 
 
 def run(experts: Any, hidden: Tensor, index: Tensor, weights: Tensor, fed: Fed, made: Made) -> Tensor:

@@ -59,6 +59,8 @@ def attach(model: Any, directions: Mapping[int, int]) -> None:
         model: `Mamba2ForCausalLM`, also without memory for its weights.
         directions: layer -> r.
     """
+    if not directions:
+        return
     layers = model.backbone.layers
     for index, count in directions.items():
         stock = layers[index].mixer
@@ -68,8 +70,8 @@ def attach(model: Any, directions: Mapping[int, int]) -> None:
         assert set(missing) == set(MATRICES)
         mixer.requires_grad_(stock.A_log.requires_grad).train(stock.training)
         layers[index].mixer = mixer
-    if directions:  # what a stock model fills by itself is what these mixers refuse
-        model.config.use_cache = model.backbone.config.use_cache = False
+    # What a stock model fills by itself is what these mixers refuse.
+    model.config.use_cache = model.backbone.config.use_cache = False
 
 
 def directions_of(model: Any) -> dict[int, int]:

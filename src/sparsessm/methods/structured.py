@@ -17,7 +17,6 @@ from sparsessm.hessian import factorise
 from sparsessm.methods.exact import elimination_scores
 from sparsessm.observers import Moments, StateSums
 
-RANK = 1e-10  # of the largest eigenvalue: what is below it is zero
 ROUNDS = 512  # steps in which `exact` takes channels out, at most: more at once where there are more
 
 
@@ -67,7 +66,7 @@ class Selection:
         name, paper, summary: as of a `Method`. axes: those it applies to.
         looks: what it needs to see: "states", "votes", "inputs", "loss", "change", or nothing ("").
         score: units -> scores of each axis; the smallest are removed. None: the loop asks the model (blocks).
-        project: instead of a choice: sums over the states and r -> projections of B and C (G, r, N).
+        projects: it does not choose, it projects the states (projection.py).
     """
 
     name: str
@@ -76,7 +75,7 @@ class Selection:
     axes: tuple[str, ...]
     looks: Mapping[str, str]
     score: Callable[[Units], Sequence[Tensor]] | None = None
-    project: Callable[[StateSums, int], tuple[Tensor, Tensor]] | None = None
+    projects: bool = False
 
 
 def _random(units: Units) -> Sequence[Tensor]:
@@ -195,32 +194,6 @@ def _costs(weight: Tensor, inverse: Tensor, columns: Tensor) -> Tensor:
     return (parts.mT * torch.linalg.solve(blocks, parts.mT)).sum((1, 2))
 
 
-def balanced_truncation(sums: StateSums, r: int) -> tuple[Tensor, Tensor]:
-    """The r directions of the state that matter most for the output, and no others (Moore 1981).
-
-    With P = E[sum_d w_d h_d h_d'] and Q = E[C C'] of a group and P^1/2 Q^1/2 = U S V', B' is
-    S_r^1/2 U_r' P^-1/2 B and C' is S_r^1/2 V_r' Q^-1/2 C. With one decay for all states that commutes with
-    the recurrence.
-
-    Returns:
-        (G, r, N) float64 projections of B and of C.
-    """
-    p, q = (_powers(matrix) for matrix in (sums.states, sums.readouts))
-    u, s, vh = torch.linalg.svd(p[0] @ q[0])
-    scale = s[..., :r, None].sqrt()
-    return scale * (u.mT[..., :r, :] @ p[1]), scale * (vh[..., :r, :] @ q[1])
-
-
-def _powers(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Root and inverse root of symmetric positive semidefinite matrices, of what is not numerically zero."""
-    values, vectors = torch.linalg.eigh(matrix)
-    there = values > RANK * values.max(-1, keepdim=True).values
-    roots = values.clamp(min=torch.finfo(values.dtype).tiny).sqrt()
-    both = (torch.where(there, powers, 0.0) for powers in (roots, 1 / roots))
-    root, inverse = (vectors @ (powers[..., None] * vectors.mT) for powers in both)
-    return root, inverse
-
-
 random = Selection(
     "random", "baseline", "units drawn at random", ("state", "channel", "head", "block"), {}, _random
 )
@@ -261,7 +234,7 @@ balanced = Selection(
     "Mamba-2: the best directions instead of states, for our runtime only",
     ("state",),
     {"state": "states"},
-    project=balanced_truncation,
+    projects=True,
 )
 exact = Selection(
     "exact",
