@@ -2,7 +2,7 @@
 
     python bench/runtime.py --shape 130m --threads 1 --dtype bf16 fp32 int8 --head same int8 --json FILE
     python bench/runtime.py --shape 130m --shrink state=8 channel=768 --batches 1 16
-    python bench/runtime.py --shape mamba2-130m --shrink state=64 head=12 --batches 1 16
+    python bench/runtime.py --shape mamba2-130m --shrink state=64 head=12 direction=32 --batches 1 16
 
 Both engines run in turn, round by round (`runtime/timing.py`); printed are medians of the rounds, and the
 median of their ratios with first and third quartile. "of the bytes" is that ratio divided by how many times
@@ -13,8 +13,9 @@ Shares that are removed are those of a real run at 50 % (`--shares uniform`: hal
 little in the first layers and much in the last. The dense model keeps all of its states, and its head in the
 same precision unless `--dense-head same` leaves it in that of its other matrices. With --shrink there are no
 zeros: what is compared with the dense model is a dense one of fewer states, channels (of Mamba-2: of a head)
-or heads. Options: --shape, --shrink AXIS=SIZE..., --layers N (fewer than the shape has), --threads N (default
-1), --dtype (default bf16), --head (default same), --rounds N (default 9), --batches (default 1 4 8 16),
+or heads, or one whose states are projected (direction). Options: --shape, --shrink AXIS=SIZE..., --layers N
+(fewer than the shape has), --threads N (default 1), --dtype (default bf16), --head (default same), --rounds N
+(default 9), --batches (default 1 4 8 16),
 --prompt N (default 512), --shares real|uniform, --json FILE.
 """
 
@@ -50,7 +51,7 @@ SHAPES2 = {
 VOCABULARY, STATES, TAPS = 50280, 16, 4
 VOCABULARY2, STATES2, HEAD, GROUPS = 50288, 128, 64, 1  # of Mamba-2; HEAD: channels of one
 AXES = {"state": "state_size", "channel": "intermediate_size", "head": "num_heads"}
-AXES2 = AXES | {"channel": "head_dim"}
+AXES2 = AXES | {"channel": "head_dim", "direction": "directions"}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.bfloat16}  # of what is not int8 then
 SHARES = {"in_proj": 0.529, "x_proj": 0.569, "dt_proj": 0.498, "out_proj": 0.430}
 QUANTISED = ("in_proj", "x_proj", "out_proj")  # as `sparsessm pack --dtype int8`
@@ -143,6 +144,9 @@ def mamba2_tensors(config: SimpleNamespace, normal: Callable[..., Tensor]) -> It
     yield "dt_bias", normal(size.heads, scale=1.0) - 4
     yield "norm.weight", torch.ones(size.inner)
     yield "D", torch.ones(size.heads)
+    if directions := getattr(config, "directions", None):  # architectures/projected.py
+        for name in ("B_projection", "C_projection"):
+            yield name, normal(size.groups, directions, size.states, scale=size.states**-0.5)
 
 
 def encoded(
@@ -234,8 +238,8 @@ def rows(found: Measurement) -> dict[str, Any]:
 def axis(text: str) -> str:
     """An argument of --shrink, checked."""
     name, _, size = text.partition("=")
-    if name not in AXES or not size.isdigit() or int(size) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}; allowed: {', '.join(AXES)}, each with =SIZE")
+    if name not in AXES2 or not size.isdigit() or int(size) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; allowed: {', '.join(AXES2)}, each with =SIZE")
     return text
 
 

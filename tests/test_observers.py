@@ -384,13 +384,16 @@ def test_the_sums_say_what_removing_states_costs() -> None:
     assert float(cost) == pytest.approx(float((before - after).square().sum()), rel=1e-6)
 
 
-@pytest.mark.parametrize(("every", "longest"), [(1, 128), (3, 6), (16, 128)])
+@pytest.mark.parametrize(
+    ("every", "longest", "together"), [(1, 128, 256), (3, 6, 256), (16, 128, 256), (1, 5, 13), (3, 6, 1)]
+)
 @pytest.mark.parametrize("weighted", [False, True])
 def test_moments_of_pairs_by_an_explicit_loop(
-    every: int, longest: int, weighted: bool, monkeypatch: pytest.MonkeyPatch
+    every: int, longest: int, together: int, weighted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """States with the decay of one and the input of another, by their recurrence."""
+    """States with the decay of one and the input of another, by their recurrence; some summed at the end."""
     monkeypatch.setattr(calibrate, "LONGEST", longest)
+    monkeypatch.setattr(PairMoments, "TOGETHER", together)
     model = pico_mamba(num_hidden_layers=1, state_size=4, time_step_rank=3).double()
     layer = model.backbone.layers[0]
     decays, inputs = torch.tensor([0, 0, 2, 2, 1, 3, 3]), torch.tensor([0, 1, 2, 0, 1, 3, 1])

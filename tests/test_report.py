@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from sparsessm.card import card
+from sparsessm.inventory import contents
 from sparsessm.recipe import Recipe
 from sparsessm.report import (
     Report,
     Row,
     checked,
-    contents,
     finite,
     kind_of,
     number,

@@ -176,8 +176,8 @@ def follow(
     Raises:
         ValueError: activations that are not finite.
     """
-    from sparsessm.architectures import adapt
-    from sparsessm.report import contents
+    from sparsessm.architectures import adapt, projected
+    from sparsessm.inventory import contents
 
     from . import pipeline
 
@@ -186,7 +186,7 @@ def follow(
     architecture = adapt(checkpoint.model, checkpoint.stored)
     report = pipeline.prune(architecture, recipe, tokens, progress)
     checkpoint.stored = dict(architecture.stored)  # a layer that has gone takes its tensors with it
-    report.pruned_before = before
+    report.pruned_before, report.packed = before, bool(projected.directions_of(checkpoint.model))
     kinds = contents(checkpoint.model.state_dict(), checkpoint.stored)
     report.sizes = {kind: size for kind, (size, _) in kinds.items()}
     return report

@@ -19,7 +19,7 @@ def card(report: Report, source: str, *, base_model: str | None = None, format: 
         base_model: its hub id; None for a model that is not on a hub.
         format: "transformers" or "state-spaces", how the result is stored; packed where it has to be.
     """
-    if report.projected:
+    if report.packed:
         format = "packed"
     front = [
         "---",
@@ -74,7 +74,7 @@ def _removed(report: Report) -> list[str]:
     record = report.record()
     lines = _markdown(*removed_table(record["targets"], record["totals"]))
     if report.parameters:
-        removed = "projected" if report.projected else "cut"
+        removed = report.rows[0].removed
         return [*lines, "", f"A removed unit is gone: {REMOVED_WORDS[removed]}."]
     lines += [
         "",

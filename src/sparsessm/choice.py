@@ -239,6 +239,8 @@ def _fits_units(choice: Choice, pattern: Structured) -> None:
         )
     if choice.repair and parse_repair(choice.repair)[0] == "self":
         raise ValueError(f"repair is {choice.repair!r}; with {given}: none, dense-target[:STRENGTH]")
+    if choice.method and SELECTIONS[choice.method].projects and choice.repair not in (None, "none"):
+        raise ValueError(f"repair has no effect with method {choice.method!r}, which changes no other weight")
     if choice.weight == "norms":
         raise ValueError(f"weight is 'norms'; with {given}: none, fisher")
 

@@ -16,7 +16,8 @@ from sparsessm.methods import Rule
 from sparsessm.mixture import saved
 from sparsessm.patterns import NofM
 from sparsessm.plan import Plan, words
-from sparsessm.report import contents, kind_of, percent, recipe_table, removed_table, targets_table
+from sparsessm.report import kind_of, percent, recipe_table, removed_table, targets_table
+from sparsessm.structure import repairs
 from sparsessm.units import Order, size_of
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def preview_units(order: Order, architecture: Architecture) -> dict[str, Any]:
         axes_ = [a for block in architecture.blocks for a in block.axes if a.name == "state"]
         gone = -sum(2 * a.size * order.sizes["state"] for a in axes_)
     counts = {"now": total, "after": None if gone is None else total - gone}
-    repair = f"dense-target:{order.strength:g}" if order.strength else "none"
+    repair = f"dense-target:{order.strength:g}" if repairs(architecture, order) else "none"
     return {
         "axes": axes,
         "share": order.share,
@@ -153,6 +154,21 @@ def preview_tables(model: str, record: Mapping[str, Any]) -> list[Table]:
         (f"{model}: what would be pruned", ["rule", "targets", *fields, "entries"], rules, 8),
         ("Bytes of tensors", ["", "bytes", "of now"], lines, 1),
     ]
+
+
+def contents(tensors: Mapping[str, Tensor], stored: Mapping[str, dtype]) -> dict[str, tuple[int, set[dtype]]]:
+    """Kind of tensor -> the bytes it takes in the checkpoint and its dtypes there, the largest first.
+
+    Args:
+        tensors: parameters by name, any shape; only their number of elements is read.
+        stored: the dtype of each name in the checkpoint; what it lacks (tied tensors) takes no bytes.
+    """
+    kinds: dict[str, tuple[int, set[dtype]]] = {}
+    for name in stored:
+        size, dtypes = kinds.get(kind_of(name), (0, set()))
+        size += tensors[name].numel() * stored[name].itemsize
+        kinds[kind_of(name)] = size, dtypes | {stored[name]}
+    return dict(sorted(kinds.items(), key=lambda item: -item[1][0]))
 
 
 def inspection(checkpoint: Checkpoint, directory: str, record: dict[str, Any] | None) -> dict[str, Any]:

@@ -258,7 +258,8 @@ class PairMoments:
     def result(self) -> Tensor:
         """(N, N, pairs, pairs) float64: [n, n', p, p'] = sum C_n C_n' sum_d w_d h_dp h_dp'."""
         if self._held:
-            self._add_up()
+            with torch.inference_mode():  # as in the pass, whose tensors cannot change outside of it
+                self._add_up()
         assert self._sum is not None, "nothing was observed"
         states, pairs = self._sizes
         return self._sum.view(states, states, pairs, pairs)

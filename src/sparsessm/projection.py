@@ -20,6 +20,8 @@ from sparsessm.report import Row
 from sparsessm.structure import EVERY, row_costs
 from sparsessm.units import Order
 
+LOOKS = 16  # for each state, at least
+
 
 def project(
     architecture: Architecture, order: Order, tokens: Tensor, progress: Progress | None = None
@@ -67,7 +69,9 @@ def _look(
     """What the states of every layer do in the dense model."""
     with torch.inference_mode():
         hidden = architecture.embed(tokens)
-    every = min(EVERY, slab_width(*tokens.shape))
+    # as many looks as the sums need to have full rank, where there are few tokens
+    enough = max(1, tokens.numel() // (LOOKS * architecture.states))
+    every = min(EVERY, enough, slab_width(*tokens.shape))
     sums = []
     for block in architecture.blocks:
         out_proj = next(target for target in block.targets if target.kind == "out_proj")

@@ -11,13 +11,10 @@ import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .data import DATASETS
 from .hessian import DAMPING
-
-if TYPE_CHECKING:
-    from torch import Tensor, dtype
 
 RECORD_FORMAT = 1
 REMOVED_WORDS = {
@@ -27,6 +24,9 @@ REMOVED_WORDS = {
     "cut": "every tensor that had a place for it got smaller",
     "projected": "the state keeps the best directions, `B_projection` and `C_projection` lead there",
 }
+
+
+PACKED_ONLY = "Stock code has no place for projected states: the directory is packed, for sparsessm alone."
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,7 @@ class Report:
         shape: axis -> units that stayed in every layer, then. trials: what was measured to find how much each
             axis gives, where the recipe left it open (`mixture.Trial`s as plain values).
         pruned_before: the model had been pruned in memory already, so the recipe alone does not repeat it.
+        packed: its states are projected, in this run or before: no stock checkpoint can hold it.
     """
 
     recipe: dict[str, Any]
@@ -108,6 +109,7 @@ class Report:
     shape: dict[str, int] = field(default_factory=dict)
     trials: list[dict[str, Any]] = field(default_factory=list)
     pruned_before: bool = False
+    packed: bool = False
 
     @property
     def totals(self) -> dict[str, dict[str, Any]]:
@@ -161,31 +163,29 @@ class Report:
         }
         return finite(record)
 
-    @property
-    def projected(self) -> bool:
-        """Whether states were projected: the result is no stock model."""
-        return any(row.removed == "projected" for row in self.rows)
-
     def honesty(self) -> str:
         """The sentence about bytes and speed that belongs under every result."""
-        if self.projected:
-            return (
-                f"{percent(self.totals['state']['sparsity'])} of the state is gone: layers keep directions "
-                "that matter. Stock code has no place for them: the directory is packed, for sparsessm alone."
-            )
+        if any(row.removed == "projected" for row in self.rows):
+            gone = percent(self.totals["state"]["sparsity"])
+            return f"{gone} of the state is gone: layers keep directions that matter. {PACKED_ONLY}"
         if self.parameters:
             dense, pruned = self.parameters["dense"], self.parameters["pruned"]
             where = {"state": " a layer", "head": " a group", "channel": "", "block": ""}
             kept = ", ".join(f"{axis} {size}{where[axis]}" for axis, size in self.shape.items())
             return (
                 f"{pruned:,} of {dense:,} parameters are left ({percent(1 - pruned / dense)} gone): {kept}. "
-                "A smaller stock model: every runtime computes less, no sparse kernel is needed."
+            ) + (
+                PACKED_ONLY
+                if self.packed
+                else "A smaller stock model: every runtime computes less, no sparse kernel is needed."
             )
         kinds = [f"`{kind}`" for kind in dict.fromkeys(kind_of(row.target) for row in self.rows)]
         names = " and ".join(filter(None, [", ".join(kinds[:-1]), *kinds[-1:]]))
         share = self.target_share
         verb = "is" if len(kinds) == 1 else "are"
         size = "" if share is None else f"{names} {verb} {100 * share:.2g} % of the bytes of this model. "
+        if self.packed:
+            return f"{size}Removed entries are left out. {PACKED_ONLY}"
         return size + (
             "Removed entries are stored as ordinary values in tensors of the same shape: "
             "zeros or other constants alone make neither the file smaller nor the model faster. "
@@ -352,21 +352,6 @@ def kind_of(parameter: str) -> str:
     parts = parameter.split(".")
     parts = parts[:-1] if parts[-1].isdigit() and len(parts) > 1 else parts
     return parts[-2] if parts[-1] in ("weight", "bias") and len(parts) > 1 else parts[-1]
-
-
-def contents(tensors: Mapping[str, Tensor], stored: Mapping[str, dtype]) -> dict[str, tuple[int, set[dtype]]]:
-    """Kind of tensor -> the bytes it takes in the checkpoint and its dtypes there, the largest first.
-
-    Args:
-        tensors: parameters by name, any shape; only their number of elements is read.
-        stored: the dtype of each name in the checkpoint; what it lacks (tied tensors) takes no bytes.
-    """
-    kinds: dict[str, tuple[int, set[dtype]]] = {}
-    for name in stored:
-        size, dtypes = kinds.get(kind_of(name), (0, set()))
-        size += tensors[name].numel() * stored[name].itemsize
-        kinds[kind_of(name)] = size, dtypes | {stored[name]}
-    return dict(sorted(kinds.items(), key=lambda item: -item[1][0]))
 
 
 def _relative(error: float | None, signal: float | None) -> float | None:

@@ -197,6 +197,15 @@ def _shrink_block(
     return rows
 
 
+def repairs(architecture: Architecture, order: Order) -> bool:
+    """Whether anything is changed to make up for what goes."""
+    states = [a for block in architecture.blocks for a in block.axes if a.name == "state"]
+    projects = any(selection.projects for selection in order.selections.values())
+    gone = "block" in order.sizes
+    fitted = any(_refits(block, order, gone) for block in architecture.blocks)
+    return not projects and (fitted or ("state" in order.sizes and order.strength > 0 and _mixable(states)))
+
+
 def _refits(block: Block, order: Order, blocks_go: bool) -> bool:
     """Whether the matrices of a block are fitted to the dense model's outputs.
 

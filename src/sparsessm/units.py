@@ -69,6 +69,12 @@ def order(recipe: Recipe, architecture: Architecture) -> Order:
     pattern = parse(recipe.pattern or "")
     assert isinstance(pattern, Structured)
     share = DEFAULT_SPARSITY if recipe.sparsity is None else recipe.sparsity
+    method = SELECTIONS[recipe.method or "exact"]
+    if method.projects and not architecture.projects:
+        kind = type(architecture).__name__
+        raise ValueError(
+            f"method {method.name!r} projects the states of Mamba-2 models, once; this is a {kind}"
+        )
     axes = [axis for axis, _ in pattern.shares] or [a for a in AXES if a in architecture.structure]
     if not axes:
         raise ValueError(
@@ -82,7 +88,6 @@ def order(recipe: Recipe, architecture: Architecture) -> Order:
             architecture.fields({axis: sizes[axis] for axis in INNER[:last] if axis in sizes})
     except ValueError as error:
         raise ValueError(f"pattern '{pattern}': {error}") from None
-    method = SELECTIONS[recipe.method or "exact"]
     for axis in axes:
         if axis not in method.axes:
             others = ", ".join(name for name, row in SELECTIONS.items() if axis in row.axes)
@@ -94,11 +99,6 @@ def order(recipe: Recipe, architecture: Architecture) -> Order:
     ):
         raise ValueError(
             f"method {method.name!r} needs states with a decay of their own, as Mamba-1 has them"
-        )
-    if method.projects and not architecture.projects:
-        kind = type(architecture).__name__
-        raise ValueError(
-            f"method {method.name!r} projects the states of Mamba-2 models, once; this is a {kind}"
         )
     name, strength = parse_repair(recipe.repair or "dense-target")
     return Order(

@@ -52,8 +52,9 @@ class ReferenceEngine:
         """
         refuse_unsupported(config)
         given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-        directions = projected.directions_in(given, config)
-        shapes = expected_shapes(config, directions)
+        shapes = expected_shapes(config, directions := projected.directions_in(given, config))
+        if misfits := [name for name in projected.named_in(given) if name not in shapes]:
+            raise ValueError(f"{misfits[0]} of shape {given[misfits[0]]} does not fit the model")
         if missing := [name for name in shapes if name not in weights]:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise ValueError(f"the weights have no {missing[0]}{more}")
