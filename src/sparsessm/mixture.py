@@ -26,7 +26,7 @@ from sparsessm.units import INNER, Order, possible, size_of
 TRIED = (0.25, 0.5)  # shares of an axis that are tried, as near as stock code has a word for
 TRIAL_TOKENS = 16_384  # that a trial is calibrated on
 HELD_TOKENS = 8_192  # and measured on, at most
-SLACK = 0.01  # of all parameters: how far the mix may miss what was asked for
+SLACK = 0.01  # of all parameters: by how much less may go than was asked for
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def find(
         The order with its sizes, and the trials as plain values.
 
     Raises:
-        ValueError: too few windows, or a share that no combination of sizes reaches; says how near it comes.
+        ValueError: too few windows, or a share that no combination of sizes reaches; says what is possible.
     """
     assert order.share is not None
     if len(tokens) < 2:  # one to calibrate on, one to measure on
@@ -90,7 +90,7 @@ def _tried(architecture: Architecture, axis: str) -> list[int]:
 
 
 def cheapest(architecture: Architecture, trials: list[Trial], share: float) -> dict[str, int]:
-    """The sizes whose predicted losses add up to the least, among those that save about `share`.
+    """The sizes whose predicted losses add up to the least, among those that save `share` or more.
 
     Raises:
         ValueError: none does.
@@ -105,21 +105,21 @@ def cheapest(architecture: Architecture, trials: list[Trial], share: float) -> d
         axis: {size: predicted(curves[axis], _saved(kinds, {axis: size})) for size in sizes}
         for axis, sizes in options.items()
     }
-    best, found, nearest = math.inf, {}, math.inf
+    best, found, most = math.inf, {}, 0.0
     for sizes in itertools.product(*options.values()):
         chosen = dict(zip(options, sizes, strict=True))
-        gone = _saved(kinds, chosen)
-        miss = abs(gone / total - share)
-        nearest = min(nearest, miss)
-        if miss > SLACK or not gone or not _sayable(architecture, chosen):
+        gone, loss = _saved(kinds, chosen) / total, sum(price[axis][size] for axis, size in chosen.items())
+        # More may go than was asked for: units come in steps, and the larger step may be the cheaper.
+        enough = gone >= share - SLACK
+        if (loss >= best if enough else gone <= most) or not gone or not _sayable(architecture, chosen):
             continue
-        loss = sum(price[axis][size] for axis, size in chosen.items())
-        if loss < best:
-            best, found = loss, {a: size for a, size in chosen.items() if size < options[a][0]}
+        most = max(most, gone)
+        if enough:
+            best, found = loss, {axis: size for axis, size in chosen.items() if size < options[axis][0]}
     if not found:
         raise ValueError(
             f"pattern 'structured': no sizes that stock code has a word for save {share:.3g} of the "
-            f"parameters; the nearest miss it by {nearest:.3g}"
+            f"parameters; the most that can go is {most:.3g}"
         )
     return found
 
