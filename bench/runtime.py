@@ -260,6 +260,11 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    for shape, shrunken in product(options.shape, filter(None, options.shrink)):
+        name, size = shrunken.split("=")
+        dual = shape in SHAPES2
+        if name not in (AXES2 if dual else AXES) or (name in ("state", "direction") and int(size) > STATES2):
+            parser.error(f"--shrink {shrunken}: {shape} has no such axis, or not so many units")
     torch.set_num_threads(options.threads)
     where = {"cpu": cpu(), "threads": options.threads, "kernels": kernels.LEVEL, "torch": torch.__version__}
     show("machine", where)

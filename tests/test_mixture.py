@@ -163,7 +163,7 @@ def test_the_cheapest_sizes_are_those_of_brute_force(
         if name != "mamba" and not fits(architecture, fewer):
             continue
         gone = saved(architecture, fewer)
-        if not gone or gone / total < share - 0.03:
+        if not gone or not share - 0.03 <= gone / total <= 1.5 * share + 0.03:
             continue
         loss = sum(
             predicted([t for t in trials if t.axis == axis], saved(architecture, {axis: size}))
@@ -179,7 +179,7 @@ def test_the_cheapest_sizes_are_those_of_brute_force(
     )
     assert cost == pytest.approx(best, rel=1e-9)
     made = shrunk(architecture, got)  # can really be made
-    assert (total - count(made)) / total >= share - 0.03
+    assert share - 0.03 <= (total - count(made)) / total <= 1.5 * share + 0.03
 
 
 def fits(architecture: Architecture, sizes: dict[str, int]) -> bool:
@@ -214,16 +214,15 @@ def test_a_larger_step_is_taken_where_it_is_the_cheaper() -> None:
     ]
     size = max(possible(architecture, "channel"))
     gone = saved(architecture, {"channel": size}) / count(architecture)
-    assert cheapest(architecture, trials, 0.5 * gone) == {"channel": size}
+    assert cheapest(architecture, trials, 0.7 * gone) == {"channel": size}
+    assert cheapest(architecture, trials, 0.5 * gone) != {"channel": size}, "not any step"
 
 
 def test_a_share_that_nothing_saves_says_what_can_go() -> None:
     architecture = MAMBAS["mamba"]
     most = {axis: possible(architecture, axis)[0] for axis in architecture.structure}
     share = saved(architecture, most) / count(architecture)
-    with pytest.raises(
-        ValueError, match=f"save 0.95 of the parameters; the most that can go is {share:.3g}$"
-    ):
+    with pytest.raises(ValueError, match=f"save 0.95 of the parameters; the nearest to it is {share:.3g}$"):
         cheapest(architecture, curves(architecture, 0), 0.95)
 
 
@@ -258,7 +257,7 @@ def test_the_search_reaches_the_share_and_leaves_the_model_alone(
     assert again.sizes == got.sizes and others == trials
     total = count(architecture)
     shrink(architecture, got, TOKENS)
-    assert (total - count(architecture)) / total >= share - SLACK
+    assert share - SLACK <= (total - count(architecture)) / total <= 1.5 * share + SLACK
 
 
 def test_the_trials_are_measured_on_windows_that_they_did_not_see(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,5 +287,5 @@ def test_too_few_windows_are_refused() -> None:
 def test_an_impossible_share_is_refused_by_the_search() -> None:
     architecture = adapt(mamba())
     wanted = order(Recipe(pattern="structured", sparsity=0.97), architecture)
-    with pytest.raises(ValueError, match="save 0.97 of the parameters; the most that can go is"):
+    with pytest.raises(ValueError, match="save 0.97 of the parameters; the nearest to it is"):
         find(architecture, wanted, TOKENS)

@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 import random
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -497,7 +498,7 @@ def test_who_cannot_be_projected_is_told_so() -> None:
         (pico_hybrid("bamba"), "Bamba"),
     ):
         architecture = adapt(model)
-        words = f"method 'balanced' projects the states of Mamba-2 models, once; this is a {kind}"
+        words = f"method 'balanced' projects the states of Mamba-2 models; this is a {kind}"
         with pytest.raises(ValueError, match=words):
             ordered(architecture, **WORDS)
         matrices = torch.zeros(2, 1, 4, 8)
@@ -512,9 +513,10 @@ def test_who_cannot_be_projected_is_told_so() -> None:
 def test_what_is_projected_loses_blocks_and_nothing_else(axis: str, method: str) -> None:
     architecture = adapt(made("two groups, 3 and 5 of 8"))
     assert architecture.structure == ("block",) and not architecture.projects
-    words = f"pattern 'structured:{axis}': a Mamba2 model has no such axis; it has: block"
+    words = f"pattern 'structured:{axis}': only blocks can leave a model with projected states"
     if method == "balanced":
-        words = "method 'balanced' projects the states of Mamba-2 models, once"
+        words = "projects the states of Mamba-2 models; those of this one are projected already"
+        words = words if axis == "state" else "method 'balanced' needs the pattern structured:state"
     with pytest.raises(ValueError, match=words):
         ordered(architecture, pattern=f"structured:{axis}", method=method)
 
@@ -599,15 +601,15 @@ def test_a_preview_promises_no_refit_that_is_not_done(method: str) -> None:
     )
 
 
-@pytest.mark.parametrize(("groups", "sparsity"), [(1, 0.5), (2, 0.875)])
-def test_a_preview_counts_the_parameters_that_come(groups: int, sparsity: float) -> None:
-    model = lively(pico_mamba2(n_groups=groups))
-    architecture = adapt(model)
-    told = preview_units(ordered(architecture, **WORDS | {"sparsity": sparsity}), architecture)
-    small, _ = settled(model, sparsity=sparsity)
-    assert len(projected.directions_of(small)) == 2, "or a layer has no projections to count"
-    assert told["parameters"]["now"] == sum(p.numel() for p in model.parameters())
-    assert told["parameters"]["after"] == sum(p.numel() for p in small.parameters())
+def test_a_preview_does_not_guess_how_many_parameters_come() -> None:
+    architecture = adapt(pico_mamba2())
+    told = preview_units(ordered(architecture, **WORDS), architecture)["parameters"]
+    assert told == {"now": sum(p.numel() for p in architecture.model.parameters()), "after": None}
+
+
+@pytest.mark.parametrize(("share", "left"), [(0.01, 7), (0.99, 1), (0.4, 5)])
+def test_any_share_is_possible_and_something_goes(share: float, left: int) -> None:
+    assert ordered(adapt(pico_mamba2()), **WORDS | {"sparsity": share}).sizes == {"state": left}
 
 
 # ------------------------------------------------------------------------------------------ files
@@ -1073,12 +1075,15 @@ def test_from_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "sparsessm alone" in " ".join(outcome.stdout.split())
     assert container.PACKED in names(Path("half"))
     model = sparsessm.load("half").model
-    counts = told.get("preview", told)["parameters"]
-    assert counts["after"] == sum(parameter.numel() for parameter in model.parameters())
+    assert told["parameters"]["after"] is None and told["axes"]["state"]["after"] == 4
 
     facts = json.loads(run("inspect", "half", "--json").stdout)
     kinds = {name for name in facts["tensors"] if "projection" in name}
-    assert len(kinds) == 2 and facts["removed"] == {}
+    assert len(kinds) == 2
+    gone = [model.config.state_size - r for r in projected.directions_of(model).values()]
+    groups = model.config.n_groups
+    counted = {f"backbone.layers.{i}.state": count * groups for i, count in enumerate(gone)}
+    assert facts["removed"] == counted, "counted in the tensors"
     assert "balanced" in run("inspect", "half").stdout
 
     found = json.loads(run("eval", "half", "--data", "text.txt", "--length", "16", "--json").stdout)
@@ -1093,12 +1098,41 @@ def test_from_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not Path("stock").exists()
     run("pack", "half", "-o", "small", "--dtype", "bf16", "--quiet")
     again = run("prune", "half", "-o", "more", *PRUNE[2:], *OPTIONS, "--quiet", code=1)
-    assert again.stderr.startswith("error: ") and "Mamba-2 models, once" in again.stderr
+    assert again.stderr.startswith("error: ") and "projected already" in again.stderr
     assert not Path("more").exists()
+
+
+def test_a_record_that_says_more_than_the_tensors_is_refused() -> None:
+    write_dense(Path("dense"))
+    for name, share in (("half", 0.5), ("little", 0.2)):
+        model = sparsessm.load("dense")
+        report = sparsessm.prune(model, **FAST, pattern="structured:state", method="balanced", sparsity=share)
+        sparsessm.save(model, name, report)
+    shutil.copy("little/packed.safetensors", "half/packed.safetensors")
+    line = run("inspect", "half", code=1).stderr
+    assert line.startswith("error: half/pruning.json does not fit the tensors") and ".state has" in line
+
+
+def test_stock_code_does_not_save_what_it_cannot_say() -> None:
+    write_dense(Path("dense"))
+    config = Path("dense/config.json").read_bytes()
+    model = sparsessm.load("dense")
+    sparsessm.save(model, "half", sparsessm.prune(model, **FAST, **WORDS))
+    with pytest.raises(ValueError, match=r"write the model with sparsessm\.save"):
+        model.model.save_pretrained("stock")
+    assert not Path("stock").exists() and Path("half/config.json").read_bytes() == config
+
+
+def test_int8_is_not_undone_by_packing_again() -> None:
+    write_dense(Path("dense"))
+    model = sparsessm.load("dense")
+    sparsessm.save(model, "half", sparsessm.prune(model, **FAST, **WORDS))
+    run("pack", "half", "-o", "small", "--dtype", "int8", "--quiet")
+    assert "is in int8 already" in run("pack", "small", "-o", "again", code=1).stderr
 
 
 def test_the_command_line_refuses_other_models_before_any_work() -> None:
     write_stock(Path("dense"))
     line = run(*PRUNE, *OPTIONS, "-o", "out", "--quiet", code=1).stderr
-    assert line.startswith("error: method 'balanced' projects the states of Mamba-2 models, once")
+    assert line.startswith("error: method 'balanced' projects the states of Mamba-2 models; this is")
     assert line.count("\n") == 1 and not Path("out").exists()

@@ -99,7 +99,10 @@ def test_sizes_that_stock_code_has_no_word_for_together() -> None:
 @pytest.mark.parametrize("method", list(SELECTIONS))
 def test_a_method_that_does_not_choose_units_of_the_axis(method: str, axis: str) -> None:
     how = {"pattern": f"structured:{axis}", "method": method}
-    if axis not in SELECTIONS[method].axes:
+    if SELECTIONS[method].projects and axis != "state":
+        with pytest.raises(ValueError, match=f"'{method}' needs the pattern structured:state"):
+            ordered(MAMBA2, **how)
+    elif axis not in SELECTIONS[method].axes:
         with pytest.raises(
             ValueError, match=f"'{method}' does not choose among units of axis '{axis}'"
         ) as caught:

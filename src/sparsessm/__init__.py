@@ -240,6 +240,7 @@ def save(
     Raises:
         ValueError: the directory exists and `force` is False.
     """
+    from sparsessm.architectures import projected
     from sparsessm.checkpoint.reading import local_folder
 
     from . import card as cards
@@ -249,8 +250,9 @@ def save(
     if report is not None:
         source = checkpoint.source
         hub_id = source if local_folder(source) is None else None
+        format = "packed" if projected.directions_of(checkpoint.model) else checkpoint.format
         record, card = (
             report.record(),
-            cards.card(report, source, base_model=hub_id, format=checkpoint.format),
+            cards.card(report, source, base_model=hub_id, format=format),
         )
     return files.save(checkpoint, path, record=record, card=card, force=force)

@@ -17,10 +17,8 @@ def card(report: Report, source: str, *, base_model: str | None = None, format: 
         report: of the run.
         source: where the dense model came from, as the user wrote it.
         base_model: its hub id; None for a model that is not on a hub.
-        format: "transformers" or "state-spaces", how the result is stored; packed where it has to be.
+        format: "transformers", "state-spaces" or "packed", how the result is stored.
     """
-    if report.packed:
-        format = "packed"
     front = [
         "---",
         *(["library_name: transformers"] if format == "transformers" else []),

@@ -241,6 +241,11 @@ def _fits_units(choice: Choice, pattern: Structured) -> None:
         raise ValueError(f"repair is {choice.repair!r}; with {given}: none, dense-target[:STRENGTH]")
     if choice.method and SELECTIONS[choice.method].projects and choice.repair not in (None, "none"):
         raise ValueError(f"repair has no effect with method {choice.method!r}, which changes no other weight")
+    if choice.method and SELECTIONS[choice.method].projects:
+        if [axis for axis, _ in pattern.shares] != ["state"]:
+            raise ValueError(
+                f"method {choice.method!r} needs the pattern structured:state, got {str(pattern)!r}"
+            )
     if choice.weight == "norms":
         raise ValueError(f"weight is 'norms'; with {given}: none, fisher")
 

@@ -17,7 +17,6 @@ from sparsessm.mixture import saved
 from sparsessm.patterns import NofM
 from sparsessm.plan import Plan, words
 from sparsessm.report import kind_of, percent, recipe_table, removed_table, targets_table
-from sparsessm.structure import repairs
 from sparsessm.units import Order, size_of
 
 if TYPE_CHECKING:
@@ -98,12 +97,11 @@ def preview_units(order: Order, architecture: Architecture) -> dict[str, Any]:
         for axis, size in order.sizes.items()
     }
     total = sum(parameter.numel() for parameter in architecture.model.parameters())
-    gone = saved(architecture, order.sizes) if order.sizes else None
-    if any(order.selections[axis].projects for axis in order.sizes):  # nothing is cut, projections are added
-        axes_ = [a for block in architecture.blocks for a in block.axes if a.name == "state"]
-        gone = -sum(2 * a.size * order.sizes["state"] for a in axes_)
+    # what projections add depends on how many directions each layer gets
+    projects = any(selection.projects for selection in order.selections.values())
+    gone = saved(architecture, order.sizes) if order.sizes and not projects else None
     counts = {"now": total, "after": None if gone is None else total - gone}
-    repair = f"dense-target:{order.strength:g}" if repairs(architecture, order) else "none"
+    repair = f"dense-target:{order.strength:g}" if order.strength else "none"
     return {
         "axes": axes,
         "share": order.share,
@@ -226,7 +224,11 @@ def recount(record: Mapping[str, Any], tensors: Mapping[str, Tensor], path: str)
     found = {}
     for row in record["targets"]:
         name = row["target"]
-        if row["removed"] in ("cut", "projected"):  # what is gone is not there to be counted
+        if row["removed"] == "cut":  # what is gone is not there to be counted
+            continue
+        if row["removed"] == "projected":
+            found[name] = _projected(tensors, name.removesuffix(".state"))
+            _refuse_fewer(found[name], row, path)
             continue
         held, _, expert = name.rpartition(".")
         slices = tensors[held] if expert.isdigit() and held in tensors else ()
@@ -234,7 +236,17 @@ def recount(record: Mapping[str, Any], tensors: Mapping[str, Tensor], path: str)
         if tensor is None:
             raise ValueError(f"{path}: the model has no {name}")
         found[name] = int((tensor == REMOVED[row["removed"]]).sum())
-        if found[name] < row["pruned"]:
-            count = f"{row['pruned']} removed entries, its tensor has {found[name]}"
-            raise ValueError(f"{path} does not fit the tensors: it says that {name} has {count}")
+        _refuse_fewer(found[name], row, path)
     return found
+
+
+def _projected(tensors: Mapping[str, Tensor], layer: str) -> int:
+    """States, of all groups, that have no direction in a layer."""
+    projection = tensors.get(f"{layer}.mixer.B_projection")
+    return 0 if projection is None else projection.shape[0] * (projection.shape[2] - projection.shape[1])
+
+
+def _refuse_fewer(found: int, row: Mapping[str, Any], path: str) -> None:
+    if found < row["pruned"]:
+        count = f"{row['pruned']} removed entries, its tensor has {found}"
+        raise ValueError(f"{path} does not fit the tensors: it says that {row['target']} has {count}")

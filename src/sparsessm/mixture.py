@@ -26,7 +26,9 @@ from sparsessm.units import INNER, Order, possible, size_of
 TRIED = (0.25, 0.5)  # shares of an axis that are tried, as near as stock code has a word for
 TRIAL_TOKENS = 16_384  # that a trial is calibrated on
 HELD_TOKENS = 8_192  # and measured on, at most
-SLACK = 0.01  # of all parameters: by how much less may go than was asked for
+SLACK = 0.01  # of all parameters: by how much less or more may go than was asked for
+# Of what was asked for: how much more may go. Units come in steps, and the larger step may be the cheaper.
+MORE = 0.5
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def _tried(architecture: Architecture, axis: str) -> list[int]:
 
 
 def cheapest(architecture: Architecture, trials: list[Trial], share: float) -> dict[str, int]:
-    """The sizes whose predicted losses add up to the least, among those that save `share` or more.
+    """The sizes whose predicted losses add up to the least, among those that save `share` or somewhat more.
 
     Raises:
         ValueError: none does.
@@ -105,21 +107,21 @@ def cheapest(architecture: Architecture, trials: list[Trial], share: float) -> d
         axis: {size: predicted(curves[axis], _saved(kinds, {axis: size})) for size in sizes}
         for axis, sizes in options.items()
     }
-    best, found, most = math.inf, {}, 0.0
+    best, found, nearest = math.inf, {}, math.inf
     for sizes in itertools.product(*options.values()):
         chosen = dict(zip(options, sizes, strict=True))
         gone, loss = _saved(kinds, chosen) / total, sum(price[axis][size] for axis, size in chosen.items())
-        # More may go than was asked for: units come in steps, and the larger step may be the cheaper.
-        enough = gone >= share - SLACK
-        if (loss >= best if enough else gone <= most) or not gone or not _sayable(architecture, chosen):
+        near = share - SLACK <= gone <= share * (1 + MORE) + SLACK
+        nearer = abs(gone - share) < abs(nearest - share)
+        if not (loss < best if near else nearer) or not gone or not _sayable(architecture, chosen):
             continue
-        most = max(most, gone)
-        if enough:
+        nearest = gone if nearer else nearest
+        if near:
             best, found = loss, {axis: size for axis, size in chosen.items() if size < options[axis][0]}
     if not found:
         raise ValueError(
             f"pattern 'structured': no sizes that stock code has a word for save {share:.3g} of the "
-            f"parameters; the most that can go is {most:.3g}"
+            f"parameters; the nearest to it is {nearest:.3g}"
         )
     return found
 

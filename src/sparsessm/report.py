@@ -22,10 +22,8 @@ REMOVED_WORDS = {
     "unit": "its state decays with A = -1 (stored as `A_log` = 0)",
     "zero": "the connection is gone (stored as 0)",
     "cut": "every tensor that had a place for it got smaller",
-    "projected": "the state keeps the best directions, `B_projection` and `C_projection` lead there",
+    "projected": "the state keeps other directions, those of `B_projection` and `C_projection`",
 }
-
-
 PACKED_ONLY = "Stock code has no place for projected states: the directory is packed, for sparsessm alone."
 
 
@@ -167,7 +165,11 @@ class Report:
         """The sentence about bytes and speed that belongs under every result."""
         if any(row.removed == "projected" for row in self.rows):
             gone = percent(self.totals["state"]["sparsity"])
-            return f"{gone} of the state is gone: layers keep directions that matter. {PACKED_ONLY}"
+            more = self.parameters["pruned"] - self.parameters["dense"]
+            return (
+                f"{gone} of a sequence's state is gone, the model has {more:,} parameters more: layers keep "
+                f"directions that matter. {PACKED_ONLY}"
+            )
         if self.parameters:
             dense, pruned = self.parameters["dense"], self.parameters["pruned"]
             where = {"state": " a layer", "head": " a group", "channel": "", "block": ""}
@@ -185,7 +187,7 @@ class Report:
         verb = "is" if len(kinds) == 1 else "are"
         size = "" if share is None else f"{names} {verb} {100 * share:.2g} % of the bytes of this model. "
         if self.packed:
-            return f"{size}Removed entries are left out. {PACKED_ONLY}"
+            return f"{size}Removed entries are left out where that takes less room. {PACKED_ONLY}"
         return size + (
             "Removed entries are stored as ordinary values in tensors of the same shape: "
             "zeros or other constants alone make neither the file smaller nor the model faster. "

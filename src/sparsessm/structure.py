@@ -3,8 +3,8 @@
 Beside `pipeline.py`, which removes single entries. Blocks are chosen first, on the dense model; then the
 walk goes through the layers as usual, each seeing what the shrunken layers before it produce: 1 look,
 2 score, 3 keep the same number in every layer, cut every tensor that shares the axis, 4 repair what is left
-by least squares so that it restores the dense model's outputs. Who gives
-how much, where the recipe names no axis, finds `mixture.py`.
+by least squares so that it restores the dense model's outputs. Where the recipe names no axis, `mixture.py`
+finds who gives how much.
 """
 
 from __future__ import annotations
@@ -27,12 +27,10 @@ from sparsessm.methods.structured import Reader, Units
 from sparsessm.observers import InputGram, Moments, PairMoments, StateMoments, StateVote
 from sparsessm.patterns import Structured, Unstructured
 from sparsessm.report import Row
-from sparsessm.units import INNER, Order
+from sparsessm.units import INNER, REPAIRED, Order, mixable
 
 COST_TOKENS = 16_384  # of the calibration windows that the backward pass looks at
 EVERY = 16  # steps between two looks at the states: neighbours are alike, and pairs of states are dear
-# The matrices of a mixer that are repaired, in the order of the data.
-REPAIRED = ("in_proj", "x_proj", "dt_proj", "out_proj")
 PATTERN = Structured()
 
 
@@ -81,7 +79,7 @@ def shrink(
         chosen = order.selections["block"].name
         repair = f"dense-target:{order.strength:g}" if order.strength else "none"
         rows.append(_row("blocks", -1, "block", chosen, len(architecture.blocks), len(gone), repair))
-    refits = [_refits(block, order, bool(gone)) for block in architecture.blocks]
+    refits = [order.refits(block) for block in architecture.blocks]
     if inner or (gone and order.strength):
         for stop in _walk(architecture, tokens if order.looks else None, gone, any(refits), progress):
             try:
@@ -168,7 +166,7 @@ def _shrink_block(
         removing = axes[0].size - order.sizes[axis]
         units = _look(stop, axis, axes, removing, order, costs)
         selection = order.selections[axis]
-        name, counts = f"{stop.block.name}.{axis}", (sum(a.size for a in axes), removing * len(axes))
+        counts = sum(a.size for a in axes), removing * len(axes)
         assert selection.score is not None
         values = selection.score(units)
         if any(value.isnan().any() for value in values):
@@ -180,7 +178,7 @@ def _shrink_block(
         repaired = [target.name for target in _linear(stop.block).values()] if refits else []
         rows.append(
             _row(
-                name,
+                f"{stop.block.name}.{axis}",
                 stop.block.index,
                 axis,
                 selection.name,
@@ -195,33 +193,6 @@ def _shrink_block(
         for kind in before[1:]:
             _repair(stop, kind, goals[kind], order.strength)
     return rows
-
-
-def repairs(architecture: Architecture, order: Order) -> bool:
-    """Whether anything is changed to make up for what goes."""
-    states = [a for block in architecture.blocks for a in block.axes if a.name == "state"]
-    projects = any(selection.projects for selection in order.selections.values())
-    gone = "block" in order.sizes
-    fitted = any(_refits(block, order, gone) for block in architecture.blocks)
-    return not projects and (fitted or ("state" in order.sizes and order.strength > 0 and _mixable(states)))
-
-
-def _refits(block: Block, order: Order, blocks_go: bool) -> bool:
-    """Whether the matrices of a block are fitted to the dense model's outputs.
-
-    After states alone went, unless the recipe asks for it, only where Mamba-1 has states that cannot be
-    mixed: elsewhere it makes the result worse (docs/structured.md).
-    """
-    if not order.strength:
-        return False
-    if order.told or blocks_go or order.sizes.keys() != {"state"}:
-        return True
-    return "x_proj" in _linear(block) and not _mixable([a for a in block.axes if a.name == "state"])
-
-
-def _mixable(axes: Sequence[Axis]) -> bool:
-    """Whether the inputs or readouts of states that stay can be replaced by mixtures of all."""
-    return all(a.read is not None and a.size <= StateMoments.MOST_FULL for a in axes)
 
 
 def _linear(block: Block) -> dict[str, Target]:
@@ -248,7 +219,7 @@ def _look(
         [a.size for a in axes],
         removing,
         weights=[_entries(tensors, a) for a in axes] if selection.name == "magnitude" else (),
-        mixable=order.strength > 0 and axis == "state" and _mixable(axes),
+        mixable=order.strength > 0 and axis == "state" and mixable(axes),
         seed=seed_of(order.seed, f"{block.name}.{axis}"),
     )
     looks = selection.looks.get(axis, "")

@@ -7,17 +7,20 @@ is impossible is refused here, before any work.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from sparsessm.architectures import Architecture
+from sparsessm.architectures import Architecture, Axis, Block
 from sparsessm.choice import parse_repair
 from sparsessm.methods.structured import SELECTIONS, Selection
+from sparsessm.observers import StateMoments
 from sparsessm.patterns import AXES, Structured, parse
 from sparsessm.recipe import DEFAULT_SPARSITY, Recipe
 
 MULTIPLE = 16  # of channels, which hardware likes
 INNER = ("channel", "head", "state")  # the axes inside a layer, in the order in which it loses units
+# The matrices of a mixer that a repair fits, in the order of the data.
+REPAIRED = ("in_proj", "x_proj", "dt_proj", "out_proj")
 
 
 @dataclass(frozen=True)
@@ -27,14 +30,15 @@ class Order:
     Attributes:
         sizes: axis -> units that stay, of each of its axes in a layer (of "block": blocks). Empty if `share`
             of the parameters is to go, and how is still to be found (mixture.py).
-        selections: axis -> how they are chosen. strength: of the repair, 0 is none. told: the recipe says it.
+        selections: axis -> how they are chosen. strength: of the repair, 0 is none. asked: the recipe says
+            which.
         fisher: errors cost what the loss says. seed: of random choices.
     """
 
     sizes: Mapping[str, int]
     selections: Mapping[str, Selection]
     strength: float = 1.0
-    told: bool = False
+    asked: bool = False
     fisher: bool = True
     seed: int = 0
     share: float | None = None
@@ -47,6 +51,19 @@ class Order:
             or self.strength > 0
             or any(self.selections[axis].looks for axis in self.sizes)
         )
+
+    def refits(self, block: Block) -> bool:
+        """Whether the matrices of a block are fitted to the dense model's outputs.
+
+        After states alone went, unless the recipe asks for it, only where Mamba-1 has states that cannot be
+        mixed: elsewhere it makes the result worse (docs/structured.md).
+        """
+        if not self.strength:
+            return False
+        if self.asked or self.sizes.keys() != {"state"}:
+            return True
+        own = any(target.kind == "x_proj" for target in block.targets)
+        return own and not mixable([a for a in block.axes if a.name == "state"])
 
     @property
     def methods(self) -> list[str]:
@@ -71,17 +88,17 @@ def order(recipe: Recipe, architecture: Architecture) -> Order:
     share = DEFAULT_SPARSITY if recipe.sparsity is None else recipe.sparsity
     method = SELECTIONS[recipe.method or "exact"]
     if method.projects and not architecture.projects:
-        kind = type(architecture).__name__
-        raise ValueError(
-            f"method {method.name!r} projects the states of Mamba-2 models, once; this is a {kind}"
-        )
+        kind = f"this is a {type(architecture).__name__}"
+        why = "those of this one are projected already" if type(architecture).projects else kind
+        raise ValueError(f"method {method.name!r} projects the states of Mamba-2 models; {why}")
     axes = [axis for axis, _ in pattern.shares] or [a for a in AXES if a in architecture.structure]
     if not axes:
         raise ValueError(
             f"pattern '{pattern}': a {type(architecture).__name__} model has no axis to shrink along"
         )
     sizes = {
-        axis: size_for(architecture, axis, share if own is None else own) for axis, own in pattern.shares
+        axis: size_for(architecture, axis, share if own is None else own, method.projects)
+        for axis, own in pattern.shares
     }
     try:
         for last in range(1, len(INNER) + 1):  # a layer loses them one after the other
@@ -101,15 +118,24 @@ def order(recipe: Recipe, architecture: Architecture) -> Order:
             f"method {method.name!r} needs states with a decay of their own, as Mamba-1 has them"
         )
     name, strength = parse_repair(recipe.repair or "dense-target")
-    return Order(
+    found = Order(
         sizes,
         dict.fromkeys(axes, method),
-        strength=0.0 if name == "none" else strength,
-        told=recipe.repair is not None,
+        strength=0.0 if name == "none" or method.projects else strength,
+        asked=recipe.repair is not None,
         fisher=recipe.weight != "none",
         seed=recipe.seed,
         share=None if pattern.shares else share,
     )
+    states = [a for block in architecture.blocks for a in block.axes if a.name == "state"]
+    if sizes.keys() != {"state"} or mixable(states) or any(map(found.refits, architecture.blocks)):
+        return found
+    return replace(found, strength=0.0)  # nothing could be changed to make up for what goes
+
+
+def mixable(axes: Sequence[Axis]) -> bool:
+    """Whether the inputs or readouts of states that stay can be replaced by mixtures of all."""
+    return all(a.read is not None and a.size <= StateMoments.MOST_FULL for a in axes)
 
 
 def size_of(architecture: Architecture, axis: str) -> int:
@@ -128,18 +154,25 @@ def possible(architecture: Architecture, axis: str) -> list[int]:
     return sizes
 
 
-def size_for(architecture: Architecture, axis: str, share: float) -> int:
+def size_for(architecture: Architecture, axis: str, share: float, any_size: bool = False) -> int:
     """The number of units that stay when about this share of an axis goes.
+
+    Args:
+        any_size: stock code has no say in it; one goes and one stays at least.
 
     Raises:
         ValueError: the architecture has no such axis, or nothing near this share is possible; says what is.
     """
     kind = type(architecture).__name__
+    if axis not in architecture.structure and axis in type(architecture).structure:
+        raise ValueError(f"pattern 'structured:{axis}': only blocks can leave a model with projected states")
     if axis not in architecture.structure:
         allowed = ", ".join(architecture.structure) or "none"
         raise ValueError(f"pattern 'structured:{axis}': a {kind} model has no such axis; it has: {allowed}")
     now, sizes = size_of(architecture, axis), possible(architecture, axis)
     wanted = (1 - share) * now
+    if any_size and now > 1:
+        return min(max(1, round(wanted)), now - 1)
     best = min(sizes, key=lambda size: abs(size - wanted), default=math.inf)
     slack = max(0.5, min(MULTIPLE / 2, now / 16)) if axis == "channel" else 0.5
     if abs(best - wanted) > max(slack, 0.05 * now):

@@ -64,7 +64,7 @@ def assemble(
     if packed is not None:  # It has the names in memory; with those on disk `save` will write the like.
         tensors = {part: t for name in held for part, t in in_files(empty, name, tensors[name]).items()}
     # What no stock model has comes in behind the stock code, which would leave it out.
-    ours = {name: tensors.pop(name) for name in [*tensors] if name.endswith(projected.MATRICES)}
+    ours = {name: tensors.pop(name) for name in projected.named_in([*tensors])}
     model = type(empty).from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32)
     projected.attach(model, directions)
     model.load_state_dict(ours, strict=False)

@@ -156,8 +156,8 @@ def pack(
         tokenizer: as for `load`.
 
     Raises:
-        ValueError: as `load` and `refuse_existing`; the source is packed; an option that is not known; a
-            value that the dtype does not have.
+        ValueError: as `load` and `refuse_existing`; the source is packed (with projected states: in int8); an
+            option that is not known; a value that the dtype does not have.
         OSError: writing failed; nothing is left behind, an old target is intact.
     """
     if dtype is not None and dtype not in DTYPES:
@@ -167,8 +167,12 @@ def pack(
     source = os.fspath(source)
     refuse_existing(out, force, source)
     folder = reading.find(source)
-    if reading.is_packed(folder) and not projected.named_in(container.read_header(folder / PACKED).stock):
-        raise ValueError(f"{source!r} is packed already; unpack it first, or pack what it was made from")
+    if reading.is_packed(folder):
+        header = container.read_header(folder / PACKED)
+        if not projected.named_in(header.stock):
+            raise ValueError(f"{source!r} is packed already; unpack it first, or pack what it was made from")
+        if any(name.endswith(".scale") for name in header.spans):
+            raise ValueError(f"{source!r} is in int8 already; pack what it was made from")
     checkpoint = reading.load(source, tokenizer=tokenizer)
     record = read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
     tensors = _encoded(checkpoint, record, dtype, head)
@@ -194,6 +198,7 @@ def save(
     """As `writing.save`; packed, without loss, where a stock checkpoint cannot hold the model."""
     if not projected.directions_of(checkpoint.model):
         return writing.save(checkpoint, path, record=record, card=card, force=force)
+    refuse_existing(path, force, checkpoint.source)  # before the work
     tensors = _encoded(checkpoint, record or {})
     layout = checkpoint.format
     ours = writing.beside(record, card)

@@ -40,7 +40,14 @@ from .stock_names import in_files
 
 # Names that older files have beside today's; stock code reads neither, but other readers do.
 _OLDER = {"num_hidden_layers": "n_layer", "intermediate_size": "d_inner"}
-_NOT_COMPARED = {"dtype", "torch_dtype", "_name_or_path", "transformers_version", "architectures"}
+_NOT_COMPARED = {
+    "dtype",
+    "torch_dtype",
+    "_name_or_path",
+    "transformers_version",
+    "architectures",
+    "use_cache",
+}
 # What a directory may hold that --force replaces.
 _OURS = (CONFIG, GENERATION, RECORD, CARD, "LICENSE*", *TOKENIZER_FILES)
 _OURS += (PACKED, "model*.safetensors", "pytorch_model*.bin", "*.index.json")

@@ -151,6 +151,7 @@ Layer dual_layer(const nb::dict &from, const Network &net, const Heads &shape) {
     const auto keeps = nb::cast<Array<const uint8_t, 1>>(from["keeps"]);
     if (static_cast<int64_t>(keeps.shape(0)) != m.count) refuse("keeps does not have one entry a head");
     m.directions = net.states;
+    if (from.contains("B_projection") && !from.contains("directions")) refuse("directions is missing");
     if (from.contains("directions")) {
         m.directions = nb::cast<int64_t>(from["directions"]);
         if (m.directions < 1 || m.directions > net.states) refuse("directions must be between 1 and the number of states");

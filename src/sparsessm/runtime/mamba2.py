@@ -1,8 +1,8 @@
 """A layer of Mamba-2 in the native engine: heads of P channels with one decay each, N states a channel.
 
 Place in the flow: a `Mixer` (mixer.py). Where B and C are projected (architectures/projected.py), the states
-are fewer than N. A head whose decay is zero (exp(Δ·A) = 0) answers with C·B Δu at
-once and has no place in the state.
+are fewer than N. A head whose decay is zero (exp(Δ·A) = 0) answers with C·B Δu at once and has no place in
+the state.
 """
 
 from __future__ import annotations
