@@ -40,14 +40,7 @@ from .stock_names import in_files
 
 # Names that older files have beside today's; stock code reads neither, but other readers do.
 _OLDER = {"num_hidden_layers": "n_layer", "intermediate_size": "d_inner"}
-_NOT_COMPARED = {
-    "dtype",
-    "torch_dtype",
-    "_name_or_path",
-    "transformers_version",
-    "architectures",
-    "use_cache",
-}
+_NOT_COMPARED = {"dtype", "torch_dtype", "_name_or_path", "transformers_version", "architectures"}
 # What a directory may hold that --force replaces.
 _OURS = (CONFIG, GENERATION, RECORD, CARD, "LICENSE*", *TOKENIZER_FILES)
 _OURS += (PACKED, "model*.safetensors", "pytorch_model*.bin", "*.index.json")
@@ -257,6 +250,8 @@ def _changed_config(checkpoint: Checkpoint) -> dict[str, Any] | None:
     if original:
         return state_spaces.updated(came, before, now)
     shared = (now.keys() & before.keys()) - _NOT_COMPARED
+    if projected.directions_of(checkpoint.model):
+        shared -= {"use_cache"}  # which is off in memory only (projected.py)
     changed = {key: now[key] for key in shared if now[key] != before[key]}
     for key, older in _OLDER.items():
         if key in changed and older in came and came[older] == before[key]:
