@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 from pico import pico_falcon_mamba, pico_mamba, pico_mamba2
+from pico_hybrids import pico_hybrid
 from torch import Tensor
 from transcription import normalise, trace
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from sparsessm import kernels
+from sparsessm import architectures, kernels
 from sparsessm.architectures import MODEL_TYPES, Block, Target, adapt
 
 TOKENS = torch.randint(0, 64, (3, 37), generator=torch.Generator().manual_seed(0))
@@ -346,3 +347,31 @@ def _entering(model: Any, modules: dict[str, str]) -> dict[str, Tensor]:
     for hook in hooks:
         hook.remove()
     return seen
+
+
+def test_an_older_transformers_is_refused_where_it_differs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(architectures.transformers, "__version__", "4.57.1")
+    with pytest.raises(ValueError, match="'bamba' needs transformers 5 or newer, here is 4.57.1"):
+        adapt(pico_hybrid("bamba"))
+    for model in (pico_mamba(), pico_falcon_mamba(), pico_mamba2(n_groups=2)):
+        adapt(model)
+    model, single = pico_mamba2(n_groups=2), pico_mamba2(n_groups=1)
+    for layer in (*model.backbone.layers, *single.backbone.layers):
+        del layer.mixer.norm.group_size  # as it was before 5
+    adapt(single)
+    with pytest.raises(ValueError, match="n_groups is 2: transformers before 5 norms the groups"):
+        adapt(model)
+
+
+def test_norms_that_are_a_function_are_there_all_the_same() -> None:
+    """FalconMamba before transformers 5: no modules, an epsilon."""
+    model = pico_falcon_mamba()
+    want = stock_logits(model, TOKENS)
+    for layer in model.backbone.layers:
+        mixer = layer.mixer
+        mixer.rms_eps = model.config.mixer_rms_eps
+        del mixer.dt_layernorm, mixer.b_layernorm, mixer.c_layernorm
+    architecture = adapt(model)
+    assert_same(architecture.logits(TOKENS), want)
+    (states,) = [axis for axis in architecture.blocks[0].axes if axis.name == "state"]
+    assert states.read is None and states.write is None

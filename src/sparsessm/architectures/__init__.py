@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+import transformers
 from torch import nn
 
 from sparsessm.architectures.base import (
@@ -45,8 +46,21 @@ __all__ = [
     "Tap",
     "Target",
     "adapt",
+    "refuse_older",
     "seen_by_all_uses",
 ]
+
+
+def refuse_older(model_type: str) -> None:
+    """Refuse hybrids where their stock code is older than our adapters for it.
+
+    Raises:
+        ValueError: transformers before 5.
+    """
+    if issubclass(MODEL_TYPES[model_type], Hybrid) and int(transformers.__version__.split(".")[0]) < 5:
+        raise ValueError(
+            f"model type {model_type!r} needs transformers 5 or newer, here is {transformers.__version__}"
+        )
 
 
 def adapt(model: nn.Module, stored: Mapping[str, torch.dtype] | None = None) -> Architecture:
@@ -58,7 +72,7 @@ def adapt(model: nn.Module, stored: Mapping[str, torch.dtype] | None = None) -> 
             live dtype.
 
     Raises:
-        ValueError: the model type has no adapter; the supported ones are listed.
+        ValueError: the model type has no adapter; the supported ones are listed. Or as `refuse_older`.
     """
     config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", type(model).__name__)
@@ -66,5 +80,6 @@ def adapt(model: nn.Module, stored: Mapping[str, torch.dtype] | None = None) -> 
         raise ValueError(
             f"model type {model_type!r} has no adapter; supported: {', '.join(sorted(MODEL_TYPES))}"
         )
+    refuse_older(model_type)
     model.eval()
     return MODEL_TYPES[model_type](model, stored or {})

@@ -31,7 +31,7 @@ KINDS = ("in_proj", "conv1d", "x_proj", "dt_proj", "A_log", "out_proj")  # in th
 
 def targets(mixer: Any, prefix: str, layer: int, stored: Mapping[str, torch.dtype]) -> tuple[Target, ...]:
     """The matrices of a mixer in the order of the data; `prefix` is its full name and a dot."""
-    plain = mixer.x_proj.bias is None and not hasattr(mixer, "dt_layernorm")
+    plain = mixer.x_proj.bias is None and not _normed(mixer)
     fed_by = {"dt_proj": ("x_proj", mixer.time_step_rank)} if plain else {}
     return matrices(mixer, prefix, layer, stored, KINDS, fed_by)
 
@@ -84,7 +84,7 @@ def axes(mixer: Any, prefix: str) -> tuple[Axis, ...]:
     for norm in ("b_layernorm", "c_layernorm"):  # Jamba's have weights, FalconMamba's have none
         if isinstance(getattr(getattr(mixer, norm, None), "weight", None), nn.Parameter):
             state.append(Part(f"{norm}.weight", 0))
-    linear = not hasattr(mixer, "c_layernorm") and mixer.x_proj.bias is None
+    linear = not _normed(mixer) and mixer.x_proj.bias is None
 
     def prefixed(parts: list[Part]) -> tuple[Part, ...]:
         return tuple(Part(prefix + p.tensor, p.dim, p.start, p.width) for p in parts)
@@ -175,6 +175,8 @@ def readings(mixer: Any, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     )
     if hasattr(mixer, "dt_layernorm"):
         return mixer.dt_layernorm(step), mixer.b_layernorm(B), mixer.c_layernorm(C)
+    if _normed(mixer):
+        step, B, C = (F.rms_norm(part, part.shape[-1:], None, mixer.rms_eps) for part in (step, B, C))
     return step, B, C
 
 
@@ -198,3 +200,8 @@ def convolve(mixer: Any, x: Tensor, before: Tensor | None) -> tuple[Tensor, Tens
 def precise(parameter: Tensor) -> Tensor:
     """float32 as in the stock forward, or float64 in a float64 model."""
     return parameter if parameter.dtype == torch.float64 else parameter.float()
+
+
+def _normed(mixer: Any) -> bool:
+    """Whether norms follow x_proj: Jamba's and FalconMamba's modules, in transformers 4.57 a function."""
+    return hasattr(mixer, "dt_layernorm") or hasattr(mixer, "rms_eps")

@@ -173,7 +173,8 @@ def output_gain(mixer: Any, y: Tensor, z: Tensor) -> Tensor:
     norm = getattr(mixer, "norm", None)
     if not getattr(mixer, "mamba_rms_norm", True) or norm is None:
         return gate
-    groups = getattr(norm, "n_groups", None) or y.shape[-1] // norm.group_size
+    # transformers 4.57 norms all channels of a Mamba-2 together
+    groups = getattr(norm, "n_groups", None) or y.shape[-1] // getattr(norm, "group_size", y.shape[-1])
     before_gate = getattr(norm, "norm_before_gate", False)
     seen = (y if before_gate else y * gate).unflatten(-1, (groups, -1))
     scale = torch.rsqrt(seen.square().mean(-1, keepdim=True) + norm.variance_epsilon)

@@ -126,6 +126,13 @@ class Mamba2(Stack):
 
     def __init__(self, model: nn.Module, stored: Mapping[str, torch.dtype]) -> None:
         super().__init__(model, stored)
+        config: Any = self._backbone.config
+        norm = self._backbone.layers[0].mixer.norm if len(self._backbone.layers) else None
+        if config.n_groups > 1 and norm is not None and not hasattr(norm, "group_size"):
+            raise ValueError(
+                f"n_groups is {config.n_groups}: transformers before 5 norms the groups of a Mamba-2 "
+                "together, which is not what such models compute; install transformers 5"
+            )
         if projected.directions_of(model):  # a stock layer of another shape has no place for projections
             self.structure, self.projects = ("block",), False
 

@@ -24,7 +24,7 @@ from huggingface_hub import snapshot_download
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from ..architectures import MODEL_TYPES
+from ..architectures import MODEL_TYPES, refuse_older
 from . import container, state_spaces
 from .assembly import assemble
 from .assembly import stock_model as stock_model  # where tools look for it
@@ -199,6 +199,7 @@ def _kind(source: str, fields: Mapping[str, Any], original: bool) -> str:
     if not isinstance(kind, str) or kind not in MODEL_TYPES:
         known = ", ".join(sorted(MODEL_TYPES))
         raise ValueError(f"{source!r}: no adapter for model_type {kind!r}; supported: {known}")
+    refuse_older(kind)
     if fields.get("quantization_config"):
         raise ValueError(f"{source!r} is quantised (quantization_config); prune the model it was made from")
     return kind
