@@ -787,6 +787,22 @@ def test_blocks_and_units_together() -> None:
     assert difference(architecture.logits(TOKENS), stock(model)) <= 1e-5
 
 
+@pytest.mark.parametrize("make", [mamba, mamba2])
+def test_states_are_looked_at_in_the_first_windows(
+    make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory for them is bounded; what else is seen of a window counts all the same."""
+    monkeypatch.setattr(structure, "LOOKED", 3)
+    found = []
+    for windows in (3, len(TOKENS)):
+        architecture = adapt(make())
+        wanted = ordered(architecture, pattern="structured:state", weight="none")
+        shrink(architecture, wanted, TOKENS[:windows])
+        found.append(architecture.model.state_dict())
+    few, many = found
+    assert len(TOKENS) > 3 and all(torch.equal(few[name], tensor) for name, tensor in many.items())
+
+
 def test_what_is_not_finite_names_the_block() -> None:
     model = mamba()
     with torch.no_grad():

@@ -17,7 +17,7 @@ from sparsessm.calibrate import Progress, Stop, slab_width
 from sparsessm.methods.balanced import balanced_truncation, energies
 from sparsessm.observers import StateMoments, StateSums
 from sparsessm.report import Row
-from sparsessm.structure import EVERY, row_costs
+from sparsessm.structure import EVERY, LOOKED, row_costs
 from sparsessm.units import Order
 
 LOOKS = 16  # for each state, at least
@@ -67,6 +67,7 @@ def _look(
     architecture: Architecture, tokens: Tensor, costs: Mapping[str, Tensor], progress: Progress | None
 ) -> list[StateSums]:
     """What the states of every layer do in the dense model."""
+    tokens = tokens[:LOOKED]
     with torch.inference_mode():
         hidden = architecture.embed(tokens)
     # as many looks as the sums need to have full rank, where there are few tokens

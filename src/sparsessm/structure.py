@@ -9,8 +9,9 @@ finds who gives how much.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ from sparsessm.report import Row
 from sparsessm.units import INNER, REPAIRED, Order, mixable
 
 COST_TOKENS = 16_384  # of the calibration windows that the backward pass looks at
+LOOKED = 128  # windows whose states are looked at: a slab holds the states of one step of all of them
 EVERY = 16  # steps between two looks at the states: neighbours are alike, and pairs of states are dear
 PATTERN = Structured()
 
@@ -225,11 +227,8 @@ def _look(
     looks = selection.looks.get(axis, "")
     linear = _linear(block)
     if looks == "states" or units.mixable:
-        every = min(EVERY, slab_width(*stop.hidden.shape[:2]))
         cost = costs.get(linear["out_proj"].name)
-        moments = StateMoments(every, cost)
-        stop.run({"states": moments}, until="states")
-        units = replace(units, states=moments.result())
+        units = replace(units, states=_states(stop, lambda every: StateMoments(every, cost)))
     if looks == "votes":
         a_log = next(target for target in block.targets if target.kind == "A_log").matrix
         observer = StateVote(a_log, Unstructured(), removing / axes[0].size)
@@ -266,10 +265,9 @@ def _mixes(
         return {axis.read: read.T}
     decays = torch.cat([kept.repeat_interleave(axis.size), gone])
     inputs = torch.cat([torch.arange(axis.size).repeat(len(kept)), gone])
-    every = min(EVERY, slab_width(*stop.hidden.shape[:2]))
-    observer = PairMoments(every, decays, inputs, costs.get(_linear(stop.block)["out_proj"].name))
-    stop.run({"states": observer}, until="states")
-    write, read = remix(observer.result(), keep, read)
+    cost = costs.get(_linear(stop.block)["out_proj"].name)
+    pairs_seen = _states(stop, lambda every: PairMoments(every, decays, inputs, cost))
+    write, read = remix(pairs_seen, keep, read)
     return {axis.write: write, axis.read: read.T}
 
 
@@ -289,6 +287,14 @@ def _columns(axis: Axis, tensor: str) -> Tensor:
     parts = [part for part in axis.parts if part.tensor == tensor and part.dim == 1]
     starts = torch.arange(axis.size)[:, None]
     return torch.cat([part.start + starts * part.width + torch.arange(part.width) for part in parts], 1)
+
+
+def _states(stop: Stop, observer: Callable[[int], Any]) -> Any:
+    """What an observer of states sees in the first `LOOKED` windows; it is made for a number of steps."""
+    few = stop.hidden[:LOOKED]
+    watching = observer(min(EVERY, slab_width(*few.shape[:2])))
+    Stop(stop.block, few, lambda: None).run({"states": watching}, until="states")
+    return watching.result()
 
 
 def _seen(stop: Stop, kind: str, observer: InputGram) -> Moments:
