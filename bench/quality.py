@@ -74,6 +74,7 @@ CHOSEN2 |= {
 }
 WHOLE: dict[str, Fields] = {"magnitude": {"method": "magnitude", "repair": "none"}}
 WHOLE |= {"exact": {"repair": "none"}, "exact, repaired (default)": {}}
+BY_LAYER: dict[str, Fields] = {"exact, repaired, by layer (our runtime only)": {"allocation": "loss"}}
 BLOCKS: dict[str, Fields] = {"cosine": {"method": "cosine", "repair": "none"}}
 BLOCKS |= {"exact": {"repair": "none"}, "exact, repaired (default)": {}}
 MIXES: dict[str, Fields] = {
@@ -123,7 +124,7 @@ TABLES: dict[str, tuple[dict[str, Fields], dict[str, Fields], str]] = {
     ),
     "states": (CHOSEN, units("state", 25, 50, 75), MODEL),
     "states of Mamba-2": (CHOSEN2, units("state", 25, 50, 75), MODEL2),
-    "channels": (WHOLE, units("channel", 25, 50), MODEL),
+    "channels": (WHOLE | BY_LAYER, units("channel", 25, 50), MODEL),
     "heads of Mamba-2": (WHOLE, units("head", 50), MODEL2),
     "channels of Mamba-2's heads": (WHOLE, units("channel", 50), MODEL2),
     "blocks": (BLOCKS, units("block", 14, 29), MODEL),

@@ -32,6 +32,7 @@ FLOORS = {
         "mixture",
         "pipeline",
         "projection",
+        "widths",
         "shrinking",
         "structure",
         "trials",

@@ -1118,7 +1118,7 @@ def test_stock_code_does_not_save_what_it_cannot_say() -> None:
     config = Path("dense/config.json").read_bytes()
     model = sparsessm.load("dense")
     sparsessm.save(model, "half", sparsessm.prune(model, **FAST, **WORDS))
-    with pytest.raises(ValueError, match=r"write the model with sparsessm\.save"):
+    with pytest.raises(ValueError, match=r"write it with sparsessm\.save"):
         model.model.save_pretrained("stock")
     assert not Path("stock").exists() and Path("half/config.json").read_bytes() == config
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparsessm.compensate import readout, readout_error
 from sparsessm.methods import structured
-from sparsessm.methods.structured import SELECTIONS, Reader, Units, eliminate, mixed_elimination
+from sparsessm.methods.structured import SELECTIONS, Reader, Units, eliminate, elimination, mixed_elimination
 from sparsessm.observers import Moments, StateSums
 from sparsessm.patterns import Structured
 
@@ -344,6 +344,18 @@ def test_magnitude_is_a_norm_in_float64() -> None:
     weights = [torch.full((2, 3), 1e30), torch.tensor([[3.0, 4.0], [0.0, -6.0]])]
     first, second = score(Units([2, 2], 1, weights=weights))
     assert torch.isfinite(first).all() and second.tolist() == [25.0, 36.0]
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_the_steps_of_an_elimination_add_up_to_what_all_of_them_cost(width: int) -> None:
+    """Each step is exact after the repair of those before it, so the sum is one least squares."""
+    columns = torch.arange(8 * width).view(8, width)
+    readers = [reader(3, 7, columns, 8 * width, cost=True), reader(5, 4, columns, 8 * width)]
+    for removing in (1, 4, 7):
+        (scores,), steps = elimination(Units([8], removing, readers=readers))
+        gone = scores.isfinite().nonzero()[:, 0].tolist()
+        assert len(steps) == removing == len(gone)
+        assert float(steps.sum()) == pytest.approx(refitted(readers, gone), rel=1e-6)
 
 
 def test_the_table_says_what_each_selection_is_for() -> None:

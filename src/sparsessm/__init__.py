@@ -176,7 +176,8 @@ def follow(
     Raises:
         ValueError: activations that are not finite.
     """
-    from sparsessm.architectures import adapt, projected
+    from sparsessm.architectures import adapt
+    from sparsessm.architectures.own import Own
     from sparsessm.inventory import contents
 
     from . import pipeline
@@ -186,7 +187,7 @@ def follow(
     architecture = adapt(checkpoint.model, checkpoint.stored)
     report = pipeline.prune(architecture, recipe, tokens, progress)
     checkpoint.stored = dict(architecture.stored)  # a layer that has gone takes its tensors with it
-    report.pruned_before, report.packed = before, bool(projected.directions_of(checkpoint.model))
+    report.pruned_before, report.packed = before, bool(Own.of(checkpoint.model))
     kinds = contents(checkpoint.model.state_dict(), checkpoint.stored)
     report.sizes = {kind: size for kind, (size, _) in kinds.items()}
     return report
@@ -240,7 +241,7 @@ def save(
     Raises:
         ValueError: the directory exists and `force` is False.
     """
-    from sparsessm.architectures import projected
+    from sparsessm.architectures.own import Own
     from sparsessm.checkpoint.reading import local_folder
 
     from . import card as cards
@@ -250,7 +251,7 @@ def save(
     if report is not None:
         source = checkpoint.source
         hub_id = source if local_folder(source) is None else None
-        format = "packed" if projected.directions_of(checkpoint.model) else checkpoint.format
+        format = "packed" if Own.of(checkpoint.model) else checkpoint.format
         record, card = (
             report.record(),
             cards.card(report, source, base_model=hub_id, format=format),

@@ -85,7 +85,8 @@ class Choice(BaseModel):
     allocation: str | None = Field(
         None,
         description="Who is pruned how much: uniform, hessian-trace[:ALPHA], owl[:LAMBDA], loss[:CLIP]. "
-        "Default: the method's.",
+        "Default: the method's. structured:channel of Mamba-1: uniform, or loss for layers of different "
+        "widths (a packed result).",
     )
     diagonal: bool | None = Field(
         None, description="Method exact: leave out the off-diagonal Gram (cheaper)."
@@ -226,9 +227,17 @@ def _fits_units(choice: Choice, pattern: Structured) -> None:
         ValueError: names it.
     """
     given = f"pattern {str(pattern)!r}"
-    idle = [name for name in ("allocation", "removed", "diagonal", "time_weights") if name in choice.chosen]
+    idle = [name for name in ("removed", "diagonal", "time_weights") if name in choice.chosen]
     if idle:
         raise ValueError(f"{idle[0]} has no effect with {given}, which takes out whole units")
+    if choice.allocation not in (None, "uniform", "loss"):
+        raise ValueError(f"allocation is {choice.allocation!r}; with {given}: uniform, loss")
+    if choice.allocation == "loss" and [axis for axis, _ in pattern.shares] != ["channel"]:
+        raise ValueError(
+            f"allocation 'loss' is for channels, of whole units; the pattern is {str(pattern)!r}"
+        )
+    if choice.allocation == "loss" and choice.method not in (None, "exact"):
+        raise ValueError(f"allocation 'loss' of channels needs method 'exact', got {choice.method!r}")
     if pattern.mixed and choice.sparsity is not None:
         raise ValueError(f"sparsity is {choice.sparsity:g}, but {given} says how much of each axis goes")
     if choice.sparsity == 0:

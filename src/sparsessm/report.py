@@ -24,7 +24,7 @@ REMOVED_WORDS = {
     "cut": "every tensor that had a place for it got smaller",
     "projected": "the state keeps other directions, those of `B_projection` and `C_projection`",
 }
-PACKED_ONLY = "Stock code has no place for projected states: the directory is packed, for sparsessm alone."
+PACKED_ONLY = "No stock configuration can say this: the directory is packed, for sparsessm alone."
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Report:
         shape: axis -> units that stayed in every layer, then. trials: what was measured to find how much each
             axis gives, where the recipe left it open (`mixture.Trial`s as plain values).
         pruned_before: the model had been pruned in memory already, so the recipe alone does not repeat it.
-        packed: its states are projected, in this run or before: no stock checkpoint can hold it.
+        packed: no stock checkpoint can hold it: projected states, or layers of different widths.
     """
 
     recipe: dict[str, Any]
@@ -172,7 +172,8 @@ class Report:
             )
         if self.parameters:
             dense, pruned = self.parameters["dense"], self.parameters["pruned"]
-            where = {"state": " a layer", "head": " a group", "channel": "", "block": ""}
+            average = " on average" if self.recipe.get("allocation") == "loss" else ""
+            where = {"state": " a layer", "head": " a group", "channel": average, "block": ""}
             kept = ", ".join(f"{axis} {size}{where[axis]}" for axis, size in self.shape.items())
             return (
                 f"{pruned:,} of {dense:,} parameters are left ({percent(1 - pruned / dense)} gone): {kept}. "

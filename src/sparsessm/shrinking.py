@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sparsessm import mixture, projection, structure
+from sparsessm import mixture, projection, structure, widths
 from sparsessm.architectures import Architecture
 from sparsessm.calibrate import Progress
 from sparsessm.data import fingerprint
@@ -41,7 +41,12 @@ def run(
         assert tokens is not None
         rows = projection.project(architecture, wanted, tokens, progress)
     else:
-        rows = structure.shrink(architecture, wanted, tokens, progress)
+        costs = own = None
+        if wanted.by_layer:
+            assert tokens is not None
+            costs = structure.row_costs(architecture, tokens, progress) if wanted.fisher else {}
+            own = widths.find(architecture, wanted, tokens, costs, progress)
+        rows = structure.shrink(architecture, wanted, tokens, progress, costs, widths=own)
     sha256 = fingerprint(tokens) if tokens is not None and wanted.looks else ""
     report = Report(recipe.model_dump(), rows, sha256, time.perf_counter() - began)
     report.parameters = {"dense": dense, "pruned": _parameters(architecture)}

@@ -19,6 +19,7 @@ from torch import Tensor
 from sparsessm import curvature, depth
 from sparsessm.architectures import Architecture, Axis, Block, Part, Target
 from sparsessm.architectures.base import cut
+from sparsessm.architectures.own import guard
 from sparsessm.calibrate import Progress, Stop, slab_width
 from sparsessm.compensate import dense_target, readout, remix
 from sparsessm.hessian import factorise
@@ -50,6 +51,7 @@ def shrink(
     progress: Progress | None = None,
     costs: Mapping[str, Tensor] | None = None,
     leaving: Sequence[int] = (),
+    widths: Mapping[int, int] | None = None,
 ) -> list[Row]:
     """Take units out of the model in place.
 
@@ -57,6 +59,7 @@ def shrink(
         architecture: from `adapt(model)`; its model, `blocks` and `stored` change.
         tokens: (W, L) int64 calibration windows; None where nothing is looked at (`Order.looks`).
         costs: what `row_costs` returned; None: it is asked where it is needed.
+        widths: layer -> channels that it keeps, where layers differ.
         leaving: what `depth.chosen_blocks` returned for as many blocks or more; empty: it is asked.
 
     Returns:
@@ -85,12 +88,17 @@ def shrink(
     if inner or (gone and order.strength):
         for stop in _walk(architecture, tokens if order.looks else None, gone, any(refits), progress):
             try:
-                rows += _shrink_block(architecture, stop, order, inner, costs, refits[stop.block.index])
+                own = {"channel": widths[stop.block.index]} if widths else order.sizes
+                asked = replace(order, sizes=own)
+                rows += _shrink_block(architecture, stop, asked, inner, costs, refits[stop.block.index])
             except ValueError as error:
                 raise ValueError(f"{stop.block.name}: {error}") from None
     for index in sorted(gone, reverse=True):
         architecture.drop(index)
-    architecture.settle(architecture.fields({axis: order.sizes[axis] for axis in inner}))
+    if widths is None:
+        architecture.settle(architecture.fields({axis: order.sizes[axis] for axis in inner}))
+    else:
+        guard(architecture.model)
     return rows
 
 
@@ -166,7 +174,7 @@ def _shrink_block(
         if not axes:  # a layer of a hybrid that has no mixer
             continue
         removing = axes[0].size - order.sizes[axis]
-        units = _look(stop, axis, axes, removing, order, costs)
+        units = look(stop, axis, axes, removing, order, costs)
         selection = order.selections[axis]
         counts = sum(a.size for a in axes), removing * len(axes)
         assert selection.score is not None
@@ -206,7 +214,7 @@ def _tensor(block: Block, target: Target) -> str:
     return target.name.removeprefix(f"{block.name}.")
 
 
-def _look(
+def look(
     stop: Stop,
     axis: str,
     axes: Sequence[Axis],

@@ -32,6 +32,7 @@ class Order:
             of the parameters is to go, and how is still to be found (mixture.py).
         selections: axis -> how they are chosen. strength: of the repair, 0 is none. asked: the recipe says
             which.
+        by_layer: every layer keeps as many as it needs, `sizes` on average; for our runtime alone.
         fisher: errors cost what the loss says. seed: of random choices.
     """
 
@@ -39,6 +40,7 @@ class Order:
     selections: Mapping[str, Selection]
     strength: float = 1.0
     asked: bool = False
+    by_layer: bool = False
     fisher: bool = True
     seed: int = 0
     share: float | None = None
@@ -96,6 +98,11 @@ def order(recipe: Recipe, architecture: Architecture) -> Order:
         raise ValueError(
             f"pattern '{pattern}': a {type(architecture).__name__} model has no axis to shrink along"
         )
+    by_layer = recipe.allocation == "loss"
+    if by_layer and not architecture.widens:
+        kind = type(architecture).__name__
+        why = "this one has them already" if type(architecture).widens else f"this is a {kind}"
+        raise ValueError(f"allocation 'loss' gives layers of a Mamba-1 different widths; {why}")
     sizes = {
         axis: size_for(architecture, axis, share if own is None else own, method.projects)
         for axis, own in pattern.shares
@@ -123,6 +130,7 @@ def order(recipe: Recipe, architecture: Architecture) -> Order:
         dict.fromkeys(axes, method),
         strength=0.0 if name == "none" or method.projects else strength,
         asked=recipe.repair is not None,
+        by_layer=by_layer,
         fisher=recipe.weight != "none",
         seed=recipe.seed,
         share=None if pattern.shares else share,
@@ -165,7 +173,8 @@ def size_for(architecture: Architecture, axis: str, share: float, any_size: bool
     """
     kind = type(architecture).__name__
     if axis not in architecture.structure and axis in type(architecture).structure:
-        raise ValueError(f"pattern 'structured:{axis}': only blocks can leave a model with projected states")
+        why = "projected states" if type(architecture).projects else "layers of different widths"
+        raise ValueError(f"pattern 'structured:{axis}': only blocks can leave a model with {why}")
     if axis not in architecture.structure:
         allowed = ", ".join(architecture.structure) or "none"
         raise ValueError(f"pattern 'structured:{axis}': a {kind} model has no such axis; it has: {allowed}")

@@ -229,7 +229,8 @@ class Architecture(ABC):
         tied: the head's weight is the embedding.
         states: d_state.
         structure: the axes along which it can shrink to a stock model, "block" among them.
-        projects: whether its states can be projected, for our runtime alone.
+        projects: whether its states can be projected, for our runtime alone. widens: whether its layers can
+            have channels of their own number, for our runtime alone.
         stored: parameter name -> dtype of its checkpoint.
     """
 
@@ -240,6 +241,7 @@ class Architecture(ABC):
     states: int
     structure: tuple[str, ...] = ()
     projects: bool = False
+    widens: bool = False
     stored: Mapping[str, torch.dtype]
 
     @abstractmethod

@@ -70,13 +70,14 @@ def attach(model: Any, directions: Mapping[int, int]) -> None:
         assert set(missing) == set(MATRICES)
         mixer.requires_grad_(stock.A_log.requires_grad).train(stock.training)
         layers[index].mixer = mixer
-    # What a stock model fills by itself is what these mixers refuse, and what it writes leaves them out.
+    # What a stock model fills by itself is what these mixers refuse.
     model.config.use_cache = model.backbone.config.use_cache = False
-    model.save_pretrained = _refuse_to_save
+    model.save_pretrained = refuse_to_save
 
 
-def _refuse_to_save(*args: Any, **kwargs: Any) -> None:
-    raise ValueError("stock code has no place for projected states; write the model with sparsessm.save")
+def refuse_to_save(*args: Any, **kwargs: Any) -> None:
+    """In place of `save_pretrained`, which would write what stock code reads as another model."""
+    raise ValueError("no stock configuration says the shapes of this model; write it with sparsessm.save")
 
 
 def directions_of(model: Any) -> dict[int, int]:

@@ -106,6 +106,12 @@ class Mamba(Stack):
 
     kind = mamba1
     structure = ("state", "channel", "block")
+    widens = True
+
+    def __init__(self, model: nn.Module, stored: Mapping[str, torch.dtype]) -> None:
+        super().__init__(model, stored)
+        if len({block.layer.mixer.intermediate_size for block in self.blocks}) > 1:  # type: ignore[union-attr]
+            self.structure, self.widens = ("block",), False  # the rest cannot be said any more
 
     def fields(self, sizes: Mapping[str, int]) -> dict[str, Any]:
         # Newer releases want a whole `expand`, but take the product of it if it stands in the file.

@@ -12,17 +12,20 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..architectures import projected
+from ..architectures.own import Own
 from . import container, state_spaces
 from .files import CONFIG, few, read_tensors
 from .stock_names import held_as, in_files
+
+STOCK = Own()  # nothing of its own
 
 
 def assemble(
     source: str, folder: Path, config: transformers.PretrainedConfig, packed: container.Header | None
 ) -> tuple[PreTrainedModel, dict[str, torch.dtype]]:
     """Read, check and assemble the tensors; returns the model and the dtype each tensor had on disk."""
-    directions = {} if packed is None else projected.directions_in(packed.shapes, config)
-    empty, expected, copies = stock_model(source, config, directions)
+    own = STOCK if packed is None else Own.told_by(packed.shapes, config)
+    empty, expected, copies = stock_model(source, config, own)
     tensors: dict[str, Tensor] = {}  # by their names in the files, as all that is said about them
     stored: dict[str, torch.dtype] = {}
     not_finite: list[str] = []
@@ -64,9 +67,11 @@ def assemble(
     if packed is not None:  # It has the names in memory; with those on disk `save` will write the like.
         tensors = {part: t for name in held for part, t in in_files(empty, name, tensors[name]).items()}
     # What no stock model has comes in behind the stock code, which would leave it out.
-    ours = {name: tensors.pop(name) for name in projected.named_in([*tensors])}
+    wide = tuple(f"backbone.layers.{index}." for index in own.widths)
+    names = [*projected.named_in(tensors), *(name for name in tensors if wide and name.startswith(wide))]
+    ours = {name: tensors.pop(name) for name in names}
     model = type(empty).from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32)
-    projected.attach(model, directions)
+    own.give(model)
     model.load_state_dict(ours, strict=False)
     most_precise = {
         name: reduce(torch.promote_types, [stored[part] for part in parts]) for name, parts in held.items()
@@ -75,18 +80,18 @@ def assemble(
 
 
 def stock_model(
-    source: str, config: transformers.PretrainedConfig, directions: Mapping[int, int] | None = None
+    source: str, config: transformers.PretrainedConfig, own: Own = STOCK
 ) -> tuple[PreTrainedModel, dict[str, Tensor], dict[str, str]]:
     """The stock model of a configuration without memory for its weights, and its tensors (see `untied`).
 
     Args:
-        directions: of layers whose states are projected (`projected.directions_of`).
+        own: what it has that the configuration cannot say.
     """
     try:
         with torch.device("meta"):  # shapes only
             empty = transformers.AutoModelForCausalLM.from_config(config)
             empty.tie_weights()
-            projected.attach(empty, directions or {})
+            own.give(empty)
     except Exception as error:
         raise ValueError(f"{source}/{CONFIG} describes no model that can be built: {error}") from error
     return empty, *untied(empty)

@@ -20,7 +20,8 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..architectures import REMOVED_A_LOG, projected
+from ..architectures import REMOVED_A_LOG
+from ..architectures.own import Own
 from . import container, reading, state_spaces, writing
 from .assembly import stock_model, untied
 from .container import PACKED, Layout
@@ -118,8 +119,7 @@ def read(source: str | os.PathLike[str], *, check: bool = True) -> Packed:
         if header is None:
             raise ValueError(f"{source!r} is not packed: it has no {PACKED}")
         config = reading.stock_config(source, fields, original)
-        directions = projected.directions_in(header.shapes, config)
-        _, expected, _ = stock_model(source, config, directions)
+        _, expected, _ = stock_model(source, config, Own.told_by(header.shapes, config))
     shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
     tensors = dict(container.read_tensors(header, shapes, check))
     words = partial(_tokenizer, source, folder, config=config, original=original)
@@ -147,7 +147,7 @@ def pack(
     """Write a checkpoint as a packed directory, whole or not at all.
 
     Args:
-        source: whatever `load` takes and is not packed yet, or a model with projected states.
+        source: whatever `load` takes and is not packed yet, or a model that no stock checkpoint can hold.
         out: the directory to make.
         dtype: None keeps every value as it is. "fp32" and "bf16": of the linear layers' matrices, embedding
             and head. "int8": of in_proj, x_proj and out_proj, one scale a row. All else keeps its dtype.
@@ -156,8 +156,8 @@ def pack(
         tokenizer: as for `load`.
 
     Raises:
-        ValueError: as `load` and `refuse_existing`; the source is packed (with projected states: in int8); an
-            option that is not known; a value that the dtype does not have.
+        ValueError: as `load` and `refuse_existing`; the source is packed (and could be stock, or is in int8);
+            an option that is not known; a value that the dtype does not have.
         OSError: writing failed; nothing is left behind, an old target is intact.
     """
     if dtype is not None and dtype not in DTYPES:
@@ -169,7 +169,8 @@ def pack(
     folder = reading.find(source)
     if reading.is_packed(folder):
         header = container.read_header(folder / PACKED)
-        if not projected.named_in(header.stock):
+        config = reading.stock_config(source, read_json(folder / CONFIG), header.layout == "state-spaces")
+        if not Own.told_by(header.shapes, config):
             raise ValueError(f"{source!r} is packed already; unpack it first, or pack what it was made from")
         if any(name.endswith(".scale") for name in header.spans):
             raise ValueError(f"{source!r} is in int8 already; pack what it was made from")
@@ -196,7 +197,7 @@ def save(
     force: bool = False,
 ) -> Path:
     """As `writing.save`; packed, without loss, where a stock checkpoint cannot hold the model."""
-    if not projected.directions_of(checkpoint.model):
+    if not Own.of(checkpoint.model):
         return writing.save(checkpoint, path, record=record, card=card, force=force)
     refuse_existing(path, force, checkpoint.source)  # before the work
     tensors = _encoded(checkpoint, record or {})
@@ -234,7 +235,7 @@ def unpack(
     Every tensor has the bits it had, unless it was packed in another dtype.
 
     Raises:
-        ValueError: as `read` and `refuse_existing`; its states are projected.
+        ValueError: as `read` and `refuse_existing`; no stock configuration says its shapes.
         OSError: writing failed; nothing is left behind, an old target is intact.
     """
     source = os.fspath(source)

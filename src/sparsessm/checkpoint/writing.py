@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from ..architectures import projected
+from ..architectures.own import Own
 from . import atomic, state_spaces
 from .assembly import stock_model, untied
 from .container import PACKED
@@ -171,10 +171,11 @@ def stock_weights(checkpoint: Checkpoint) -> Callable[[Path], None]:
     """What writes the weights of a checkpoint into a directory, in the format they came in.
 
     Raises:
-        ValueError: its states are projected.
+        ValueError: it has what no stock configuration can say.
     """
-    if projected.directions_of(checkpoint.model):
-        raise ValueError(f"{checkpoint.source!r} has projected states, which no stock checkpoint can hold")
+    if own := Own.of(checkpoint.model):
+        what = "projected states" if own.directions else "layers of different widths"
+        raise ValueError(f"{checkpoint.source!r} has {what}, which no stock checkpoint can hold")
     writer = _write_bin if checkpoint.format == "state-spaces" else _write_safetensors
     return lambda folder: writer(checkpoint, folder)
 
@@ -250,7 +251,7 @@ def _changed_config(checkpoint: Checkpoint) -> dict[str, Any] | None:
     if original:
         return state_spaces.updated(came, before, now)
     shared = (now.keys() & before.keys()) - _NOT_COMPARED
-    if projected.directions_of(checkpoint.model):
+    if Own.of(checkpoint.model):
         shared -= {"use_cache"}  # which is off in memory only (projected.py)
     changed = {key: now[key] for key in shared if now[key] != before[key]}
     for key, older in _OLDER.items():
@@ -273,7 +274,7 @@ def _refuse_misfit(checkpoint: Checkpoint, fields: dict[str, Any] | None) -> Non
     content = checkpoint.files[CONFIG] if fields is None else json.dumps(fields)
     told = json.loads(content, object_hook=decode_float)
     config = stock_config(checkpoint.source, told, checkpoint.format == "state-spaces")
-    _, expected, _ = stock_model(checkpoint.source, config, projected.directions_of(checkpoint.model))
+    _, expected, _ = stock_model(checkpoint.source, config, Own.of(checkpoint.model))
     held, _ = untied(checkpoint.model)
     wrong = [name for name in held if name not in expected or held[name].shape != expected[name].shape]
     if wrong := wrong + [name for name in expected if name not in held]:

@@ -117,19 +117,24 @@ std::vector<float> floats(const nb::dict &from, const char *name, int64_t count,
     return {array.data(), array.data() + count};
 }
 
+std::shared_ptr<const Matrix> matrix(const nb::dict &from, const char *name) {
+    if (!from.contains(name) || from[name].is_none()) refuse(std::string(name) + " is missing");
+    return nb::cast<std::shared_ptr<Matrix>>(from[name]);
+}
+
 std::shared_ptr<const Matrix> matrix(const nb::dict &from, const char *name, int64_t rows, int64_t cols) {
-    if (!from.contains(name)) refuse(std::string(name) + " is missing");
-    const auto m = nb::cast<std::shared_ptr<Matrix>>(from[name]);
+    const auto m = matrix(from, name);
     if (m->rows != rows || m->cols != cols)
         refuse(std::string(name) + " is (" + std::to_string(m->rows) + ", " + std::to_string(m->cols) + "), expected (" +
                std::to_string(rows) + ", " + std::to_string(cols) + ")");
     return m;
 }
 
-// What every layer has; `mixed` channels go through the convolution.
-Layer outer(const nb::dict &from, const Network &net, int64_t mixed) {
-    const int64_t D = net.channels, d = net.width;
+// What every layer has; D channels go through the scan and `mixed` through the convolution.
+Layer outer(const nb::dict &from, const Network &net, int64_t D, int64_t mixed) {
+    const int64_t d = net.width;
     Layer l;
+    l.channels = D;
     l.in_x = matrix(from, "in_x", mixed, d), l.in_z = matrix(from, "in_z", D, d);
     l.out_proj = matrix(from, "out_proj", d, D);
     l.norm = floats(from, "norm", d), l.conv = floats(from, "conv", net.taps * mixed);
@@ -142,7 +147,7 @@ Layer outer(const nb::dict &from, const Network &net, int64_t mixed) {
 Layer dual_layer(const nb::dict &from, const Network &net, const Heads &shape) {
     auto made = std::make_shared<Heads>(shape);
     Heads &m = *made;
-    Layer l = outer(from, net, net.channels + 2 * m.groups * net.states);
+    Layer l = outer(from, net, net.channels, net.channels + 2 * m.groups * net.states);
     const int64_t padded = (m.count + SCAN_LANES - 1) / SCAN_LANES * SCAN_LANES; // enough for every level's lanes
     m.in_dt = matrix(from, "in_dt", m.count, net.width);
     m.dt_bias = floats(from, "dt_bias", padded), m.A = floats(from, "A", padded), m.skip = floats(from, "skip", padded);
@@ -165,8 +170,10 @@ Layer dual_layer(const nb::dict &from, const Network &net, const Heads &shape) {
 }
 
 Layer layer(const nb::dict &from, const Network &net) {
-    const int64_t D = net.channels, padded = (D + SCAN_LANES - 1) / SCAN_LANES * SCAN_LANES;
-    Layer l = outer(from, net, D);
+    const int64_t D = matrix(from, "in_z")->rows; // all else is checked against it
+    if (D > (int64_t{1} << 31)) refuse("in_z has a number of channels that is out of range");
+    const int64_t padded = (D + SCAN_LANES - 1) / SCAN_LANES * SCAN_LANES;
+    Layer l = outer(from, net, D, D);
     l.x_proj = matrix(from, "x_proj", net.rank + 2 * net.states, D);
     l.dt_proj = matrix(from, "dt_proj", D, net.rank);
     l.dt_bias = floats(from, "dt_bias", padded), l.skip = floats(from, "skip", padded);
@@ -215,11 +222,12 @@ std::shared_ptr<Decoder> decoder(const nb::dict &sizes, const std::vector<nb::di
         if (value < 1 || value > (int64_t{1} << 31)) refuse(std::string(name) + " is out of range");
         return value;
     };
-    net.width = size("width"), net.channels = size("channels"), net.states = size("states");
+    net.width = size("width"), net.states = size("states");
     net.taps = size("taps"), net.vocabulary = size("vocabulary");
     net.epsilon = nb::cast<float>(sizes["epsilon"]);
     Heads shape{};
     if (sizes.contains("heads")) { // Mamba-2
+        net.channels = size("channels");
         shape.count = size("heads"), shape.groups = size("groups");
         shape.least = nb::cast<float>(sizes["least"]), shape.most = nb::cast<float>(sizes["most"]);
         if (net.channels % shape.count || shape.count % shape.groups)
@@ -236,6 +244,7 @@ std::shared_ptr<Decoder> decoder(const nb::dict &sizes, const std::vector<nb::di
         const int64_t kept = shape.count ? static_cast<int64_t>(l.heads->kept.size()) * net.channels / shape.count * l.heads->directions
                                          : static_cast<int64_t>(l.A.size());
         net.state_size = l.scan_state + kept;
+        net.channels = std::max(net.channels, l.channels);
         net.layers.push_back(std::move(l));
     }
     net.norm = floats(rest, "norm", net.width);

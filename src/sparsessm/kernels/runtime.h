@@ -38,6 +38,7 @@ struct Heads {
 struct Layer {
     std::shared_ptr<const Matrix> in_x, in_z, x_proj, dt_proj, out_proj; // rows of dt_proj in the sorted order
     std::shared_ptr<const Heads> heads; // of Mamba-2, which has no x_proj, dt_proj and what belongs to them; else null
+    int64_t channels;                   // D, in Mamba-1 each layer's own
     // M channels go through the convolution: the D of the scan, and of Mamba-2 also B and C of every group.
     std::vector<float> norm, conv, conv_bias, in_bias, out_bias; // conv: (K, M), in_bias: (M + D); biases may be empty
     std::vector<float> dt_bias, skip;                            // (padded channels), sorted; skip is D
@@ -49,7 +50,7 @@ struct Layer {
 };
 
 struct Network {
-    int64_t width, channels, states, rank, taps, vocabulary; // d_model, D, N, R, K, V
+    int64_t width, channels, states, rank, taps, vocabulary; // d_model, the most D of a layer, N, R, K, V
     float epsilon;
     int64_t state_size; // floats a sequence
     float mixer_epsilon = -1; // of FalconMamba's norms on the inputs of dt_proj, B and C; below zero: there are none

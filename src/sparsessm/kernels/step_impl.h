@@ -87,7 +87,7 @@ static void recur(const Layer &layer, const Network &net, int64_t g, const float
     const ScanGroup &group = layer.groups[g];
     for (int part = 0; part < SCAN_LANES; part += LANES) {
         const int64_t first = g * SCAN_LANES + part;
-        const int lanes = static_cast<int>(std::min<int64_t>(LANES, net.channels - first));
+        const int lanes = static_cast<int>(std::min<int64_t>(LANES, layer.channels - first));
         if (lanes <= 0) return;
         const int32_t *channel = layer.channel.data() + first;
         const vec own = take(u, channel, group.consecutive, lanes), gate = take(z, channel, group.consecutive, lanes);
@@ -116,12 +116,13 @@ static void recur(const Layer &layer, const Network &net, int64_t g, const float
 
 void step(const Step &s, int thread, int threads) {
     const Network &net = s.net;
-    const int64_t d = net.width, D = net.channels, N = net.states, R = net.rank, V = net.vocabulary;
-    const int64_t padded = (D + SCAN_LANES - 1) / SCAN_LANES * SCAN_LANES;
+    const int64_t d = net.width, N = net.states, R = net.rank, V = net.vocabulary;
+    const auto whole = [](int64_t channels) { return (channels + SCAN_LANES - 1) / SCAN_LANES * SCAN_LANES; };
+    const int64_t widest = whole(net.channels); // of any layer
     Workspace &w = s.work;
     const bool normalised = net.mixer_epsilon >= 0;
-    std::vector<float> own(s.batch * (d + padded + (normalised ? R + 2 * N : 0))); // this thread's
-    float *normed = own.data(), *inner = normed + s.batch * d, *readings = inner + s.batch * padded;
+    std::vector<float> own(s.batch * (d + widest + (normalised ? R + 2 * N : 0))); // this thread's
+    float *normed = own.data(), *inner = normed + s.batch * d, *readings = inner + s.batch * widest;
     std::vector<float> padded_states(3 * (N + SCAN_LANES));
     float *B = padded_states.data(), *C = B + N + SCAN_LANES, *BC = C + N + SCAN_LANES;
     if (thread == 0)
@@ -135,6 +136,7 @@ void step(const Step &s, int thread, int threads) {
         const Layer &layer = net.layers[l];
         const Heads *heads = layer.heads.get();
         const int64_t M = layer.in_x->rows; // channels of the convolution
+        const int64_t D = layer.channels, padded = whole(D);
         for (int64_t b = 0; b < s.batch; ++b)
             rms_norm(w.hidden.data() + b * d, layer.norm.data(), net.epsilon, d, normed + b * d);
         share(4 * l, begin, end);

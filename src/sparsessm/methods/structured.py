@@ -143,6 +143,11 @@ def eliminate(units: Units) -> Sequence[Tensor]:
     Returns:
         Of each axis (units,) float64: the order in which they go; infinite for those that stay.
     """
+    return elimination(units)[0]
+
+
+def elimination(units: Units) -> tuple[Sequence[Tensor], Tensor]:
+    """As `eliminate`, and beside it what each step costs, in the order in which they are taken."""
     sizes = torch.tensor(units.sizes)
     owner = torch.repeat_interleave(torch.arange(len(sizes)), sizes)  # (units,): axis of each
     total = len(owner)
@@ -158,7 +163,7 @@ def eliminate(units: Units) -> Sequence[Tensor]:
     left = torch.full((len(sizes),), units.removing)
     open_ = torch.ones(total, dtype=torch.bool)
     several = max(1, total // ROUNDS)
-    turn = 0
+    steps: list[float] = []
     while bool((left > 0).any()):
         costs = sum((_costs(*problem) for problem in problems), torch.zeros(total, dtype=torch.float64))
         costs[~open_ | (left[owner] == 0)] = torch.inf
@@ -168,9 +173,9 @@ def eliminate(units: Units) -> Sequence[Tensor]:
             if left[axis] == 0 or not torch.isfinite(costs[unit]):
                 continue
             left[axis] -= 1
-            open_[unit], scores[unit] = False, turn
+            open_[unit], scores[unit] = False, len(steps)
             chosen.append(unit)
-            turn += 1
+            steps.append(float(costs[unit]))
         if not chosen:  # nothing is finite: weights that are not
             raise ValueError("the cost of removing a unit is not finite")
         for weight, inverse, columns in problems:
@@ -181,7 +186,7 @@ def eliminate(units: Units) -> Sequence[Tensor]:
             inverse[gone] = 0.0
             inverse[:, gone] = 0.0
             inverse[gone, gone] = 1.0  # so that what is gone stays solvable; it is never chosen again
-    return scores.split(units.sizes)
+    return scores.split(units.sizes), torch.tensor(steps, dtype=torch.float64)
 
 
 def _costs(weight: Tensor, inverse: Tensor, columns: Tensor) -> Tensor:

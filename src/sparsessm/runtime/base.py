@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -157,6 +157,40 @@ def limits(config: Any) -> tuple[float, float]:
 def mixer_epsilon(config: Any) -> float | None:
     """Of FalconMamba's norms inside the mixer; None where there are none."""
     return float(config.mixer_rms_eps) if model_type(config) == "falcon_mamba" else None
+
+
+def channels_of(config: Any, shape: Callable[[str], tuple[int, ...] | None]) -> int:
+    """How many channels a layer of Mamba-1 has: as many as its D has values, which layers may differ in.
+
+    The configuration's number stands where in_proj has it or D is no vector: what does not fit it is then
+    refused by its own name.
+
+    Args:
+        config: of the model. shape: name in the layer -> the tensor's shape, None if there is none.
+    """
+    number, skip = int(config.intermediate_size), shape("mixer.D") or ()
+    stock = (shape("mixer.in_proj.weight") or ())[:1] == (2 * number,)
+    return number if stock or len(skip) != 1 or not skip[0] else skip[0]
+
+
+def scan_shapes(config: Any, channels: int) -> dict[str, tuple[int, ...]]:
+    """The tensors of a mixer of Mamba-1 with so many channels, by their names in it."""
+    model, states, rank = int(config.hidden_size), int(config.state_size), int(config.time_step_rank)
+    shapes: dict[str, tuple[int, ...]] = {
+        "in_proj.weight": (2 * channels, model),
+        "conv1d.weight": (channels, 1, int(config.conv_kernel)),
+        "x_proj.weight": (rank + 2 * states, channels),
+        "dt_proj.weight": (channels, rank),
+        "dt_proj.bias": (channels,),
+        "A_log": (channels, states),
+        "D": (channels,),
+        "out_proj.weight": (model, channels),
+    }
+    if config.use_conv_bias:
+        shapes["conv1d.bias"] = (channels,)
+    if config.use_bias:
+        shapes |= {"in_proj.bias": (2 * channels,), "out_proj.bias": (model,)}
+    return shapes
 
 
 def fingerprint(config: Any, weights: Mapping[str, Tensor], order: str) -> str:

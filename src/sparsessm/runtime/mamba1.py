@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from sparsessm import kernels
 from sparsessm.architectures.base import REMOVED_A_LOG
-from sparsessm.runtime.base import mixer_epsilon
+from sparsessm.runtime.base import channels_of, mixer_epsilon, scan_shapes
 from sparsessm.runtime.mixer import LANES, Mixer, Weights, matrix, padded
 
 
@@ -85,8 +85,9 @@ class Mamba1(Mixer):
     large = ("in_x", "in_z", "x_proj", "dt_proj", "out_proj")
 
     def __init__(self, config: Any, weights: Weights) -> None:
+        inner = channels_of(config, weights.shape)
+        weights.check({f"mixer.{name}": shape for name, shape in scan_shapes(config, inner).items()})
         super().__init__(weights)
-        inner = int(config.intermediate_size)
         a_log = weights.vector("mixer.A_log")
         self.slots, self.a = Slots.of(a_log), -torch.exp(a_log)
         self.in_bias = weights.optional("mixer.in_proj.bias")
@@ -105,7 +106,7 @@ class Mamba1(Mixer):
         """As `Mixer.sizes`."""
         epsilon = mixer_epsilon(config)
         norms = {} if epsilon is None else {"mixer_epsilon": epsilon}
-        return {"channels": int(config.intermediate_size), "rank": int(config.time_step_rank)} | norms
+        return {"rank": int(config.time_step_rank)} | norms
 
     def native(self) -> dict[str, Any]:
         """As `Mixer.native`."""

@@ -27,6 +27,23 @@ class Weights:
     def __init__(self, tensors: Mapping[str, Encoded], prefix: str) -> None:
         self._tensors, self._prefix = tensors, prefix
 
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Refuse a layer in which a tensor is missing or has another shape.
+
+        Raises:
+            ValueError: naming the first such tensor.
+        """
+        for name, shape in shapes.items():
+            if (found := self.shape(name)) is None:
+                raise ValueError(f"the weights have no {self._prefix}{name}")
+            if found != shape:
+                raise ValueError(f"{self._prefix}{name} has shape {found}, expected {shape}")
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """Of a tensor, None where the model has no such tensor."""
+        found = self._tensors.get(self._prefix + name)
+        return None if found is None else tuple(found.shape)
+
     def encoded(self, name: str) -> Encoded:
         """A tensor as it is stored."""
         return self._tensors[self._prefix + name]

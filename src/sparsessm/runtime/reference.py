@@ -18,12 +18,14 @@ from torch.nn import functional as F
 from sparsessm.architectures import projected
 from sparsessm.kernels import reference as kernels
 from sparsessm.runtime.base import (
+    channels_of,
     fingerprint,
     heads,
     limits,
     mixer_epsilon,
     model_type,
     refuse_unsupported,
+    scan_shapes,
 )
 
 SLAB = 512  # tokens of a prompt that are in memory together
@@ -35,8 +37,8 @@ class ReferenceEngine:
     """A model in float32, one sequence at a time.
 
     The state of a sequence holds, layer after layer, the last K - 1 inputs of the convolution (K-1, D) and
-    the state of the scan (D, N); of Mamba-2 (K-1, D + 2GN) and (H, P, N), or (H, P, r) where B and C are
-    projected (architectures/projected.py).
+    the state of the scan (D, N), where each layer may have a D of its own; of Mamba-2 (K-1, D + 2GN) and
+    (H, P, N), or (H, P, r) where B and C are projected (architectures/projected.py).
     """
 
     def __init__(self, config: Any, weights: Mapping[str, Tensor]) -> None:
@@ -52,7 +54,13 @@ class ReferenceEngine:
         """
         refuse_unsupported(config)
         given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-        shapes = expected_shapes(config, directions := projected.directions_in(given, config))
+        self._layers, self._dual = int(config.num_hidden_layers), model_type(config) == "mamba2"
+        widths: dict[int, int] = {}
+        for layer in () if self._dual else range(self._layers):
+            prefix = f"backbone.layers.{layer}."
+            widths[layer] = channels_of(config, lambda name, prefix=prefix: given.get(prefix + name))
+        directions = projected.directions_in(given, config)
+        shapes = expected_shapes(config, directions, widths)
         if misfits := [name for name in projected.named_in(given) if name not in shapes]:
             raise ValueError(f"{misfits[0]} of shape {given[misfits[0]]} does not fit the model")
         if missing := [name for name in shapes if name not in weights]:
@@ -64,11 +72,12 @@ class ReferenceEngine:
         self._weights = {name: weights[name].detach().to("cpu", torch.float32) for name in shapes}
         self._head = self._weights.get("lm_head.weight", self._weights["backbone.embeddings.weight"])
         self._config, self._past = config, int(config.conv_kernel) - 1
-        self._layers, self._dual = int(config.num_hidden_layers), model_type(config) == "mamba2"
         self._a = [-torch.exp(self._of(layer, "mixer.A_log")) for layer in range(self._layers)]
-        inner, self._mixed = _channels(config)
-        states = [directions.get(layer, int(config.state_size)) for layer in range(self._layers)]
-        self._sizes = [size for n in states for size in (self._past * self._mixed, inner * n)]
+        self._sizes: list[int] = []
+        for layer in range(self._layers):
+            inner, mixed = _channels(config, widths.get(layer))
+            states = directions.get(layer, int(config.state_size))
+            self._sizes += [self._past * mixed, inner * states]
         self.vocabulary = int(config.vocab_size)
         self.state_size = sum(self._sizes)
         self.layout = fingerprint(config, self._weights, ORDER2 if self._dual else ORDER)
@@ -116,7 +125,8 @@ class ReferenceEngine:
         parts = state.split(self._sizes)
         for layer, (conv, scan) in enumerate(zip(parts[::2], parts[1::2], strict=True)):
             x = self._norm(hidden, self._of(layer, "norm.weight"))
-            hidden = hidden + mixer(layer, x, conv.view(self._past, self._mixed), scan)
+            channels = len(self._of(layer, "mixer.conv1d.weight"))
+            hidden = hidden + mixer(layer, x, conv.view(self._past, channels), scan)
         return hidden
 
     def _mamba1(self, layer: int, x: Tensor, conv: Tensor, scan: Tensor) -> Tensor:
@@ -178,23 +188,23 @@ class ReferenceEngine:
         return F.linear(self._norm(hidden, self._weights["backbone.norm_f.weight"]), self._head)
 
 
-def expected_shapes(config: Any, directions: Mapping[int, int] | None = None) -> dict[str, tuple[int, ...]]:
+def expected_shapes(
+    config: Any, directions: Mapping[int, int] | None = None, widths: Mapping[int, int] | None = None
+) -> dict[str, tuple[int, ...]]:
     """Every tensor of a model of this configuration, by its stock name, and its shape.
 
     Args:
-        config: as `ReferenceEngine` takes it. directions: layer -> r, where B and C are projected.
+        config: as `ReferenceEngine` takes it.
+        directions: layer -> r, where B and C are projected.
+        widths: layer -> channels of a Mamba-1, where they are not the configuration's.
     """
-    model, rows, (inner, mixed) = int(config.hidden_size), int(config.vocab_size), _channels(config)
+    model, rows, widths = int(config.hidden_size), int(config.vocab_size), widths or {}
     dual = model_type(config) == "mamba2"
-    mixer = _heads(config) if dual else _selection(config)
-    mixer |= {"conv1d.weight": (mixed, 1, int(config.conv_kernel)), "out_proj.weight": (model, inner)}
-    if config.use_conv_bias:
-        mixer["conv1d.bias"] = (mixed,)
-    if config.use_bias:
-        mixer |= {"in_proj.bias": mixer["in_proj.weight"][:1], "out_proj.bias": (model,)}
     shapes: dict[str, tuple[int, ...]] = {"backbone.embeddings.weight": (rows, model)}
     for layer in range(int(config.num_hidden_layers)):
         shapes[f"backbone.layers.{layer}.norm.weight"] = (model,)
+        inner, _ = _channels(config, widths.get(layer))
+        mixer = _heads(config) if dual else scan_shapes(config, inner)
         shapes |= {f"backbone.layers.{layer}.mixer.{name}": shape for name, shape in mixer.items()}
     for layer, count in (directions or {}).items():
         maps = int(config.n_groups), count, int(config.state_size)
@@ -205,33 +215,30 @@ def expected_shapes(config: Any, directions: Mapping[int, int] | None = None) ->
     return shapes
 
 
-def _channels(config: Any) -> tuple[int, int]:
-    """Those of the scan, and those of the convolution."""
+def _channels(config: Any, own: int | None = None) -> tuple[int, int]:
+    """Those of the scan, and of the convolution; `own` are a layer's of Mamba-1, else the configuration's."""
     if model_type(config) == "mamba2":
         size = heads(config)
         return size.inner, size.mixed
-    return int(config.intermediate_size), int(config.intermediate_size)
-
-
-def _selection(config: Any) -> dict[str, tuple[int, ...]]:
-    """What a mixer of Mamba-1 has of its own, and in_proj."""
-    inner, states, rank = int(config.intermediate_size), int(config.state_size), int(config.time_step_rank)
-    return {
-        "in_proj.weight": (2 * inner, int(config.hidden_size)),
-        "x_proj.weight": (rank + 2 * states, inner),
-        "dt_proj.weight": (inner, rank),
-        "dt_proj.bias": (inner,),
-        "A_log": (inner, states),
-        "D": (inner,),
-    }
+    inner = own or int(config.intermediate_size)
+    return inner, inner
 
 
 def _heads(config: Any) -> dict[str, tuple[int, ...]]:
-    """The same of Mamba-2."""
-    size = heads(config)
-    vectors = {name: (size.heads,) for name in ("A_log", "D", "dt_bias")}
-    projected = (size.inner + size.mixed + size.heads, int(config.hidden_size))
-    return {"in_proj.weight": projected, "norm.weight": (size.inner,), **vectors}
+    """The tensors of a mixer of Mamba-2, by their names in it."""
+    size, model = heads(config), int(config.hidden_size)
+    shapes: dict[str, tuple[int, ...]] = {name: (size.heads,) for name in ("A_log", "D", "dt_bias")}
+    shapes |= {
+        "in_proj.weight": (size.inner + size.mixed + size.heads, model),
+        "conv1d.weight": (size.mixed, 1, int(config.conv_kernel)),
+        "norm.weight": (size.inner,),
+        "out_proj.weight": (model, size.inner),
+    }
+    if config.use_conv_bias:
+        shapes["conv1d.bias"] = (size.mixed,)
+    if config.use_bias:
+        shapes |= {"in_proj.bias": shapes["in_proj.weight"][:1], "out_proj.bias": (model,)}
+    return shapes
 
 
 def _normalised(x: Tensor, epsilon: float) -> Tensor:
