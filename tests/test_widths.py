@@ -37,10 +37,10 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("text.txt").write_text(" ".join(f"a state {n} is kept" for n in range(400)))
 
 
-def uneven(make: Callable[..., Any] = pico_mamba, **fields: Any) -> Any:
+def uneven(make: Callable[..., Any] = pico_mamba, width: int = 64, **fields: Any) -> Any:
     """Three layers of 64 channels, of which the second is hardly heard."""
     torch.manual_seed(3)
-    model = make(num_hidden_layers=3, intermediate_size=64, time_step_rank=3, **fields)
+    model = make(num_hidden_layers=3, intermediate_size=width, time_step_rank=3, **fields)
     with torch.no_grad():
         for layer in model.backbone.layers:
             layer.mixer.out_proj.weight.mul_(20)
@@ -209,3 +209,86 @@ def test_a_tensor_of_another_width_is_refused_by_name(name: str) -> None:
     for read in (sparsessm.load, runtime.load):
         with pytest.raises(ValueError, match=f"wrong shapes: {whole}"):
             read("own")
+
+
+@pytest.mark.parametrize(
+    ("channels", "share", "mean"), [(64, 0.75, 16), (64, 0.99, 16), (64, 0.01, 48), (40, 0.3, 28)]
+)
+def test_what_is_promised_is_taken(channels: int, share: float, mean: int) -> None:
+    model = uneven(width=channels)
+    architecture = adapt(model)
+    wanted = order(Recipe(**WORDS | {"sparsity": share}), architecture)
+    assert wanted.sizes == {"channel": mean}
+    told = preview_units(wanted, architecture)
+    small, rows = settled(model, sparsity=share)
+    assert sum(of_layers(small)) == 3 * mean == sum(row.total - row.pruned for row in rows)
+    assert told["by_layer"] and told["parameters"]["after"] == sum(p.numel() for p in small.parameters())
+
+
+def test_layers_that_end_alike_are_a_stock_model() -> None:
+    write(uneven())
+    model = sparsessm.load("dense")
+    report = sparsessm.prune(model, **FAST, **WORDS | {"sparsity": 0.75})
+    assert of_layers(model.model) == [16, 16, 16] and not report.packed
+    sparsessm.save(model, "narrow", report)
+    assert (Path("narrow") / "model.safetensors").is_file()
+    assert type(model.model).from_pretrained("narrow").config.intermediate_size == 16
+    again = sparsessm.load("narrow")
+    sparsessm.prune(again, **FAST, pattern="structured:state", sparsity=0.5)
+    again.model.save_pretrained("stock")
+
+
+def test_blocks_that_leave_layers_alike_leave_a_stock_model() -> None:
+    small, _ = settled(uneven())
+    assert len(set(of_layers(small))) > 1
+    odd = max(range(3), key=lambda i: of_layers(small).count(of_layers(small)[i]) == 1)
+    architecture = adapt(small)
+    with pytest.raises(ValueError, match=r"write it with sparsessm\.save"):
+        small.save_pretrained("no")
+    while len(set(of_layers(small))) > 1:
+        architecture.drop(min(odd, len(of_layers(small)) - 1))
+    assert small.config.intermediate_size == of_layers(small)[0]
+    small.save_pretrained("stock")
+
+
+def test_a_share_of_all_parameters_is_not_guessed_where_layers_differ() -> None:
+    small, _ = settled(uneven())
+    with pytest.raises(ValueError, match="layers have different widths; say 'structured:block'"):
+        order(Recipe(pattern="structured", sparsity=0.3), adapt(small))
+
+
+def test_a_packed_stock_model_beside_another_config_is_refused() -> None:
+    write(uneven())
+    pack("dense", "small")
+    config = Path("small/config.json")
+    config.write_text(config.read_text().replace('"intermediate_size": 64', '"intermediate_size": 128'))
+    for read in (sparsessm.load, runtime.load):
+        with pytest.raises(ValueError, match="does not hold the model of its config.json"):
+            read("small")
+
+
+def test_loading_draws_nothing_from_the_global_generator() -> None:
+    write(uneven())
+    model = sparsessm.load("dense")
+    sparsessm.save(model, "own", sparsessm.prune(model, **FAST, **WORDS))
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    sparsessm.load("own")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_what_is_interrupted_is_not_written_by_stock_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls = uneven(), itertools.count()
+    cut = structure._shrink_block
+
+    def twice(*arguments: Any) -> Any:
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return cut(*arguments)
+
+    monkeypatch.setattr(structure, "_shrink_block", twice)
+    architecture = adapt(model)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.prune(architecture, Recipe(**WORDS).resolved(model="m", trained_length=24), TOKENS)
+    with pytest.raises(ValueError, match=r"write it with sparsessm\.save"):
+        model.save_pretrained("stock")

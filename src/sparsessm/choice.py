@@ -64,7 +64,7 @@ class Choice(BaseModel):
     pattern: str | None = Field(
         None,
         description="unstructured (the default); N:M: N entries KEPT of every M inputs or states; "
-        f"structured:AXIS ({', '.join(AXES)}): whole units, the same number in every layer; structured: a "
+        f"structured:AXIS ({', '.join(AXES)}): whole units, as many in every layer; structured: a "
         "mix of axes for a share of all parameters.",
     )
     removed: Literal["memoryless", "unit"] | None = Field(

@@ -105,6 +105,7 @@ def preview_units(order: Order, architecture: Architecture) -> dict[str, Any]:
     return {
         "axes": axes,
         "share": order.share,
+        "by_layer": order.by_layer,
         "methods": order.methods,
         "repair": repair,
         "parameters": counts,
@@ -114,7 +115,13 @@ def preview_units(order: Order, architecture: Architecture) -> dict[str, Any]:
 def preview_units_table(model: str, record: Mapping[str, Any]) -> Table:
     """What `preview_units` returned, for people."""
     cells = [
-        [axis, row["method"], str(row["now"]), str(row["after"]), percent(1 - row["after"] / row["now"])]
+        [
+            axis,
+            row["method"] + (", by layer" if record["by_layer"] else ""),
+            str(row["now"]),
+            str(row["after"]),
+            percent(1 - row["after"] / row["now"]),
+        ]
         for axis, row in record["axes"].items()
     ] or [
         [

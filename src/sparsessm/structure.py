@@ -19,7 +19,7 @@ from torch import Tensor
 from sparsessm import curvature, depth
 from sparsessm.architectures import Architecture, Axis, Block, Part, Target
 from sparsessm.architectures.base import cut
-from sparsessm.architectures.own import guard
+from sparsessm.architectures.own import guard, level
 from sparsessm.calibrate import Progress, Stop, slab_width
 from sparsessm.compensate import dense_target, readout, remix
 from sparsessm.hessian import factorise
@@ -84,6 +84,8 @@ def shrink(
         chosen = order.selections["block"].name
         repair = f"dense-target:{order.strength:g}" if order.strength else "none"
         rows.append(_row("blocks", -1, "block", chosen, len(architecture.blocks), len(gone), repair))
+    if widths is not None:  # also if what follows is interrupted
+        guard(architecture.model)
     refits = [order.refits(block) for block in architecture.blocks]
     if inner or (gone and order.strength):
         for stop in _walk(architecture, tokens if order.looks else None, gone, any(refits), progress):
@@ -98,7 +100,7 @@ def shrink(
     if widths is None:
         architecture.settle(architecture.fields({axis: order.sizes[axis] for axis in inner}))
     else:
-        guard(architecture.model)
+        level(architecture.model)
     return rows
 
 

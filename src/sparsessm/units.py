@@ -103,8 +103,11 @@ def order(recipe: Recipe, architecture: Architecture) -> Order:
         kind = type(architecture).__name__
         why = "this one has them already" if type(architecture).widens else f"this is a {kind}"
         raise ValueError(f"allocation 'loss' gives layers of a Mamba-1 different widths; {why}")
+    if not pattern.shares and type(architecture).widens and not architecture.widens:
+        raise ValueError("pattern 'structured': layers have different widths; say 'structured:block'")
+    free = 1 if method.projects else width_step(size_of(architecture, "channel")) if by_layer else None
     sizes = {
-        axis: size_for(architecture, axis, share if own is None else own, method.projects)
+        axis: size_for(architecture, axis, share if own is None else own, free)
         for axis, own in pattern.shares
     }
     try:
@@ -162,11 +165,16 @@ def possible(architecture: Architecture, axis: str) -> list[int]:
     return sizes
 
 
-def size_for(architecture: Architecture, axis: str, share: float, any_size: bool = False) -> int:
+def width_step(channels: int) -> int:
+    """By how many channels layers of different widths differ."""
+    return MULTIPLE if channels >= 2 * MULTIPLE and channels % MULTIPLE == 0 else 1
+
+
+def size_for(architecture: Architecture, axis: str, share: float, step: int | None = None) -> int:
     """The number of units that stay when about this share of an axis goes.
 
     Args:
-        any_size: stock code has no say in it; one goes and one stays at least.
+        step: stock code has no say in it; any multiple of this can go, and one goes and stays at least.
 
     Raises:
         ValueError: the architecture has no such axis, or nothing near this share is possible; says what is.
@@ -180,8 +188,8 @@ def size_for(architecture: Architecture, axis: str, share: float, any_size: bool
         raise ValueError(f"pattern 'structured:{axis}': a {kind} model has no such axis; it has: {allowed}")
     now, sizes = size_of(architecture, axis), possible(architecture, axis)
     wanted = (1 - share) * now
-    if any_size and now > 1:
-        return min(max(1, round(wanted)), now - 1)
+    if step and now > step:
+        return min(max(1, round(wanted / step)), now // step - 1) * step
     best = min(sizes, key=lambda size: abs(size - wanted), default=math.inf)
     slack = max(0.5, min(MULTIPLE / 2, now / 16)) if axis == "channel" else 0.5
     if abs(best - wanted) > max(slack, 0.05 * now):

@@ -18,7 +18,7 @@ from sparsessm.calibrate import Progress, Stop
 from sparsessm.depth import embedded
 from sparsessm.methods.structured import elimination
 from sparsessm.structure import look
-from sparsessm.units import MULTIPLE, Order, size_of
+from sparsessm.units import Order, size_of, width_step
 
 LEAST = 8  # a layer keeps one in so many channels at least
 
@@ -38,8 +38,9 @@ def find(
     """
     hidden = embedded(architecture, tokens)
     now = size_of(architecture, "channel")
-    step = MULTIPLE if now >= 2 * MULTIPLE else 1
-    most = (now - max(step, now // LEAST)) // step * step  # channels that one layer may lose
+    step, gone_each = width_step(now), now - order.sizes["channel"]
+    # channels that one layer may lose
+    most = max((now - max(step, now // LEAST)) // step * step, gone_each)
     alone = replace(order, sizes={"channel": now - most})
     curves = []
     for block in architecture.blocks:
@@ -51,7 +52,7 @@ def find(
             stop.advance()
         if progress:
             progress("widths", len(curves), len(architecture.blocks))
-    gone = allot(curves, len(curves) * (now - order.sizes["channel"]) // step)
+    gone = allot(curves, len(curves) * gone_each // step)
     return {block.index: now - step * count for block, count in zip(architecture.blocks, gone, strict=True)}
 
 

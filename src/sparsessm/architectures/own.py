@@ -56,13 +56,24 @@ class Own:
             with torch.random.fork_rng([]), torch.device(was.mixer.D.device):
                 layer = type(was)(config, layer_idx=index)
             layers[index] = layer.requires_grad_(was.mixer.D.requires_grad).train(was.training)
-        if self:
-            guard(model)
+        if self.widths:
+            level(model)
 
 
 def guard(model: Any) -> None:
     """Keep stock code from writing what it would read as another model."""
     model.save_pretrained = projected.refuse_to_save
+
+
+def level(model: Any) -> None:
+    """After layers of a Mamba-1 got other widths, or left: a stock model again where all are alike."""
+    widths = {len(layer.mixer.D) for layer in model.backbone.layers}
+    if len(widths) == 1:
+        model.config.intermediate_size = widths.pop()
+        vars(model).pop("save_pretrained", None)
+    else:
+        guard(model)
+        model.config.use_cache = model.backbone.config.use_cache = False  # caches have one width for all
 
 
 def _vectors(model: Any) -> list[tuple[str, torch.Tensor]]:
@@ -76,6 +87,7 @@ def _widths(shapes: Mapping[str, tuple[int, ...]], config: Any) -> dict[int, int
     for name, shape in shapes.items():
         match = _SKIP.fullmatch(name)
         if match and int(match[1]) < config.num_hidden_layers and len(shape) == 1 and shape[0] > 0:
-            if shape[0] != config.intermediate_size:
-                found[int(match[1])] = shape[0]
-    return found
+            found[int(match[1])] = shape[0]
+    if len(set(found.values())) < 2:  # a stock model, whose configuration says the number, or a wrong one
+        return {}
+    return {index: width for index, width in found.items() if width != config.intermediate_size}

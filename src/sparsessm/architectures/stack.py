@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sparsessm.architectures import mamba1, mamba2, projected
 from sparsessm.architectures.base import Architecture, Block, Tail, Tap, renumbered
+from sparsessm.architectures.own import Own, level
 
 
 class StackBlock(Block):
@@ -110,8 +111,12 @@ class Mamba(Stack):
 
     def __init__(self, model: nn.Module, stored: Mapping[str, torch.dtype]) -> None:
         super().__init__(model, stored)
-        if len({block.layer.mixer.intermediate_size for block in self.blocks}) > 1:  # type: ignore[union-attr]
+        if Own.of(model):
             self.structure, self.widens = ("block",), False  # the rest cannot be said any more
+
+    def drop(self, index: int) -> None:
+        super().drop(index)
+        level(self.model)
 
     def fields(self, sizes: Mapping[str, int]) -> dict[str, Any]:
         # Newer releases want a whole `expand`, but take the product of it if it stands in the file.

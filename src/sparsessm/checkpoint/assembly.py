@@ -70,7 +70,8 @@ def assemble(
     wide = tuple(f"backbone.layers.{index}." for index in own.widths)
     names = [*projected.named_in(tensors), *(name for name in tensors if wide and name.startswith(wide))]
     ours = {name: tensors.pop(name) for name in names}
-    model = type(empty).from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32)
+    with torch.random.fork_rng([], enabled=bool(own)):  # stock code draws for what is left out here
+        model = type(empty).from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32)
     own.give(model)
     model.load_state_dict(ours, strict=False)
     most_precise = {

@@ -76,7 +76,7 @@ def prune(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Prune MODEL and write the result, a stock checkpoint (balanced: a packed one), to a directory."""
+    """Prune MODEL and write the result: a stock checkpoint, or a packed one where none can hold it."""
     if out is None and not dry_run:
         raise typer.BadParameter(
             "missing; name the directory to write, or --dry-run", param_hint="--out / -o"
