@@ -7,7 +7,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transcription_linear import hessian_trace_ratios, owl_ratios
@@ -82,6 +82,7 @@ def test_what_was_removed_before_goes_first() -> None:
 
 
 @settings(max_examples=100, deadline=None)
+@example(sizes=[1, 1, 1], seed=0, sparsity=0.25, clip=0.25, sample=50, coarse=2)
 @given(
     sizes=st.lists(st.integers(1, 5000), min_size=1, max_size=6),
     seed=st.integers(0, 2**31),
@@ -107,8 +108,9 @@ def test_the_total_is_the_one_asked_for(
     for share, profile, step in zip(shares, made, steps, strict=True):
         assert abs(share - sparsity) * profile.total <= clip * profile.total + step
     removed = sum(share * n for share, n in zip(shares, sizes, strict=True))
-    # With next to no clip there is no freedom to make up for the rounding of each matrix.
-    assert abs(removed - sparsity * sum(sizes)) <= max(steps) / 2 + (sum(steps) / 2 if clip < 0.01 else 1e-6)
+    # Where the clip is less than a step there is no freedom to make up for the rounding of each matrix.
+    bound = any(clip * profile.total < step for profile, step in zip(made, steps, strict=True)) or clip < 0.01
+    assert abs(removed - sparsity * sum(sizes)) <= max(steps) / 2 + (sum(steps) / 2 if bound else 1e-6)
 
 
 def test_the_total_of_large_matrices_is_exact_to_a_thousandth() -> None:
