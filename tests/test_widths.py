@@ -238,16 +238,18 @@ def test_layers_that_end_alike_are_a_stock_model() -> None:
     again.model.save_pretrained("stock")
 
 
-def test_blocks_that_leave_layers_alike_leave_a_stock_model() -> None:
-    small, _ = settled(uneven())
-    assert len(set(of_layers(small))) > 1
-    odd = max(range(3), key=lambda i: of_layers(small).count(of_layers(small)[i]) == 1)
-    architecture = adapt(small)
+@pytest.mark.parametrize("used", [True, False])
+def test_blocks_that_leave_layers_alike_leave_a_stock_model(used: bool) -> None:
+    model = uneven()
+    model.config.use_cache = used
+    small, _ = settled(model)
+    assert len(set(of_layers(small))) > 1 and small.config.use_cache is False
     with pytest.raises(ValueError, match=r"write it with sparsessm\.save"):
         small.save_pretrained("no")
+    architecture = adapt(small)
     while len(set(of_layers(small))) > 1:
-        architecture.drop(min(odd, len(of_layers(small)) - 1))
-    assert small.config.intermediate_size == of_layers(small)[0]
+        architecture.drop(0)
+    assert small.config.intermediate_size == of_layers(small)[0] and small.config.use_cache is used
     small.save_pretrained("stock")
 
 

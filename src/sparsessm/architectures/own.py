@@ -67,13 +67,16 @@ def guard(model: Any) -> None:
 
 def level(model: Any) -> None:
     """After layers of a Mamba-1 got other widths, or left: a stock model again where all are alike."""
-    widths = {len(layer.mixer.D) for layer in model.backbone.layers}
+    widths, own = {len(layer.mixer.D) for layer in model.backbone.layers}, vars(model)
     if len(widths) == 1:
         model.config.intermediate_size = widths.pop()
-        vars(model).pop("save_pretrained", None)
+        own.pop("save_pretrained", None)
+        used = own.pop("used_cache", model.config.use_cache)
     else:
         guard(model)
-        model.config.use_cache = model.backbone.config.use_cache = False  # caches have one width for all
+        own.setdefault("used_cache", model.config.use_cache)
+        used = False  # older stock caches have one width for all
+    model.config.use_cache = model.backbone.config.use_cache = used
 
 
 def _vectors(model: Any) -> list[tuple[str, torch.Tensor]]:
