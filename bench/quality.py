@@ -2,7 +2,8 @@
 compare.
 
 Held-out perplexity against the dense model, on modules that no calibration sees; calibration seeds 0, 1 and
-2; mean and (in brackets) least and greatest of the seeds. Every run is kept in a JSON file and not repeated.
+2; mean and (in brackets) least and greatest of the seeds. Every run is kept in a JSON file and not repeated;
+it says on which processor and which text it was made, as every Python has another standard library.
 Options: --table NAME (all by default), --samples W, --windows W held-out windows, --json FILE.
 """
 
@@ -20,7 +21,7 @@ import torch
 from bench import cpu
 
 import sparsessm
-from sparsessm.data import evaluation_windows
+from sparsessm.data import edition, evaluation_windows, fingerprint
 from sparsessm.evaluation import difference, perplexity
 from sparsessm.recipe import Recipe
 
@@ -147,25 +148,28 @@ class Measure:
         self._done: dict[str, Any] = json.loads(path.read_text())["runs"] if path.exists() else {}
         self._tokens: dict[int, torch.Tensor] = {}
         self._dense: Any = None
+        self._where: dict[str, Any] = {}
 
     def __call__(self, fields: Fields, seed: int) -> float:
         """Relative change of perplexity."""
         name = key(fields, seed, self._samples, self._windows, self._model)
         if name not in self._done:
             self._done[name] = self._run(fields, seed)
-            record = {"cpu": cpu(), "runs": self._done}
+            record = {"runs": self._done}
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._path.write_text(json.dumps(record, indent=1) + "\n")
         return float(self._done[name]["change"])
 
-    def _run(self, fields: Fields, seed: int) -> dict[str, float]:
+    def _run(self, fields: Fields, seed: int) -> dict[str, Any]:
         checkpoint = sparsessm.load(self._model)
         if self._dense is None:
             length = checkpoint.trained_length
             self._text = evaluation_windows(
                 "stdlib", checkpoint.tokenizer, length=length, limit=self._windows
             )
-            self._dense = perplexity(checkpoint.model, *self._text)
+            self._dense = perplexity(checkpoint.model, *self._text, data="stdlib")
+            splits = {"calibration": edition("stdlib", "calibration"), "held_out": self._dense.record()["text"]}
+            self._where = {"cpu": cpu(), "threads": torch.get_num_threads(), "text": splits}
         recipe = sparsessm.resolve(checkpoint, Recipe(**fields, samples=self._samples, seed=seed))
         if seed not in self._tokens:
             drawn = sparsessm.draw(checkpoint, Recipe(samples=self._samples, seed=seed, length=recipe.length))
@@ -182,6 +186,8 @@ class Measure:
             "perplexity": pruned.perplexity, "dense": self._dense.perplexity, "change": change.mean,
             "low": change.low, "high": change.high, "seconds": round(seconds, 1), "sparsity": sparsity,
             "parameters": report.parameters, "shape": report.shape,
+            "windows": {"calibration": fingerprint(self._tokens[seed]), "held_out": pruned.fingerprint},
+            **self._where,
         }  # fmt: skip
 
 

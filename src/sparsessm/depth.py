@@ -78,15 +78,14 @@ def _by_loss(architecture: Architecture, tokens: Tensor, count: int, progress: P
 def _by_change(
     architecture: Architecture, tokens: Tensor, count: int, progress: Progress | None
 ) -> list[int]:
-    """Greedily, the block that turns its input least (Men et al., arXiv 2403.03853)."""
+    """The blocks that turn their input least in the dense model (Men et al., arXiv 2403.03853)."""
+    costs = _change(architecture, tokens)
     gone: list[int] = []
     for turn in range(count):
-        open_ = _may_go(architecture, gone)
-        costs = _change(architecture, tokens, gone)
-        finite = [index for index in open_ if math.isfinite(costs[index])]
-        if not finite:
+        open_ = [index for index in _may_go(architecture, gone) if math.isfinite(costs[index])]
+        if not open_:
             raise ValueError("the cost of removing a block is not finite, of whichever")
-        gone.append(min(finite, key=lambda index: costs[index]))
+        gone.append(min(open_, key=lambda index: costs[index]))
         if progress:
             progress("blocks", turn + 1, count)
     return gone
@@ -125,13 +124,12 @@ def _each_alone(architecture: Architecture, tokens: Tensor) -> dict[int, float]:
     return losses
 
 
-def _change(architecture: Architecture, tokens: Tensor, gone: Sequence[int]) -> dict[int, float]:
-    """1 - cosine between input and output of each of the blocks that are left, mean over the tokens."""
-    left = [block for block in architecture.blocks if block.index not in gone]
-    costs = dict.fromkeys((block.index for block in left), 0.0)
+def _change(architecture: Architecture, tokens: Tensor) -> dict[int, float]:
+    """1 - cosine between input and output of each block, mean over the tokens."""
+    costs = dict.fromkeys((block.index for block in architecture.blocks), 0.0)
     for group in tokens.split(max(1, GROUP // tokens.shape[1])):
         hidden = embedded(architecture, group)
-        for block in left:
+        for block in architecture.blocks:
             out = _through(block, hidden)
             alike = float(F.cosine_similarity(hidden, out, dim=-1).double().mean())
             costs[block.index] += (1 - alike) * len(group) / len(tokens)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsessm.architectures import Architecture, adapt
-from sparsessm.data import fingerprint
+from sparsessm.data import edition, fingerprint
 from sparsessm.report import finite
 
 Progress = Callable[[str, int, int], None]
@@ -63,8 +63,10 @@ class Perplexity:
     fingerprint: str = field(default="", repr=False)
 
     def record(self) -> dict[str, Any]:
-        """Returns the fields as JSON values (a number that is not finite is null)."""
-        return finite(asdict(self))
+        """Returns the fields as JSON values (a number that is not finite is null), and as "text" the `edition`
+        of a text that is not the same on every machine."""
+        text = edition(self.data, "evaluation")
+        return finite(asdict(self) | ({"text": text} if text else {}))
 
 
 @dataclass(frozen=True)

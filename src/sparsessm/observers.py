@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sparsessm.kernels import ScanStats
-from sparsessm.patterns import Pattern
+from sparsessm.patterns import Pattern, Structured
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ class StateSums:
     Attributes:
         gram: (G, N, N) float64, sum C_n C_m sum_d w_d h_dn h_dm: removing the states R without any repair
             costs 1' gram_RR 1.
-        energy: (G, N) float64, sum C_n^2 sum_d h_dn^2: the square of GHOST's score.
+        energy: (G, N) float64, sum C_n^2 sum_d h_dn^2, as `StateReadout` but of the sampled steps.
         states: (G, N, N) float64, sum over d and t of w_d h h'. readouts: (G, N, N), sum over t of C C'.
         full: (G, N, N, N, N) float64, [n, n', m, m'] = sum C_n C_n' sum_d w_d h_dm h_dm'; None where there
             are more than `MOST_FULL` states.
@@ -219,6 +219,26 @@ class StateMoments:
         gram, energy, pairs, readouts, *full = self._sums
         states = gram.shape[-1]
         return StateSums(gram, energy, pairs, readouts, full[0].view(-1, *[states] * 4) if full else None)
+
+
+class StateReadout:
+    """What each state puts out: the sum of GHOST (arXiv 2602.11408), C_n^2 sum_d h_dn^2 over all steps."""
+
+    options: Mapping[str, Any] = {"every": 1}
+    paired = False
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+
+    def add(self, h: Tensor, C: Tensor, gain: Tensor, out_proj: Tensor) -> None:
+        """As `StateMoments.add`."""
+        norms = torch.linalg.vector_norm(h.unflatten(2, (C.shape[2], -1)), dim=3)  # (W, S, G, N)
+        self._sum = _added(self._sum, (C * norms).square().sum((0, 1)))
+
+    def result(self) -> Tensor:
+        """(G, N) float64, one row for each group of heads."""
+        assert self._sum is not None, "nothing was observed"
+        return self._sum
 
 
 class PairMoments:
@@ -307,6 +327,31 @@ class StateVote:
     def add(self, stats: ScanStats, out_proj: Tensor, output: Tensor) -> None:
         assert stats.energy is not None
         self._votes += (~self._pattern.keep(stats.energy * self._weight, self._sparsity)).sum(0)
+
+    def result(self) -> Tensor:
+        return self._votes
+
+
+class ColumnVote:
+    """How often a state is among the `removing` least important of its step (`sparsessm-vote`, whole states):
+    an (N,) count.
+
+    The authors' rule (their prune/structure_ts.py): at every step each state n has the importance sum_d
+    A_log[d, n]^2 S_t[d, n], and the states compete. Among equals the lower number gets the vote, so those of
+    the first step, before which all states are zero, go to the lowest numbers.
+    """
+
+    options: Mapping[str, Any] = {"energy": True}
+    paired = False
+
+    def __init__(self, a_log: Tensor, removing: int) -> None:
+        self._weight, self._removing = a_log.double().square(), removing
+        self._votes = torch.zeros(a_log.shape[1], dtype=torch.int64)
+
+    def add(self, stats: ScanStats, out_proj: Tensor, output: Tensor) -> None:
+        assert stats.energy is not None
+        importance = (stats.energy * self._weight).sum(1)  # (T, N)
+        self._votes += (~Structured().keep(importance, self._removing)).sum(0)
 
     def result(self) -> Tensor:
         return self._votes

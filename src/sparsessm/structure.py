@@ -20,19 +20,20 @@ from sparsessm import curvature, depth
 from sparsessm.architectures import Architecture, Axis, Block, Part, Target
 from sparsessm.architectures.base import cut
 from sparsessm.architectures.own import guard, level
-from sparsessm.calibrate import Progress, Stop, slab_width
+from sparsessm.calibrate import LONGEST, Progress, Stop, slab_width
 from sparsessm.compensate import dense_target, readout, remix
 from sparsessm.hessian import factorise
 from sparsessm.kernels import MAX_STATES
 from sparsessm.methods.base import seed_of
 from sparsessm.methods.structured import Reader, Units
-from sparsessm.observers import InputGram, Moments, PairMoments, StateMoments, StateVote
-from sparsessm.patterns import Structured, Unstructured
+from sparsessm.observers import ColumnVote, InputGram, Moments, PairMoments, StateMoments, StateReadout
+from sparsessm.patterns import Structured
 from sparsessm.report import Row
 from sparsessm.units import INNER, REPAIRED, Order, mixable
 
 COST_TOKENS = 16_384  # of the calibration windows that the backward pass looks at
 LOOKED = 128  # windows whose states are looked at: a slab holds the states of one step of all of them
+HELD = 1 << 27  # bytes of states, where they are looked at after every step
 EVERY = 16  # steps between two looks at the states: neighbours are alike, and pairs of states are dear
 PATTERN = Structured()
 
@@ -239,11 +240,14 @@ def look(
     if looks == "states" or units.mixable:
         cost = costs.get(linear["out_proj"].name)
         units = replace(units, states=_states(stop, lambda every: StateMoments(every, cost)))
+    if looks == "energy":
+        channels = linear["out_proj"].matrix.shape[1]
+        units = replace(units, energy=_energy(stop, HELD // (4 * channels * axes[0].size)))
     if looks == "votes":
         a_log = next(target for target in block.targets if target.kind == "A_log").matrix
-        observer = StateVote(a_log, Unstructured(), removing / axes[0].size)
+        observer = ColumnVote(a_log, removing)
         stop.run({"A_log": observer}, until="A_log")
-        units = replace(units, votes=observer.result().sum(0))
+        units = replace(units, votes=observer.result())
     if looks == "inputs":
         readers = []
         for kind in ("x_proj", "out_proj"):
@@ -304,6 +308,14 @@ def _states(stop: Stop, observer: Callable[[int], Any]) -> Any:
     few = stop.hidden[:LOOKED]
     watching = observer(min(EVERY, slab_width(*few.shape[:2])))
     Stop(stop.block, few, lambda: None).run({"states": watching}, until="states")
+    return watching.result()
+
+
+def _energy(stop: Stop, rows: int) -> Tensor:
+    """What each state puts out, over every step of all windows; the states of about `rows` steps are held."""
+    watching = StateReadout()
+    for few in stop.hidden.split(max(1, rows // LONGEST)):
+        Stop(stop.block, few, lambda: None).run({"states": watching}, until="states")
     return watching.result()
 
 

@@ -42,8 +42,9 @@ class Units:
     Attributes:
         sizes: units of each axis. removing: units that each axis loses.
         weights: the layer's tensors that share the axes: (units, entries) of each axis.
-        states: sums over the states, for axis "state". votes: (N,) votes of the paper's vote, summed over the
-            channels. readers: matrices that read the units, for "channel" and "head".
+        states: sums over the states, for axis "state". energy: (G, N) what each puts out, `StateReadout`.
+            votes: (N,) votes that each got, `ColumnVote`. readers: matrices that read the units, for "channel"
+            and "head".
         mixable: the readouts of the kept states can be replaced by any mixture of all.
         seed: of this layer.
     """
@@ -52,6 +53,7 @@ class Units:
     removing: int
     weights: Sequence[Tensor] = ()
     states: StateSums | None = None
+    energy: Tensor | None = None
     votes: Tensor | None = None
     readers: Sequence[Reader] = ()
     mixable: bool = False
@@ -64,7 +66,7 @@ class Selection:
 
     Attributes:
         name, paper, summary: as of a `Method`. axes: those it applies to.
-        looks: what it needs to see: "states", "votes", "inputs", "loss", "change", or nothing ("").
+        looks: what it needs to see: "states", "energy", "votes", "inputs", "loss", "change", or nothing ("").
         score: units -> scores of each axis; the smallest are removed. None: the loop asks the model (blocks).
         projects: it does not choose, it projects the states (projection.py).
     """
@@ -88,8 +90,8 @@ def _magnitude(units: Units) -> Sequence[Tensor]:
 
 
 def _ghost(units: Units) -> Sequence[Tensor]:
-    assert units.states is not None
-    return units.states.energy.sqrt().unbind()
+    assert units.energy is not None
+    return units.energy.sqrt().unbind()
 
 
 def _vote(units: Units) -> Sequence[Tensor]:
@@ -213,7 +215,7 @@ magnitude = Selection(
 vote = Selection(
     "sparsessm-vote",
     "SparseSSM v1, arXiv 2506.09613",
-    "the paper's vote on A_log, summed over each column",
+    "vote per time step on A_log^2 S_t, summed over each column",
     ("state",),
     {"state": "votes"},
     _vote,
@@ -223,13 +225,13 @@ ghost = Selection(
     "GHOST, arXiv 2602.11408",
     "root of E[h^2 C^2]: how much a state and its readout carry",
     ("state",),
-    {"state": "states"},
+    {"state": "energy"},
     _ghost,
 )
 change = Selection(
     "cosine",
     "Men et al., arXiv 2403.03853",
-    "1 - cosine between a block's input and output",
+    "1 - cosine between a block's input and output in the dense model",
     ("block",),
     {"block": "change"},
 )
