@@ -168,7 +168,10 @@ class Measure:
                 "stdlib", checkpoint.tokenizer, length=length, limit=self._windows
             )
             self._dense = perplexity(checkpoint.model, *self._text, data="stdlib")
-            splits = {"calibration": edition("stdlib", "calibration"), "held_out": self._dense.record()["text"]}
+            splits = {
+                "calibration": edition("stdlib", "calibration"),
+                "held_out": self._dense.record()["text"],
+            }
             self._where = {"cpu": cpu(), "threads": torch.get_num_threads(), "text": splits}
         recipe = sparsessm.resolve(checkpoint, Recipe(**fields, samples=self._samples, seed=seed))
         if seed not in self._tokens:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pico import pico_mamba, pico_mamba2
 from torch import Tensor
-from transcription import normalise, trace
+from transcription import normalise, steps_of_mamba1, steps_of_mamba2, trace
 from transcription_linear import conv1d_hessians
 
 from sparsessm import calibrate
@@ -220,53 +220,6 @@ def test_diagonal_is_the_diagonal() -> None:
 
 
 # states, for whole units
-
-
-def _silu(x: np.ndarray) -> np.ndarray:
-    return x / (1 + np.exp(-x))
-
-
-def steps_of_mamba1(mixer: Any, hidden: Tensor, norm: Any) -> list[tuple[np.ndarray, ...]]:
-    """Of each window: h (L, D, N), C (L, 1, N) and gain (L, D), by the transcription."""
-    found = []
-    for window in hidden.numpy():
-        one = trace(mixer, normalise(norm, window))
-        found.append((one.state, one.C[:, None], one.gate))
-    return found
-
-
-def steps_of_mamba2(mixer: Any, hidden: Tensor, norm: Any) -> list[tuple[np.ndarray, ...]]:
-    """The same of Mamba-2, C (L, G, N), by the plain recurrence; the gain has the norm in it."""
-    H, P, G, N = mixer.num_heads, mixer.head_dim, mixer.n_groups, mixer.ssm_state_size
-    D, GN = H * P, G * N
-    w = {name: parameter.detach().double().numpy() for name, parameter in mixer.named_parameters()}
-    found = []
-    for window in hidden.numpy():
-        projected = normalise(norm, window) @ w["in_proj.weight"].T
-        length = len(projected)
-        z, mixed, step = projected[:, :D], projected[:, D : 2 * D + 2 * GN], projected[:, 2 * D + 2 * GN :]
-        taps = w["conv1d.weight"][:, 0]
-        past = np.concatenate([np.zeros((taps.shape[1] - 1, mixed.shape[1])), mixed])
-        conv = np.stack([(past[t : t + taps.shape[1]].T * taps).sum(1) for t in range(length)])
-        conv = _silu(conv + w["conv1d.bias"])
-        u, B, C = conv[:, :D].reshape(-1, H, P), conv[:, D : D + GN], conv[:, D + GN :]
-        B, C = B.reshape(-1, G, N), C.reshape(-1, G, N)
-        delta = np.log1p(np.exp(step + w["dt_bias"]))
-        h, states, gains = np.zeros((H, P, N)), [], []
-        for t in range(length):
-            y = np.zeros((H, P))
-            for head in range(H):
-                group = head // (H // G)
-                decay = np.exp(-delta[t, head] * np.exp(w["A_log"][head]))
-                h[head] = decay * h[head] + delta[t, head] * np.outer(u[t, head], B[t, group])
-                y[head] = h[head] @ C[t, group] + w["D"][head] * u[t, head]
-            gate = _silu(z[t])
-            seen = (y.reshape(-1) * gate).reshape(G, -1)
-            scale = 1 / np.sqrt((seen**2).mean(1) + mixer.norm.variance_epsilon)
-            gains.append(np.repeat(scale, D // G) * gate * w["norm.weight"])
-            states.append(h.reshape(D, N).copy())
-        found.append((np.stack(states), C, np.stack(gains)))
-    return found
 
 
 def state_sums(

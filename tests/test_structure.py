@@ -14,6 +14,7 @@ import torch
 from pico import pico_falcon_mamba, pico_mamba, pico_mamba2
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transcription import block_influence
 from transformers import AutoModelForCausalLM
 
 from sparsessm import depth, structure
@@ -742,33 +743,28 @@ def test_a_block_that_cannot_win_is_not_asked_again(monkeypatch: pytest.MonkeyPa
     assert len(asked) < 1 + 4 + 3, "the dense model, then not all that are left in two more turns"
 
 
-def test_blocks_go_by_how_little_they_turn_the_stream() -> None:
+def test_blocks_go_by_how_little_they_turn_the_dense_stream() -> None:
     model = mamba(num_hidden_layers=6)
-    gone: list[int] = []
-    for _ in range(3):
-        left = without(model, gone)
-        kept = [i for i in range(6) if i not in gone]
-        costs = {}
+    costs = {}
 
-        def hook(number: int, costs: dict[int, float] = costs) -> Callable[..., None]:
-            def hear(module: nn.Module, args: Any, out: Any) -> None:
-                new = out[0] if isinstance(out, tuple) else out
-                one, other = args[0].double(), new.double()
-                cosine = (one * other).sum(-1) / (one.norm(dim=-1) * other.norm(dim=-1))
-                costs[number] = 1 - float(cosine.mean())
+    def hook(number: int) -> Callable[..., None]:
+        def hear(module: nn.Module, args: Any, out: Any) -> None:
+            new = out[0] if isinstance(out, tuple) else out
+            costs[number] = block_influence(*(x.double().flatten(0, 1).numpy() for x in (args[0], new)))
 
-            return hear
+        return hear
 
-        for number, layer in zip(kept, left.backbone.layers, strict=True):
-            layer.register_forward_hook(hook(number))
-        stock(left)
-        gone.append(min(costs, key=lambda i: costs[i]))
+    heard = copy.deepcopy(model)
+    for number, layer in enumerate(heard.backbone.layers):
+        layer.register_forward_hook(hook(number))
+    stock(heard)
     architecture = adapt(copy.deepcopy(model))
     shrink(
         architecture,
         ordered(architecture, pattern="structured:block", method="cosine", repair="none"),
         TOKENS,
     )
+    gone = sorted(costs, key=lambda i: costs[i])[:3]
     assert torch.equal(stock(architecture.model), stock(without(model, gone)))
 
 

@@ -114,3 +114,80 @@ def errors(mixer: Any, one: Trace, removed: str) -> np.ndarray:
             h = np.exp(-one.delta[t])[:, None] * h + entering[t]
             other[t] = h
     return np.sqrt(omega)[None, :, None] * one.gate[:, :, None] * one.C[:, None, :] * (one.state - other)
+
+
+def steps_of_mamba1(mixer: Any, hidden: torch.Tensor, norm: Any) -> list[tuple[np.ndarray, ...]]:
+    """Of each window: h (L, D, N), C (L, 1, N) and gain (L, D), by the transcription."""
+    found = []
+    for window in hidden.numpy():
+        one = trace(mixer, normalise(norm, window))
+        found.append((one.state, one.C[:, None], one.gate))
+    return found
+
+
+def steps_of_mamba2(mixer: Any, hidden: torch.Tensor, norm: Any) -> list[tuple[np.ndarray, ...]]:
+    """The same of Mamba-2, C (L, G, N), by the plain recurrence; the gain has the norm in it."""
+    H, P, G, N = mixer.num_heads, mixer.head_dim, mixer.n_groups, mixer.ssm_state_size
+    D, GN = H * P, G * N
+    w = {name: _array(parameter) for name, parameter in mixer.named_parameters()}
+    found = []
+    for window in hidden.numpy():
+        projected = normalise(norm, window) @ w["in_proj.weight"].T
+        length = len(projected)
+        z, mixed, step = projected[:, :D], projected[:, D : 2 * D + 2 * GN], projected[:, 2 * D + 2 * GN :]
+        taps = w["conv1d.weight"][:, 0]
+        past = np.concatenate([np.zeros((taps.shape[1] - 1, mixed.shape[1])), mixed])
+        conv = np.stack([(past[t : t + taps.shape[1]].T * taps).sum(1) for t in range(length)])
+        conv = _silu(conv + w["conv1d.bias"])
+        u, B, C = conv[:, :D].reshape(-1, H, P), conv[:, D : D + GN], conv[:, D + GN :]
+        B, C = B.reshape(-1, G, N), C.reshape(-1, G, N)
+        delta = np.log1p(np.exp(step + w["dt_bias"]))
+        h, states, gains = np.zeros((H, P, N)), [], []
+        for t in range(length):
+            y = np.zeros((H, P))
+            for head in range(H):
+                group = head // (H // G)
+                decay = np.exp(-delta[t, head] * np.exp(w["A_log"][head]))
+                h[head] = decay * h[head] + delta[t, head] * np.outer(u[t, head], B[t, group])
+                y[head] = h[head] @ C[t, group] + w["D"][head] * u[t, head]
+            gate = _silu(z[t])
+            seen = (y.reshape(-1) * gate).reshape(G, -1)
+            scale = 1 / np.sqrt((seen**2).mean(1) + mixer.norm.variance_epsilon)
+            gains.append(np.repeat(scale, D // G) * gate * w["norm.weight"])
+            states.append(h.reshape(D, N).copy())
+        found.append((np.stack(states), C, np.stack(gains)))
+    return found
+
+
+def column_votes(a_log: np.ndarray, energies: np.ndarray, count: int) -> np.ndarray:
+    """SparseSSM's vote on whole states (its code, prune/structure_ts.py): at every step each of the `count`
+    states of the smallest sum_d A_log^2 S_t gets a vote; energies (L, D, N) are S_t, before the step.
+
+    Among equals the lower number gets it; their topk leaves that open.
+    """
+    votes = np.zeros(a_log.shape[1])
+    for energy in energies:
+        importance = np.zeros(a_log.shape[1])
+        for n in range(a_log.shape[1]):
+            importance[n] = sum(a_log[:, n] ** 2 * energy[:, n])
+        votes += ~remove_smallest(importance, count)
+    return votes
+
+
+def ghost_saliency(windows: list[tuple[np.ndarray, ...]]) -> np.ndarray:
+    """(G, N), GHOST (arXiv 2602.11408): the root of the mean over windows, steps and channels of a group of
+    h_t^2 C_t^2, the state after the step; `windows` as `steps_of_mamba1` and `steps_of_mamba2` give them."""
+    groups = windows[0][1].shape[1]
+    total, count = np.zeros(windows[0][1].shape[1:]), 0
+    for h, C, _ in windows:
+        for t in range(len(h)):
+            for group, own in enumerate(np.split(h[t], groups)):
+                total[group] += (own**2).sum(0) * C[t, group] ** 2
+        count += h.shape[0] * h.shape[1] // groups
+    return np.sqrt(total / count)
+
+
+def block_influence(before: np.ndarray, after: np.ndarray) -> float:
+    """ShortGPT (arXiv 2403.03853): 1 - mean cosine of what a block reads and hands on, (tokens, d)."""
+    cosines = [(x @ y) / np.sqrt((x @ x) * (y @ y)) for x, y in zip(before, after, strict=True)]
+    return 1 - sum(cosines) / len(cosines)

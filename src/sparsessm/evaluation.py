@@ -63,8 +63,8 @@ class Perplexity:
     fingerprint: str = field(default="", repr=False)
 
     def record(self) -> dict[str, Any]:
-        """Returns the fields as JSON values (a number that is not finite is null), and as "text" the `edition`
-        of a text that is not the same on every machine."""
+        """Returns the fields as JSON values (a number that is not finite is null), and as "text" the
+        `edition` of a text that is not the same on every machine."""
         text = edition(self.data, "evaluation")
         return finite(asdict(self) | ({"text": text} if text else {}))
 

@@ -43,8 +43,8 @@ class Units:
         sizes: units of each axis. removing: units that each axis loses.
         weights: the layer's tensors that share the axes: (units, entries) of each axis.
         states: sums over the states, for axis "state". energy: (G, N) what each puts out, `StateReadout`.
-            votes: (N,) votes that each got, `ColumnVote`. readers: matrices that read the units, for "channel"
-            and "head".
+            votes: (N,) votes that each got, `ColumnVote`. readers: matrices that read the units, for
+            "channel" and "head".
         mixable: the readouts of the kept states can be replaced by any mixture of all.
         seed: of this layer.
     """
