@@ -201,3 +201,33 @@ def test_every_method_prunes_every_hybrid(name: str, method: str) -> None:
     assert torch.isfinite(ours).all()
     assert_same(ours, stock_logits(architecture.model, FEW_TOKENS))
     assert (ours - before).abs().max() > 1e-4 * before.abs().max()
+
+
+# --- experts that torch's grouped product refuses ---
+
+ODD: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "jamba, inner": ("jamba", {"intermediate_size": 37}),
+    "jamba, stream": ("jamba", {"hidden_size": 18, "num_attention_heads": 3, "num_key_value_heads": 1}),
+    "nemotron_h, inner": ("nemotron_h", {"moe_intermediate_size": 13}),
+    "nemotron_h, latent": ("nemotron_h-latent", {"moe_latent_size": 7, "moe_intermediate_size": 9}),
+    "granitemoehybrid, inner": ("granitemoehybrid", {"intermediate_size": 21}),
+    "granitemoehybrid, one": ("granitemoehybrid", {"intermediate_size": 1}),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_experts_of_odd_sizes_have_the_stock_logits(case: str) -> None:
+    name, sizes = ODD[case]
+    want = stock_logits(pico_hybrid(name, **sizes, experts_implementation="eager"), FEW_TOKENS)
+    assert_same(hybrid(name, **sizes).logits(FEW_TOKENS), want)
+
+
+def test_experts_of_odd_sizes_are_pruned() -> None:
+    """Rows that are no multiple of 16 bytes: as with eager experts."""
+    name, sizes = ODD["jamba, inner"]
+    found = []
+    for how in ({}, {"experts_implementation": "eager"}):
+        rows, weights = run(hybrid(name, **sizes, **how), RECIPES["norms"], FEW_TOKENS)
+        assert any("experts" in row.target and row.pruned for row in rows)
+        found.append(weights)
+    assert all(torch.equal(tensor, found[1][which]) for which, tensor in found[0].items())

@@ -2,6 +2,7 @@
 
 Stock code has several ways to run them, chosen by the configuration. They run as it says while nobody looks
 at an expert; while somebody does, here, one after the other, on the tokens that the stock router sends them.
+So do experts whose rows torch's grouped product, the stock default, refuses.
 """
 
 from __future__ import annotations
@@ -25,6 +26,12 @@ def is_experts(module: Any) -> bool:
     """Whether this is a stock module of stacked experts."""
     weight = getattr(module, "down_proj", None)
     return isinstance(weight, nn.Parameter) and weight.ndim == 3
+
+
+def groups(experts: Any) -> bool:
+    """Whether torch's grouped product takes these experts: rows must be multiples of 16 bytes."""
+    matrices = (getattr(experts, _first(experts)), experts.down_proj)
+    return all(m.shape[-1] * m.element_size() % 16 == 0 for m in matrices)
 
 
 def kinds(experts: Any) -> list[str]:

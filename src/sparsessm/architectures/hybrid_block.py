@@ -167,7 +167,9 @@ class HybridBlock(Block):
                     stack.callback(hook.remove)
             if self._mixer is not None:
                 stack.enter_context(_instead(self._mixer, mix))
-            if self._captured is not None or wanted & self._expert_kinds:
+            if self._experts is not None and (
+                self._captured is not None or wanted & self._expert_kinds or not experts.groups(self._experts)
+            ):
                 stack.enter_context(_instead(self._experts, route))
             try:
                 out = self._through(hidden, before.start, keys)

@@ -1,8 +1,8 @@
 """The kernels' door: the names of reference.py, native where the extension is built, for inputs on the CPU.
 
 Natively, bfloat16 and float16 inputs are computed in float32; float64 and other devices use the reference.
-Shapes are checked here and refused by name. Channel tensors may be strided views as long as their last
-dimension is contiguous; others are copied.
+Shapes, dtypes, layouts and devices are checked here and refused by name. Channel tensors may be strided views
+as long as their last dimension is contiguous; others are copied.
 
 `selective_scan` and `causal_conv1d` take part in torch's autograd; where no gradient is asked for they leave
 no trace in it. What is carried from one slab of time to the next (states, the inputs before) is outside of
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sparsessm.kernels import reference
+from sparsessm.kernels.arguments import expect_floats
 from sparsessm.kernels.reference import ScanStats
 from sparsessm.kernels.ssd import ssd_scan
 
@@ -85,7 +86,8 @@ def selective_scan(
         and its gradient is refused.
 
     Raises:
-        ValueError: a shape that does not fit, named; an initial state that requires a gradient.
+        ValueError: a shape, dtype, layout or device that does not fit, named; an initial state that requires
+            a gradient.
     """
     _check(u, delta, A, B, C, D, z, initial_state)
     wanted = _wants_gradient("initial_state", initial_state, u, delta, A, B, C, D, z)
@@ -135,10 +137,11 @@ def selective_scan_stats(
         ||W_out[:, d]||^2.
 
     Raises:
-        ValueError: a shape or option that does not fit, named.
+        ValueError: a shape, dtype, layout, device or option that does not fit, named.
     """
     _check(u, delta, A, B, C, D, z, initial_state)
     if removed_state is not None:
+        expect_floats(u=u, removed_state=removed_state)
         _expect("removed_state", removed_state, (u.shape[0], *A.shape))
     if removed not in ("memoryless", "unit"):
         raise ValueError(f"removed is {removed!r}; allowed: 'memoryless', 'unit'")
@@ -185,6 +188,7 @@ def selective_scan_backward(
         Gradients of u, delta, A, B, C, D and z (None without z), each in its tensor's shape.
     """
     _check(u, delta, A, B, C, D, z, initial_state)
+    expect_floats(u=u, dy=dy)
     _expect("dy", dy, u.shape)
     if not _runs_native(u):
         return reference.selective_scan_backward(dy, u, delta, A, B, C, D, z, initial_state)
@@ -215,7 +219,8 @@ def causal_conv1d(
         (batch, L, D) in x's dtype; differentiable in x, weight and bias.
 
     Raises:
-        ValueError: a shape that does not fit, named; inputs before x that require a gradient.
+        ValueError: a shape, dtype, layout or device that does not fit, named; inputs before x that require a
+            gradient.
     """
     _check_conv(x, weight, bias, before)
     wanted = _wants_gradient("before", before, x, weight, bias)
@@ -250,9 +255,10 @@ def causal_conv1d_backward(
         Gradients of x, weight and bias (None without bias), each in its tensor's shape.
 
     Raises:
-        ValueError: a shape that does not fit, named.
+        ValueError: a shape, dtype, layout or device that does not fit, named.
     """
     _check_conv(x, weight, bias, before)
+    expect_floats(x=x, dy=dy)
     _expect("dy", dy, x.shape)
     if not _runs_native(x):
         return reference.causal_conv1d_backward(dy, x, weight, bias, before, silu=silu)
@@ -345,6 +351,7 @@ def _expect(name: str, x: Tensor, shape: Sequence[int]) -> None:
 
 
 def _check_conv(x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor | None) -> None:
+    expect_floats(x=x, weight=weight, bias=bias, before=before)
     if x.ndim != 3 or weight.ndim != 2 or 0 in (x.shape[0], x.shape[2], weight.shape[1]):
         raise ValueError(
             f"x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}, "
@@ -368,6 +375,7 @@ def _check(
     z: Tensor | None,
     state: Tensor | None,
 ) -> None:
+    expect_floats(u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, initial_state=state)
     if u.ndim != 3 or A.ndim != 2:
         raise ValueError(
             f"u has shape {tuple(u.shape)} and A {tuple(A.shape)}, expected (batch, L, D) and (D, N)"
@@ -375,8 +383,6 @@ def _check(
     (batch, length, channels), states = u.shape, A.shape[1]
     if batch < 1 or channels < 1:
         raise ValueError(f"u has shape {tuple(u.shape)}; batch and D must be at least 1")
-    if not u.is_floating_point():
-        raise ValueError(f"u is {u.dtype}; a floating point dtype is needed")
     if not 1 <= states <= MAX_STATES:
         raise ValueError(f"A has {states} states, allowed: 1 to {MAX_STATES}")
     _expect("delta", delta, u.shape)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparsessm.kernels.arguments import expect_floats
+
 
 def ssd_chunked(
     u: Tensor,
@@ -42,7 +44,7 @@ def ssd_chunked(
         y (W, L, H, P) in u's dtype and the last state (W, H, P, N), differentiable in every input.
 
     Raises:
-        ValueError: a shape that does not fit, named.
+        ValueError: a shape, dtype, layout or device that does not fit, named.
     """
     _check(u, delta, A, B, C, D, initial_state, chunk)
     (windows, length, heads, channels), (groups, states) = u.shape, B.shape[2:]
@@ -125,6 +127,7 @@ def _check(
     initial_state: Tensor | None,
     chunk: int,
 ) -> None:
+    expect_floats(u=u, delta=delta, A=A, B=B, C=C, D=D, initial_state=initial_state)
     if u.ndim != 4 or B.ndim != 4 or 0 in (u.shape[0], *u.shape[2:], *B.shape[2:]):
         raise ValueError(
             f"u has shape {tuple(u.shape)} and B {tuple(B.shape)}, expected (W, L, H, P) and (W, L, G, N)"

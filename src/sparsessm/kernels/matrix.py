@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsessm import kernels
+from sparsessm.kernels.arguments import expect_dense, expect_floats
 
 BLOCK = 64  # columns that share a scale where int8 weights meet inputs (matrix.h)
 MANY = 16  # rows of inputs from which a dense matrix is better widened to float32 and left to the BLAS
@@ -48,8 +49,8 @@ class Matrix:
         Raises:
             ValueError: another dtype or shape.
         """
+        _expect("values", values, VALUES, -1, -1)
         values = values.detach().contiguous()
-        _expect("values", values, values.dtype, -1, -1)
         return Matrix(kernels.extension().dense(_bits(values), _floats(scale)), values.dtype, scale)
 
     @staticmethod
@@ -67,10 +68,10 @@ class Matrix:
         Raises:
             ValueError: mask and values that do not fit each other.
         """
-        _expect("mask", mask, torch.uint8, -1, -1)
-        _expect("values", values, values.dtype, -1)
+        _expect("mask", mask, (torch.uint8,), -1, -1)
+        _expect("values", values, VALUES, -1)
         if rows is not None:
-            _expect("rows", rows, torch.int64, -1)
+            _expect("rows", rows, (torch.int64,), -1)
         order = None if rows is None else rows.contiguous()
         made = kernels.extension().sparse(
             mask.contiguous(), cols, _bits(values.contiguous()), _floats(scale), order
@@ -87,9 +88,9 @@ class Matrix:
         Raises:
             ValueError: another dtype or shape.
         """
-        _expect("x", x, torch.float32, -1, self.cols)
+        _expect("x", x, (torch.float32,), -1, self.cols)
         if bias is not None:
-            _expect("bias", bias, torch.float32, self.rows)
+            _expect("bias", bias, (torch.float32,), self.rows)
             bias = bias.detach().contiguous()
         x = x.detach()
         if self._scale is not None:
@@ -140,6 +141,8 @@ class Decoder:
         Raises:
             ValueError: shapes that do not fit, a token outside the vocabulary.
         """
+        _expect("tokens", tokens, (torch.int64,), -1)
+        _expect("state", state, (torch.float32,), len(tokens), self.state_size)
         logits = torch.empty(len(tokens), self.vocabulary)
         self._native.step(kernels.LEVEL, threads, tokens.contiguous(), state, logits)
         return logits
@@ -158,24 +161,27 @@ def rounded(x: Tensor) -> Tensor:
 
 
 def _bits(values: Tensor) -> Tensor:
-    if values.dtype not in VALUES:
-        raise ValueError(f"values are {values.dtype}; allowed: float32, bfloat16, int8")
     return values.view(torch.int16) if values.dtype == torch.bfloat16 else values
 
 
 def _floats(scale: Tensor | None) -> Tensor | None:
     if scale is None:
         return None
-    _expect("scale", scale, scale.dtype, -1)
+    expect_floats(scale=scale)
+    _expect("scale", scale, (scale.dtype,), -1)
     return scale.detach().float().contiguous()
 
 
-def _expect(name: str, tensor: Tensor, dtype: torch.dtype, *shape: int) -> None:
-    """Refuse another dtype or shape; -1 is any length."""
-    found = tuple(tensor.shape)
+def _expect(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype], *shape: int) -> None:
+    """Refuse another dtype, shape, layout or device; -1 is any length."""
+    expect_dense(name, tensor)
+    found, device = tuple(tensor.shape), tensor.device.type
     if (
-        tensor.dtype != dtype
+        tensor.dtype not in dtypes
         or len(found) != len(shape)
         or any(want not in (-1, have) for want, have in zip(shape, found, strict=True))
     ):
-        raise ValueError(f"{name} is {tensor.dtype} {found}, expected {dtype} {shape}")
+        allowed = " or ".join(map(str, dtypes))
+        raise ValueError(f"{name} is {tensor.dtype} {found}, expected {allowed} {shape}")
+    if device != "cpu":
+        raise ValueError(f"{name} is on the device {device}; the runtime's matrices are on the CPU")

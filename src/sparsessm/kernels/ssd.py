@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sparsessm import kernels
 from sparsessm.kernels import reference
+from sparsessm.kernels.arguments import expect_floats
 from sparsessm.kernels.chunked import ssd_chunked
 
 
@@ -73,8 +74,8 @@ def ssd_scan(
         states (W, T // every, H, P, N); states in float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: a shape or option that does not fit, named; an initial state that requires a gradient;
-            `every` where a gradient is asked for.
+        ValueError: a shape, dtype, layout, device or option that does not fit, named; an initial state that
+            requires a gradient; `every` where a gradient is asked for.
     """
     _check(u, delta, A, B, C, D, initial_state, every)
     if kernels._wants_gradient("initial_state", initial_state, u, delta, A, B, C, D):
@@ -108,6 +109,7 @@ def _check(
     state: Tensor | None,
     every: int,
 ) -> None:
+    expect_floats(u=u, delta=delta, A=A, B=B, C=C, D=D, initial_state=state)
     if u.ndim != 4 or B.ndim != 4:
         raise ValueError(
             f"u has shape {tuple(u.shape)} and B {tuple(B.shape)}, expected (W, T, H, P) and (W, T, G, N)"
@@ -115,8 +117,6 @@ def _check(
     (windows, length, heads, channels), (groups, states) = u.shape, B.shape[2:]
     if 0 in (windows, heads, channels):
         raise ValueError(f"u has shape {tuple(u.shape)}; W, H and P must be at least 1")
-    if not u.is_floating_point():
-        raise ValueError(f"u is {u.dtype}; a floating point dtype is needed")
     if groups < 1 or heads % groups:
         raise ValueError(f"B has {groups} groups, which {heads} heads do not divide into")
     if states < 1:
