@@ -68,7 +68,7 @@ def output_fisher(
 
     def add(name: str, grad: Tensor) -> None:  # (..., out)
         # squares in float64: gradients of a model that is sure of itself have squares below float32's range
-        energy = grad.flatten(0, -2).double().square_().sum(0)
+        energy = grad.flatten(0, -2).double().square().sum(0)
         sums[name] = sums[name] + energy if name in sums else energy
 
     # Tensors made in inference mode could not be part of a graph, so this pass leaves that mode if it is on.
