@@ -17,7 +17,7 @@ def front_matter(page: str) -> dict[str, Any]:
 
 def test_what_cannot_be_repeated_is_said() -> None:
     assert report(row()).record()["pruned_before"] is False
-    assert "The same recipe gives the same masks" in card(report(row()), "m")
+    assert "the same recipe gives the same masks" in card(report(row()), "m")
     again = report(row(), pruned_before=True)
     assert again.record()["pruned_before"] is True
     assert "had been pruned before" in card(again, "m")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import Make, both
+from engines import Make, both, last_bits, native
 from pico import pico_falcon_mamba, pico_mamba, pico_mamba2
 from torch import Tensor
 
@@ -19,7 +19,7 @@ from sparsessm.runtime.engine import NativeEngine
 from sparsessm.runtime.mixer import LANES
 from sparsessm.runtime.reference import ReferenceEngine, expected_shapes
 
-needs_native = pytest.mark.skipif(not kernels.NATIVE, reason="the native extension is not built")
+needs_native = pytest.mark.skipif(kernels.LEVEL == "reference", reason="no native kernels run")
 LINEAR = ("in_proj.weight", "x_proj.weight", "dt_proj.weight", "out_proj.weight")
 # kind, channels by layer, fields, whether half of the states forget
 CASES: dict[str, tuple[Any, list[int], dict[str, Any], bool]] = {
@@ -127,11 +127,13 @@ def test_logits_are_the_stock_models(make: Make, case: str) -> None:
     ids = tokens(70)
     expected, engine = stock(model, ids), make(model)
     read, stepped, cut = engine.new_state(1), engine.new_state(1), engine.new_state(1)
-    assert near(engine.prompt(ids, read[0], every=True), expected)
-    assert near(torch.cat([engine.step(token[None], stepped) for token in ids]), expected)
-    assert near(engine.prompt(ids[:9], cut[0]), expected[8])
-    assert near(engine.prompt(ids[9:], cut[0]), expected[-1])
-    assert near(stepped, read) and near(cut, read)
+    bound = max(1e-4, 8 * last_bits(model, ids))
+    assert bound < 1e-2  # else the case shows nothing
+    assert near(engine.prompt(ids, read[0], every=True), expected, bound)
+    assert near(torch.cat([engine.step(token[None], stepped) for token in ids]), expected, bound)
+    assert near(engine.prompt(ids[:9], cut[0]), expected[8], bound)
+    assert near(engine.prompt(ids[9:], cut[0]), expected[-1], bound)
+    assert near(stepped, read, bound) and near(cut, read, bound)
 
 
 @needs_native
@@ -157,7 +159,7 @@ def test_every_level_and_number_of_threads(case: str) -> None:
 @pytest.mark.parametrize("case", ["odd, one", "three, untied", "falcon"])
 def test_a_row_of_a_step_is_bit_for_bit_what_it_is_alone(make: Make, case: str) -> None:
     model = made(case)
-    for level in levels() if kernels.NATIVE else (kernels.LEVEL,):
+    for level in levels() if kernels.LEVEL != "reference" else (kernels.LEVEL,):
         kernels.LEVEL = level
         engine = make(model)
         states = engine.new_state(5)
@@ -165,7 +167,7 @@ def test_a_row_of_a_step_is_bit_for_bit_what_it_is_alone(make: Make, case: str) 
             engine.prompt(tokens(3 + i, seed=i), states[i])
         alone = states.clone()
         for turn in range(3):
-            torch.set_num_threads(1 + turn % 2)
+            torch.set_num_threads(1 + turn % 2 * (make is native))  # a BLAS's sums may depend on them
             ids = tokens(5, seed=turn)
             together = engine.step(ids, states)
             torch.set_num_threads(1)
@@ -263,7 +265,7 @@ def test_the_shapes_are_those_of_the_model() -> None:
 def refused(config: Any, weights: dict[str, Tensor], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         ReferenceEngine(config, weights)
-    if kernels.NATIVE:
+    if kernels.LEVEL != "reference":
         with pytest.raises(ValueError, match=words):
             NativeEngine(config, {name: encode(name, weight, int8=False) for name, weight in weights.items()})
 

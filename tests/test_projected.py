@@ -43,7 +43,7 @@ NAME = "backbone.layers.{}.mixer.{}"
 B1, C1 = (NAME.format(1, matrix) for matrix in projected.MATRICES)
 WORDS = {"pattern": "structured:state", "method": "balanced", "sparsity": 0.5}
 FAST: dict[str, Any] = {"samples": 3, "length": 16, "data": "text.txt"}
-needs_native = pytest.mark.skipif(not kernels.NATIVE, reason="the native extension is not built")
+needs_native = pytest.mark.skipif(kernels.LEVEL == "reference", reason="no native kernels run")
 
 
 @pytest.fixture(autouse=True)
@@ -935,7 +935,7 @@ def test_a_sequence_is_bit_for_bit_what_it_is_alone(make: Make, case: str) -> No
         engine.prompt(ids_of(3 + 2 * i, seed=i), states[i])
     alone = states.clone()
     for turn in range(3):
-        torch.set_num_threads(1 + turn % 2)
+        torch.set_num_threads(1 + turn % 2 * (make is native))  # a BLAS's sums may depend on them
         ids = ids_of(5, seed=turn)
         together = engine.step(ids, states)
         torch.set_num_threads(1)

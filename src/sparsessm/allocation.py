@@ -56,12 +56,12 @@ class Profile:
     total: int
 
     @classmethod
-    def of(cls, score: Tensor) -> Profile:
-        """score: any shape."""
+    def of(cls, score: Tensor, unit: float = 1.0) -> Profile:
+        """score: any shape. unit: what a score of 1 is worth."""
         ordered = score.flatten().sort().values
         if (total := ordered.numel()) > SAMPLE:
             ordered = ordered[torch.arange(SAMPLE) * total // SAMPLE]
-        return cls(ordered, total)
+        return cls(ordered.double() * unit, total)  # in float64: the units of matrices may lie far apart
 
 
 def by_threshold(profiles: Sequence[Profile], sparsity: float, clip: float) -> list[float]:

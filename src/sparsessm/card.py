@@ -30,7 +30,10 @@ def card(report: Report, source: str, *, base_model: str | None = None, format: 
     ]
     _, fields = recipe_table(report.recipe)
     same = "model" if report.parameters else "masks"
-    repeat = f"The same recipe gives the same {same}: `sparsessm prune --recipe pruning.json -o DIR`."
+    repeat = (
+        f"On the same machine with the same number of threads ({report.machine['threads']}) the same recipe "
+        f"gives the same {same}: `sparsessm prune --recipe pruning.json -o DIR`."
+    )
     if report.pruned_before:
         repeat = "The model in memory had been pruned before: this is its last run, not all that was done."
     return "\n".join(

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sparsessm.hessian import Factor
+from sparsessm.hessian import Factor, near
 from sparsessm.observers import ErrorSums, Moments
 from sparsessm.patterns import NofM, Pattern
 
@@ -193,10 +193,20 @@ def remix(
 
 
 def _ridge(products: Tensor, wanted: Tensor, start: Tensor, damping: float) -> Tensor:
-    """argmin x' products x - 2 wanted' x + added |x - start|^2."""
-    added = damping * products.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
-    damped = products + added * torch.eye(len(products), dtype=torch.float64)
-    return torch.linalg.solve(damped, wanted + added * start)
+    """argmin x' products x - 2 wanted' x + added |x - start|^2; `start` where there is nothing to fit.
+
+    Raises:
+        ValueError: sums that are not finite.
+    """
+    if not (torch.isfinite(products).all() and torch.isfinite(wanted).all()):
+        raise ValueError("sums over its states are not finite")
+    mean = products.diagonal().mean() if len(products) else products.new_zeros(())
+    if not mean > 0:
+        return start.clone()
+    # In units of the mean: what is added is then never lost beside it, whatever the unit of the states.
+    damped = products / mean
+    damped.diagonal().add_(damping)
+    return torch.linalg.solve(damped, wanted / mean + damping * start)
 
 
 def readout_error(full: Tensor, keep: Tensor, mix: Tensor) -> float:
@@ -221,6 +231,10 @@ def refit(
         weight: (out, in), the start. goal: (out, in), the weights to approach.
         gram: H, (in, in) or (out, in, in). keep: (out, in) bool.
     """
+    # Rows are brought near 1 by powers of two, which rounds nothing: a row of tiny weights converges like others.
+    most = torch.maximum(weight.abs().amax(1, keepdim=True), goal.abs().amax(1, keepdim=True))
+    unit = near(most, weight.dtype).to(weight.dtype)
+    weight, goal = weight / unit, goal / unit
     scale = 1 / (gram.diagonal(dim1=-2, dim2=-1) + factor.added).masked_fill(factor.dead, 1.0)
 
     def hessian(direction: Tensor) -> Tensor:
@@ -238,7 +252,7 @@ def refit(
         step = rest * scale
         power, before = (rest * step).sum(1, keepdim=True), power
         direction = step + power / before.clamp(min=tiny) * direction
-    return weight
+    return weight * unit
 
 
 def output_error(change: Tensor, gram: Tensor) -> float:

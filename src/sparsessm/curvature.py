@@ -67,7 +67,8 @@ def output_fisher(
             progress("fisher", done, total)
 
     def add(name: str, grad: Tensor) -> None:  # (..., out)
-        energy = grad.flatten(0, -2).square().sum(0, dtype=torch.float64)
+        # squares in float64: gradients of a model that is sure of itself have squares below float32's range
+        energy = grad.flatten(0, -2).double().square().sum(0)
         sums[name] = sums[name] + energy if name in sums else energy
 
     # Tensors made in inference mode could not be part of a graph, so this pass leaves that mode if it is on.

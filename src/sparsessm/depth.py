@@ -131,10 +131,25 @@ def _change(architecture: Architecture, tokens: Tensor) -> dict[int, float]:
         hidden = embedded(architecture, group)
         for block in architecture.blocks:
             out = _through(block, hidden)
-            alike = float(F.cosine_similarity(hidden, out, dim=-1).double().mean())
+            alike = float(cosine(hidden, out).mean())
             costs[block.index] += (1 - alike) * len(group) / len(tokens)
             hidden = out
     return costs
+
+
+def cosine(first: Tensor, second: Tensor) -> Tensor:
+    """(..., d) twice -> (...) float64; whatever the unit, also of subnormal vectors. A zero vector is like
+    another one, and unlike all others."""
+    one, other = (F.normalize(_unit(part), dim=-1, eps=0.1) for part in (first, second))
+    silent = ((first == 0).all(-1), (second == 0).all(-1))
+    return (one * other).sum(-1).masked_fill(silent[0] & silent[1], 1.0)
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    """With a largest magnitude of 1, zero vectors apart."""
+    vectors = vectors.double()
+    most = vectors.abs().amax(-1, keepdim=True)
+    return vectors / most.where(most > 0, 1.0)
 
 
 def _through(block: Block, hidden: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ how much it took is reported. It never turns into the identity behind the user's
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -61,14 +62,16 @@ def factorise(gram: Tensor, damping: float = DAMPING) -> Factor:
         raise ValueError("its Hessian is not finite")
     power = gram.diagonal(dim1=-2, dim2=-1)
     dead = power <= 0
-    mean = power.clamp(min=0).sum(-1, keepdim=True) / (~dead).sum(-1, keepdim=True)
-    mean = mean.nan_to_num(1.0)  # no living input
-    diagonal = torch.where(dead, mean, power)
+    mean = power.clamp(min=0).sum(-1, keepdim=True, dtype=torch.float64) / (~dead).sum(-1, keepdim=True)
+    unit = near(mean, gram.dtype)  # (..., 1): what is factored is H / unit, so that no unit of the inputs is too large
+    mean = (mean.nan_to_num(1.0) / unit).to(gram.dtype)  # NaN: no living input
+    unit = unit.to(gram.dtype)
+    diagonal = torch.where(dead, mean, power / unit)
     while damping <= MOST_DAMPING:
         added = damping * mean
         # Reversing rows and columns turns LAPACK's lower factor into an upper one: H = R R', H^-1 = R^-T
         # R^-1.
-        damped = gram.flip(-1, -2)
+        damped = gram.flip(-1, -2).div_(unit[..., None])
         damped.diagonal(dim1=-2, dim2=-1).copy_((diagonal + added).flip(-1))
         lower, failed = torch.linalg.cholesky_ex(damped)
         del damped  # a large model's Hessian is 100 MB
@@ -76,8 +79,20 @@ def factorise(gram: Tensor, damping: float = DAMPING) -> Factor:
             root = lower.flip(-1, -2)
             del lower
             eye = torch.eye(gram.shape[-1], dtype=gram.dtype).expand_as(gram)
-            upper = torch.linalg.solve_triangular(root, eye, upper=True)
+            upper = torch.linalg.solve_triangular(root, eye, upper=True).div_(unit.sqrt()[..., None])
             if torch.isfinite(upper).all():
-                return Factor(upper, damping, added, dead)
+                return Factor(upper, damping, added * unit, dead)
         damping = 10 * damping or DAMPING
     raise ValueError(f"its Hessian is not positive definite even with damping {MOST_DAMPING:g}")
+
+
+def near(values: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """The powers of four near to positive values, 1 for all others: dividing by one, or by its root, rounds
+    nothing, and leaves values between a half and two. In float64, but within the normal numbers of `dtype`."""
+    values = values.double()
+    usual = torch.isfinite(values) & (values > 0)
+    exponents = torch.frexp(torch.where(usual, values, 1.0)).exponent
+    limits = torch.finfo(dtype)
+    low, high = (math.frexp(limit)[1] for limit in (limits.tiny, limits.max))
+    exponents = 2 * torch.div(exponents.clamp(low + 2, high - 2), 2, rounding_mode="floor")
+    return torch.ldexp(torch.ones_like(values), exponents)

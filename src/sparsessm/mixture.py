@@ -143,11 +143,11 @@ def predicted(curve: list[Trial], gone: int) -> float:
     """
     if not gone:
         return 0.0
-    points = sorted((t.saved, max(t.loss, 1e-6)) for t in curve)
-    power = 1.0
-    if len(points) > 1:
-        (x0, y0), (x1, y1) = points[0], points[-1]
-        power = min(4.0, max(1.0, math.log(y1 / y0) / math.log(x1 / x0)))
+    points = sorted((t.saved, max(t.loss, 1e-6)) for t in curve if t.saved > 0 and math.isfinite(t.loss))
+    if not points:  # nothing was saved, or the model was ruined
+        return math.inf
+    (x0, y0), (x1, y1) = points[0], points[-1]
+    power = min(4.0, max(1.0, math.log(y1 / y0) / math.log(x1 / x0))) if x1 > x0 else 1.0
     x, y = min(points, key=lambda point: abs(math.log(point[0] / gone)))
     return y * (gone / x) ** power
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsessm.hessian import near
 from sparsessm.kernels import ScanStats
 from sparsessm.patterns import Pattern, Structured
 
@@ -56,6 +57,18 @@ class Moments:
         """(in,) or (out, in): mean x_j^2."""
         return self.gram if self.diagonal else self.gram.diagonal(dim1=-2, dim2=-1)
 
+    def scaled(self, dtype: torch.dtype) -> tuple[Moments, float]:
+        """The same in another dtype and divided by a power of four, so that the mean power is near 1; and that
+        power. No unit of the inputs is then too small or too large for the dtype, and nothing is rounded that
+        the cast alone would not round."""
+        unit = float(near(self.power.double().mean(-1).max())) if self.gram.numel() else 1.0
+
+        def cast(sums: Tensor) -> Tensor:
+            return torch.div(sums, unit, out=torch.empty(sums.shape, dtype=dtype))
+
+        cross = None if self.cross is None else cast(self.cross)
+        return Moments(cast(self.gram), cross, self.diagonal, self.tokens), unit
+
     def through(self, weight: Tensor, dense: Tensor) -> Moments:
         """The moments of `weight @ x`, whose dense counterpart is `dense @ x_dense`; both (out, in)."""
         weight, dense = weight.double(), dense.double()
@@ -81,6 +94,8 @@ class InputNorm:
     def result(self) -> Moments:
         if not isinstance(self._sum, Tensor):
             return Moments(torch.empty(0, dtype=torch.float64), diagonal=True, tokens=0)
+        if not torch.isfinite(self._sum).all():
+            raise ValueError("the mean squares of its inputs are not finite")
         return Moments(self._sum / self._tokens, diagonal=True, tokens=self._tokens)
 
 
@@ -215,7 +230,10 @@ class StateMoments:
         )
 
     def result(self) -> StateSums:
+        """Raises ValueError: sums that are not finite, of states whose squares float32 cannot hold."""
         assert self._sums is not None, "nothing was observed"
+        if not all(torch.isfinite(part).all() for part in self._sums):
+            raise ValueError("sums over its states are not finite")
         gram, energy, pairs, readouts, *full = self._sums
         states = gram.shape[-1]
         return StateSums(gram, energy, pairs, readouts, full[0].view(-1, *[states] * 4) if full else None)

@@ -111,7 +111,7 @@ def _prune(target: Target, rule: Rule, look: Look) -> Row:
     error = method.error(done.seen, done.keep, rule) if method.error else None
     if done.factor is not None:
         gram, start = done.seen.gram, done.start
-        error = output_error(target.matrix - start, gram), output_error(start, gram)
+        error = tuple(done.unit * output_error(part, gram) for part in (target.matrix - start, start))
     return replace(_row(target, rule, done.keep, done.factor, tuple(changes), error), tokens=tokens)
 
 
@@ -126,7 +126,7 @@ class Solution(NamedTuple):
 
     Attributes:
         weight: (out, in) repaired, 0 where removed. keep: (out, in) bool. start: what the repair aims at.
-        seen: in the weight's dtype. factor: of its Hessian, where the method has one.
+        seen: in the weight's dtype, of a Hessian divided by `unit`. factor: of that, where the method has one.
     """
 
     weight: Tensor
@@ -134,21 +134,18 @@ class Solution(NamedTuple):
     start: Tensor
     seen: Any
     factor: Factor | None
+    unit: float
 
 
 def solve(target: Target, rule: Rule, seen: Any) -> Solution:
     """Stages 2 to 4 for one target, which is not changed.
 
-    Raises:
-        ValueError: a score, a Hessian or repaired weights that are not finite.
-    """
+    Raises ValueError: a score, a Hessian or repaired weights that are not finite."""
     method, weight = rule.method, target.matrix
     gone = weight == target.removed[rule.removed]  # removed before: stays removed, and is counted
-    start, factor = weight, None
+    start, factor, unit = weight, None, 1.0
     if method.hessian:
-        seen = Moments(
-            seen.gram.to(weight.dtype), None if seen.cross is None else seen.cross.to(weight.dtype)
-        )
+        seen, unit = seen.scaled(weight.dtype)
         factor = factorise(seen.gram)
         start = weight.clone()  # the target's matrix is a view of what will be replaced
         if rule.repair == "dense-target":
@@ -162,7 +159,7 @@ def solve(target: Target, rule: Rule, seen: Any) -> Solution:
         pruned = refit(pruned, start, seen.gram, repairing, keep)
     if not torch.isfinite(pruned).all():
         raise ValueError("the repaired weights are not finite")
-    return Solution(pruned, keep, start, seen, factor)
+    return Solution(pruned, keep, start, seen, factor, unit)
 
 
 def _score(rule: Rule, seen: Any, factor: Factor | None) -> Callable[[Tensor, slice], Tensor]:
@@ -337,11 +334,14 @@ def compared(target: Target, rule: Rule, seen: Any) -> Any:
     if rule.allocation[0] == "hessian-trace":
         return seen.power
     if rule.allocation[0] == "owl":
-        return weight.abs() * seen.power.sqrt().to(weight.dtype)
-    evidence = factorise(seen.gram.to(weight.dtype)) if rule.method.hessian else seen
+        return weight.double().abs() * seen.power.sqrt()
+    evidence, unit = seen, 1.0
+    if rule.method.hessian:
+        seen, unit = seen.scaled(weight.dtype)
+        evidence = factorise(seen.gram)
     score = _score(rule, evidence, None)(weight, slice(None))
     gone = weight == target.removed[rule.removed]
-    return allocation.Profile.of(score.masked_fill(gone, -torch.inf))
+    return allocation.Profile.of(score.masked_fill(gone, -torch.inf), unit)
 
 
 def _shares(targets: Sequence[Target], seen: Sequence[Any], rule: Rule) -> list[float]:

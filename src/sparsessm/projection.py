@@ -78,7 +78,10 @@ def _look(
         out_proj = next(target for target in block.targets if target.kind == "out_proj")
         moments = StateMoments(every, costs.get(out_proj.name))
         Stop(block, hidden, lambda: None).run({"states": moments})
-        sums.append(moments.result())
+        try:
+            sums.append(moments.result())
+        except ValueError as error:
+            raise ValueError(f"{block.name}: {error}") from None
         if progress:
             progress("survey", len(sums), len(architecture.blocks))
     return sums

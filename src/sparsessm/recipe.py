@@ -51,7 +51,8 @@ class RuleFields(Choice):
 
 
 class Recipe(Choice):
-    """One pruning run, complete and repeatable: the same recipe gives bit-identical masks.
+    """One pruning run, complete and repeatable: on the same machine with the same number of threads the same
+    recipe gives bit-identical masks.
 
     Raises:
         ValueError: one line that names the field, what was given and what is allowed.
@@ -152,11 +153,17 @@ class Recipe(Choice):
     @staticmethod
     def calibrated_on(path: str | Path) -> str | None:
         """SHA-256 of the calibration tokens of a result; None for a plain recipe. `path` as for `load`."""
-        path = Path(path)
-        path = path / "pruning.json" if path.is_dir() else path
-        record = json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" else {}
-        calibration = record.get("calibration")
+        calibration = _record(path).get("calibration")
         return calibration.get("sha256") or None if isinstance(calibration, dict) else None
+
+    @staticmethod
+    def made_with(path: str | Path) -> dict[str, Any]:
+        """Machine and packages of a result, to compare with `machine.differences`; empty for a plain recipe.
+        `path` as for `load`."""
+        record = _record(path)
+        parts = (record.get(name) for name in ("machine", "versions"))
+        found = {name: value for part in parts if isinstance(part, dict) for name, value in part.items()}
+        return {name: value for name, value in found.items() if name != "python"}
 
     def updated(self, **fields: Any) -> Recipe:
         """A copy with `fields` replaced, checked as a whole; what was never given stays at its default.
@@ -226,6 +233,13 @@ class Recipe(Choice):
         if "ssm" in self.families:
             facts["removed"] = self.removed or "memoryless"
         return Recipe(**{**self.model_dump(), **facts})
+
+
+def _record(path: str | Path) -> dict[str, Any]:
+    """What a result says of itself; empty for a plain recipe."""
+    path = Path(path)
+    path = path / "pruning.json" if path.is_dir() else path
+    return json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" else {}
 
 
 def _takes_units(pattern: str | None) -> bool:

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from . import machine
 from .data import DATASETS
 from .hessian import DAMPING
 
@@ -94,6 +95,7 @@ class Report:
             axis gives, where the recipe left it open (`mixture.Trial`s as plain values).
         pruned_before: the model had been pruned in memory already, so the recipe alone does not repeat it.
         packed: no stock checkpoint can hold it: projected states, or layers of different widths.
+        machine: on which it ran; masks may differ on another (`machine.current`).
     """
 
     recipe: dict[str, Any]
@@ -108,6 +110,7 @@ class Report:
     trials: list[dict[str, Any]] = field(default_factory=list)
     pruned_before: bool = False
     packed: bool = False
+    machine: dict[str, Any] = field(default_factory=machine.current)
 
     @property
     def totals(self) -> dict[str, dict[str, Any]]:
@@ -138,10 +141,8 @@ class Report:
         """The content of pruning.json: plain values only; described in docs/checkpoint.md."""
         record = {
             "format": RECORD_FORMAT,
-            "versions": {
-                "python": platform.python_version(),
-                **{package: installed(package) for package in ("sparsessm", "torch", "transformers")},
-            },
+            "versions": versions(),
+            "machine": dict(self.machine),
             "recipe": dict(self.recipe),
             "pruned_before": self.pruned_before,
             "calibration": {"sha256": self.fingerprint or None},
@@ -377,6 +378,12 @@ def _range(shares: list[float]) -> str:
 
 def _words(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def versions() -> dict[str, str | None]:
+    """Of Python and of the packages that a result depends on."""
+    packages = ("sparsessm", "torch", "transformers")
+    return {"python": platform.python_version(), **{package: installed(package) for package in packages}}
 
 
 def installed(package: str) -> str | None:

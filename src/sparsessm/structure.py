@@ -328,7 +328,8 @@ def _repair(stop: Stop, kind: str, goal: Tensor, strength: float) -> None:
     """Fit a matrix to what it put out in the dense model, where it may have had more inputs."""
     target = _linear(stop.block)[kind]
     seen = _seen(stop, kind, InputGram(paired=True))
-    factor = factorise(seen.gram.to(goal.dtype))
+    seen, _ = seen.scaled(goal.dtype)
+    factor = factorise(seen.gram)
     fitted = dense_target(goal, seen, factor, strength, start=target.matrix)
     if not torch.isfinite(fitted).all():
         raise ValueError(f"{kind}: the repaired weights are not finite")

@@ -186,9 +186,9 @@ def _pruned(block: Block, target: Target, rule: Rule, seen: Any) -> tuple[Block,
         own.shift(companion, change)
     if solution.factor is not None:
         change, gram = own.matrix - target.matrix, solution.seen.gram
-        error, signal = output_error(change, gram), output_error(target.matrix, gram)
+        error, signal = (solution.unit * output_error(part, gram) for part in (change, target.matrix))
         weighed = change if rule.cost is None else change * rule.cost.sqrt()[:, None].to(change.dtype)
-        cost = output_error(weighed, gram)
+        cost = solution.unit * output_error(weighed, gram)
     else:
         measured = method.error(solution.seen, solution.keep, rule) if method.error else None
         assert measured is not None, f"{method.name} knows no error"

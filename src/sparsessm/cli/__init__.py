@@ -20,7 +20,12 @@ import typer
 
 import sparsessm
 
-from .. import kernels, tables
+try:
+    from .. import kernels
+except ValueError as error:  # SPARSESSM_KERNELS names what is not there
+    raise SystemExit(f"error: {error}") from None
+
+from .. import tables
 from . import looking, measuring, pruning, running
 from .answering import app
 from .looking import evaluate, inspect, list_

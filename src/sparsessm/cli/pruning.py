@@ -15,10 +15,10 @@ import typer
 
 import sparsessm
 
-from .. import tables
+from .. import machine, tables
 from ..data import fingerprint
 from ..recipe import Recipe
-from ..report import percent, perplexity_table, removed_table
+from ..report import percent, perplexity_table, removed_table, versions
 from .answering import Force, Json, Length, Quiet, Tokenizer, answering, app, field, print_json
 
 if TYPE_CHECKING:
@@ -118,6 +118,10 @@ def prune(
             and (before := Recipe.calibrated_on(recipe)) not in (None, fingerprint(tokens))
         ):
             progress.say(f"note: not the calibration tokens of {recipe} ({before[:12]}...); masks may differ")
+        if recipe and tokens is not None:  # what looks at no data gives the same masks everywhere
+            now = {**machine.current(), **versions()}
+            if other := machine.differences(Recipe.made_with(recipe), now):
+                progress.note(f"note: {recipe} was made with {', '.join(other)}; masks may differ")
         yardstick = None if no_eval else Yardstick.of(checkpoint, wanted, EVALUATED_TOKENS)
         if yardstick:
             progress.say("dense model")

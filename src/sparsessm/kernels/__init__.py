@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sparsessm.kernels import reference
+from sparsessm.kernels import level, reference
 from sparsessm.kernels.arguments import expect_floats
 from sparsessm.kernels.reference import ScanStats
 from sparsessm.kernels.ssd import ssd_scan
@@ -32,7 +32,7 @@ _native: Any = _loaded
 NATIVE: bool = _native is not None
 # What this CPU can run, slowest first.
 LEVELS: tuple[str, ...] = ("reference", *(_native.levels() if _native else ()))
-LEVEL: str = LEVELS[-1]  # what runs
+LEVEL: str = level.asked(LEVELS)  # what runs
 
 __all__ = [
     "LEVEL",

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsessm.hessian import near
 from sparsessm.observers import StateSums
 
 RANK = 1e-10  # of the largest eigenvalue: what is below it is zero
@@ -38,8 +39,10 @@ def balanced_truncation(sums: StateSums, r: int) -> tuple[Tensor, Tensor]:
 
 def _powers(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Root and inverse root of symmetric positive semidefinite matrices, of what is not numerically zero."""
-    values, vectors = torch.linalg.eigh(matrix)
-    there = values > RANK * values.max(-1, keepdim=True).values
+    unit = near(matrix.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True))  # (..., 1)
+    values, vectors = torch.linalg.eigh(matrix / unit[..., None])
+    values = values * unit
+    there = values > RANK * values.amax(-1, keepdim=True).clamp(min=0)
     roots = values.clamp(min=torch.finfo(values.dtype).tiny).sqrt()
     both = (torch.where(there, powers, 0.0) for powers in (roots, 1 / roots))
     root, inverse = (vectors @ (powers[..., None] * vectors.mT) for powers in both)

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sparsessm.hessian import Factor
+from sparsessm.hessian import Factor, near
 from sparsessm.methods.base import Method, Rule
 from sparsessm.observers import InputGram
 
@@ -23,17 +23,17 @@ def _watch(weight: Tensor, rule: Rule) -> Any:
 
 
 def _score(weight: Tensor, seen: Factor, rule: Rule, columns: slice) -> Tensor:
-    return _priced((weight / seen.pivots[..., columns]).square(), seen.dead[..., columns], rule)
+    # A dead input's weights cost nothing (SparseGPT's code sets them to 0).
+    score = (weight / seen.pivots[..., columns]).square().masked_fill(seen.dead[..., columns], 0.0)
+    if rule.cost is None or not (rule.cost > 0).any():  # of rows that all cost nothing none comes first
+        return score
+    # Only the order counts: costs are brought near 1, so that none is lost in the dtype of the weights.
+    return score * (rule.cost / near(rule.cost.max()))[:, None].to(score.dtype)
 
 
 def _total(weight: Tensor, seen: Factor, rule: Rule) -> Tensor:
-    return _priced(weight.square() / seen.inverse_diagonal, seen.dead, rule)
-
-
-def _priced(score: Tensor, dead: Tensor, rule: Rule) -> Tensor:
-    """Rows cost what the rule says; a dead input's weights cost nothing (SparseGPT's code sets them to 0)."""
-    score = score.masked_fill(dead, 0.0)
-    return score if rule.cost is None else score * rule.cost[:, None].to(score.dtype)
+    score = (weight.square() / seen.inverse_diagonal).masked_fill(seen.dead, 0.0)
+    return score if rule.cost is None else score.double() * rule.cost[:, None]
 
 
 sparsegpt = Method(

@@ -1,0 +1,25 @@
+"""Which of the kernels run: the fastest that this CPU has, or those that SPARSESSM_KERNELS names.
+
+Holding them at a lower level shows whether a result depends on the instruction set, on one machine. The variable
+is read here and not by the command line: tests, scripts and commands alike must be held before a kernel runs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+
+def asked(levels: Sequence[str]) -> str:
+    """The level to run.
+
+    Args:
+        levels: what this CPU and this build have, slowest first.
+
+    Raises:
+        ValueError: SPARSESSM_KERNELS names another one.
+    """
+    name = os.environ.get("SPARSESSM_KERNELS") or levels[-1]
+    if name not in levels:
+        raise ValueError(f"SPARSESSM_KERNELS is {name!r}; what runs here: {', '.join(levels)}")
+    return name
