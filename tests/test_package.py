@@ -50,7 +50,7 @@ FLOORS = {
         "scores",
         "zero_shot",
     },
-    1: {"kernels", "architectures", "card", "data", "hessian", "report"},
+    1: {"kernels", "architectures", "card", "data", "foreign", "hessian", "report"},
 }
 FLOOR = {unit: floor for floor, units in FLOORS.items() for unit in units}
 FORBIDDEN_NAMES = {"utils", "helpers", "common", "misc", "manager", "factory", "session"}
@@ -63,7 +63,7 @@ HOMES = {  # module -> the only units that may import it
     "lm_eval": {"zero_shot"},
     "typer": {"cli"},
     "rich": {"cli", "tables"},
-    "yaml": {"recipe", "cli"},
+    "yaml": {"foreign", "cli"},
 }
 
 

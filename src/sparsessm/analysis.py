@@ -23,6 +23,7 @@ from sparsessm.architectures import Architecture, adapt
 from sparsessm.calibrate import Progress
 from sparsessm.checkpoint import Checkpoint
 from sparsessm.data import calibration_windows, evaluation_windows, fingerprint
+from sparsessm.foreign import from_json, read_bytes
 from sparsessm.methods import Rule
 from sparsessm.pipeline import priced
 from sparsessm.plan import make, words
@@ -212,14 +213,13 @@ def read(path: str | Path) -> Analysis:
     """
     path = Path(path)
     path = path / FILE if path.is_dir() else path
+    content = read_bytes(path)
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = from_json(content)
         if record["format"] != FORMAT:
             raise ValueError(f"format {record['format']!r}; known: {FORMAT}")
         cells = [Cell(**cell) for cell in record["cells"]]
         return Analysis(dict(record["settings"]), int(record["expected"]), cells)
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from None
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path}: not an analysis ({type(error).__name__}: {error})") from None
 

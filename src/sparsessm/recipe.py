@@ -6,16 +6,15 @@ a rule of it for each target; `report` writes it into the result, where `Recipe.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import Field, field_validator, model_validator
 
 from .choice import MOST_SAMPLES, OPTIONS, Choice, known
 from .data import DATASETS, FILE_TYPES
+from .foreign import decoded, from_json, from_yaml, read_bytes
 from .methods import DEFAULTS, METHODS
 from .methods.structured import SELECTIONS
 from .patterns import NofM, Structured, parse
@@ -133,29 +132,20 @@ class Recipe(Choice):
         Raises:
             ValueError: not a recipe, or a field that is unknown or not allowed; the message names the path.
         """
-        path = Path(path)
-        path = path / "pruning.json" if path.is_dir() else path
-        if not path.is_file():
-            raise ValueError(f"recipe {path}: no such file")
+        path, fields = _read(path)
         try:
-            text = path.read_text(encoding="utf-8")
-            # BaseLoader leaves every scalar as written and pydantic gives it its type. The usual loader would
-            # read the pattern 2:4 as a number to base sixty (124).
-            fields = json.loads(text) if path.suffix == ".json" else yaml.load(text, yaml.BaseLoader)
             fields = fields.get("recipe", fields) if isinstance(fields, dict) else fields
             if not isinstance(fields, dict):
                 raise ValueError("expected lines of the form 'field: value'")
             return cls(**_plain(fields))
-        except (ValueError, yaml.YAMLError) as error:
+        except ValueError as error:
             raise ValueError(f"recipe {path}: {' '.join(str(error).split())}") from None
 
     @staticmethod
     def calibrated_on(path: str | Path) -> str | None:
         """SHA-256 of the calibration tokens of a result; None for a plain recipe. `path` as for `load`."""
-        path = Path(path)
-        path = path / "pruning.json" if path.is_dir() else path
-        record = json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" else {}
-        calibration = record.get("calibration")
+        _, record = _read(path)
+        calibration = record.get("calibration") if isinstance(record, dict) else None
         return calibration.get("sha256") or None if isinstance(calibration, dict) else None
 
     def updated(self, **fields: Any) -> Recipe:
@@ -236,6 +226,37 @@ def _families(target: str | None, rules: Iterable[Any] = ()) -> tuple[str, ...]:
     if rules:
         return tuple(DEFAULTS)
     return ALL if target in (None, "all") else (target,)
+
+
+def _read(path: str | Path) -> tuple[Path, Any]:
+    """What is in a recipe file or in the record of a result, and the file.
+
+    Raises:
+        ValueError: begins with the file: not there, not JSON or YAML, or a field is there twice.
+    """
+    path = Path(path)
+    path = path / "pruning.json" if path.is_dir() else path
+    try:
+        text = decoded(read_bytes(path))
+    except ValueError as error:
+        told = str(error).removeprefix(f"{path}: ")
+        raise ValueError(f"recipe {path}: {told}") from None
+    try:
+        # YAML leaves every scalar as written and pydantic gives it its type. The usual loader would read the
+        # pattern 2:4 as a number to base sixty (124).
+        return path, from_json(text, strict=True) if path.suffix.lower() == ".json" else from_yaml(text)
+    except ValueError as error:
+        told = _twice(text) or str(error)
+    raise ValueError(f"recipe {path}: {told}")
+
+
+def _twice(text: str) -> str | None:
+    """What YAML says of a field that is there twice: its reader knows the line, JSON's does not."""
+    try:
+        from_yaml(text)
+    except ValueError as error:
+        return str(error) if "twice" in str(error) else None
+    return None
 
 
 def _plain(value: Any) -> Any:

@@ -18,7 +18,7 @@ from .hessian import DAMPING
 
 RECORD_FORMAT = 1
 REMOVED_WORDS = {
-    "memoryless": "its state forgets at once (decay 0; stored as `A_log` = 38)",
+    "memoryless": "its state forgets at once (decay 0; stored as `A_log` = 38, in float16 as 11)",
     "unit": "its state decays with A = -1 (stored as `A_log` = 0)",
     "zero": "the connection is gone (stored as 0)",
     "cut": "every tensor that had a place for it got smaller",

@@ -26,12 +26,20 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-# What a removed entry of A_log becomes, by the name of what it then computes. 38 is exact in float16,
-# bfloat16 and float32 and makes exp(Δ·A) exactly 0 for every Δ > 0 that occurs (A = -3e16), with no infinity
-# that stock code could turn into NaN.
+# What a removed entry of A_log becomes, by the name of what it then computes. 38 is exact in bfloat16 and
+# float32 and makes exp(Δ·A) exactly 0 for every Δ > 0 that occurs (A = -3e16), with no infinity that stock
+# code could turn into NaN.
 REMOVED_A_LOG: Mapping[str, float] = {"memoryless": 38.0, "unit": 0.0}
+# In float16 -exp(38) is -Inf, and converters compute A in the dtype of the file. 11 leaves A = -59872 there,
+# with room for an exp that is not rounded to the nearest (the largest float16 is 65504).
+REMOVED_A_LOG_FLOAT16: Mapping[str, float] = {"memoryless": 11.0, "unit": 0.0}
 # A removed entry of a linear layer is a missing connection.
 REMOVED_WEIGHT: Mapping[str, float] = {"zero": 0.0}
+
+
+def removed_a_log(stored: torch.dtype) -> Mapping[str, float]:
+    """What a removed entry of an A_log becomes that a checkpoint holds in this dtype: name -> number."""
+    return REMOVED_A_LOG_FLOAT16 if stored == torch.float16 else REMOVED_A_LOG
 
 
 class Tap(Protocol):

@@ -20,7 +20,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..architectures import REMOVED_A_LOG
+from ..architectures import REMOVED_A_LOG, REMOVED_A_LOG_FLOAT16
 from ..architectures.own import Own
 from . import container, reading, state_spaces, writing
 from .assembly import stock_model, untied
@@ -36,6 +36,9 @@ _LINEAR = re.compile(r".*\.(in_proj|x_proj|dt_proj|out_proj)\.weight")
 # dt_proj is small (a rank of d_model / 16) and sets the step sizes, which the state multiplies up.
 _INT8 = re.compile(r".*\.(in_proj|x_proj|out_proj)\.weight")
 _HEAD = re.compile(r"backbone\.embeddings\.weight|lm_head\.weight")
+
+# of A_log; a float16 file that was made float32 keeps the value that it had
+_FILLS = tuple(dict.fromkeys((*REMOVED_A_LOG.values(), *REMOVED_A_LOG_FLOAT16.values())))
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,7 +220,7 @@ def _encoded(
         quantised |= head == "int8" and bool(_HEAD.fullmatch(name))
         if dtype in _FLOATS and (_LINEAR.fullmatch(name) or _HEAD.fullmatch(name)):
             tensor = tensor.to(_FLOATS[dtype])
-        fills = tuple(REMOVED_A_LOG.values()) if name.endswith(".A_log") else (0.0,)
+        fills = _FILLS if name.endswith(".A_log") else (0.0,)
         tried = (patterns[name],) if name in patterns else TRIED
         tensors[name] = encode(name, tensor, int8=quantised, patterns=tried, fills=fills)
     return tensors
