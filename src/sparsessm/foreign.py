@@ -159,7 +159,7 @@ def _refuse_deep(value: Any, halves: bool) -> None:
             elif isinstance(part, list):
                 inner += part
             elif halves and isinstance(part, str) and not is_text(part):
-                raise ValueError(f"{short(part)} is not a Unicode text: half of a surrogate pair")
+                raise ValueError(f"not a Unicode text: half of a surrogate pair in {short(part)}")
         if inner and depth > MOST_DEPTH:
             raise ValueError(_too_deep())
         level = inner

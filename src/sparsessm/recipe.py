@@ -10,18 +10,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from .choice import MOST_SAMPLES, OPTIONS, Choice, known
-from .data import DATASETS, FILE_TYPES
-from .foreign import decoded, from_json, from_yaml, read_bytes
+from .data import DATASETS, FILES, refuse_idle_column
+from .foreign import decoded, from_json, from_yaml, is_text, read_bytes, short
 from .methods import DEFAULTS, METHODS
 from .methods.structured import SELECTIONS
 from .patterns import NofM, Structured, parse
+from .text_files import is_local
 
 DEFAULT_SPARSITY = 0.5
 DEFAULT_LENGTH = 2048
-_FILE = f"a file ({', '.join(FILE_TYPES)})"
 ALL = ("ssm", "projections")  # what target "all" means: the head and conv1d must be asked for
 TARGETS = ("all", "projections", "ssm", "conv1d", "head")
 
@@ -71,7 +71,10 @@ class Recipe(Choice):
     rules: tuple[RuleFields, ...] = Field(
         (), description="Different rules for different targets, instead of `target`; see below."
     )
-    data: str = Field("stdlib", description=f"Calibration text: {', '.join(DATASETS)}, or {_FILE}.")
+    data: str = Field("stdlib", description=f"Calibration text: {', '.join(DATASETS)}, or {FILES}.")
+    column: str | None = Field(
+        None, description="Field or column of `data` that holds the text; text, of a named data set its own."
+    )
     samples: Annotated[int, Field(ge=1, le=MOST_SAMPLES)] | Literal["auto"] = Field(
         64, description="Number of calibration windows, or auto: double it until the masks agree."
     )
@@ -94,7 +97,14 @@ class Recipe(Choice):
     @field_validator("data")
     @classmethod
     def _known_data(cls, data: str) -> str:
-        return data if Path(data).suffix in FILE_TYPES else known("data set", data, DATASETS, f"or {_FILE}")
+        return data if is_local(data) else known("data set", data, DATASETS, f"or {FILES}")
+
+    @field_validator("model", "tokenizer", "data", "column")
+    @classmethod
+    def _is_text(cls, name: str | None, info: ValidationInfo) -> str | None:
+        if name is not None and not is_text(name):  # the record and the card could not name it
+            raise ValueError(f"{info.field_name} is {short(name)}, a name that is not UTF-8; rename it")
+        return name
 
     @property
     def families(self) -> tuple[str, ...]:
@@ -107,6 +117,7 @@ class Recipe(Choice):
             raise ValueError(
                 f"target is {self.target!r}, but the rules say what is pruned; give only one of them"
             )
+        refuse_idle_column(self.data, self.column)
         if _takes_units(self.pattern):
             if self.samples == "auto":
                 raise ValueError(
@@ -151,9 +162,9 @@ class Recipe(Choice):
     def updated(self, **fields: Any) -> Recipe:
         """A copy with `fields` replaced, checked as a whole; what was never given stays at its default.
 
-        What the old method, pattern or target brought along makes room for the new one, unless it is among
-        `fields` itself: the options of the method; with another pattern the sparsity and the allocation; with
-        another target what has no effect on it.
+        What the old method, pattern, target or data brought along makes room for the new one, unless it is
+        among `fields` itself: the options of the method; with another pattern the sparsity and the
+        allocation; with another target what has no effect on it; with other data the column.
 
         Raises:
             ValueError: an unknown or impossible field, or `fields` that do not fit together or to the rest.
@@ -168,6 +179,8 @@ class Recipe(Choice):
                 brought |= {"target", "rules", "ignore", "removed", "diagonal", "time_weights"}
             if _takes_units(fields["pattern"]) != _takes_units(self.pattern):  # other methods and repairs
                 brought |= self._strange(_takes_units(fields["pattern"]))
+        if fields.get("data", self.data) != self.data:
+            brought |= {"column"}
         if fields.get("rules"):
             brought |= {"target"}
         if (target := fields.get("target")) is not None:

@@ -224,7 +224,7 @@ class Report:
         if not self.fingerprint or data != measured or data in DATASETS:
             return ""
         return (
-            f"{data} is one file without a held-out part: the perplexity was measured on the same text "
+            f"{data} has no held-out part: the perplexity was measured on the same text "
             "as the calibration, so it may flatter the result."
         )
 

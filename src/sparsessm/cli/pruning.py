@@ -65,6 +65,7 @@ def prune(
     diagonal: Annotated[bool | None, field("diagonal", "--diagonal/--no-diagonal")] = None,
     time_weights: Annotated[str | None, field("time_weights")] = None,
     data: Annotated[str | None, field("data")] = None,
+    column: Annotated[str | None, field("column")] = None,
     samples: Annotated[str | None, field("samples")] = None,
     length: Annotated[int | None, field("length")] = None,
     seed: Annotated[int | None, field("seed")] = None,
@@ -221,6 +222,7 @@ def analyze(
     sparsities: Annotated[str, typer.Option(help="Shares removed, of each matrix alone.")] = "0.3,0.5,0.7",
     weight: Annotated[str | None, field("weight")] = None,
     data: Annotated[str, field("data")] = "stdlib",
+    column: Annotated[str | None, field("column")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Number of calibration windows.")] = 16,
     windows: Annotated[int, typer.Option(min=1, help="Number of held-out windows.")] = 8,
     length: Length = None,
@@ -239,8 +241,9 @@ def analyze(
             findings.refuse_without_matplotlib()
         shares = analysis.parse_sparsities(sparsities)
         checkpoint = sparsessm.load(model, tokenizer=tokenizer)
-        options: dict[str, Any] = {"data": data, "samples": samples, "windows": windows, "length": length}
-        options |= {"weight": weight, "seed": seed, "out": out, "force": force, "progress": progress}
+        options: dict[str, Any] = {"data": data, "column": column, "samples": samples, "windows": windows}
+        options |= {"length": length, "weight": weight, "seed": seed}
+        options |= {"out": out, "force": force, "progress": progress}
         found = analysis.analyze(checkpoint, sparsities=shares, **options)
         told = findings.summary(found)
         if out is not None:
