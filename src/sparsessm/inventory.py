@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, dtype
 
+from sparsessm.architectures import adapt
 from sparsessm.architectures.base import REMOVED_A_LOG, REMOVED_A_LOG_FLOAT16, REMOVED_WEIGHT
 from sparsessm.methods import Rule
 from sparsessm.mixture import saved
@@ -112,6 +113,16 @@ def preview_units(order: Order, architecture: Architecture) -> dict[str, Any]:
         "repair": repair,
         "parameters": counts,
     }
+
+
+def share_left(plan: Plan | Order, checkpoint: Checkpoint) -> float:
+    """About the share of the parameters that the result will have, at most: zeros are stored."""
+    if isinstance(plan, Plan):
+        return 1.0
+    if plan.share is not None:
+        return 1.0 - plan.share
+    counts = preview_units(plan, adapt(checkpoint.model, checkpoint.stored))["parameters"]
+    return 1.0 if counts["after"] is None else counts["after"] / counts["now"]
 
 
 def preview_units_table(model: str, record: Mapping[str, Any]) -> Table:

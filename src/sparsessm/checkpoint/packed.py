@@ -182,7 +182,9 @@ def pack(
     tensors = _encoded(checkpoint, record, dtype, head)
     sizes = {name: tensor.nbytes for name, tensor in _stored(checkpoint)}
     layout = checkpoint.format
-    write(checkpoint, out, lambda new: container.write(new / PACKED, layout, tensors), _ours(folder), force)
+    after = sum(tensor.nbytes for tensor in tensors.values())
+    weights = partial(_write, layout, tensors)
+    write(checkpoint, out, weights, after, _ours(folder), force)
     files = _files(Path(out))
     fields = read_json(Path(out) / CONFIG)
     with reading.quiet():
@@ -206,7 +208,12 @@ def save(
     tensors = _encoded(checkpoint, record or {})
     layout = checkpoint.format
     ours = writing.beside(record, card)
-    return write(checkpoint, path, lambda new: container.write(new / PACKED, layout, tensors), ours, force)
+    after = sum(tensor.nbytes for tensor in tensors.values())
+    return write(checkpoint, path, partial(_write, layout, tensors), after, ours, force)
+
+
+def _write(layout: Layout, tensors: Mapping[str, Encoded], folder: Path) -> None:
+    container.write(folder / PACKED, layout, tensors)
 
 
 def _encoded(
@@ -247,7 +254,8 @@ def unpack(
         raise ValueError(f"{source!r} is not packed: it has no {PACKED}")
     refuse_existing(out, force, source)
     checkpoint = reading.load(source, tokenizer=tokenizer)
-    return write(checkpoint, out, stock_weights(checkpoint), _ours(folder), force)
+    weights, nbytes = stock_weights(checkpoint), writing.stored_bytes(checkpoint)
+    return write(checkpoint, out, weights, nbytes, _ours(folder), force)
 
 
 def _stored(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:

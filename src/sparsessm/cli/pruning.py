@@ -87,7 +87,8 @@ def prune(
         name: value for name, value in options if name in Recipe.model_fields and value not in (None, [], ())
     }
     with answering(quiet) as progress:
-        from ..checkpoint import refuse_existing
+        from ..checkpoint import refuse_existing, refuse_full
+        from ..inventory import share_left
         from ..yardstick import Yardstick, compared
 
         if structured is not None:
@@ -108,6 +109,7 @@ def prune(
         if out is None or dry_run:
             _preview(checkpoint, plan, wanted, as_json, quiet)
             return
+        refuse_full(out, checkpoint, share_left(plan, checkpoint))
         torch.manual_seed(wanted.seed)
         progress.say(f"reading {wanted.data}")
         wanted, tokens, advice = sparsessm.settle(checkpoint, wanted, progress)
@@ -191,6 +193,7 @@ def demo(
         refuse_existing(out, former, demos.MODEL)
         for kind in demos.PACKED:
             refuse_existing(demos.packed_folder(out, kind), former, demos.MODEL)
+        demos.refuse_full(out)
         torch.manual_seed(seed)
         done = demos.compare(progress, sparsity=sparsity, samples=samples, seed=seed)
         sparsessm.save(done.checkpoint, out, done.report, force=former)
@@ -236,9 +239,13 @@ def analyze(
     kept = f"what is in {out}/analysis.json is kept, the same command goes on" if out else None
     with answering(quiet, kept) as progress:
         from .. import analysis, findings
+        from ..checkpoint import refuse_target
 
         if out is not None:
             findings.refuse_without_matplotlib()
+            refuse_target(out, replaced=False)
+            if (picture := out / findings.PICTURE).is_dir():
+                raise ValueError(f"{str(picture)!r} is a directory; the picture cannot be written there")
         shares = analysis.parse_sparsities(sparsities)
         checkpoint = sparsessm.load(model, tokenizer=tokenizer)
         options: dict[str, Any] = {"data": data, "column": column, "samples": samples, "windows": windows}
