@@ -42,6 +42,24 @@ def removed_a_log(stored: torch.dtype) -> Mapping[str, float]:
     return REMOVED_A_LOG_FLOAT16 if stored == torch.float16 else REMOVED_A_LOG
 
 
+def rounded(values: Tensor, stored: torch.dtype) -> Tensor:
+    """Values as a checkpoint holds them.
+
+    Raises:
+        ValueError: they do not fit the dtype. Nobody could write the result, so it is said where it arises.
+    """
+    held = values.to(stored)
+    if stored.itemsize < values.element_size() and not torch.isfinite(held).all():
+        if torch.isfinite(values).all():
+            name, most = str(stored).removeprefix("torch."), torch.finfo(stored).max
+            raise ValueError(
+                f"a new value of {float(values.abs().max()):.3g} does not fit {name}, in which the "
+                f"checkpoint holds it (largest: {most:.6g}); store the model in bfloat16 or float32 first, "
+                "or use repair 'none'"
+            )
+    return held
+
+
 class Tap(Protocol):
     """What watches a target while its block runs (observers.py).
 
@@ -109,15 +127,23 @@ class Target:
         return parameter[:, None] if parameter.ndim == 1 else parameter.flatten(1)
 
     def replace(self, weight: Tensor) -> None:
-        """Write a new weight [out, in], rounded to the stored dtype."""
+        """Write a new weight [out, in], rounded to the stored dtype.
+
+        Raises:
+            ValueError: as `rounded`.
+        """
         with torch.no_grad():
-            self.parameter.copy_(weight.to(self.stored).view_as(self.parameter))
+            self.parameter.copy_(rounded(weight, self.stored).view_as(self.parameter))
 
     def shift(self, companion: str, change: Tensor) -> None:
-        """Add `change` to a companion parameter, rounded to its stored dtype."""
+        """Add `change` to a companion parameter, rounded to its stored dtype.
+
+        Raises:
+            ValueError: as `rounded`.
+        """
         parameter, stored = self.companions[companion]
         with torch.no_grad():
-            parameter.copy_((parameter.double() + change.double()).to(stored))
+            parameter.copy_(rounded(parameter.double() + change.double(), stored))
 
 
 @dataclass(frozen=True)
