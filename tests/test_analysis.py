@@ -283,7 +283,7 @@ def test_other_refusals() -> None:
         analyze(checkpoint, sparsities=[], **SMALL)
     with pytest.raises(ValueError, match="text.txt is no directory"):
         analyze(checkpoint, out="text.txt", **SMALL)
-    with pytest.raises(ValueError, match="nowhere: No such file"):
+    with pytest.raises(ValueError, match="nowhere: no such file"):
         analysis.read("nowhere")
     with pytest.raises(ValueError, match="'0.3;0.5'; expected numbers"):
         analysis.parse_sparsities("0.3;0.5")

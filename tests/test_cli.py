@@ -220,7 +220,7 @@ def test_a_result_made_with_another_tokenizer_repeats(shelf: Path) -> None:
 
 
 def test_a_text_that_was_calibrated_and_measured_on_is_named() -> None:
-    sentence = "text.txt is one file without a held-out part"
+    sentence = "text.txt has no held-out part"
     assert sentence in run("prune", "dense", "-o", "a", "--method", "exact", *FAST).stdout
     assert sentence in Path("a/README.md").read_text()
     assert sentence not in run("prune", "dense", "-o", "b", "--method", "magnitude", *FAST).stdout

@@ -245,9 +245,9 @@ def test_a_download_without_the_extra_says_what_to_install(
     [
         (
             "wikitxt2",
-            r"unknown data 'wikitxt2'; known: stdlib, wikitext2, c4, ptb, or a path.*mean 'wikitext2'",
+            r"unknown data 'wikitxt2'; known: stdlib, wikitext2, c4, ptb, or a file.*mean 'wikitext2'",
         ),
-        ("zzz", r"unknown data 'zzz'; known: .*\.txt/\.jsonl/\.parquet file$"),
+        ("zzz", r"unknown data 'zzz'; known: .* or a directory of such files$"),
         ("absent.txt", "no such file"),
     ],
 )
@@ -263,7 +263,7 @@ def test_unknown_data(given: str, message: str) -> None:
         ("d.jsonl", b'{"body": "a"}\n', "line 1: needs an object with a string field 'text'"),
         ("d.jsonl", b'["a"]\n', "line 1: needs an object"),
         ("d.jsonl", b'{"text": 3}\n', "line 1: needs an object"),
-        ("d.txt", b"\xff\xfe\x00", "not UTF-8"),
+        ("d.txt", b"\xff\xfe\x00", "not UTF-16 text"),
         ("d.txt", b"", "no text in the evaluation split"),
     ],
 )

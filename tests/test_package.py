@@ -50,7 +50,7 @@ FLOORS = {
         "scores",
         "zero_shot",
     },
-    1: {"kernels", "architectures", "card", "data", "hessian", "machine", "report"},
+    1: {"kernels", "architectures", "card", "data", "foreign", "hessian", "machine", "report", "text_files"},
 }
 FLOOR = {unit: floor for floor, units in FLOORS.items() for unit in units}
 FORBIDDEN_NAMES = {"utils", "helpers", "common", "misc", "manager", "factory", "session"}
@@ -59,11 +59,11 @@ HOMES = {  # module -> the only units that may import it
     "huggingface_hub": {"checkpoint"},
     "safetensors": {"checkpoint"},
     "datasets": {"data"},
-    "pyarrow": {"data"},
+    "pyarrow": {"text_files"},
     "lm_eval": {"zero_shot"},
     "typer": {"cli"},
     "rich": {"cli", "tables"},
-    "yaml": {"recipe", "cli"},
+    "yaml": {"foreign", "cli"},
 }
 
 

@@ -30,7 +30,10 @@ from sparsessm.recipe import Recipe, RuleFields, window_length
             "unknown target 'smm'; known: all, projections, ssm, conv1d, head; did you mean 'ssm'",
         ),
         ({"data": "stdlb"}, "unknown data set 'stdlb'; known: stdlib, .*; did you mean 'stdlib'"),
-        ({"data": "notes.pdf"}, r"unknown data set 'notes.pdf'; known: .*a file \(.txt, .jsonl, .parquet\)"),
+        (
+            {"data": "notes.pdf"},
+            r"unknown data set 'notes.pdf'; known: .*a file \(.txt, .*\), or a directory",
+        ),
         ({"pattern": "unstructurd"}, "unknown pattern 'unstructurd'; .*; did you mean 'unstructured'"),
         ({"pattern": "4:2"}, "unknown pattern '4:2'; known: .*0 < N < M"),
         ({"removed": "zero"}, "unknown removed 'zero'; known: memoryless, unit"),

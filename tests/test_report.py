@@ -93,7 +93,7 @@ def test_a_file_that_was_calibrated_and_measured_on_is_named(
     made = report(row(), fingerprint=fingerprint, recipe={"data": data})
     made.perplexity = figures if measured else {}
     assert bool(made.caveat()) == said
-    assert ("my.txt is one file without a held-out part" in card(made, "m")) == said
+    assert ("my.txt has no held-out part" in card(made, "m")) == said
 
 
 def test_the_sentence_about_bytes_names_the_kinds() -> None:

@@ -138,6 +138,7 @@ def draw(checkpoint: Checkpoint, recipe: Recipe) -> Tensor | None:
         length=recipe.length or window_length(checkpoint.trained_length),
         seed=recipe.seed,
         distinct=recipe.samples == "auto",
+        column=recipe.column,
     )
 
 
@@ -199,19 +200,21 @@ def evaluate(
     *,
     length: int | None = None,
     limit: int | None = None,
+    column: str | None = None,
     progress: Progress | None = None,
 ) -> Perplexity:
     """Measure perplexity and bits per byte on the evaluation split of a text, in non-overlapping windows.
 
     Args:
         checkpoint: what `load` returned, pruned or not.
-        data: name of a data set, or a .txt, .jsonl or .parquet file.
+        data: name of a data set, a .txt, .jsonl, .json or .parquet file, or a directory of such files.
         length: tokens in a window; 2048, or the model's own length if that is shorter.
         limit: use only so many windows, evenly spaced over the text.
+        column: the field or column that holds the text; `text`, of a named data set its own.
         progress: called with (stage, done, total).
 
     Raises:
-        ValueError: unknown data, or a text shorter than one window.
+        ValueError: unknown data, a column that is not there, or a text shorter than one window.
     """
     from sparsessm.data import evaluation_windows
     from sparsessm.evaluation import perplexity
@@ -219,7 +222,7 @@ def evaluate(
 
     length = length or window_length(checkpoint.trained_length)
     windows, n_bytes = evaluation_windows(
-        data, checkpoint.tokenizer, length=length, limit=limit
+        data, checkpoint.tokenizer, length=length, limit=limit, column=column
     )  # (W, length)
     return perplexity(checkpoint.model, windows, n_bytes, data=data, progress=progress)
 

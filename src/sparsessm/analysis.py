@@ -23,6 +23,7 @@ from sparsessm.architectures import Architecture, adapt
 from sparsessm.calibrate import Progress
 from sparsessm.checkpoint import Checkpoint
 from sparsessm.data import calibration_windows, evaluation_windows, fingerprint
+from sparsessm.foreign import from_json, read_bytes
 from sparsessm.methods import Rule
 from sparsessm.pipeline import priced
 from sparsessm.plan import make, words
@@ -66,6 +67,7 @@ def analyze(
     sparsities: Iterable[float] = SPARSITIES,
     weight: str | None = None,
     data: str = "stdlib",
+    column: str | None = None,
     samples: int = 16,
     windows: int = 8,
     length: int | None = None,
@@ -84,7 +86,7 @@ def analyze(
         sparsities: each in [0, 1).
         weight: what an error in an output row costs, as in a recipe; None: what the methods take. With "none"
             there is no backward pass.
-        data, samples, length, seed: of the calibration windows, as in a recipe.
+        data, column, samples, length, seed: of the calibration windows, as in a recipe.
         windows: number of held-out windows, of the same data.
         out: directory of analysis.json, which is written after every matrix; None: nothing is written.
         force: start anew where there is a file of other settings or of another model.
@@ -98,15 +100,24 @@ def analyze(
     architecture = adapt(checkpoint.model, checkpoint.stored)
     asked = sorted(set(sparsities))
     # Alone, a matrix has the dense model's inputs: there is nothing to absorb and nobody to share with.
-    what = {"repair": "self", "allocation": "uniform", "weight": weight, "length": length, "seed": seed}
-    recipes = [Recipe(sparsity=sparsity, data=data, samples=samples, **what) for sparsity in asked]
+    what: dict[str, Any] = {
+        "repair": "self",
+        "allocation": "uniform",
+        "weight": weight,
+        "length": length,
+        "seed": seed,
+    }
+    what |= {"data": data, "column": column, "samples": samples}
+    recipes = [Recipe(sparsity=sparsity, **what) for sparsity in asked]
     if not recipes:
         raise ValueError("sparsities: at least one is needed")
     rules = make(recipes[0], architecture.targets).rules
     left_out = {target.name for target in architecture.targets if not target.plain}
     rules = {name: rule for name, rule in rules.items() if name not in left_out}
-    calibration = calibration_windows(data, checkpoint.tokenizer, samples=samples, length=length, seed=seed)
-    held_out, _ = evaluation_windows(data, checkpoint.tokenizer, length=length, limit=windows)
+    calibration = calibration_windows(
+        data, checkpoint.tokenizer, samples=samples, length=length, seed=seed, column=column
+    )
+    held_out, _ = evaluation_windows(data, checkpoint.tokenizer, length=length, limit=windows, column=column)
     settings = {
         "model": checkpoint.source,
         "weights": weights_sha256(checkpoint),
@@ -212,14 +223,13 @@ def read(path: str | Path) -> Analysis:
     """
     path = Path(path)
     path = path / FILE if path.is_dir() else path
+    content = read_bytes(path)
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = from_json(content)
         if record["format"] != FORMAT:
             raise ValueError(f"format {record['format']!r}; known: {FORMAT}")
         cells = [Cell(**cell) for cell in record["cells"]]
         return Analysis(dict(record["settings"]), int(record["expected"]), cells)
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from None
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path}: not an analysis ({type(error).__name__}: {error})") from None
 

@@ -25,6 +25,7 @@ from pydantic_core import ErrorDetails
 
 from .allocation import ALLOCATIONS
 from .allocation import parse as parse_allocation
+from .foreign import short
 from .methods import DEFAULTS, METHODS, Method
 from .methods.sparsessm import time_weights
 from .methods.structured import SELECTIONS
@@ -298,7 +299,7 @@ def known(kind: str, given: str, names: Iterable[str], more: str = "") -> str:
         return given
     near = difflib.get_close_matches(given, names, n=1)
     raise ValueError(
-        f"unknown {kind} {given!r}; known: {', '.join(names)}"
+        f"unknown {kind} {short(given)}; known: {', '.join(names)}"
         + (f", {more}" if more else "")
         + (f"; did you mean {near[0]!r}?" if near else "")
     )
@@ -316,7 +317,7 @@ def _line(detail: ErrorDetails, kind: type[Choice]) -> str:
         if detail["type"] == "extra_forbidden":
             known("recipe field", field, kind.model_fields)
         if field == "samples":
-            return f"samples is {given!r}; allowed: a number from 1 to {MOST_SAMPLES}, or auto"
+            return f"samples is {short(given)}; allowed: a number from 1 to {MOST_SAMPLES}, or auto"
         if detail["type"] == "literal_error":
             known(field, str(given), get_args(get_args(kind.model_fields[field].annotation)[0]))
     except ValueError as error:
@@ -325,4 +326,4 @@ def _line(detail: ErrorDetails, kind: type[Choice]) -> str:
         return f"{field} is missing"
     if detail["type"] == "value_error":
         return title + str(detail.get("ctx", {}).get("error", detail["msg"]))
-    return f"{title}{field} is {given!r}; {detail['msg'][:1].lower()}{detail['msg'][1:]}"
+    return f"{title}{field} is {short(given)}; {detail['msg'][:1].lower()}{detail['msg'][1:]}"

@@ -1,8 +1,8 @@
 """Text -> token windows, for calibration (stage 1) and for perplexity.
 
 Where the text comes from: the CPython standard library of the running interpreter (`stdlib`, no download),
-three standard corpora through the `datasets` package (an extra), or one local file. Nothing here knows about
-models.
+three standard corpora through the `datasets` package (an extra), or local files (`text_files.py`). Nothing
+here knows about models.
 
 The `stdlib` rule: a module is held out when the SHA-256 of its dotted name says so (about one in ten). The
 name and not the text decides, so a module stays on its side in every Python version; `builtin:pycode` was
@@ -12,7 +12,6 @@ trained on the other side.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import platform
 import sysconfig
@@ -26,8 +25,10 @@ from typing import Any, Literal, Protocol, cast
 import torch
 from torch import Tensor
 
+from .text_files import FILE_TYPES, PACKED, columns, file_type, is_local, read_texts
+
 Split = Literal["calibration", "evaluation"]
-FILE_TYPES = (".txt", ".jsonl", ".parquet")
+FILES = f"a file ({', '.join(FILE_TYPES)}; also {PACKED}), or a directory of such files"
 
 # Directories that are not read: what pip installs, machine-generated tables, and lib2to3, whose own
 # copies of `tokenize` and `token` would leak across the split.
@@ -106,32 +107,50 @@ DATASETS: dict[str, Dataset] = {
 }  # fmt: skip
 
 
-def documents(data: str, split: Split) -> list[str]:
+def documents(data: str, split: Split, column: str | None = None) -> list[str]:
     """Returns the texts of one split.
 
     Args:
-        data: a name in `DATASETS` or the path of a .txt, .jsonl (field `text`) or .parquet (column `text`)
-            file.
-        split: "calibration" or "evaluation". A local file has no splits: both uses read the same text, so
+        data: a name in `DATASETS`, or the path of a .txt, .jsonl, .json or .parquet file (all but .parquet
+            also as .gz), or of a directory: of all such files below it, in the order of their names.
+        split: "calibration" or "evaluation". Local files have no splits: both uses read the same text, so
             calibrate and evaluate on different files where that matters.
+        column: the field or column that holds the text; None: `text`, of a named data set its own.
 
     Raises:
-        ValueError: unknown name, missing or unreadable file, no text in it, or the `datasets`/`pyarrow`
-            package needed for it is not installed.
+        ValueError: unknown name, missing or unreadable file, no text in it, a column that is not there (those
+            that are, are listed) or has no effect, or the `datasets`/`pyarrow` package needed for it is not
+            installed.
     """
     if split not in ("calibration", "evaluation"):
         raise ValueError(f"unknown split {split!r}; known: calibration, evaluation")
+    refuse_idle_column(data, column)
     row = DATASETS.get(data)
+    if row is None and not is_local(data):
+        near = get_close_matches(data, DATASETS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown data {data!r}; known: {', '.join(DATASETS)}, or {FILES}{hint}")
     if row is None:
-        texts = _read_file(data)
+        texts = read_texts(data, column)
     elif not row.source:
         texts = [text for _, text in stdlib_modules(held_out=split == "evaluation")]
     else:
-        texts = _download(row, row.evaluation if split == "evaluation" else row.calibration)
+        texts = _download(row, row.evaluation if split == "evaluation" else row.calibration, column)
     texts = [text for text in texts if text]
     if not texts:
         raise ValueError(f"data {data!r}: no text in the {split} split")
     return texts
+
+
+def refuse_idle_column(data: str, column: str | None) -> None:
+    """Refuse a column where the text is in none.
+
+    Raises:
+        ValueError: `stdlib` or a .txt file.
+    """
+    row = DATASETS.get(data)
+    if column is not None and (file_type(data) == ".txt" if row is None else not row.source):
+        raise ValueError(f"column is {column!r}; it has no effect with data {data!r}")
 
 
 def calibration_windows(
@@ -143,6 +162,7 @@ def calibration_windows(
     seed: int,
     split: Split = "calibration",
     distinct: bool = False,
+    column: str | None = None,
 ) -> Tensor:
     """Draws unpadded token windows with a seeded generator.
 
@@ -158,6 +178,7 @@ def calibration_windows(
         seed: of the generator that draws them.
         split: the text's side.
         distinct: rather fewer windows than overlapping ones.
+        column: see `documents`.
 
     Returns:
         (samples, length) int64.
@@ -169,7 +190,7 @@ def calibration_windows(
         raise ValueError(
             f"calibration needs samples >= 1 and length >= 1, got samples={samples}, length={length}"
         )
-    stream, _ = _stream(documents(data, split), tokenizer, sized=False)
+    stream, _ = _stream(documents(data, split, column), tokenizer, sized=False)
     spare = stream.numel() - length
     if spare < 0:
         raise ValueError(_too_short(data, stream.numel(), length))
@@ -187,7 +208,13 @@ def calibration_windows(
 
 
 def evaluation_windows(
-    data: str, tokenizer: Tokenizer, *, length: int, limit: int | None = None, split: Split = "evaluation"
+    data: str,
+    tokenizer: Tokenizer,
+    *,
+    length: int,
+    limit: int | None = None,
+    split: Split = "evaluation",
+    column: str | None = None,
 ) -> tuple[Tensor, int]:
     """Cuts a text into consecutive non-overlapping windows, as the perplexity tables of the field do.
 
@@ -198,6 +225,7 @@ def evaluation_windows(
         limit: at most so many windows, evenly spaced over the text (its beginning alone would be a biased
             sample: `stdlib` is in alphabetical order).
         split: the text's side.
+        column: see `documents`.
 
     Returns:
         The windows, (W, length) int64, and the number of UTF-8 bytes of the text of the predicted tokens,
@@ -216,7 +244,7 @@ def evaluation_windows(
         )
     if limit is not None and limit < 1:
         raise ValueError(f"evaluation needs limit >= 1 or None, got {limit}")
-    stream, sizes = _stream(documents(data, split), tokenizer, sized=True)
+    stream, sizes = _stream(documents(data, split, column), tokenizer, sized=True)
     count = stream.numel() // length
     if count == 0:
         raise ValueError(_too_short(data, stream.numel(), length))
@@ -330,62 +358,9 @@ def _byte_sizes(text: str, offsets: list[tuple[int, int]]) -> list[int]:
     return sizes
 
 
-def _read_file(data: str) -> list[str]:
-    """Reads a local file; a bad name is answered with the known names."""
-    path = Path(data)
-    if path.suffix not in FILE_TYPES:
-        near = get_close_matches(data, DATASETS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(
-            f"unknown data {data!r}; known: {', '.join(DATASETS)}, or a path to a .txt/.jsonl/.parquet file"
-            + hint
-        )
-    if not path.is_file():
-        raise ValueError(f"data {data!r}: no such file")
-    if path.suffix == ".parquet":
-        return _read_parquet(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"data {data!r}: not UTF-8 text ({error})") from error
-    if path.suffix == ".txt":
-        return [text]
-    return [_text_of(data, number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-
-
-def _text_of(data: str, number: int, line: str) -> str:
-    """Takes the `text` field out of one line of a .jsonl file."""
-    try:
-        row = json.loads(line)
-        row["text"].encode()  # JSON can hold half a surrogate pair, which is no text
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"data {data!r}, line {number}: not JSON ({error})") from error
-    except UnicodeEncodeError as error:
-        raise ValueError(f"data {data!r}, line {number}: not a Unicode text ({error})") from error
-    except (TypeError, KeyError, AttributeError, IndexError):
-        row = None  # answered below
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        raise ValueError(f"data {data!r}, line {number}: needs an object with a string field 'text'")
-    return row["text"]
-
-
-def _read_parquet(path: Path) -> list[str]:
-    try:
-        import pyarrow  # pyright: ignore[reportMissingImports]
-        import pyarrow.parquet  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise ValueError(f"data {str(path)!r}: .parquet needs pyarrow; install sparsessm[data]") from error
-    try:
-        column = pyarrow.parquet.read_table(path, columns=["text"]).column("text").to_pylist()
-    except (pyarrow.ArrowException, KeyError, OSError) as error:
-        raise ValueError(f"data {str(path)!r}: needs a readable column 'text' ({error})") from error
-    if not all(isinstance(text, str) for text in column):
-        raise ValueError(f"data {str(path)!r}: the column 'text' must hold strings only")
-    return column
-
-
-def _download(row: Dataset, split: str) -> list[str]:
+def _download(row: Dataset, split: str, column: str | None = None) -> list[str]:
     """Reads one split of a named corpus through the `datasets` package."""
+    name = column or row.field
     try:
         import datasets  # pyright: ignore[reportMissingImports]
     except ImportError as error:
@@ -399,11 +374,18 @@ def _download(row: Dataset, split: str) -> list[str]:
     try:
         # streamed if only the first rows are wanted
         rows = cast("Iterable[dict[str, str]]", datasets.load_dataset(*row.source, **options))
-        texts = [item[row.field] for item in islice(rows, row.limit)]
+        texts, others = [], []
+        for item in islice(rows, row.limit):
+            if not isinstance(item.get(name), str):
+                others = list(item)
+                break
+            texts.append(item[name])
     except Exception as error:  # the package raises dozens of kinds; all mean that the text cannot be had
         raise ValueError(
             f"data {row.name!r} ({row.source[0]}, {split}) cannot be loaded: {type(error).__name__}: {error}"
         ) from error
+    if others:
+        raise ValueError(f"data {row.name!r}: no text in column {name!r}; {columns(others)}")
     return texts if row.joiner is None else [row.joiner.join(texts)]
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import sparsessm
 
 from . import runtime
-from .checkpoint import Checkpoint, load, pack
+from .checkpoint import Checkpoint, load, local_folder, pack, refuse_room
 from .evaluation import Perplexity
 from .pipeline import needs_data
 from .report import Report, percent
@@ -89,6 +89,18 @@ def compare(progress: Progress, **fields: Any) -> Demo:
     methods = {name: {part: measured[name][part] for part in ("pruned", "difference")} for name in measured}
     report.perplexity = {**measured[SAVED], "methods": methods}
     return Demo(dense, measured, checkpoint, report, yardstick)
+
+
+def refuse_full(out: Path) -> None:
+    """Refuse to begin where the results have no room: each has at most the bytes of the model.
+
+    Raises:
+        ValueError: says both numbers.
+    """
+    folder = local_folder(MODEL)
+    assert folder is not None, "the demo's model is in the package"
+    each = sum(file.stat().st_size for file in folder.iterdir())
+    refuse_room(out, (1 + len(PACKED)) * each)
 
 
 def packed_folder(out: Path, kind: str) -> Path:

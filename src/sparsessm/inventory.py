@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, dtype
 
-from sparsessm.architectures.base import REMOVED_A_LOG, REMOVED_WEIGHT
+from sparsessm.architectures import adapt
+from sparsessm.architectures.base import REMOVED_A_LOG, REMOVED_A_LOG_FLOAT16, REMOVED_WEIGHT
 from sparsessm.methods import Rule
 from sparsessm.mixture import saved
 from sparsessm.patterns import NofM
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
     from sparsessm.architectures import Architecture
     from sparsessm.checkpoint import Checkpoint
 
-REMOVED = {**REMOVED_A_LOG, **REMOVED_WEIGHT}
+# Word of a record -> the numbers that it may be stored as.
+REMOVED = {word: {value, REMOVED_A_LOG_FLOAT16[word]} for word, value in REMOVED_A_LOG.items()}
+REMOVED |= {word: {value} for word, value in REMOVED_WEIGHT.items()}
 Table = tuple[str, list[str], list[list[str]], int]  # title, columns, cells, columns that are words
 
 
@@ -110,6 +113,16 @@ def preview_units(order: Order, architecture: Architecture) -> dict[str, Any]:
         "repair": repair,
         "parameters": counts,
     }
+
+
+def share_left(plan: Plan | Order, checkpoint: Checkpoint) -> float:
+    """About the share of the parameters that the result will have, at most: zeros are stored."""
+    if isinstance(plan, Plan):
+        return 1.0
+    if plan.share is not None:
+        return 1.0 - plan.share
+    counts = preview_units(plan, adapt(checkpoint.model, checkpoint.stored))["parameters"]
+    return 1.0 if counts["after"] is None else counts["after"] / counts["now"]
 
 
 def preview_units_table(model: str, record: Mapping[str, Any]) -> Table:
@@ -242,7 +255,7 @@ def recount(record: Mapping[str, Any], tensors: Mapping[str, Tensor], path: str)
         tensor = slices[int(expert)] if expert.isdigit() and int(expert) < len(slices) else tensors.get(name)
         if tensor is None:
             raise ValueError(f"{path}: the model has no {name}")
-        found[name] = int((tensor == REMOVED[row["removed"]]).sum())
+        found[name] = sum(int((tensor == value).sum()) for value in REMOVED[row["removed"]])
         _refuse_fewer(found[name], row, path)
     return found
 

@@ -6,23 +6,22 @@ a rule of it for each target; `report` writes it into the result, where `Recipe.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-import yaml
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from .choice import MOST_SAMPLES, OPTIONS, Choice, known
-from .data import DATASETS, FILE_TYPES
+from .data import DATASETS, FILES, refuse_idle_column
+from .foreign import decoded, from_json, from_yaml, is_text, read_bytes, short
 from .methods import DEFAULTS, METHODS
 from .methods.structured import SELECTIONS
 from .patterns import NofM, Structured, parse
+from .text_files import is_local
 
 DEFAULT_SPARSITY = 0.5
 DEFAULT_LENGTH = 2048
-_FILE = f"a file ({', '.join(FILE_TYPES)})"
 ALL = ("ssm", "projections")  # what target "all" means: the head and conv1d must be asked for
 TARGETS = ("all", "projections", "ssm", "conv1d", "head")
 
@@ -73,7 +72,10 @@ class Recipe(Choice):
     rules: tuple[RuleFields, ...] = Field(
         (), description="Different rules for different targets, instead of `target`; see below."
     )
-    data: str = Field("stdlib", description=f"Calibration text: {', '.join(DATASETS)}, or {_FILE}.")
+    data: str = Field("stdlib", description=f"Calibration text: {', '.join(DATASETS)}, or {FILES}.")
+    column: str | None = Field(
+        None, description="Field or column of `data` that holds the text; text, of a named data set its own."
+    )
     samples: Annotated[int, Field(ge=1, le=MOST_SAMPLES)] | Literal["auto"] = Field(
         64, description="Number of calibration windows, or auto: double it until the masks agree."
     )
@@ -96,7 +98,14 @@ class Recipe(Choice):
     @field_validator("data")
     @classmethod
     def _known_data(cls, data: str) -> str:
-        return data if Path(data).suffix in FILE_TYPES else known("data set", data, DATASETS, f"or {_FILE}")
+        return data if is_local(data) else known("data set", data, DATASETS, f"or {FILES}")
+
+    @field_validator("model", "tokenizer", "data", "column")
+    @classmethod
+    def _is_text(cls, name: str | None, info: ValidationInfo) -> str | None:
+        if name is not None and not is_text(name):  # the record and the card could not name it
+            raise ValueError(f"{info.field_name} is {short(name)}, a name that is not UTF-8; rename it")
+        return name
 
     @property
     def families(self) -> tuple[str, ...]:
@@ -109,6 +118,7 @@ class Recipe(Choice):
             raise ValueError(
                 f"target is {self.target!r}, but the rules say what is pruned; give only one of them"
             )
+        refuse_idle_column(self.data, self.column)
         if _takes_units(self.pattern):
             if self.samples == "auto":
                 raise ValueError(
@@ -134,20 +144,13 @@ class Recipe(Choice):
         Raises:
             ValueError: not a recipe, or a field that is unknown or not allowed; the message names the path.
         """
-        path = Path(path)
-        path = path / "pruning.json" if path.is_dir() else path
-        if not path.is_file():
-            raise ValueError(f"recipe {path}: no such file")
+        path, fields = _read(path)
         try:
-            text = path.read_text(encoding="utf-8")
-            # BaseLoader leaves every scalar as written and pydantic gives it its type. The usual loader would
-            # read the pattern 2:4 as a number to base sixty (124).
-            fields = json.loads(text) if path.suffix == ".json" else yaml.load(text, yaml.BaseLoader)
             fields = fields.get("recipe", fields) if isinstance(fields, dict) else fields
             if not isinstance(fields, dict):
                 raise ValueError("expected lines of the form 'field: value'")
             return cls(**_plain(fields))
-        except (ValueError, yaml.YAMLError) as error:
+        except ValueError as error:
             raise ValueError(f"recipe {path}: {' '.join(str(error).split())}") from None
 
     @staticmethod
@@ -168,9 +171,9 @@ class Recipe(Choice):
     def updated(self, **fields: Any) -> Recipe:
         """A copy with `fields` replaced, checked as a whole; what was never given stays at its default.
 
-        What the old method, pattern or target brought along makes room for the new one, unless it is among
-        `fields` itself: the options of the method; with another pattern the sparsity and the allocation; with
-        another target what has no effect on it.
+        What the old method, pattern, target or data brought along makes room for the new one, unless it is
+        among `fields` itself: the options of the method; with another pattern the sparsity and the
+        allocation; with another target what has no effect on it; with other data the column.
 
         Raises:
             ValueError: an unknown or impossible field, or `fields` that do not fit together or to the rest.
@@ -185,6 +188,8 @@ class Recipe(Choice):
                 brought |= {"target", "rules", "ignore", "removed", "diagonal", "time_weights"}
             if _takes_units(fields["pattern"]) != _takes_units(self.pattern):  # other methods and repairs
                 brought |= self._strange(_takes_units(fields["pattern"]))
+        if fields.get("data", self.data) != self.data:
+            brought |= {"column"}
         if fields.get("rules"):
             brought |= {"target"}
         if (target := fields.get("target")) is not None:
@@ -237,9 +242,8 @@ class Recipe(Choice):
 
 def _record(path: str | Path) -> dict[str, Any]:
     """What a result says of itself; empty for a plain recipe."""
-    path = Path(path)
-    path = path / "pruning.json" if path.is_dir() else path
-    return json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" else {}
+    _, record = _read(path)
+    return record if isinstance(record, dict) else {}
 
 
 def _takes_units(pattern: str | None) -> bool:
@@ -250,6 +254,37 @@ def _families(target: str | None, rules: Iterable[Any] = ()) -> tuple[str, ...]:
     if rules:
         return tuple(DEFAULTS)
     return ALL if target in (None, "all") else (target,)
+
+
+def _read(path: str | Path) -> tuple[Path, Any]:
+    """What is in a recipe file or in the record of a result, and the file.
+
+    Raises:
+        ValueError: begins with the file: not there, not JSON or YAML, or a field is there twice.
+    """
+    path = Path(path)
+    path = path / "pruning.json" if path.is_dir() else path
+    try:
+        text = decoded(read_bytes(path))
+    except ValueError as error:
+        told = str(error).removeprefix(f"{path}: ")
+        raise ValueError(f"recipe {path}: {told}") from None
+    try:
+        # YAML leaves every scalar as written and pydantic gives it its type. The usual loader would read the
+        # pattern 2:4 as a number to base sixty (124).
+        return path, from_json(text, strict=True) if path.suffix.lower() == ".json" else from_yaml(text)
+    except ValueError as error:
+        told = _twice(text) or str(error)
+    raise ValueError(f"recipe {path}: {told}")
+
+
+def _twice(text: str) -> str | None:
+    """What YAML says of a field that is there twice: its reader knows the line, JSON's does not."""
+    try:
+        from_yaml(text)
+    except ValueError as error:
+        return str(error) if "twice" in str(error) else None
+    return None
 
 
 def _plain(value: Any) -> Any:

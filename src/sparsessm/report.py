@@ -19,7 +19,7 @@ from .hessian import DAMPING
 
 RECORD_FORMAT = 1
 REMOVED_WORDS = {
-    "memoryless": "its state forgets at once (decay 0; stored as `A_log` = 38)",
+    "memoryless": "its state forgets at once (decay 0; stored as `A_log` = 38, in float16 as 11)",
     "unit": "its state decays with A = -1 (stored as `A_log` = 0)",
     "zero": "the connection is gone (stored as 0)",
     "cut": "every tensor that had a place for it got smaller",
@@ -225,7 +225,7 @@ class Report:
         if not self.fingerprint or data != measured or data in DATASETS:
             return ""
         return (
-            f"{data} is one file without a held-out part: the perplexity was measured on the same text "
+            f"{data} has no held-out part: the perplexity was measured on the same text "
             "as the calibration, so it may flatter the result."
         )
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sparsessm import curvature, depth
 from sparsessm.architectures import Architecture, Axis, Block, Part, Target
-from sparsessm.architectures.base import cut
+from sparsessm.architectures.base import cut, rounded
 from sparsessm.architectures.own import guard, level
 from sparsessm.calibrate import LONGEST, Progress, Stop, slab_width
 from sparsessm.compensate import dense_target, readout, remix
@@ -362,12 +362,16 @@ def _resized(
         now = slice(part.start - fewer * before, part.start - fewer * before + mix.shape[0])
         for old, new in ((tensors, smaller), (named, goal)):
             new[part.tensor] = new[part.tensor].clone()
-            new[part.tensor][now] = mix.to(old[part.tensor].dtype) @ old[part.tensor][was]
+            mixed = mix.to(old[part.tensor].dtype) @ old[part.tensor][was]
+            if new is smaller:
+                stored = architecture.stored.get(f"{block.name}.{part.tensor}", mixed.dtype)
+                mixed = rounded(mixed, stored).to(mixed.dtype)
+            new[part.tensor][now] = mixed
     goals |= {kind: goal[name] for name, kind in by_tensor.items()}
     for name in {p.tensor for a in axes for p in a.parts if repairing and p.tensor.endswith("norm.weight")}:
         # A norm's mean over fewer channels is larger, though those that went were the weak ones.
         if axes[0].name in ("head", "channel"):
             share = smaller[name].numel() / tensors[name].numel()
             stored = architecture.stored.get(f"{block.name}.{name}", smaller[name].dtype)
-            smaller[name] = (smaller[name] / share**0.5).to(stored).to(smaller[name].dtype)
+            smaller[name] = rounded(smaller[name] / share**0.5, stored).to(smaller[name].dtype)
     return architecture.resize(block, architecture.fields(sizes), smaller)

@@ -43,7 +43,9 @@ class Yardstick:
         limit = max(1, tokens // length)
         return cls(
             recipe.data,
-            *evaluation_windows(recipe.data, checkpoint.tokenizer, length=length, limit=limit),
+            *evaluation_windows(
+                recipe.data, checkpoint.tokenizer, length=length, limit=limit, column=recipe.column
+            ),
         )
 
     def measure(self, checkpoint: Checkpoint, progress: Progress | None = None) -> Perplexity:

@@ -10,6 +10,7 @@ from torch import nn
 
 from sparsessm.architectures.base import (
     REMOVED_A_LOG,
+    REMOVED_A_LOG_FLOAT16,
     Architecture,
     Axis,
     Block,
@@ -17,6 +18,7 @@ from sparsessm.architectures.base import (
     Tail,
     Tap,
     Target,
+    removed_a_log,
 )
 from sparsessm.architectures.hybrid import Bamba, FalconH1, GraniteMoeHybrid, Hybrid, Jamba, NemotronH, Zamba2
 from sparsessm.architectures.hybrid_block import SharedTarget, seen_by_all_uses
@@ -37,6 +39,7 @@ MODEL_TYPES: Mapping[str, type[Stack | Hybrid]] = {
 __all__ = [
     "MODEL_TYPES",
     "REMOVED_A_LOG",
+    "REMOVED_A_LOG_FLOAT16",
     "Architecture",
     "Axis",
     "Block",
@@ -47,6 +50,7 @@ __all__ = [
     "Target",
     "adapt",
     "refuse_older",
+    "removed_a_log",
     "seen_by_all_uses",
 ]
 

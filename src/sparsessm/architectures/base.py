@@ -26,12 +26,38 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-# What a removed entry of A_log becomes, by the name of what it then computes. 38 is exact in float16,
-# bfloat16 and float32 and makes exp(Δ·A) exactly 0 for every Δ > 0 that occurs (A = -3e16), with no infinity
-# that stock code could turn into NaN.
+# What a removed entry of A_log becomes, by the name of what it then computes. 38 is exact in bfloat16 and
+# float32 and makes exp(Δ·A) exactly 0 for every Δ > 0 that occurs (A = -3e16), with no infinity that stock
+# code could turn into NaN.
 REMOVED_A_LOG: Mapping[str, float] = {"memoryless": 38.0, "unit": 0.0}
+# In float16 -exp(38) is -Inf, and converters compute A in the dtype of the file. 11 leaves A = -59872 there,
+# with room for an exp that is not rounded to the nearest (the largest float16 is 65504).
+REMOVED_A_LOG_FLOAT16: Mapping[str, float] = {"memoryless": 11.0, "unit": 0.0}
 # A removed entry of a linear layer is a missing connection.
 REMOVED_WEIGHT: Mapping[str, float] = {"zero": 0.0}
+
+
+def removed_a_log(stored: torch.dtype) -> Mapping[str, float]:
+    """What a removed entry of an A_log becomes that a checkpoint holds in this dtype: name -> number."""
+    return REMOVED_A_LOG_FLOAT16 if stored == torch.float16 else REMOVED_A_LOG
+
+
+def rounded(values: Tensor, stored: torch.dtype) -> Tensor:
+    """Values as a checkpoint holds them.
+
+    Raises:
+        ValueError: they do not fit the dtype. Nobody could write the result, so it is said where it arises.
+    """
+    held = values.to(stored)
+    if stored.itemsize < values.element_size() and not torch.isfinite(held).all():
+        if torch.isfinite(values).all():
+            name, most = str(stored).removeprefix("torch."), torch.finfo(stored).max
+            raise ValueError(
+                f"a new value of {float(values.abs().max()):.3g} does not fit {name}, in which the "
+                f"checkpoint holds it (largest: {most:.6g}); store the model in bfloat16 or float32 first, "
+                "or use repair 'none'"
+            )
+    return held
 
 
 class Tap(Protocol):
@@ -101,15 +127,23 @@ class Target:
         return parameter[:, None] if parameter.ndim == 1 else parameter.flatten(1)
 
     def replace(self, weight: Tensor) -> None:
-        """Write a new weight [out, in], rounded to the stored dtype."""
+        """Write a new weight [out, in], rounded to the stored dtype.
+
+        Raises:
+            ValueError: as `rounded`.
+        """
         with torch.no_grad():
-            self.parameter.copy_(weight.to(self.stored).view_as(self.parameter))
+            self.parameter.copy_(rounded(weight, self.stored).view_as(self.parameter))
 
     def shift(self, companion: str, change: Tensor) -> None:
-        """Add `change` to a companion parameter, rounded to its stored dtype."""
+        """Add `change` to a companion parameter, rounded to its stored dtype.
+
+        Raises:
+            ValueError: as `rounded`.
+        """
         parameter, stored = self.companions[companion]
         with torch.no_grad():
-            parameter.copy_((parameter.double() + change.double()).to(stored))
+            parameter.copy_(rounded(parameter.double() + change.double(), stored))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsessm import kernels
-from sparsessm.architectures.base import REMOVED_A_LOG, Axis, Part, Tap, Target
+from sparsessm.architectures.base import Axis, Part, Tap, Target, removed_a_log
 
 
 class MixerState(NamedTuple):
@@ -51,11 +51,11 @@ def matrices(
         state = kind == "A_log"
         name, parameter = (prefix + kind, part) if state else (f"{prefix}{kind}.weight", part.weight)
         what: dict[str, Any] = {"module_class": type(mixer if state else part).__name__}
+        dtype = stored.get(name, parameter.dtype)
         if state:
             skip = mixer.D, stored.get(f"{prefix}D", mixer.D.dtype)
-            what |= {"removed": REMOVED_A_LOG, "companions": {"D": skip}}
+            what |= {"removed": removed_a_log(dtype), "companions": {"D": skip}}
         family = {"A_log": "ssm", "conv1d": "conv1d"}.get(kind, "projections")
-        dtype = stored.get(name, parameter.dtype)
         what |= {"fed_by": fed_by.get(kind), "depthwise": kind == "conv1d"}
         found.append(Target(name, family, kind, layer, parameter, dtype, **what))
     return tuple(found)

@@ -17,10 +17,11 @@ beside it (`docs/checkpoint.md` describes the files).
 """
 
 from . import packed
+from .atomic import refuse_room, refuse_target
 from .encoding import Encoded
 from .packed import Packed, is_packed, pack, save, unpack
 from .reading import Checkpoint, load, local_folder, read_record
-from .writing import refuse_existing
+from .writing import refuse_existing, refuse_full
 
 __all__ = [
     "Checkpoint",
@@ -33,6 +34,9 @@ __all__ = [
     "packed",
     "read_record",
     "refuse_existing",
+    "refuse_full",
+    "refuse_room",
+    "refuse_target",
     "save",
     "unpack",
 ]

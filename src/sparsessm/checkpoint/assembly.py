@@ -18,6 +18,9 @@ from .files import CONFIG, few, read_tensors
 from .stock_names import held_as, in_files
 
 STOCK = Own()  # nothing of its own
+STORED = (torch.float32, torch.bfloat16, torch.float16)
+"""The dtypes that weights may have. They are computed in float32, which holds these exactly: what nobody
+changes goes out as it came. float64 would lose half of its digits, whole numbers their repaired values."""
 
 
 def assemble(
@@ -32,13 +35,14 @@ def assemble(
     for name, value, dtype in _weights(folder, packed, expected):
         # In both formats: transformers' own MambaModel maps the original name when it loads a state dict.
         name = state_spaces.to_transformers(name)
-        if not torch.isfinite(value).all():
+        if dtype in STORED and not torch.isfinite(value).all():
             not_finite.append(name)
         if name in tensors and not torch.equal(tensors[name], value):
             raise ValueError(f"{source!r} holds two different tensors for {name}, under its two names")
         tensors[name], stored[name] = value, dtype
     held = held_as(empty, expected, tensors)
     held_copies = held_as(empty, {copy: expected[name] for copy, name in copies.items()}, tensors)
+    _refuse_dtypes(source, [*held.values(), *held_copies.values()], stored)
     ties = ((held_copies[copy], held[name]) for copy, name in copies.items())
     # A tied pair may be stored under either name, or both.
     for copy, name in (pair for names in ties for pair in zip(*names, strict=False)):
@@ -80,6 +84,20 @@ def assemble(
     return model.eval(), most_precise
 
 
+def _refuse_dtypes(source: str, held: list[Mapping[str, Tensor]], stored: Mapping[str, torch.dtype]) -> None:
+    """Refuse weights of the model in dtypes that cannot hold the result; those of no weight do not matter."""
+    names = dict.fromkeys(name for parts in held for name in parts if name in stored)
+    if strange := [f"{name} {_word(stored[name])}" for name in names if stored[name] not in STORED]:
+        raise ValueError(
+            f"{source!r} has weights of a dtype that cannot hold the result: {few(strange)}; allowed: "
+            f"{', '.join(map(_word, STORED))}"
+        )
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def stock_model(
     source: str, config: transformers.PretrainedConfig, own: Own = STOCK
 ) -> tuple[PreTrainedModel, dict[str, Tensor], dict[str, str]]:
@@ -109,7 +127,7 @@ def _weights(
         return
     for name, tensor in read_tensors(folder):
         # A copy even in the same dtype: the file would stay mapped, and whoever rewrites it change the model.
-        value = tensor.to(torch.float32, copy=True) if tensor.is_floating_point() else tensor.clone()
+        value = tensor.to(torch.float32, copy=True) if tensor.dtype in STORED else tensor.clone()
         yield name, value, tensor.dtype
 
 

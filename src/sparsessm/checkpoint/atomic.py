@@ -3,18 +3,28 @@
 Everything is written into one hidden sibling of the target, `.NAME.saving-XXXX/new`, and renamed into place
 at the end; a replaced directory waits in `.NAME.saving-XXXX/old` until the rename has succeeded. The sibling
 is locked while its writer lives, so what a killed run left is recognised, and put back or removed by whoever
-next writes to the same target. Used by `writing.py`.
+next writes to the same target. Whatever would stop all this is asked beforehand by `refuse_target` and
+`refuse_room`. Used by `writing.py`.
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from ..foreign import is_text
+
+_SAVING = ".saving-"
+_RANDOM = 8  # characters that `mkdtemp` adds
+_INSIDE = 100  # bytes of the longest path below the sibling
+_MARGIN = 1 << 20  # bytes beside the tensors: the small files, and blocks that are not full
 
 
 @contextmanager
@@ -63,8 +73,11 @@ def recover(target: Path) -> None:
     target = target.resolve()
     if not target.parent.is_dir():
         return
+    prefix = _prefix(target)
     for sibling in sorted(target.parent.iterdir()):
-        if not sibling.name.startswith(_prefix(target)) or not sibling.is_dir():
+        name = sibling.name
+        # one of the target "NAME.saving-x" begins in the same way
+        if not name.startswith(prefix) or _SAVING in name.removeprefix(prefix) or not sibling.is_dir():
             continue
         with suppress(OSError):  # not ours to open, or gone already
             lock = os.open(sibling, os.O_RDONLY)
@@ -75,8 +88,132 @@ def recover(target: Path) -> None:
                 os.close(lock)
 
 
+def refuse_target(path: str | os.PathLike[str], *, replaced: bool = True) -> Path:
+    """Refuse a name that no directory can be made under or put in the place of, by making one beside it.
+
+    Args:
+        replaced: whether a directory that is there makes room for the new one; else it will be written into.
+
+    Returns:
+        The path without links and `..`.
+
+    Raises:
+        ValueError: an empty name, one that is not UTF-8 or too long for the file system, a circle of links; a
+            mount point, the current directory or one that it is in; a parent that is a file or where nothing
+            can be written.
+    """
+    shown = os.fspath(path)
+    if not os.fsdecode(shown) or "\0" in shown or not is_text(shown):
+        raise ValueError(f"{shown!r} cannot be made: not the name of a directory (UTF-8, no zero byte)")
+    try:
+        target = Path(path).resolve()
+        if target.is_symlink():  # what Python 3.13 makes of a circle
+            raise RuntimeError
+        if replaced:
+            _refuse_place(target, shown)
+            recover(target)
+        nearest = nearest_directory(target.parent if replaced else target, shown)
+        _refuse_long(target, nearest, shown)
+        if replaced and os.path.lexists(target):
+            _refuse_fixed(target, shown)
+        _try(target, nearest)
+    except RuntimeError:
+        raise ValueError(f"{shown!r} cannot be made: its links lead in a circle") from None
+    except OSError as error:
+        told = error.strerror or error
+        raise ValueError(f"{shown!r} cannot be made: {told}") from None
+    return target
+
+
+def refuse_room(path: str | os.PathLike[str], needed: int) -> None:
+    """Refuse to write more than there is room for; what stands there now stays until the end.
+
+    Args:
+        needed: bytes of the result. A quota cannot be asked for.
+
+    Raises:
+        ValueError: says both numbers.
+    """
+    shown = os.fspath(path)
+    try:
+        free = shutil.disk_usage(nearest_directory(Path(path).resolve().parent, shown)).free
+    except OSError:
+        return  # a file system that does not say
+    most = needed + needed // 100 + _MARGIN
+    if most > free:
+        raise ValueError(
+            f"{shown!r} needs about {most:,} bytes, but its disk has room for {free:,}; free some, or write "
+            "the result somewhere else"
+        )
+
+
+def nearest_directory(folder: Path, shown: str) -> Path:
+    """The directory, or the first of its parents that exists.
+
+    Raises:
+        ValueError: that is a file.
+    """
+    nearest = next((parent for parent in (folder, *folder.parents) if parent.exists()), folder)
+    if not nearest.is_dir():
+        raise ValueError(f"{shown!r} cannot be made: {str(nearest)!r} is a file")
+    return nearest
+
+
+def _refuse_place(target: Path, shown: str) -> None:
+    here = Path.cwd()
+    if target == here or target in here.parents:
+        raise ValueError(f"{shown!r} is the current directory, or it is in it; name a directory inside it")
+    if os.path.ismount(target):
+        raise ValueError(f"{shown!r} is a mount point, which nothing can replace; name a directory inside it")
+
+
+def _refuse_long(target: Path, nearest: Path, shown: str) -> None:
+    most = _longest_name(nearest)
+    for part in target.relative_to(nearest).parts:
+        if (size := len(os.fsencode(part))) > most:
+            raise ValueError(f"{shown!r} cannot be made: a name of {size} bytes, at most {most} here")
+    try:
+        longest = os.pathconf(nearest, "PC_PATH_MAX")
+    except (OSError, ValueError):
+        longest = 4096
+    size = len(os.fsencode(target.parent / _prefix(target))) + _INSIDE
+    if size > longest:
+        raise ValueError(
+            f"{shown!r} cannot be made: paths in it have up to {size} bytes, at most {longest} here"
+        )
+
+
+def _refuse_fixed(target: Path, shown: str) -> None:
+    """Refuse a directory that cannot be moved aside."""
+    if target.is_dir() and not os.access(target, os.W_OK | os.X_OK):
+        raise ValueError(f"{shown!r} cannot be replaced: no right to write in it")
+    parent, me = target.parent.stat(), os.geteuid()
+    if parent.st_mode & stat.S_ISVTX and me not in (0, parent.st_uid, target.stat().st_uid):
+        raise ValueError(f"{shown!r} cannot be replaced: it is somebody else's")
+
+
+def _try(target: Path, nearest: Path) -> None:
+    """Make a directory where the target or its first parent will be, and remove it."""
+    made = tempfile.mkdtemp(prefix=_prefix(target), dir=nearest)
+    with suppress(FileNotFoundError):  # another run may have cleared it up
+        os.rmdir(made)
+
+
 def _prefix(target: Path) -> str:
-    return f".{target.name}.saving-"
+    """How siblings of a target begin: by its name, of a long one by its beginning and a hash of it."""
+    name, room = target.name, _longest_name(target.parent) - len(f".{_SAVING}") - _RANDOM
+    if len(os.fsencode(name)) > room:
+        digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
+        name = os.fsencode(name)[: max(0, room - len(digest) - 1)].decode(errors="ignore") + f"-{digest}"
+    return f".{name}{_SAVING}"
+
+
+def _longest_name(folder: Path) -> int:
+    """Bytes of a name in a directory, or where it would be made."""
+    for parent in (folder, *folder.parents):
+        with suppress(OSError, ValueError):
+            return os.pathconf(parent, "PC_NAME_MAX")
+    return 255
 
 
 def _settle(staging: Path, target: Path) -> None:

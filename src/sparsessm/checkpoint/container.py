@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..foreign import short
 from .encoding import STOCK, Encoded, bits_of
-from .files import few
+from .files import few, parse_json
 
 PACKED = "packed.safetensors"
 FORMAT, VERSION = "sparsessm-packed", "1"
@@ -90,7 +91,7 @@ def read_header(file: Path) -> Header:
             if size < 8 or length > min(size - 8, HEADER_BYTES):
                 most = min(max(size - 8, 0), HEADER_BYTES)
                 raise ValueError(f"truncated or not safetensors: header of {length} bytes, at most {most}")
-            header = _parse(content.read(length), "the header")
+            header = parse_json(content.read(length), "the header", strict=True)
         metadata = header.pop("__metadata__", None)
         layout, stock = _metadata(metadata)  # first: another version may have other arrays
         spans = _spans(header, 8 + length, size)
@@ -173,32 +174,6 @@ def write(file: Path, layout: Layout, tensors: Mapping[str, Encoded]) -> None:
             content.write(np.ascontiguousarray(bits_of(array)).reshape(-1).view(np.uint8).data)
 
 
-def _parse(text: bytes | str, what: str) -> dict[str, Any]:
-    """A JSON object without repeated names and without NaN and Infinity."""
-    try:
-        content = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse)
-    except RecursionError as error:
-        raise ValueError(f"{what} is nested too deeply") from error
-    except ValueError as error:  # not UTF-8, not JSON, or a name that is there twice
-        raise ValueError(f"{what} is not readable as JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{what} is {type(content).__name__}, expected a JSON object")
-    return content
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = {}
-    for name, value in pairs:
-        if name in found:
-            raise ValueError(f"{name!r} is there twice")
-        found[name] = value
-    return found
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no number of JSON")
-
-
 def _whole(value: Any) -> bool:
     return type(value) is int and value >= 0
 
@@ -212,18 +187,18 @@ def _spans(header: dict[str, Any], start: int, size: int) -> dict[str, _Span]:
             raise ValueError(f"{name!r}: expected an object of dtype, shape and data_offsets")
         code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not isinstance(code, str) or code not in _DTYPES:
-            raise ValueError(f"{name!r}: dtype {_short(code)}; allowed: {', '.join(_DTYPES)}")
+            raise ValueError(f"{name!r}: dtype {short(code)}; allowed: {', '.join(_DTYPES)}")
         if not isinstance(shape, list) or len(shape) > MOST_AXES or not all(map(_whole, shape)):
             allowed = f"at most {MOST_AXES} whole numbers >= 0"
-            raise ValueError(f"{name!r}: shape {_short(shape)}; allowed: {allowed}")
+            raise ValueError(f"{name!r}: shape {short(shape)}; allowed: {allowed}")
         if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_whole, offsets)):
-            raise ValueError(f"{name!r}: data_offsets {_short(offsets)}; allowed: two whole numbers >= 0")
+            raise ValueError(f"{name!r}: data_offsets {short(offsets)}; allowed: two whole numbers >= 0")
         (begin, end), dtype = offsets, _DTYPES[code]
         if not begin <= end <= size - start:
-            raise ValueError(f"{name!r}: data_offsets {_short(offsets)}; the file ends at {size - start}")
+            raise ValueError(f"{name!r}: data_offsets {short(offsets)}; the file ends at {size - start}")
         # The lengths one by one before their product, which may have thousands of digits.
         if any(length > size for length in shape) or prod(shape) * dtype.itemsize != end - begin:
-            raise ValueError(f"{name!r}: shape {_short(shape)} in {code} is not {end - begin} bytes")
+            raise ValueError(f"{name!r}: shape {short(shape)} in {code} is not {end - begin} bytes")
         spans[name] = _Span(dtype, tuple(shape), start + begin, end - begin)
     reached = start
     for name, span in sorted(spans.items(), key=lambda item: (item[1].start, item[1].nbytes)):
@@ -242,29 +217,29 @@ def _metadata(
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         raise ValueError(f"not a packed checkpoint: its __metadata__ does not say format {FORMAT!r}")
     if metadata.get("version") != VERSION:
-        raise ValueError(f"version {_short(metadata.get('version'))} of the format; known: {VERSION!r}")
+        raise ValueError(f"version {short(metadata.get('version'))} of the format; known: {VERSION!r}")
     if metadata.keys() != {"format", "version", "layout", "tensors"}:
         raise ValueError("__metadata__ must have format, version, layout and tensors, and nothing else")
     layout, text = metadata["layout"], metadata["tensors"]
     if not isinstance(layout, str) or layout not in LAYOUTS:
-        raise ValueError(f"layout {_short(layout)}; allowed: {', '.join(LAYOUTS)}")
+        raise ValueError(f"layout {short(layout)}; allowed: {', '.join(LAYOUTS)}")
     if not isinstance(text, str):
         raise ValueError("__metadata__ tensors must be a string that holds a JSON object")
     stock = {}
-    for name, entry in _parse(text, "__metadata__ tensors").items():
+    for name, entry in parse_json(text, "__metadata__ tensors", strict=True).items():
         needed = {"shape", "dtype", "kind"}
         if not isinstance(entry, dict) or not needed <= entry.keys() <= needed | {"fill"}:
             raise ValueError(f"{name!r}: expected an object of shape, dtype, kind and, if need be, fill")
         shape, dtype, kind, fill = entry["shape"], entry["dtype"], entry["kind"], entry.get("fill", 0.0)
         if not isinstance(shape, list) or len(shape) > MOST_AXES or not all(map(_whole, shape)):
             allowed = f"at most {MOST_AXES} whole numbers"
-            raise ValueError(f"{name!r}: shape {_short(shape)}; allowed: {allowed}")
+            raise ValueError(f"{name!r}: shape {short(shape)}; allowed: {allowed}")
         if not isinstance(dtype, str) or dtype not in STOCK:
-            raise ValueError(f"{name!r}: dtype {_short(dtype)}; allowed: {', '.join(STOCK)}")
+            raise ValueError(f"{name!r}: dtype {short(dtype)}; allowed: {', '.join(STOCK)}")
         if not isinstance(kind, str) or not _KIND.fullmatch(kind):
-            raise ValueError(f"{name!r}: kind {_short(kind)}; allowed: 'dense', 'bitmask', 'N:M'")
+            raise ValueError(f"{name!r}: kind {short(kind)}; allowed: 'dense', 'bitmask', 'N:M'")
         if type(fill) not in (int, float) or abs(fill) > 1e39:
-            raise ValueError(f"{name!r}: fill {_short(fill)}; allowed: a finite number of its dtype")
+            raise ValueError(f"{name!r}: fill {short(fill)}; allowed: a finite number of its dtype")
         stock[name] = tuple(shape), STOCK[dtype], kind, float(fill)
     return cast(Layout, layout), stock
 
@@ -305,9 +280,3 @@ def _encoded(header: Header, name: str, content: BufferedReader) -> Encoded:
         arrays[part] = memory.view(span.dtype).reshape(span.shape)
     n, m = map(int, label.split(":")) if ":" in label else (0, 0)
     return Encoded(name, shape, dtype, "n:m" if m else label, fill=fill, n=n, m=m, **arrays)
-
-
-def _short(value: Any) -> str:
-    """A value from a file, for an error message."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -22,6 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..foreign import from_json, read_bytes
+
 CONFIG, SAFETENSORS, BIN = "config.json", "model.safetensors", "pytorch_model.bin"
 SHARD_BYTES = 5 * 10**9
 """Most bytes in one safetensors file, the stock writer's limit."""
@@ -43,12 +45,25 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise ValueError(f"no {path.name} in {str(path.parent)!r}: not a checkpoint directory")
+    return parse_json(read_bytes(path), str(path))
+
+
+def parse_json(text: bytes | str, what: str, *, strict: bool = False) -> dict[str, Any]:
+    """The JSON object in a text of somebody else; `what` is its name.
+
+    Args:
+        strict: for our own formats: no name twice, no NaN and no Infinity, and nothing stands for a float.
+
+    Raises:
+        ValueError: begins with `what`: not JSON, too deep, numbers or text that nothing could hold, or no
+            object.
+    """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_hook=decode_float)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{path}: not readable as JSON ({error})") from error
+        content = from_json(text, strict=strict, hook=None if strict else decode_float)
+    except ValueError as error:
+        raise ValueError(f"{what}: not readable as JSON ({error})") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
+        raise ValueError(f"{what}: expected a JSON object, got {type(content).__name__}")
     return content
 
 

@@ -20,7 +20,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..architectures import REMOVED_A_LOG
+from ..architectures import REMOVED_A_LOG, REMOVED_A_LOG_FLOAT16
 from ..architectures.own import Own
 from . import container, reading, state_spaces, writing
 from .assembly import stock_model, untied
@@ -36,6 +36,9 @@ _LINEAR = re.compile(r".*\.(in_proj|x_proj|dt_proj|out_proj)\.weight")
 # dt_proj is small (a rank of d_model / 16) and sets the step sizes, which the state multiplies up.
 _INT8 = re.compile(r".*\.(in_proj|x_proj|out_proj)\.weight")
 _HEAD = re.compile(r"backbone\.embeddings\.weight|lm_head\.weight")
+
+# of A_log; a float16 file that was made float32 keeps the value that it had
+_FILLS = tuple(dict.fromkeys((*REMOVED_A_LOG.values(), *REMOVED_A_LOG_FLOAT16.values())))
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,7 +182,9 @@ def pack(
     tensors = _encoded(checkpoint, record, dtype, head)
     sizes = {name: tensor.nbytes for name, tensor in _stored(checkpoint)}
     layout = checkpoint.format
-    write(checkpoint, out, lambda new: container.write(new / PACKED, layout, tensors), _ours(folder), force)
+    after = sum(tensor.nbytes for tensor in tensors.values())
+    weights = partial(_write, layout, tensors)
+    write(checkpoint, out, weights, after, _ours(folder), force)
     files = _files(Path(out))
     fields = read_json(Path(out) / CONFIG)
     with reading.quiet():
@@ -203,7 +208,12 @@ def save(
     tensors = _encoded(checkpoint, record or {})
     layout = checkpoint.format
     ours = writing.beside(record, card)
-    return write(checkpoint, path, lambda new: container.write(new / PACKED, layout, tensors), ours, force)
+    after = sum(tensor.nbytes for tensor in tensors.values())
+    return write(checkpoint, path, partial(_write, layout, tensors), after, ours, force)
+
+
+def _write(layout: Layout, tensors: Mapping[str, Encoded], folder: Path) -> None:
+    container.write(folder / PACKED, layout, tensors)
 
 
 def _encoded(
@@ -217,7 +227,7 @@ def _encoded(
         quantised |= head == "int8" and bool(_HEAD.fullmatch(name))
         if dtype in _FLOATS and (_LINEAR.fullmatch(name) or _HEAD.fullmatch(name)):
             tensor = tensor.to(_FLOATS[dtype])
-        fills = tuple(REMOVED_A_LOG.values()) if name.endswith(".A_log") else (0.0,)
+        fills = _FILLS if name.endswith(".A_log") else (0.0,)
         tried = (patterns[name],) if name in patterns else TRIED
         tensors[name] = encode(name, tensor, int8=quantised, patterns=tried, fills=fills)
     return tensors
@@ -244,7 +254,8 @@ def unpack(
         raise ValueError(f"{source!r} is not packed: it has no {PACKED}")
     refuse_existing(out, force, source)
     checkpoint = reading.load(source, tokenizer=tokenizer)
-    return write(checkpoint, out, stock_weights(checkpoint), _ours(folder), force)
+    weights, nbytes = stock_weights(checkpoint), writing.stored_bytes(checkpoint)
+    return write(checkpoint, out, weights, nbytes, _ours(folder), force)
 
 
 def _stored(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:

@@ -50,12 +50,11 @@ def refuse_existing(path: str | os.PathLike[str], force: bool, source: str | Non
     """Refuse a target that `save` could not take; meant to be asked before hours of work.
 
     Raises:
-        ValueError: `path` exists and `force` is false; it is a file, or a directory that is no checkpoint;
-            it is not writable; or it overlaps the directory of `source`.
+        ValueError: `path` exists and `force` is false; it is a file, or a directory that is no checkpoint; it
+            overlaps the directory of `source`; or as `atomic.refuse_target`.
     """
-    target = Path(path).resolve()
-    atomic.recover(target)
     shown = os.fspath(path)
+    target = atomic.refuse_target(path)
     origin = local_folder(source) if source is not None else None
     if origin is not None:
         origin = origin.resolve()
@@ -72,11 +71,6 @@ def refuse_existing(path: str | os.PathLike[str], force: bool, source: str | Non
             raise ValueError(
                 f"{shown!r} is not replaced: it is no checkpoint ({foreign}); remove it yourself"
             )
-    nearest = next((parent for parent in target.parents if parent.exists()), target)
-    if not nearest.is_dir():
-        raise ValueError(f"{shown!r} cannot be made: {str(nearest)!r} is a file")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise ValueError(f"{shown!r} cannot be made: no right to write in {str(nearest)!r}")
 
 
 def _foreign(target: Path) -> str | None:
@@ -113,7 +107,8 @@ def save(
         OSError: the disk is full, or writing failed otherwise; nothing is left behind, an old target is
             intact.
     """
-    return write(checkpoint, path, stock_weights(checkpoint), beside(record, card), force)
+    ours = beside(record, card)
+    return write(checkpoint, path, stock_weights(checkpoint), stored_bytes(checkpoint), ours, force)
 
 
 def beside(record: Mapping[str, Any] | None, card: str | None) -> dict[str, bytes]:
@@ -134,6 +129,7 @@ def write(
     checkpoint: Checkpoint,
     path: str | os.PathLike[str],
     weights: Callable[[Path], object],
+    nbytes: int,
     ours: Mapping[str, bytes],
     force: bool,
 ) -> Path:
@@ -141,13 +137,15 @@ def write(
 
     Args:
         checkpoint: what the files beside the weights are made of.
-        weights: writes the weights into the directory it is given.
+        weights: writes the weights into the directory it is given. nbytes: how many bytes they have.
         ours: content of `pruning.json` and `README.md`, by name.
 
     Raises:
         ValueError, OSError: as `save`.
     """
     refuse_existing(path, force, checkpoint.source)
+    others = (*checkpoint.files.values(), *ours.values())
+    atomic.refuse_room(path, nbytes + sum(map(len, others)))
     with quiet():
         fields = _changed_config(checkpoint)
         _refuse_misfit(checkpoint, fields)
@@ -165,6 +163,26 @@ def write(
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
         raise OSError(f"could not write {os.fspath(path)!r}, nothing was left behind: {cause}") from error
     return Path(path)
+
+
+def stored_bytes(checkpoint: Checkpoint) -> int:
+    """Bytes of the tensors in the dtypes that they are stored in, of tied ones once."""
+    tensors = untied(checkpoint.model)[0].items()
+    return sum(t.numel() * checkpoint.stored.get(name, t.dtype).itemsize for name, t in tensors)
+
+
+def refuse_full(path: str | os.PathLike[str], checkpoint: Checkpoint, share: float = 1.0) -> None:
+    """Refuse to begin the work for a result that the disk has no room for.
+
+    Args:
+        path: the directory that will be made; what it replaces stays until then.
+        share: the result's bytes, as a share of the checkpoint's.
+
+    Raises:
+        ValueError: says both numbers.
+    """
+    files = sum(map(len, checkpoint.files.values()))
+    atomic.refuse_room(path, int(share * stored_bytes(checkpoint)) + files)
 
 
 def stock_weights(checkpoint: Checkpoint) -> Callable[[Path], None]:

@@ -19,7 +19,7 @@ from ..methods.structured import SELECTIONS
 from ..patterns import NofM, Structured, Unstructured
 from ..recipe import Recipe, window_length
 from ..report import checked
-from .answering import Json, Length, Quiet, Tokenizer, answering, app, print_json
+from .answering import Json, Length, Quiet, Tokenizer, answering, app, field, print_json
 
 Models = Annotated[list[str], typer.Argument(help="Models; all others are compared with the first.")]
 TEXT_HELP = str(Recipe.model_fields["data"].description).replace("Calibration", "Evaluation")
@@ -37,6 +37,7 @@ IncludePath = Annotated[Path | None, typer.Option(help="A directory of task file
 def evaluate(
     models: Models,
     data: Text = None,
+    column: Annotated[str | None, field("column")] = None,
     length: Length = None,
     limit: Limit = None,
     tasks: Tasks = None,
@@ -51,7 +52,8 @@ def evaluate(
         from .. import scores
         from ..zero_shot import zero_shot
 
-        none = {"--include-path": include_path} if tasks is None else {"--data": data, "--length": length}
+        of_text = {"--data": data, "--column": column, "--length": length}
+        none = {"--include-path": include_path} if tasks is None else of_text
         if given := [option for option, value in none.items() if value is not None]:
             raise ValueError(f"{given[0]} has no effect with{'out' if tasks is None else ''} --tasks")
         for model in models:
@@ -65,7 +67,7 @@ def evaluate(
             else:
                 length = length or window_length(checkpoint.trained_length)
                 perplexities[model] = sparsessm.evaluate(
-                    checkpoint, data or "stdlib", length=length, **options
+                    checkpoint, data or "stdlib", length=length, column=column, **options
                 )
         result = scores.tasks(zero_shots) if zero_shots else scores.perplexities(perplexities)
     if as_json:

@@ -65,6 +65,7 @@ def prune(
     diagonal: Annotated[bool | None, field("diagonal", "--diagonal/--no-diagonal")] = None,
     time_weights: Annotated[str | None, field("time_weights")] = None,
     data: Annotated[str | None, field("data")] = None,
+    column: Annotated[str | None, field("column")] = None,
     samples: Annotated[str | None, field("samples")] = None,
     length: Annotated[int | None, field("length")] = None,
     seed: Annotated[int | None, field("seed")] = None,
@@ -86,7 +87,8 @@ def prune(
         name: value for name, value in options if name in Recipe.model_fields and value not in (None, [], ())
     }
     with answering(quiet) as progress:
-        from ..checkpoint import refuse_existing
+        from ..checkpoint import refuse_existing, refuse_full
+        from ..inventory import share_left
         from ..yardstick import Yardstick, compared
 
         if structured is not None:
@@ -107,6 +109,7 @@ def prune(
         if out is None or dry_run:
             _preview(checkpoint, plan, wanted, as_json, quiet)
             return
+        refuse_full(out, checkpoint, share_left(plan, checkpoint))
         torch.manual_seed(wanted.seed)
         progress.say(f"reading {wanted.data}")
         wanted, tokens, advice = sparsessm.settle(checkpoint, wanted, progress)
@@ -194,6 +197,7 @@ def demo(
         refuse_existing(out, former, demos.MODEL)
         for kind in demos.PACKED:
             refuse_existing(demos.packed_folder(out, kind), former, demos.MODEL)
+        demos.refuse_full(out)
         torch.manual_seed(seed)
         done = demos.compare(progress, sparsity=sparsity, samples=samples, seed=seed)
         sparsessm.save(done.checkpoint, out, done.report, force=former)
@@ -225,6 +229,7 @@ def analyze(
     sparsities: Annotated[str, typer.Option(help="Shares removed, of each matrix alone.")] = "0.3,0.5,0.7",
     weight: Annotated[str | None, field("weight")] = None,
     data: Annotated[str, field("data")] = "stdlib",
+    column: Annotated[str | None, field("column")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Number of calibration windows.")] = 16,
     windows: Annotated[int, typer.Option(min=1, help="Number of held-out windows.")] = 8,
     length: Length = None,
@@ -238,13 +243,18 @@ def analyze(
     kept = f"what is in {out}/analysis.json is kept, the same command goes on" if out else None
     with answering(quiet, kept) as progress:
         from .. import analysis, findings
+        from ..checkpoint import refuse_target
 
         if out is not None:
             findings.refuse_without_matplotlib()
+            refuse_target(out, replaced=False)
+            if (picture := out / findings.PICTURE).is_dir():
+                raise ValueError(f"{str(picture)!r} is a directory; the picture cannot be written there")
         shares = analysis.parse_sparsities(sparsities)
         checkpoint = sparsessm.load(model, tokenizer=tokenizer)
-        options: dict[str, Any] = {"data": data, "samples": samples, "windows": windows, "length": length}
-        options |= {"weight": weight, "seed": seed, "out": out, "force": force, "progress": progress}
+        options: dict[str, Any] = {"data": data, "column": column, "samples": samples, "windows": windows}
+        options |= {"length": length, "weight": weight, "seed": seed}
+        options |= {"out": out, "force": force, "progress": progress}
         found = analysis.analyze(checkpoint, sparsities=shares, **options)
         told = findings.summary(found)
         if out is not None:

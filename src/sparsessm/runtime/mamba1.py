@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsessm import kernels
-from sparsessm.architectures.base import REMOVED_A_LOG
+from sparsessm.architectures.base import REMOVED_A_LOG, removed_a_log
 from sparsessm.runtime.base import channels_of, mixer_epsilon, scan_shapes
 from sparsessm.runtime.mixer import LANES, Mixer, Weights, matrix, padded
 
@@ -38,10 +38,10 @@ class Slots:
     entry: Tensor
 
     @staticmethod
-    def of(a_log: Tensor) -> Slots:
-        """Sort the channels of A_log (D, N)."""
+    def of(a_log: Tensor, forgets: float = REMOVED_A_LOG["memoryless"]) -> Slots:
+        """Sort the channels of A_log (D, N); entries of at least `forgets` keep no memory."""
         channels, states = a_log.shape
-        keeps = a_log < REMOVED_A_LOG["memoryless"]
+        keeps = a_log < forgets
         counts = keeps.sum(1)
         order = torch.argsort(counts, stable=True)
         # kept states first; those behind them fill up the room that a channel of the group does not need
@@ -89,7 +89,8 @@ class Mamba1(Mixer):
         weights.check({f"mixer.{name}": shape for name, shape in scan_shapes(config, inner).items()})
         super().__init__(weights)
         a_log = weights.vector("mixer.A_log")
-        self.slots, self.a = Slots.of(a_log), -torch.exp(a_log)
+        forgets = removed_a_log(weights.encoded("mixer.A_log").dtype)["memoryless"]
+        self.slots, self.a = Slots.of(a_log, forgets), -torch.exp(a_log)
         self.in_bias = weights.optional("mixer.in_proj.bias")
         self.dt_bias = weights.vector("mixer.dt_proj.bias")
         every, projection = torch.arange(2 * inner), weights.encoded("mixer.in_proj.weight")

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from sparsessm import kernels
 from sparsessm.architectures import projected
-from sparsessm.architectures.base import REMOVED_A_LOG
+from sparsessm.architectures.base import removed_a_log
 from sparsessm.runtime.base import heads, limits
 from sparsessm.runtime.mixer import LANES, Mixer, Weights, matrix, padded
 
@@ -34,7 +34,8 @@ class Mamba2(Mixer):
         self.size, self._epsilon = heads(config), float(config.layer_norm_epsilon)
         self._limit = limits(config)
         a_log = weights.vector("mixer.A_log")
-        self.keeps, self.a = a_log < REMOVED_A_LOG["memoryless"], -torch.exp(a_log)
+        forgets = removed_a_log(weights.encoded("mixer.A_log").dtype)["memoryless"]
+        self.keeps, self.a = a_log < forgets, -torch.exp(a_log)
         self.gated_norm, self.dt_bias = weights.vector("mixer.norm.weight"), weights.vector("mixer.dt_bias")
         widths, self.in_bias = [self.size.inner, self.size.mixed, self.size.heads], None
         if (bias := weights.optional("mixer.in_proj.bias")) is not None:

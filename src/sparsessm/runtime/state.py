@@ -54,14 +54,14 @@ class State:
         Raises:
             ValueError: no such file, it is corrupt or something else, or its values are not finite.
         """
-        from sparsessm.checkpoint.files import read_one
+        from sparsessm.checkpoint.files import from_json, read_one
 
         tensors, notes = read_one(Path(path))
         if notes.get("format") != _FORMAT or tensors.keys() != {"state"}:
             told = notes.get("format", "none")
             raise ValueError(f"{path}: not a saved state (format: {told}, expected: {_FORMAT})")
         try:
-            pending = json.loads(notes["pending"])
+            pending = from_json(notes["pending"])
             layout = notes["layout"]
         except (KeyError, ValueError) as error:
             raise ValueError(f"{path}: a damaged state ({error!r})") from error
