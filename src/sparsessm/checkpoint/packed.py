@@ -24,10 +24,11 @@ from ..architectures import REMOVED_A_LOG
 from ..architectures.own import Own
 from . import container, reading, state_spaces, writing
 from .assembly import stock_model, untied
+from .companions import CARD, RECORD
 from .container import PACKED, Layout
 from .encoding import TRIED, Encoded, encode
 from .files import read_json
-from .reading import CARD, CONFIG, RECORD, Checkpoint
+from .reading import CONFIG, Checkpoint
 from .writing import refuse_existing, stock_weights, write
 
 DTYPES = ("fp32", "bf16", "int8")
