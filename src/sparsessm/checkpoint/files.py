@@ -44,11 +44,23 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"no {path.name} in {str(path.parent)!r}: not a checkpoint directory")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_hook=decode_float)
-    except (ValueError, OSError) as error:
+        return parse_json(path.read_bytes(), str(path))
+    except OSError as error:
         raise ValueError(f"{path}: not readable as JSON ({error})") from error
+
+
+def parse_json(text: bytes, where: str) -> dict[str, Any]:
+    """The JSON object that a file's bytes are; `where` names it in messages.
+
+    Raises:
+        ValueError: they are something else.
+    """
+    try:
+        content = json.loads(text.decode("utf-8"), object_hook=decode_float)
+    except ValueError as error:
+        raise ValueError(f"{where}: not readable as JSON ({error})") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
+        raise ValueError(f"{where}: expected a JSON object, got {type(content).__name__}")
     return content
 
 

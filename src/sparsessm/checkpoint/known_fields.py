@@ -48,8 +48,9 @@ _OLDER = {
 _LEFT_OUT = set(
     "self kwargs model_type transformers_version architectures dtype torch_dtype auto_map "
     "output_hidden_states output_attentions return_dict is_encoder_decoder chunk_size_feed_forward "
-    "id2label label2id num_labels problem_type use_mamba_kernels use_mambapy use_falcon_mambapy use_associative_scan "
-    "use_mem_eff_path attn_implementation experts_implementation per_layer_config quantization_config".split()
+    "id2label label2id num_labels problem_type use_mamba_kernels use_mambapy use_falcon_mambapy "
+    "use_associative_scan use_mem_eff_path attn_implementation experts_implementation per_layer_config "
+    "quantization_config".split()
 )
 _ROPE = set(
     "rope_type type rope_theta factor original_max_position_embeddings attention_factor beta_fast beta_slow "

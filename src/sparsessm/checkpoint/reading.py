@@ -32,7 +32,7 @@ from .assembly import assemble
 from .assembly import stock_model as stock_model  # where tools look for it
 from .companions import CARD, GENERATION, RECORD
 from .companions import tokenizer_files as tokenizer_files
-from .files import BIN, CONFIG, SAFETENSORS, few, read_json, tensor_names
+from .files import BIN, CONFIG, SAFETENSORS, read_json, tensor_names
 
 _LAYER_LISTS = ("layers_block_type", "layer_types", "hybrid_override_pattern")
 """Fields that some hybrids have in place of, or beside, the number of layers: what each one is."""
@@ -125,9 +125,6 @@ def load(source: str | os.PathLike[str], *, tokenizer: str | os.PathLike[str] | 
             f"the tokenizer has {size} tokens, the embedding {config.vocab_size} rows; a text "
             "that uses one of the others is refused",
         )
-    if found.extra:
-        what = few(sorted(found.extra))
-        notes = (*notes, f"not part of the model in transformers, and written back as it came: {what}")
     return Checkpoint(
         model=found.model,
         tokenizer=words,

@@ -13,7 +13,7 @@ import math
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .companions import TEMPLATES, has_vocabulary, is_tokenizer_file, is_vocabulary
 from .files import CONFIG, read_json
+from .known_fields import LAYERS, SIZE
 
 CONFIGURATION = "tokenizer_config.json"
 NO_LIMIT = 1_000_000
@@ -30,9 +31,9 @@ _MAPS = ("special_tokens_map.json", "added_tokens.json")
 _KNOWN = set(
     "model_max_length padding_side truncation_side chat_template clean_up_tokenization_spaces "
     "add_prefix_space add_bos_token add_eos_token additional_special_tokens extra_special_tokens "
-    "added_tokens_decoder model_input_names split_special_tokens spaces_between_special_tokens do_lower_case strip_accents "
-    "tokenize_chinese_chars legacy errors extra_ids use_default_system_prompt trim_offsets "
-    "bos_token eos_token unk_token sep_token pad_token cls_token mask_token".split()
+    "added_tokens_decoder model_input_names split_special_tokens spaces_between_special_tokens "
+    "do_lower_case strip_accents tokenize_chinese_chars legacy errors extra_ids use_default_system_prompt "
+    "trim_offsets bos_token eos_token unk_token sep_token pad_token cls_token mask_token".split()
 )
 _NEVER = re.compile(
     r".*(_file|_files|_path|_kwargs|_object|_class|_type|_map)|_.*|self|args|kwargs|vocab|merges|init_.*"
@@ -75,6 +76,21 @@ def read_file(file: str, config: transformers.PretrainedConfig) -> PreTrainedTok
         if isinstance(index, int) and index in special:
             setattr(tokenizer, f"{role}_token", special[index])
     return tokenizer
+
+
+def encode(tokenizer: Any, text: str, **options: Any) -> Any:
+    """What a tokenizer makes of a text: its call, with errors that can be read.
+
+    Raises:
+        ValueError: its library failed on the text, or stopped.
+    """
+    try:
+        return tokenizer(text, verbose=False, **options)
+    except BaseException as error:
+        _refuse_panic(error, "the tokenizer cannot split the text")
+        if not isinstance(error, Exception):
+            raise
+        raise ValueError(f"the tokenizer cannot split the text: {_line(error)}") from error
 
 
 def present(folder: Path) -> bool:
@@ -160,13 +176,22 @@ def _fields(fields: Mapping[str, Any], stock: type[PreTrainedTokenizerBase] | No
         token = name.endswith("_token") and isinstance(value, str | dict)
         if name in known or token and not name.startswith("_"):
             kept[name] = value
+    if not isinstance(decoder := kept.get("added_tokens_decoder", {}), dict):
+        raise ValueError(f"added_tokens_decoder is a {type(decoder).__name__}, expected an object")
+    for index in decoder:
+        if not re.fullmatch(r"\d{1,9}", index, re.ASCII) or int(index) >= SIZE:
+            raise ValueError(
+                f"added_tokens_decoder has a token {ascii(index)[:80]}; allowed: 0 to {SIZE - 1}"
+            )
+    if type(kept.get("extra_ids")) is int and kept["extra_ids"] > LAYERS:
+        raise ValueError(f"extra_ids is {kept['extra_ids']}; allowed: at most {LAYERS}")
     if (length := _length(kept.pop("model_max_length", None))) is not None:
         kept["model_max_length"] = length
     return {name: value for name, value in kept.items() if not _endless(value)}
 
 
 def _ids(found: Mapping[str, Any]) -> dict[str, int]:
-    return {name: value for name, value in found.items() if type(value) is int and 0 <= value < 2**31}
+    return {name: value for name, value in found.items() if type(value) is int and 0 <= value < SIZE}
 
 
 def _endless(value: Any) -> bool:
@@ -178,8 +203,9 @@ def _tried(tokenizer: Any) -> PreTrainedTokenizerBase:
     """The tokenizer, after it has met a text: some files are only found to be broken then."""
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ValueError(f"a {type(tokenizer).__name__} is no tokenizer")
-    tokenizer("a b\n", add_special_tokens=False, verbose=False)
-    tokenizer("a", verbose=False)
+    for text in ("", "a b\n", "\u00e9\u4e00 \U0001f600\t12"):
+        with suppress(Exception):  # a vocabulary of other characters
+            tokenizer(text, verbose=False)
     return tokenizer
 
 

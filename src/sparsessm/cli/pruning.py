@@ -19,7 +19,7 @@ from .. import tables
 from ..data import fingerprint
 from ..recipe import Recipe
 from ..report import percent, perplexity_table, removed_table
-from .answering import Force, Json, Length, Quiet, Tokenizer, answering, app, field, print_json
+from .answering import Force, Json, Length, Quiet, Tokenizer, answering, app, field, print_json, tell
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
@@ -102,6 +102,7 @@ def prune(
         if out is not None:
             refuse_existing(out, force, wanted.model)
         checkpoint = sparsessm.load(wanted.model, tokenizer=wanted.tokenizer)
+        tell(checkpoint.notes, progress)
         wanted = sparsessm.resolve(checkpoint, wanted)
         plan = sparsessm.planned(checkpoint, wanted)
         if out is None or dry_run:
@@ -239,6 +240,7 @@ def analyze(
             findings.refuse_without_matplotlib()
         shares = analysis.parse_sparsities(sparsities)
         checkpoint = sparsessm.load(model, tokenizer=tokenizer)
+        tell(checkpoint.notes, progress)
         options: dict[str, Any] = {"data": data, "samples": samples, "windows": windows, "length": length}
         options |= {"weight": weight, "seed": seed, "out": out, "force": force, "progress": progress}
         found = analysis.analyze(checkpoint, sparsities=shares, **options)

@@ -19,7 +19,6 @@ Importing it is light; torch and transformers come in with `load`.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from types import SimpleNamespace
@@ -113,13 +112,16 @@ def engine_of(config: Any, tensors: Mapping[str, Encoded], threads: int | None) 
 def _model(packed: Packed, tokenizer: Any, threads: int | None) -> Model:
     """Join the parts; which tokens begin and end a text, the stock model's generation config says first."""
     from sparsessm.checkpoint import reading
+    from sparsessm.checkpoint.files import parse_json
+    from sparsessm.checkpoint.known_fields import generation_fields
 
     from .generation import Model
 
     config = reading.stock_config(packed.source, packed.config, False)
     engine = engine_of(config, packed.tensors, threads)
     text = packed.files.get(reading.GENERATION)
-    generation = SimpleNamespace(**json.loads(text)) if text else None
+    fields = parse_json(text, f"{packed.source}/{reading.GENERATION}") if text else {}
+    generation = SimpleNamespace(**generation_fields(fields)[0])
 
     def told(role: str) -> list[int]:
         for holder in (generation, config, tokenizer):
