@@ -121,7 +121,8 @@ def _known(kind: str) -> tuple[frozenset[str], frozenset[str]]:
     held = vars(stock())
     parameters = inspect.signature(stock.__init__).parameters
     names = {*parameters, *held, *stock.attribute_map, *_ALSO, *_OLDER.get(kind, "").split()}
-    known = {name for name in names - _LEFT_OUT if not name.startswith("_")}
+    derived = {n for n in names if isinstance(p := getattr(stock, n, None), property) and p.fset is None}
+    known = {name for name in names - _LEFT_OUT - derived if not name.startswith("_")}
     whole = {name for name in known if type(held.get(name)) is int}
     return frozenset(known), frozenset(whole)
 
@@ -223,6 +224,8 @@ def _sane(name: str, value: Any) -> bool:
         return isinstance(value, bool)
     if name in _NUMBERS:
         return type(value) in (int, float) and math.isfinite(value) and abs(value) <= _LONG
+    if isinstance(value, list) is name.endswith("_id") and name != "eos_token_id":
+        return False
     some = value if isinstance(value, list) and 0 < len(value) <= 65536 else [value]
     return all(type(token) is int and abs(token) <= _LONG for token in some)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.resources
+import logging
 import os
 import re
 import warnings
@@ -311,7 +312,7 @@ def read_tokenizer(
 def quiet() -> Iterator[None]:
     """Keep transformers' bars and warnings off the terminal: the faults it would mention are raised here."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity(logging.CRITICAL)
     transformers_logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():

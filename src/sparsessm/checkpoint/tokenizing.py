@@ -10,8 +10,10 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import os
 import re
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -27,6 +29,8 @@ from .known_fields import LAYERS, SIZE
 CONFIGURATION = "tokenizer_config.json"
 NO_LIMIT = 1_000_000
 """A `model_max_length` of at least so many tokens is none: transformers says "no limit" by a huge number."""
+_PANIC = "PanicException"  # what the tokenizers' native code raises; it has no public name
+_ONE_AT_A_TIME = threading.Lock()
 _MAPS = ("special_tokens_map.json", "added_tokens.json")
 _KNOWN = set(
     "model_max_length padding_side truncation_side chat_template clean_up_tokenization_spaces "
@@ -35,6 +39,7 @@ _KNOWN = set(
     "do_lower_case strip_accents tokenize_chinese_chars legacy errors extra_ids use_default_system_prompt "
     "trim_offsets bos_token eos_token unk_token sep_token pad_token cls_token mask_token".split()
 )
+_ADDED = {"content", "lstrip", "rstrip", "normalized", "single_word", "special"}
 _NEVER = re.compile(
     r".*(_file|_files|_path|_kwargs|_object|_class|_type|_map)|_.*|self|args|kwargs|vocab|merges|init_.*"
 )
@@ -47,7 +52,7 @@ def read(source: Path) -> PreTrainedTokenizerBase:
         ValueError: none is there, or its files cannot be read.
     """
     try:
-        with _staged(source) as folder:
+        with _staged(source) as folder, _panics_hushed():
             options = {"local_files_only": True, "trust_remote_code": False}
             return _tried(transformers.AutoTokenizer.from_pretrained(folder, **options))
     except Exception as error:
@@ -64,7 +69,8 @@ def read_file(file: str, config: transformers.PretrainedConfig) -> PreTrainedTok
         config: of the model, which does.
     """
     try:
-        tokenizer = _tried(transformers.PreTrainedTokenizerFast(tokenizer_file=file))
+        with _panics_hushed():
+            tokenizer = _tried(transformers.PreTrainedTokenizerFast(tokenizer_file=file))
     except Exception as error:
         raise ValueError(f"{file}: not a tokenizer.json ({_line(error)})") from error
     except BaseException as error:
@@ -143,7 +149,7 @@ def _staged(source: Path) -> Iterator[Path]:
         for name in _MAPS:
             if (source / name).is_file():
                 found = read_json(source / name)
-                _write(folder / name, _fields(found, stock) if name == _MAPS[0] else _ids(found))
+                _write(folder / name, _bare(_fields(found, stock)) if name == _MAPS[0] else _ids(found))
         yield folder
 
 
@@ -190,6 +196,14 @@ def _fields(fields: Mapping[str, Any], stock: type[PreTrainedTokenizerBase] | No
     return {name: value for name, value in kept.items() if not _endless(value)}
 
 
+def _bare(value: Any) -> Any:
+    """The same without what a token's object does not have, and is told of on the terminal."""
+    if isinstance(value, dict):
+        token = "content" in value
+        return {name: _bare(inner) for name, inner in value.items() if not token or name in _ADDED}
+    return [_bare(inner) for inner in value] if isinstance(value, list) else value
+
+
 def _ids(found: Mapping[str, Any]) -> dict[str, int]:
     return {name: value for name, value in found.items() if type(value) is int and 0 <= value < SIZE}
 
@@ -209,9 +223,34 @@ def _tried(tokenizer: Any) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+@contextmanager
+def _panics_hushed() -> Iterator[None]:
+    """Keep what native code prints when it stops, past Python, off stderr; all else appears there."""
+    with _ONE_AT_A_TIME, tempfile.TemporaryFile() as kept:
+        try:
+            stderr = os.dup(2)
+        except OSError:  # there is none
+            yield
+            return
+        panic = False
+        try:
+            os.dup2(kept.fileno(), 2)
+            yield
+        except BaseException as error:
+            panic = type(error).__name__ == _PANIC
+            raise
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            kept.seek(0)
+            if not panic and (said := kept.read()):
+                with suppress(OSError):
+                    os.write(2, said)
+
+
 def _refuse_panic(error: BaseException, what: str) -> None:
-    """Say what the tokenizers' native code raises beside all exceptions (it has no public name)."""
-    if type(error).__name__ == "PanicException":
+    """Say what the tokenizers' native code raises beside all exceptions."""
+    if type(error).__name__ == _PANIC:
         raise ValueError(f"{what}: its library stopped on it ({_line(error)})") from error
 
 
