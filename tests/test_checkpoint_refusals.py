@@ -246,7 +246,7 @@ def test_a_config_that_is_not_json(stock: Path, text: str) -> None:
         ({"model_type": None}, "no adapter for model_type None"),
         ({"quantization_config": {"quant_method": "gptq"}}, "is quantised"),
         ({"hidden_size": "wide"}, r"config\.json"),
-        ({"hidden_size": -3}, r"config\.json describes no model that can be built"),
+        ({"hidden_size": -3}, r"config\.json: hidden_size is -3; allowed: a whole number from 0 to"),
         ({"num_hidden_layers": 3}, r"missing tensors: backbone\.layers\.2\..* and 5 more"),
     ],
 )
@@ -257,9 +257,6 @@ def test_a_config_that_does_not_fit(stock: Path, fields: dict[str, object], mess
 
 
 def test_tokenizers_that_do_not_fit(stock: Path, tmp_path: Path) -> None:
-    pico_tokenizer(80).save_pretrained(tmp_path / "large")
-    with pytest.raises(ValueError, match="the tokenizer has 80 tokens, but the embedding of .* only 64 rows"):
-        checkpoint.load(stock, tokenizer=tmp_path / "large")
     with pytest.raises(
         ValueError, match=r"no tokenizer: no such directory: '\./absent'; tokenizer= \(--tokenizer\)"
     ):

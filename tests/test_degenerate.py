@@ -68,7 +68,9 @@ def test_a_hessian_is_factored_in_any_unit(
     gram = (x.T @ x / len(x)).to(dtype)
     factor, other = factorise(gram), factorise(gram * 16.0**power)
     living = (~factor.dead).to(dtype)
-    damped = gram + factor.added * torch.eye(columns, dtype=dtype) + torch.diag((1 - living) * factor.added * 100)
+    damped = (
+        gram + factor.added * torch.eye(columns, dtype=dtype) + torch.diag((1 - living) * factor.added * 100)
+    )
     again = factor.upper.mT @ factor.upper @ damped
     same(again.double(), torch.eye(columns, dtype=torch.float64), 5e-3 if dtype == torch.float32 else 1e-9)
     assert factor.damping == 0.01
@@ -124,7 +126,9 @@ def test_refit_is_damped_least_squares_of_what_is_kept(
         want = torch.zeros(columns, dtype=torch.float64)
         if kept.any():
             right = damped[kept] @ goal[row]
-            want[kept] = torch.linalg.lstsq(damped[kept][:, kept], right[:, None], driver="gelsd").solution[:, 0]
+            want[kept] = torch.linalg.lstsq(damped[kept][:, kept], right[:, None], driver="gelsd").solution[
+                :, 0
+            ]
         same(got[row], want, 1e-6)
 
 
@@ -243,7 +247,9 @@ def test_sums_that_are_not_finite_are_refused(bad: float) -> None:
 
 @settings(deadline=None, max_examples=40)
 @given(kind=KINDS, other=KINDS, seed=SEEDS, r=st.integers(1, 5), scale=SCALES)
-def test_balanced_truncation_of_what_hardly_moves(kind: str, other: str, seed: int, r: int, scale: float) -> None:
+def test_balanced_truncation_of_what_hardly_moves(
+    kind: str, other: str, seed: int, r: int, scale: float
+) -> None:
     """The largest directions, by the eigenvalues of the product, whatever the units; zeros where none is left."""
     h, C = inputs(kind, seed, 20, 5), inputs(other, seed + 1, 20, 5)
     p, q = (scale * h).T @ (scale * h), C.T @ C / scale

@@ -84,7 +84,9 @@ def test_a_rerun_with_other_threads_or_kernels_says_so(tmp_path: Path) -> None:
     assert "may differ" not in prune("--recipe", "one", "-o", "again")
     assert Path("again/model.safetensors").read_bytes() == Path("one/model.safetensors").read_bytes()
     torch.set_num_threads(2)
-    assert "note: one was made with threads 1 (here 2); masks may differ\n" in prune("--recipe", "one", "-o", "two")
+    assert "note: one was made with threads 1 (here 2); masks may differ\n" in prune(
+        "--recipe", "one", "-o", "two"
+    )
     assert "may differ" not in prune("--recipe", "one", "-o", "plain", "--method", "magnitude")
     torch.set_num_threads(1)
     if kernels.LEVEL != "reference":

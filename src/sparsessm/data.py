@@ -334,7 +334,12 @@ def _stream(texts: list[str], tokenizer: Tokenizer, *, sized: bool) -> tuple[Ten
     sizes: list[float] = []
     for first in range(0, len(texts), 64):  # batches: the offsets of a whole corpus would not fit in memory
         batch = texts[first : first + 64]
-        encoded = tokenizer(batch, add_special_tokens=False, return_offsets_mapping=fast, verbose=False)
+        try:
+            encoded = tokenizer(batch, add_special_tokens=False, return_offsets_mapping=fast, verbose=False)
+        except BaseException as error:  # native code stops with one beside all others, without a public name
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise ValueError(f"the tokenizer cannot split the text: {str(error)[:300]!r}") from error
         for number, text in enumerate(batch):
             ids = encoded["input_ids"][number]
             between = [end] if tokens and end is not None else []

@@ -63,7 +63,9 @@ def factorise(gram: Tensor, damping: float = DAMPING) -> Factor:
     power = gram.diagonal(dim1=-2, dim2=-1)
     dead = power <= 0
     mean = power.clamp(min=0).sum(-1, keepdim=True, dtype=torch.float64) / (~dead).sum(-1, keepdim=True)
-    unit = near(mean, gram.dtype)  # (..., 1): what is factored is H / unit, so that no unit of the inputs is too large
+    unit = near(
+        mean, gram.dtype
+    )  # (..., 1): what is factored is H / unit, so that no unit of the inputs is too large
     mean = (mean.nan_to_num(1.0) / unit).to(gram.dtype)  # NaN: no living input
     unit = unit.to(gram.dtype)
     diagonal = torch.where(dead, mean, power / unit)

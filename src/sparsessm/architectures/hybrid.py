@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from sparsessm.architectures import mamba1, mamba2
 from sparsessm.architectures.attention import IMPLEMENTATIONS
 from sparsessm.architectures.base import Architecture, Block, Tail, renumbered
+from sparsessm.architectures.embedding import embedded
 from sparsessm.architectures.hybrid_block import HybridBlock, Setting, Zamba2Block, inside
 
 ATTENTION = tuple(f"self_attn.{name}_proj" for name in "qkvo")
@@ -96,7 +97,7 @@ class Hybrid(Architecture):
         return list(found)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        return self._embedding(tokens) * getattr(self._backbone, "embedding_multiplier", 1.0)
+        return embedded(self._embedding, tokens) * getattr(self._backbone, "embedding_multiplier", 1.0)
 
     def _reading(self, norm: Any) -> Callable[[Tensor], Tensor]:
         """What makes of the stream what the head reads; does not hold on to this object."""
@@ -322,8 +323,8 @@ class Zamba2(Hybrid):
     lists = ("layers_block_type",)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        embedded = super().embed(tokens)
-        return torch.cat([embedded, embedded], -1)
+        hidden = super().embed(tokens)
+        return torch.cat([hidden, hidden], -1)
 
     def _reading(self, norm: Any) -> Callable[[Tensor], Tensor]:
         width = self._config.hidden_size

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sparsessm.architectures import mamba1, mamba2, projected
 from sparsessm.architectures.base import Architecture, Block, Tail, Tap, renumbered
+from sparsessm.architectures.embedding import embedded
 from sparsessm.architectures.own import Own, level
 
 
@@ -67,7 +68,7 @@ class Stack(Architecture):
         return StackBlock(self.kind, layer, index, self.stored)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        return self._backbone.embeddings(tokens)
+        return embedded(self._backbone.embeddings, tokens)
 
     def head(self, hidden: Tensor) -> Tensor:
         return self._lm_head(self._backbone.norm_f(hidden))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -23,29 +26,145 @@ STORED = (torch.float32, torch.bfloat16, torch.float16)
 changes goes out as it came. float64 would lose half of its digits, whole numbers their repaired values."""
 
 
+@dataclass(frozen=True)
+class Assembled:
+    """A model and what its files had.
+
+    Attributes:
+        model: in float32, in eval mode.
+        stored: dtype on disk of each tensor, by its name in `model.state_dict()`.
+        extra: tensors that stock code leaves out on purpose, as they came, by their names in the files.
+        prefix: what the names in the files leave out, "" but for a bare backbone.
+    """
+
+    model: PreTrainedModel
+    stored: dict[str, torch.dtype]
+    extra: dict[str, Tensor]
+    prefix: str = ""
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the files of a checkpoint hold the tensors of a model; known from names alone.
+
+    Attributes:
+        held: name in memory -> names in full in the files, with the shapes that are expected there.
+        ties: (name in full of a copy, name in full of what it is a copy of).
+        prefix: what the names in the files leave out: name in full = prefix + name in the file.
+        extra: names in the files of what stock code leaves out on purpose.
+    """
+
+    held: dict[str, dict[str, Tensor]]
+    ties: tuple[tuple[str, str], ...]
+    prefix: str
+    extra: frozenset[str]
+
+    @property
+    def wanted(self) -> dict[str, Tensor]:
+        """Name in full in the files -> a tensor of the shape expected there."""
+        return {part: tensor for parts in self.held.values() for part, tensor in parts.items()}
+
+    def in_full(self, name: str) -> str:
+        """The name of a tensor in full, from that in a file."""
+        # In both formats: transformers' own MambaModel maps the original name when it loads a state dict.
+        return state_spaces.to_transformers(self.prefix + name)
+
+
+def find_places(
+    empty: PreTrainedModel,
+    expected: Mapping[str, Tensor],
+    copies: Mapping[str, str],
+    present: Collection[str],
+) -> Places:
+    """Where the files hold each tensor of a model (see `Places`).
+
+    Args:
+        empty: the model, without memory for its weights; `expected` and `copies` are its (`stock_model`).
+        present: the names in the files.
+    """
+    ignored = {name for name in present if _ignored(empty, name)}
+    prefix = _left_out(empty, expected, [name for name in present if name not in ignored])
+    full = {state_spaces.to_transformers(prefix + name) for name in present}
+    held = held_as(empty, expected, full)
+    held_copies = held_as(empty, {copy: expected[name] for copy, name in copies.items()}, full)
+    pairs = ((held_copies[copy], held[name]) for copy, name in copies.items())
+    ties = tuple(pair for names in pairs for pair in zip(*names, strict=False))
+    found = Places(held, ties, prefix, frozenset())
+    known = found.wanted.keys() | {copy for copy, _ in ties}
+    return replace(found, extra=frozenset(name for name in ignored if found.in_full(name) not in known))
+
+
+def refuse_misfit(
+    source: str, places: Places, shapes: Mapping[str, tuple[int, ...]], not_finite: Iterable[str] = ()
+) -> None:
+    """Refuse files that do not hold the model of their configuration.
+
+    Args:
+        shapes: of the tensors in the files by their names in full, of tied ones once, without the extra ones.
+        not_finite: names of those that hold NaN or Inf.
+
+    Raises:
+        ValueError: tensors are missing, not known, of another shape or not finite; names the first of them.
+    """
+    wanted = places.wanted
+    missing = [name for name in wanted if name not in shapes]
+    if places.prefix and missing and not any(name.startswith(places.prefix) for name in missing):
+        raise ValueError(
+            f"{source!r} is a bare backbone without {few(missing)}, and {CONFIG} does not tie that to the "
+            "embedding; give the whole model"
+        )
+    wrong = [
+        f"{name} {tuple(shapes[name])}, expected {tuple(wanted[name].shape)}"
+        for name in wanted
+        if name in shapes and tuple(shapes[name]) != tuple(wanted[name].shape)
+    ]
+    faults = {
+        "missing tensors": missing,
+        "tensors the model does not have": [name for name in shapes if name not in wanted],
+        "wrong shapes": wrong,
+        "NaN or Inf in": list(not_finite),
+    }
+    if any(faults.values()):
+        told = "; ".join(f"{what}: {few(names)}" for what, names in faults.items() if names)
+        raise ValueError(f"{source!r} does not hold the model of its {CONFIG}: {told}")
+
+
 def assemble(
-    source: str, folder: Path, config: transformers.PretrainedConfig, packed: container.Header | None
-) -> tuple[PreTrainedModel, dict[str, torch.dtype]]:
-    """Read, check and assemble the tensors; returns the model and the dtype each tensor had on disk."""
+    source: str,
+    folder: Path,
+    config: transformers.PretrainedConfig,
+    packed: container.Header | None,
+    present: Collection[str],
+    architectures: Any = None,
+) -> Assembled:
+    """Read, check and assemble the tensors.
+
+    Args:
+        present: the names of the tensors in the files.
+        architectures: that field of `config.json`, by which a packed backbone is known to have been bare.
+    """
     own = STOCK if packed is None else Own.told_by(packed.shapes, config)
     empty, expected, copies = stock_model(source, config, own)
-    tensors: dict[str, Tensor] = {}  # by their names in the files, as all that is said about them
+    places = find_places(empty, expected, copies, present)
+    tensors: dict[str, Tensor] = {}  # by their names in full, as all that is said about them
     stored: dict[str, torch.dtype] = {}
+    extra: dict[str, Tensor] = {}
     not_finite: list[str] = []
-    for name, value, dtype in _weights(folder, packed, expected):
-        # In both formats: transformers' own MambaModel maps the original name when it loads a state dict.
-        name = state_spaces.to_transformers(name)
+    for name, tensor, dtype in _weights(folder, packed, expected):
+        if name in places.extra:
+            extra[name] = tensor.clone()
+            continue
+        name = places.in_full(name)
+        # A copy even in the same dtype: the file would stay mapped, and whoever rewrites it change the model.
+        value = tensor.to(torch.float32, copy=True) if dtype in STORED else tensor.clone()
         if dtype in STORED and not torch.isfinite(value).all():
             not_finite.append(name)
         if name in tensors and not torch.equal(tensors[name], value):
             raise ValueError(f"{source!r} holds two different tensors for {name}, under its two names")
         tensors[name], stored[name] = value, dtype
-    held = held_as(empty, expected, tensors)
-    held_copies = held_as(empty, {copy: expected[name] for copy, name in copies.items()}, tensors)
-    _refuse_dtypes(source, [*held.values(), *held_copies.values()], stored)
-    ties = ((held_copies[copy], held[name]) for copy, name in copies.items())
+    _refuse_dtypes(source, [*places.wanted, *(copy for copy, _ in places.ties)], stored)
     # A tied pair may be stored under either name, or both.
-    for copy, name in (pair for names in ties for pair in zip(*names, strict=False)):
+    for copy, name in places.ties:
         if copy not in tensors:
             continue
         value, dtype = tensors.pop(copy), stored.pop(copy)
@@ -53,23 +172,14 @@ def assemble(
             tensors[name], stored[name] = value, dtype
         elif not {copy, name} & set(not_finite) and not torch.equal(value, tensors[name]):
             raise ValueError(f"{source!r}: {copy} differs from {name}, although {CONFIG} ties the two")
-    wanted = {part: tensor for parts in held.values() for part, tensor in parts.items()}
-    shapes = [
-        f"{name} {tuple(tensors[name].shape)}, expected {tuple(wanted[name].shape)}"
-        for name in wanted
-        if name in tensors and tensors[name].shape != wanted[name].shape
-    ]
-    faults = {
-        "missing tensors": [name for name in wanted if name not in tensors],
-        "tensors the model does not have": [name for name in tensors if name not in wanted],
-        "wrong shapes": shapes,
-        "NaN or Inf in": not_finite,
-    }
-    if any(faults.values()):
-        told = "; ".join(f"{what}: {few(names)}" for what, names in faults.items() if names)
-        raise ValueError(f"{source!r} does not hold the model of its {CONFIG}: {told}")
+    refuse_misfit(source, places, {name: tuple(t.shape) for name, t in tensors.items()}, not_finite)
+    prefix = places.prefix
     if packed is not None:  # It has the names in memory; with those on disk `save` will write the like.
-        tensors = {part: t for name in held for part, t in in_files(empty, name, tensors[name]).items()}
+        names = {part for name in places.held for part in in_files(empty, name, expected[name])}
+        prefix = _bare_prefix(empty, names) if architectures == [type(empty.base_model).__name__] else ""
+        tensors = {
+            part: t for name in places.held for part, t in in_files(empty, name, tensors[name]).items()
+        }
     # What no stock model has comes in behind the stock code, which would leave it out.
     wide = tuple(f"backbone.layers.{index}." for index in own.widths)
     names = [*projected.named_in(tensors), *(name for name in tensors if wide and name.startswith(wide))]
@@ -79,15 +189,38 @@ def assemble(
     own.give(model)
     model.load_state_dict(ours, strict=False)
     most_precise = {
-        name: reduce(torch.promote_types, [stored[part] for part in parts]) for name, parts in held.items()
+        name: reduce(torch.promote_types, [stored[part] for part in parts])
+        for name, parts in places.held.items()
     }
-    return model.eval(), most_precise
+    return Assembled(model.eval(), most_precise, extra, prefix)
 
 
-def _refuse_dtypes(source: str, held: list[Mapping[str, Tensor]], stored: Mapping[str, torch.dtype]) -> None:
+def _ignored(empty: PreTrainedModel, name: str) -> bool:
+    """Whether stock code leaves a tensor out on purpose: parts of other tasks, and what it computes anew."""
+    patterns = [*(getattr(empty, "_keys_to_ignore_on_load_unexpected", None) or ()), r"rotary_emb\.inv_freq"]
+    return any(re.search(pattern, name) for pattern in patterns)
+
+
+def _left_out(empty: PreTrainedModel, expected: Mapping[str, Tensor], present: Collection[str]) -> str:
+    """What the names of a bare backbone leave out, as the stock writer of such a class does; else ""."""
+    if not present or any(name.startswith(("backbone.", "model.", "lm_head.")) for name in present):
+        return ""
+    first = {name: tensor[:2] if tensor.ndim else tensor for name, tensor in expected.items()}
+    names = {part for name, tensor in first.items() for part in in_files(empty, name, tensor)}
+    prefix = _bare_prefix(empty, names)
+    return prefix if any(prefix + name in names for name in present) else ""
+
+
+def _bare_prefix(empty: PreTrainedModel, names: Collection[str]) -> str:
+    """The prefix of the backbone in files; `names` are those of the whole model there."""
+    likely = (f"{empty.base_model_prefix}.", "backbone.", "model.")
+    return next((p for p in likely if any(name.startswith(p) for name in names)), "")
+
+
+def _refuse_dtypes(source: str, names: Iterable[str], stored: Mapping[str, torch.dtype]) -> None:
     """Refuse weights of the model in dtypes that cannot hold the result; those of no weight do not matter."""
-    names = dict.fromkeys(name for parts in held for name in parts if name in stored)
-    if strange := [f"{name} {_word(stored[name])}" for name in names if stored[name] not in STORED]:
+    held = dict.fromkeys(name for name in names if name in stored)
+    if strange := [f"{name} {_word(stored[name])}" for name in held if stored[name] not in STORED]:
         raise ValueError(
             f"{source!r} has weights of a dtype that cannot hold the result: {few(strange)}; allowed: "
             f"{', '.join(map(_word, STORED))}"
@@ -119,16 +252,14 @@ def stock_model(
 def _weights(
     folder: Path, packed: container.Header | None, expected: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Tensor, torch.dtype]]:
-    """(name, tensor, dtype on disk) of every tensor; the tensor in float32 and in memory of its own."""
+    """(name, tensor, dtype on disk) of every tensor; of a packed file in float32, of others as stored."""
     if packed is not None:
         shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
         for name, encoded in container.read_tensors(packed, shapes):
             yield name, encoded.decode(torch.float32), encoded.dtype
         return
     for name, tensor in read_tensors(folder):
-        # A copy even in the same dtype: the file would stay mapped, and whoever rewrites it change the model.
-        value = tensor.to(torch.float32, copy=True) if tensor.dtype in STORED else tensor.clone()
-        yield name, value, tensor.dtype
+        yield name, tensor, tensor.dtype
 
 
 def untied(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:

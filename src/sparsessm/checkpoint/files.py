@@ -82,14 +82,15 @@ def weight_files(folder: Path) -> list[Path]:
     return _stock(folder)[1]
 
 
-def count_tensors(folder: Path) -> int:
-    """How many tensors the stock files hold; by their heads, an index may say anything.
+def tensor_names(folder: Path) -> list[str]:
+    """The names of the tensors that the stock files hold; by their heads, an index may say anything.
 
     Only a `.bin` older than torch 1.6 has no head, and is read for it.
     """
     name, files = _stock(folder)
-    read = _names if name == SAFETENSORS else _read_bin
-    return sum(1 for file in files for _ in read(_readable(file)))
+    if name == SAFETENSORS:
+        return [found for file in files for found in _names(_readable(file))]
+    return [found for file in files for found, _ in _read_bin(_readable(file))]
 
 
 def _readable(file: Path) -> Path:

@@ -24,10 +24,11 @@ from ..architectures import REMOVED_A_LOG, REMOVED_A_LOG_FLOAT16
 from ..architectures.own import Own
 from . import container, reading, state_spaces, writing
 from .assembly import stock_model, untied
+from .companions import CARD, RECORD
 from .container import PACKED, Layout
 from .encoding import TRIED, Encoded, encode
-from .files import read_json
-from .reading import CARD, CONFIG, RECORD, Checkpoint
+from .files import few, read_json
+from .reading import CONFIG, Checkpoint
 from .writing import refuse_existing, stock_weights, write
 
 DTYPES = ("fp32", "bf16", "int8")
@@ -75,11 +76,13 @@ class Packing:
         packed: what was written.
         sizes: bytes of the source's tensors by stock name, in their stored dtypes; of tied ones once.
         after: bytes of the packed file, its header included.
+        notes: what of the source is not followed, or not in what was written.
     """
 
     packed: Packed
     sizes: dict[str, int]
     after: int
+    notes: tuple[str, ...] = ()
 
     @property
     def before(self) -> int:
@@ -190,7 +193,11 @@ def pack(
     with reading.quiet():
         config = reading.stock_config(os.fspath(out), fields, layout == "state-spaces").to_dict()
     packed = Packed(os.fspath(out), layout, config, tensors, files, partial(_held, checkpoint))
-    return Packing(packed, sizes, (Path(out) / PACKED).stat().st_size)
+    notes = checkpoint.notes
+    if checkpoint.extra:  # the format has the tensors of the model and no others
+        names = few([ascii(name)[1:-1] for name in sorted(checkpoint.extra)])
+        notes = (*notes, f"left out, as transformers does not count them to the model: {names}")
+    return Packing(packed, sizes, (Path(out) / PACKED).stat().st_size, notes)
 
 
 def save(

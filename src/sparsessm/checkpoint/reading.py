@@ -1,14 +1,15 @@
 """Read a checkpoint: find the directory, have its tensors checked and assembled, read its tokenizer.
 
 The hub, a transformers directory, an original state-spaces directory and the models inside the package all
-come in here. Nothing that is read is ever executed, and whatever is wrong with the files is said here, by
-name.
+come in here. Nothing that is read is ever executed, only fields that are known reach a library
+(`known_fields.py`), and whatever is wrong with the files is said here, by name.
 """
 
 from __future__ import annotations
 
 import difflib
 import importlib.resources
+import logging
 import os
 import re
 import warnings
@@ -21,28 +22,36 @@ from typing import Any, Literal
 import torch
 import transformers
 from huggingface_hub import snapshot_download
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from ..architectures import MODEL_TYPES, refuse_older
-from . import container, state_spaces
+from . import companions as beside
+from . import container, known_fields, state_spaces, tokenizing
 from .assembly import assemble
 from .assembly import stock_model as stock_model  # where tools look for it
-from .files import BIN, CONFIG, SAFETENSORS, count_tensors, read_json
+from .companions import CARD, GENERATION, RECORD
+from .companions import tokenizer_files as tokenizer_files
+from .files import BIN, CONFIG, SAFETENSORS, read_json, tensor_names
 
-RECORD, GENERATION, CARD = "pruning.json", "generation_config.json", "README.md"
-VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-TOKENIZER_FILES = (
-    *VOCABULARIES,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
 _LAYER_LISTS = ("layers_block_type", "layer_types", "hybrid_override_pattern")
 """Fields that some hybrids have in place of, or beside, the number of layers: what each one is."""
-_SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", CARD)
+_SMALL_FILES = (
+    *(
+        "*.json",
+        "*.txt",
+        "*.model",
+        "*.model.v*",
+        "*.tiktoken",
+        "*.spm",
+        "*.codes",
+        "*.vocab",
+        "*.jinja",
+        "*.py",
+    ),
+    *("LICENSE*", "NOTICE*", "*.md", CARD),
+)
 
 
 @dataclass
@@ -56,8 +65,11 @@ class Checkpoint:
         format: the layout on disk, which `save` keeps.
         stored: dtype on disk of each tensor, by its name in `model.state_dict()`.
         trained_length: the tokenizer's `model_max_length` in tokens, None if it states none.
-        files: what `save` writes back byte for byte: config, generation config, tokenizer, licence.
+        files: what `save` writes back byte for byte, by path: config, tokenizer, licence, code, ... .
         tokenizer_source: the `tokenizer` that `load` was given, None if it was given none.
+        extra: tensors that stock code leaves out on purpose, as they came; `save` writes them back.
+        prefix: what the names in the files leave out, "" but for a bare backbone (`MambaModel`).
+        notes: what of the source is not followed or not written back; the command shows them.
     """
 
     model: PreTrainedModel
@@ -68,6 +80,9 @@ class Checkpoint:
     trained_length: int | None
     files: dict[str, bytes] = field(default_factory=dict, repr=False)
     tokenizer_source: str | None = None
+    extra: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    prefix: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def load(source: str | os.PathLike[str], *, tokenizer: str | os.PathLike[str] | None = None) -> Checkpoint:
@@ -90,31 +105,46 @@ def load(source: str | os.PathLike[str], *, tokenizer: str | os.PathLike[str] | 
         original = state_spaces.is_original(fields)
         _kind(source, fields, original)  # first: the files of a foreign model are nothing to look into
         packed = packed_header(source, folder, fields, original)
+        present = tensor_names(folder) if packed is None else list(packed.stock)
         if packed is None:
-            _refuse_layers(source, fields, original, count_tensors(folder))
+            _refuse_layers(source, fields, original, len(present))
         config = stock_config(source, fields, original)
-        model, stored = assemble(source, folder, config, packed)
+        found = assemble(source, folder, config, packed, present, fields.get("architectures"))
+        files, notes = beside.carried(folder)
+        notes = (*known_fields.config_notes(fields), *notes)
         if (folder / GENERATION).is_file():
-            model.generation_config = transformers.GenerationConfig.from_dict(read_json(folder / GENERATION))
-        words, files = read_tokenizer(source, folder, tokenizer, original, config)
-    files |= companions(folder)
-    length = int(words.model_max_length)
+            told, more = known_fields.generation_config(read_json(folder / GENERATION))
+            found.model.generation_config, notes = told, (*notes, *more)
+        words, its_files = read_tokenizer(source, folder, tokenizer, original, config)
+    files = {
+        name: content for name, content in files.items() if not beside.is_tokenizer_file(name)
+    } | its_files
+    size = tokenizing.size(words)
+    if size > config.vocab_size:
+        notes = (
+            *notes,
+            f"the tokenizer has {size} tokens, the embedding {config.vocab_size} rows; a text "
+            "that uses one of the others is refused",
+        )
     return Checkpoint(
-        model=model,
+        model=found.model,
         tokenizer=words,
         source=source,
         format="state-spaces" if original else "transformers",
-        stored=stored,
-        trained_length=length if length < 1e6 else None,  # transformers says "no limit" by a huge number
+        stored=found.stored,
+        trained_length=tokenizing.trained_length(words),
         files=files,
         tokenizer_source=None if tokenizer is None else os.fspath(tokenizer),
+        extra=found.extra,
+        prefix=found.prefix,
+        notes=notes,
     )
 
 
 def companions(folder: Path) -> dict[str, bytes]:
-    """What is carried over as it is, by name: config, generation config, licence."""
-    paths = sorted(folder.glob("LICENSE*")) + [folder / CONFIG, folder / GENERATION]
-    return {path.name: path.read_bytes() for path in paths if path.is_file()}
+    """What is carried over as it is, by path, but for the tokenizer: config, licence, code, ..."""
+    files, _ = beside.carried(folder)
+    return {name: content for name, content in files.items() if not beside.is_tokenizer_file(name)}
 
 
 def read_record(path: str | os.PathLike[str]) -> dict[str, Any] | None:
@@ -150,7 +180,16 @@ def find(source: str, *, weights: bool = True) -> Path:
     """The directory `source` names; a hub id is fetched into the hub's own cache first.
 
     Without `weights` only the small files are fetched: the model that a tokenizer came with may be large.
+
+    Raises:
+        ValueError: there is none, or it is no model but an adapter, or pointers of git-lfs.
     """
+    folder = _found(source, weights)
+    beside.refuse_others(source, folder, weights=weights)
+    return folder
+
+
+def _found(source: str, weights: bool) -> Path:
     if (folder := local_folder(source)) is not None:
         return folder
     if os.path.exists(source):
@@ -187,8 +226,8 @@ def stock_config(source: str, fields: dict[str, Any], original: bool) -> transfo
     """The stock configuration object for the fields of a `config.json` of either format."""
     kind = _kind(source, fields, original)
     try:
-        told = state_spaces.settings(fields) if original else fields
-        return transformers.CONFIG_MAPPING[kind].from_dict(told)
+        told = state_spaces.settings(fields) if original else dict(fields)
+        return transformers.CONFIG_MAPPING[kind].from_dict(known_fields.config_fields(kind, told))
     except Exception as error:  # each transformers release has its own validation errors
         raise ValueError(f"{source}/{CONFIG}: {error}") from error
 
@@ -244,70 +283,36 @@ def read_tokenizer(
 ) -> tuple[PreTrainedTokenizerBase, dict[str, bytes]]:
     """The tokenizer, and the files it came from if they can be carried over as they are.
 
+    It may have more tokens than the embedding has rows: who meets one of them in a text refuses it.
+
     Raises:
-        ValueError: there is none, it cannot be read, or it has more tokens than the model.
+        ValueError: there is none, or it cannot be read.
     """
-    words, files = _tokenizer(source, folder, given, state_spaces.TOKENIZER if original else None, config)
-    rows = config.vocab_size  # of the embedding: its shape has been checked
-    size = max(len(words), 1 + max(words.get_vocab().values(), default=0))
-    if size > rows:
-        raise ValueError(f"the tokenizer has {size} tokens, but the embedding of {source!r} only {rows} rows")
-    return words, files
-
-
-def tokenizer_files(folder: Path) -> dict[str, bytes]:
-    """The files of the tokenizer in a directory, by name."""
-    return {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
-
-
-def _tokenizer(
-    source: str,
-    folder: Path,
-    given: str | os.PathLike[str] | None,
-    fallback: str | None,
-    config: transformers.PretrainedConfig,
-) -> tuple[PreTrainedTokenizerBase, dict[str, bytes]]:
-    """The tokenizer, and the files it came from if they can be carried over as they are."""
-    if given is None and not any((folder / name).is_file() for name in VOCABULARIES):
-        if fallback is None:
+    if given is None and not tokenizing.present(folder):
+        if not original:
             raise ValueError(f"no tokenizer in {source!r}; name one with tokenizer= (--tokenizer)")
-        given = fallback
+        given = state_spaces.TOKENIZER
     if given is not None:
         given = os.fspath(given)
         if os.path.isfile(given):
-            return _bare_tokenizer(given, config), {}
+            if beside.is_pointer(Path(given)):
+                raise ValueError(
+                    f"{given}: a pointer of git-lfs, not the file itself; fetch it with `git lfs pull`"
+                )
+            return tokenizing.read_file(given, config), {}
         try:
             folder = find(given, weights=False)
         except ValueError as error:
             takes = "tokenizer= (--tokenizer) takes a hub id, a directory or a tokenizer.json"
             raise ValueError(f"no tokenizer: {error}; {takes}") from error
-    try:
-        options = {"local_files_only": True, "trust_remote_code": False}
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
-    except Exception as error:
-        raise ValueError(f"the tokenizer in {str(folder)!r} cannot be read: {error}") from error
-    return tokenizer, tokenizer_files(folder)
-
-
-def _bare_tokenizer(file: str, config: transformers.PretrainedConfig) -> PreTrainedTokenizerBase:
-    """A lone `tokenizer.json` does not say which tokens begin and end a text; the model's config does."""
-    try:
-        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=file)
-    except Exception as error:
-        raise ValueError(f"{file}: not a tokenizer.json ({error})") from error
-    special = {index: str(token) for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    for role in ("bos", "eos"):
-        index = getattr(config, f"{role}_token_id", None)
-        if isinstance(index, int) and index in special:
-            setattr(tokenizer, f"{role}_token", special[index])
-    return tokenizer
+    return tokenizing.read(folder), tokenizer_files(folder)
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep transformers' bars and warnings off the terminal: the faults it would mention are raised here."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity(logging.CRITICAL)
     transformers_logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
-from fnmatch import fnmatch
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,28 +21,14 @@ from transformers import PretrainedConfig
 from ..architectures.own import Own
 from . import atomic, state_spaces
 from .assembly import stock_model, untied
-from .container import PACKED
-from .files import BIN, decode_float, few, read_json, write_safetensors
-from .reading import (
-    CARD,
-    CONFIG,
-    GENERATION,
-    RECORD,
-    TOKENIZER_FILES,
-    VOCABULARIES,
-    Checkpoint,
-    local_folder,
-    quiet,
-    stock_config,
-)
+from .companions import CARD, GENERATION, RECORD, TEMPLATES, is_tokenizer_file, is_usual, unusual
+from .files import BIN, CONFIG, decode_float, few, read_json, write_safetensors
+from .reading import Checkpoint, local_folder, quiet, stock_config
 from .stock_names import in_files
 
 # Names that older files have beside today's; stock code reads neither, but other readers do.
 _OLDER = {"num_hidden_layers": "n_layer", "intermediate_size": "d_inner"}
 _NOT_COMPARED = {"dtype", "torch_dtype", "_name_or_path", "transformers_version", "architectures"}
-# What a directory may hold that --force replaces.
-_OURS = (CONFIG, GENERATION, RECORD, CARD, "LICENSE*", *TOKENIZER_FILES)
-_OURS += (PACKED, "model*.safetensors", "pytorch_model*.bin", "*.index.json")
 
 
 def refuse_existing(path: str | os.PathLike[str], force: bool, source: str | None = None) -> None:
@@ -79,10 +64,23 @@ def _foreign(target: Path) -> str | None:
         return f"no {CONFIG}"
     if not {"model_type", "d_model"} & read_json(target / CONFIG).keys():
         return f"{CONFIG} is of something else"
-    for path in sorted(target.iterdir()):
-        if path.is_dir() or not any(fnmatch(path.name, pattern) for pattern in _OURS):
-            return f"it also has {path.name!r}"
+    listed = _listed(target)
+    for path in sorted(target.rglob("*")):
+        name = path.relative_to(target).as_posix()
+        usual = is_usual(name) or name in listed
+        if path.is_dir() and not path.is_symlink():
+            usual = any(inside.startswith(f"{name}/") for inside in listed) or name == TEMPLATES
+        if not usual:
+            return f"it also has {name!r}"
     return None
+
+
+def _listed(target: Path) -> set[str]:
+    """Files that the record of a result lists: they came from its source, and are in that still."""
+    if not (target / RECORD).is_file():
+        return set()
+    names = read_json(target / RECORD).get("files")
+    return {name for name in names if isinstance(name, str)} if isinstance(names, list) else set()
 
 
 def save(
@@ -153,7 +151,7 @@ def write(
         with quiet(), atomic.replacing(Path(path), force=force) as folder:
             weights(folder)
             _write_small_files(checkpoint, folder, fields)
-            for name, content in ours.items():
+            for name, content in _listing(checkpoint, ours).items():
                 (folder / name).write_bytes(content)
     except (
         OSError,
@@ -185,6 +183,18 @@ def refuse_full(path: str | os.PathLike[str], checkpoint: Checkpoint, share: flo
     atomic.refuse_room(path, int(share * stored_bytes(checkpoint)) + files)
 
 
+def _listing(checkpoint: Checkpoint, ours: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Our files, the record with the names of files that came from the source and whose names say nothing."""
+    names = unusual(checkpoint.files)
+    record = json.loads(ours[RECORD]) if RECORD in ours else {}
+    if RECORD not in ours or record.get("files", []) == names:
+        return dict(ours)
+    record = {key: value for key, value in record.items() if key != "files"} | (
+        {"files": names} if names else {}
+    )
+    return dict(ours) | {RECORD: (json.dumps(record, indent=2) + "\n").encode()}
+
+
 def stock_weights(checkpoint: Checkpoint) -> Callable[[Path], None]:
     """What writes the weights of a checkpoint into a directory, in the format they came in.
 
@@ -209,18 +219,24 @@ def _write_safetensors(checkpoint: Checkpoint, folder: Path) -> None:
     model = checkpoint.model
     tensors, _ = untied(model)
     dtypes = {name: checkpoint.stored.get(name, tensor.dtype) for name, tensor in tensors.items()}
-    whole: dict[str, str] = {}  # name in the file -> name of what it is, or is a part of, in memory
+    prefix, extra = checkpoint.prefix, checkpoint.extra
+    whole: dict[str, tuple[str, str]] = {}  # name in the file -> what it is a part of in memory, which part
     sizes: dict[str, int] = {}
     for name, tensor in tensors.items():
         for part, shape in in_files(model, name, tensor.to("meta")).items():
-            whole[part], sizes[part] = name, shape.numel() * dtypes[name].itemsize
+            short = part.removeprefix(prefix)
+            whole[short], sizes[short] = (name, part), shape.numel() * dtypes[name].itemsize
+    sizes |= {name: tensor.nbytes for name, tensor in extra.items()}
 
     @lru_cache(1)  # the parts of a tensor are written one after the other
     def split(name: str) -> dict[str, Tensor]:
         return in_files(model, name, tensors[name])
 
-    def value(part: str) -> Tensor:
-        return _as_stored(part, split(whole[part])[part], dtypes[whole[part]])
+    def value(short: str) -> Tensor:
+        if short in extra:
+            return extra[short].contiguous()
+        name, part = whole[short]
+        return _as_stored(part, split(name)[part], dtypes[name])
 
     write_safetensors(folder, sizes, value)
 
@@ -231,19 +247,21 @@ def _write_bin(checkpoint: Checkpoint, folder: Path) -> None:
     values = {name: _as_stored(name, t, checkpoint.stored.get(name, t.dtype)) for name, t in tensors.items()}
     values |= {copy: values[name] for copy, name in copies.items()}
     with open(folder / BIN, "wb") as file:
-        torch.save({state_spaces.to_original(name): value for name, value in values.items()}, file)
+        named = {state_spaces.to_original(name): value for name, value in values.items()}
+        torch.save(named | checkpoint.extra, file)
 
 
 def _write_small_files(checkpoint: Checkpoint, folder: Path, fields: dict[str, Any] | None) -> None:
     model, files = checkpoint.model, checkpoint.files
     for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
     if fields is not None:
         in_order = checkpoint.format == "transformers"  # as stock code writes it; the original has its own
         (folder / CONFIG).write_text(json.dumps(fields, indent=2, sort_keys=in_order) + "\n")
     if checkpoint.format == "transformers" and GENERATION not in files and model.can_generate():
         model.generation_config.save_pretrained(folder)
-    if not any(name in files for name in VOCABULARIES):
+    if not any(is_tokenizer_file(name) for name in files):
         checkpoint.tokenizer.save_pretrained(folder)
         _name_tokenizer_class(folder / "tokenizer_config.json")
 

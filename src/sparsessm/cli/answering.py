@@ -8,7 +8,7 @@ interrupted.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
 
@@ -68,6 +68,12 @@ def answering(quiet: bool, kept: str | None = None, *, streaming: bool = False) 
     except (ValueError, OSError) as error:
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(1) from None
+
+
+def tell(notes: Iterable[str], progress: tables.Progress) -> None:
+    """Say on stderr what of a source is not followed or not written back (`Checkpoint.notes`)."""
+    for note in notes:
+        progress.note(f"note: {note}")
 
 
 def print_json(document: dict[str, Any]) -> None:

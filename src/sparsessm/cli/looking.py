@@ -19,7 +19,7 @@ from ..methods.structured import SELECTIONS
 from ..patterns import NofM, Structured, Unstructured
 from ..recipe import Recipe, window_length
 from ..report import checked
-from .answering import Json, Length, Quiet, Tokenizer, answering, app, field, print_json
+from .answering import Json, Length, Quiet, Tokenizer, answering, app, field, print_json, tell
 
 Models = Annotated[list[str], typer.Argument(help="Models; all others are compared with the first.")]
 TEXT_HELP = str(Recipe.model_fields["data"].description).replace("Calibration", "Evaluation")
@@ -59,6 +59,7 @@ def evaluate(
         for model in models:
             progress.say(f"model {model}")
             checkpoint = sparsessm.load(model, tokenizer=tokenizer)
+            tell(checkpoint.notes, progress)
             options: dict[str, Any] = {"limit": limit, "progress": progress}
             if tasks is not None:
                 zero_shots[model] = zero_shot(
@@ -84,11 +85,12 @@ def inspect(
     quiet: Quiet = False,
 ) -> None:
     """Say what is in a result: its record, and what its tensors themselves say."""
-    with answering(quiet):
+    with answering(quiet) as progress:
         from ..checkpoint import read_record
         from ..inventory import inspection, inspection_tables
 
         checkpoint = sparsessm.load(directory, tokenizer=tokenizer)
+        tell(checkpoint.notes, progress)
         record = checked(read_record(directory), f"{directory}/pruning.json")
         facts = inspection(checkpoint, directory, record)
     if as_json:

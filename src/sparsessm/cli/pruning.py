@@ -19,7 +19,7 @@ from .. import machine, tables
 from ..data import fingerprint
 from ..recipe import Recipe
 from ..report import percent, perplexity_table, removed_table, versions
-from .answering import Force, Json, Length, Quiet, Tokenizer, answering, app, field, print_json
+from .answering import Force, Json, Length, Quiet, Tokenizer, answering, app, field, print_json, tell
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
@@ -104,6 +104,7 @@ def prune(
         if out is not None:
             refuse_existing(out, force, wanted.model)
         checkpoint = sparsessm.load(wanted.model, tokenizer=wanted.tokenizer)
+        tell(checkpoint.notes, progress)
         wanted = sparsessm.resolve(checkpoint, wanted)
         plan = sparsessm.planned(checkpoint, wanted)
         if out is None or dry_run:
@@ -252,6 +253,7 @@ def analyze(
                 raise ValueError(f"{str(picture)!r} is a directory; the picture cannot be written there")
         shares = analysis.parse_sparsities(sparsities)
         checkpoint = sparsessm.load(model, tokenizer=tokenizer)
+        tell(checkpoint.notes, progress)
         options: dict[str, Any] = {"data": data, "column": column, "samples": samples, "windows": windows}
         options |= {"length": length, "weight": weight, "seed": seed}
         options |= {"out": out, "force": force, "progress": progress}

@@ -12,7 +12,7 @@ import typer
 
 from .. import tables
 from ..report import kind_of, percent
-from .answering import Force, Json, Quiet, Tokenizer, answering, app, print_json
+from .answering import Force, Json, Quiet, Tokenizer, answering, app, print_json, tell
 
 if TYPE_CHECKING:
     from ..checkpoint import Encoded
@@ -107,6 +107,7 @@ def pack(
 
         progress.say(f"packing {model}")
         done = packing(model, out, dtype=dtype, head=head, force=force, tokenizer=tokenizer)
+        tell(done.notes, progress)
     kinds: dict[str, list[Any]] = {}
     for name, tensor in done.packed.tensors.items():
         kind = kinds.setdefault(kind_of(name), [0, 0, set()])

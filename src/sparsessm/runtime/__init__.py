@@ -113,13 +113,15 @@ def _model(packed: Packed, tokenizer: Any, threads: int | None) -> Model:
     """Join the parts; which tokens begin and end a text, the stock model's generation config says first."""
     from sparsessm.checkpoint import reading
     from sparsessm.checkpoint.files import parse_json
+    from sparsessm.checkpoint.known_fields import generation_fields
 
     from .generation import Model
 
     config = reading.stock_config(packed.source, packed.config, False)
     engine = engine_of(config, packed.tensors, threads)
     text = packed.files.get(reading.GENERATION)
-    generation = SimpleNamespace(**parse_json(text, reading.GENERATION)) if text else None
+    fields = parse_json(text, f"{packed.source}/{reading.GENERATION}") if text else {}
+    generation = SimpleNamespace(**generation_fields(fields)[0])
 
     def told(role: str) -> list[int]:
         for holder in (generation, config, tokenizer):

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, overload
 import torch
 from torch import Tensor
 
+from ..checkpoint.tokenizing import encode
 from .base import Engine
 from .sampling import Sampling, choose
 from .state import State
@@ -213,7 +214,7 @@ class Model:
             ValueError: neither text nor token ids, or an id outside the vocabulary.
         """
         if isinstance(prompt, str):
-            ids = self.tokenizer(prompt, add_special_tokens=special, verbose=False)["input_ids"]
+            ids = encode(self.tokenizer, prompt, add_special_tokens=special)["input_ids"]
         elif isinstance(prompt, Tensor) and prompt.dim() == 1:
             ids = prompt.tolist()
         elif isinstance(prompt, Sequence) and not isinstance(prompt, (bytes, bytearray)):

@@ -1,0 +1,295 @@
+"""What lies beside the weights of a checkpoint: which files are carried over, and what is no checkpoint.
+
+The rule is one of names and sizes: every ordinary file that holds no weights, is not hidden and not large
+goes into the result as bytes; what does not is said. None of them is run. `reading.py` reads them,
+`writing.py` asks here what a directory that it may replace can hold.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from .container import PACKED
+from .files import BIN, CONFIG, SAFETENSORS, few
+
+RECORD, GENERATION, CARD = "pruning.json", "generation_config.json", "README.md"
+TEMPLATES = "additional_chat_templates"
+LARGE = 10 << 20
+"""Bytes of the largest file that is carried over, but for the tokenizer's."""
+_ALL = 64 << 20  # bytes of all files but the tokenizer's
+_MANY = 500  # files
+
+_WORDS = (  # by which a tokenizer splits a text
+    "tokenizer*.json",
+    "*.tiktoken",
+    "*.model",
+    "*.model.v*",
+    "vocab.*",
+    "*.vocab",
+    "merges.txt",
+    "*.spm",
+    "*.codes",
+    "tekken.json",
+)
+_ABOUT_WORDS = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "normalizer.json",
+    "chat_template*",
+    f"{TEMPLATES}/*.jinja",
+)
+_FOLDERS = {TEMPLATES: "*.jinja", "custom_generate": "*"}
+"""Folders of which stock code knows, and which of their files it reads."""
+_WEIGHTS = (
+    *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.ggml", "*.h5", "*.msgpack", "*.ot"),
+    *(
+        "*.onnx",
+        "*.onnx_data",
+        "*.npz",
+        "*.npy",
+        "*.pkl",
+        "*.pickle",
+        "*.tflite",
+        "*.mlmodel",
+        "*.index.json",
+    ),
+)
+_HEADED = {CONFIG, GENERATION, "tokenizer_config.json", "processor_config.json", "preprocessor_config.json"}
+"""Files that may name code under `auto_map`."""
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_IMPORT = re.compile(
+    r"^[ \t]*(?:from[ \t]+\.([\w.]*)[ \t]+import[ \t]+([\w, \t]+)|import[ \t]+\.([\w.]+))", re.M
+)
+
+
+def is_tokenizer_file(name: str) -> bool:
+    """True for a part of a tokenizer, by its name in a checkpoint directory."""
+    return is_vocabulary(name) or any(fnmatch(name, pattern) for pattern in _ABOUT_WORDS)
+
+
+def is_vocabulary(name: str) -> bool:
+    """True for a file that a tokenizer takes its tokens from."""
+    about = any(fnmatch(name, pattern) for pattern in _ABOUT_WORDS)
+    return not about and any(fnmatch(name, pattern) for pattern in _WORDS)
+
+
+def is_usual(name: str) -> bool:
+    """True for a name that only checkpoints have: what `--force` may remove with one."""
+    usual = (CONFIG, GENERATION, RECORD, CARD, "LICENSE*", "NOTICE*", PACKED, "model*.safetensors")
+    usual += ("pytorch_model*.bin", "*.index.json", "processor_config.json", "preprocessor_config.json")
+    return is_tokenizer_file(name) or any(fnmatch(name, pattern) for pattern in usual)
+
+
+def carried(folder: Path) -> tuple[dict[str, bytes], tuple[str, ...]]:
+    """The files of a checkpoint directory that its result has too, by their paths in it, and what to say.
+
+    Left out without a word: hidden files, the record and the card of an earlier run, the weights.
+    """
+    files: dict[str, bytes] = {}
+    left: list[str] = []
+    room = _ALL
+    read = {SAFETENSORS, BIN, PACKED, f"{SAFETENSORS}.index.json", f"{BIN}.index.json"}
+    for name, path in _candidates(folder, left):
+        if name in (RECORD, CARD):
+            continue
+        if any(fnmatch(name.lower(), pattern) for pattern in _WEIGHTS):
+            if name not in read and not re.fullmatch(
+                r"(model|pytorch_model)-\d+-of-\d+\.(safetensors|bin)", name
+            ):
+                left.append(name)
+            continue
+        size = path.stat().st_size
+        known = is_tokenizer_file(name) or name in _HEADED
+        if not known and (size > min(LARGE, room) or len(files) >= _MANY or _leads_out(path, folder)):
+            left.append(name)
+            continue
+        try:
+            files[name] = path.read_bytes()
+        except OSError as error:
+            if known:
+                raise ValueError(f"{path}: not readable ({error})") from error
+            left.append(name)
+            continue
+        room -= 0 if known else size
+    notes = []
+    if left:
+        what = f"left out of what is written: {few([ascii(name)[1:-1] for name in sorted(left)])}"
+        notes.append(what)
+    if missing := sorted(name for name in _code_named(files) if name not in files):
+        notes.append(
+            f"auto_map names files that are not there: {few([ascii(name)[1:-1] for name in missing])}"
+        )
+    return files, tuple(notes)
+
+
+def tokenizer_files(folder: Path) -> dict[str, bytes]:
+    """The files of the tokenizer in a directory, by their paths in it."""
+    paths = {name: path for name, path in _candidates(folder, []) if is_tokenizer_file(name)}
+    return {name: path.read_bytes() for name, path in paths.items()}
+
+
+def has_vocabulary(folder: Path) -> bool:
+    """True if a directory has a file that a tokenizer takes its tokens from."""
+    return any(is_vocabulary(path.name) and path.is_file() for path in folder.iterdir())
+
+
+def unusual(files: Mapping[str, Any]) -> list[str]:
+    """Of the files carried over, those whose names say nothing: a record lists them."""
+    return sorted(name for name in files if not is_usual(name))
+
+
+def _candidates(folder: Path, left: list[str]) -> Iterator[tuple[str, Path]]:
+    """(path in the directory, file) of what may be carried over; `left` gets what is passed over."""
+    code: list[str] = []
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.is_file():
+            yield path.name, path
+            if path.name in _HEADED or path.suffix == ".py":
+                code.append(path.name)
+        elif path.is_dir() and (pattern := _FOLDERS.get(path.name)):
+            for inner in sorted(path.glob(pattern)):
+                if inner.is_file() and not inner.name.startswith("."):
+                    yield f"{path.name}/{inner.name}", inner
+        elif path.is_dir() and path.name == "__pycache__":
+            continue
+        elif not path.is_dir() or not _holds_code(path):
+            left.append(f"{path.name}/" if path.is_dir() else path.name)
+    for name in _code(folder, code):
+        yield name, folder / name
+
+
+def _holds_code(folder: Path) -> bool:
+    return any(folder.glob("*.py"))
+
+
+def _code(folder: Path, start: list[str]) -> list[str]:
+    """Files of code in folders of the directory that files of it name: by `auto_map`, or by an import."""
+    found: list[str] = []
+    texts = {name: _text(folder / name) for name in start}
+    asked = [*_code_named({n: text.encode() for n, text in texts.items() if n in _HEADED})]
+    asked += [name for at in start if at.endswith(".py") for name in _imported(at, texts[at])]
+    while asked and len(found) < _MANY:
+        name = asked.pop()
+        if (
+            "/" not in name
+            or name in found
+            or not (folder / name).is_file()
+            or _leads_out(folder / name, folder)
+        ):
+            continue
+        found.append(name)
+        asked += _imported(name, _text(folder / name))
+    return sorted(found)
+
+
+def _imported(at: str, text: str) -> list[str]:
+    """Paths of files that a file of code may import by relative names."""
+    found = []
+    for module, names, plain in _IMPORT.findall(text):
+        up = len(module) - len(module.lstrip("."))
+        base = at.split("/")[:-1]
+        if up > len(base):
+            continue
+        base = base[: len(base) - up]
+        parts = [part for part in (module.lstrip(".") or plain).split(".") if part]
+        found.append("/".join([*base, *parts]) + ".py" if parts else "")
+        found.append("/".join([*base, *parts, "__init__.py"]))
+        found += [
+            "/".join([*base, *parts, name.strip()]) + ".py" for name in names.split(",") if name.strip()
+        ]
+    return [name for name in found if name]
+
+
+def _code_named(files: Mapping[str, bytes]) -> set[str]:
+    """Files of code beside the model that the `auto_map` of its files names."""
+    found: set[str] = set()
+    for name in _HEADED & files.keys():
+        try:
+            fields = json.loads(files[name])
+        except (ValueError, RecursionError):
+            continue  # whoever needs the file says so
+        told = fields.get("auto_map") if isinstance(fields, dict) else None
+        values = list(told.values()) if isinstance(told, dict) else [told]
+        flat = [one for value in values for one in (value if isinstance(value, list) else [value])]
+        for one in flat:  # "repository--module.Class" is somewhere else
+            if isinstance(one, str) and re.fullmatch(r"\w+(\.\w+)+", one):
+                found.add(one.rpartition(".")[0].replace(".", "/") + ".py")
+    return found
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8") if path.stat().st_size <= LARGE else ""
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def _leads_out(path: Path, folder: Path) -> bool:
+    """True for a link to somewhere else; the hub's cache has links into a folder of its own."""
+    real, home = path.resolve(), folder.resolve()
+    cache = home.parent.parent
+    return not real.is_relative_to(home) and not (
+        home.parent.name == "snapshots" and real.is_relative_to(cache)
+    )
+
+
+# ----------------------------------------------------------------------------------- what is no checkpoint
+
+
+def refuse_others(source: str, folder: Path, *, weights: bool) -> None:
+    """Refuse a directory that is no model but looks like one.
+
+    Args:
+        weights: the model is wanted, not only the files beside it.
+
+    Raises:
+        ValueError: an adapter, alone or beside a model; files of git-lfs that were not fetched.
+    """
+    wanted = [
+        path for path in sorted(folder.iterdir()) if weights or path.suffix not in (".safetensors", ".bin")
+    ]
+    for path in wanted:
+        if is_usual(path.name) and is_pointer(path):
+            raise ValueError(
+                f"{path}: a pointer of git-lfs, not the file itself; fetch it with `git lfs pull`"
+            )
+    if weights and any(
+        path.name == "adapter_config.json" or fnmatch(path.name, "adapter_model.*") for path in wanted
+    ):
+        _refuse_adapter(source, folder)
+
+
+def is_pointer(path: Path) -> bool:
+    """True for what git leaves in place of a large file that was not fetched."""
+    try:
+        if not path.is_file() or path.stat().st_size > 1024:
+            return False
+        with open(path, "rb") as content:
+            return content.read(len(_POINTER)) == _POINTER
+    except OSError:
+        return False
+
+
+def _refuse_adapter(source: str, folder: Path) -> None:
+    try:
+        told = json.loads((folder / "adapter_config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        told = {}
+    base = told.get("base_model_name_or_path") if isinstance(told, dict) else None
+    of = f" of {ascii(base)[:200]}" if isinstance(base, str) and base else ""
+    merge = "merge it into its base model first (in PEFT: merge_and_unload, then save_pretrained)"
+    weights = (SAFETENSORS, BIN, f"{SAFETENSORS}.index.json", f"{BIN}.index.json", PACKED)
+    if any((folder / name).exists() for name in weights):
+        raise ValueError(
+            f"{source!r} holds an adapter (PEFT){of} beside a model, which alone would be pruned or run "
+            f"without it; {merge}, or move the files adapter_* away to take the model as it is"
+        )
+    raise ValueError(f"{source!r} is an adapter (PEFT){of}, not a model; {merge}")
