@@ -15,14 +15,14 @@ Importing it is light; torch and transformers come in with the first call.
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 from . import runtime
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
     from torch.nn import Module
 
@@ -35,14 +35,22 @@ if TYPE_CHECKING:
     from .checkpoint import Checkpoint
 
 __all__ = ["evaluate", "load", "prune", "runtime", "save"]
-try:
-    __version__ = version("sparsessm")
-except PackageNotFoundError:  # a source tree on the path, not installed
-    __version__ = "0+unknown"
 
 # Models that `prune` has changed in this process: their `source` no longer says all that they are.
 _pruned: WeakSet[Module] = WeakSet()
 Progress = Callable[[str, int, int], None]  # (stage, done, total)
+
+
+def __getattr__(name: str) -> str:
+    """`__version__`, looked up when somebody wants it: what looks it up is slow to import."""
+    if name != "__version__":
+        raise AttributeError(f"module 'sparsessm' has no attribute {name!r}")
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("sparsessm")
+    except PackageNotFoundError:  # a source tree on the path, not installed
+        return "0+unknown"
 
 
 def load(source: str | Path, tokenizer: str | None = None) -> Checkpoint:
