@@ -100,7 +100,7 @@ void selective_scan(const std::string &level, int threads, Floats<3> u, Floats<3
     s.last = last.data();
     const Level &kernels = find(level);
     nb::gil_scoped_release release;
-    kernels.scan(s, threads);
+    kernels.scan(s, bounded(threads));
 }
 
 void selective_scan_stats(const std::string &level, int threads, Floats<3> u, Floats<3> delta, Floats<2> A, Floats<3> B,
@@ -129,7 +129,7 @@ void selective_scan_stats(const std::string &level, int threads, Floats<3> u, Fl
     if (!o.energy != !o.decay) throw std::invalid_argument("energy and decay come together");
     const Level &kernels = find(level);
     nb::gil_scoped_release release;
-    kernels.stats(s, o, threads);
+    kernels.stats(s, o, bounded(threads));
 }
 
 void selective_scan_backward(const std::string &level, int threads, Floats<3> dy, Floats<3> u, Floats<3> delta,
@@ -151,7 +151,7 @@ void selective_scan_backward(const std::string &level, int threads, Floats<3> dy
     g.dA = dA.data(), g.dB = dB.data(), g.dC = dC.data(), g.dD = dD.data();
     const Level &kernels = find(level);
     nb::gil_scoped_release release;
-    kernels.backward(s, g, threads);
+    kernels.backward(s, g, bounded(threads));
 }
 
 void causal_conv1d(const std::string &level, int threads, Floats<3> x, Floats<2> weight, std::optional<Floats<1>> bias,
@@ -168,7 +168,7 @@ void causal_conv1d(const std::string &level, int threads, Floats<3> x, Floats<2>
     c.silu = silu;
     const Level &kernels = find(level);
     nb::gil_scoped_release release;
-    kernels.conv(c, threads);
+    kernels.conv(c, bounded(threads));
 }
 
 void ssd_scan(const std::string &level, int threads, Floats<3> u, Floats<3> delta, Floats<1> A, Floats<3> B, Floats<3> C,
@@ -194,7 +194,7 @@ void ssd_scan(const std::string &level, int threads, Floats<3> u, Floats<3> delt
     if (sampled) s.sampled = packed("states", sampled, {s.batch, s.length / every, s.heads, s.channels, s.states});
     const Level &kernels = find(level);
     nb::gil_scoped_release release;
-    kernels.dual(s, threads);
+    kernels.dual(s, bounded(threads));
 }
 
 } // namespace

@@ -51,10 +51,23 @@ def load(
         threads: so many, of the whole process; None: as many as torch uses.
 
     Raises:
+        TypeError: `path` or `tokenizer` is neither text nor a path.
         ValueError: `threads` below 1 or far above the machine's processors, a model that does not run here
             (hybrids), or as `sparsessm.load`.
     """
     threads = checked_threads(threads)
+    from sparsessm.checkpoint.given import checked_path, undisturbed
+
+    checked_path("path", path)
+    if tokenizer is not None:
+        checked_path("tokenizer", tokenizer)
+    with undisturbed():
+        return _loaded(path, tokenizer, threads)
+
+
+def _loaded(
+    path: str | os.PathLike[str], tokenizer: str | os.PathLike[str] | None, threads: int | None
+) -> Model:
     from sparsessm import checkpoint
     from sparsessm.architectures import MODEL_TYPES
     from sparsessm.checkpoint import packed, reading
@@ -82,15 +95,18 @@ def of(checkpoint: Checkpoint, *, threads: int | None = None) -> Model:
         threads: as in `load`.
 
     Raises:
-        ValueError: a model that does not run here.
+        ValueError: a model that does not run here, or a checkpoint as in `sparsessm.prune`.
+        TypeError: something else than a checkpoint.
     """
     threads = checked_threads(threads)
     from sparsessm.checkpoint import packed
+    from sparsessm.checkpoint.given import working
 
     from .base import refuse_unsupported
 
-    refuse_unsupported(checkpoint.model.config)
-    return _model(packed.of(checkpoint), checkpoint.tokenizer, threads)
+    with working(checkpoint, "runtime.of"):
+        refuse_unsupported(checkpoint.model.config)
+        return _model(packed.of(checkpoint), checkpoint.tokenizer, threads)
 
 
 def engine_of(config: Any, tensors: Mapping[str, Encoded], threads: int | None) -> Engine:

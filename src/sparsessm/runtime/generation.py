@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, overload
 import torch
 from torch import Tensor
 
+from ..checkpoint.given import undisturbed
 from .base import Engine
 from .sampling import Sampling, choose
 from .state import State
@@ -125,6 +126,7 @@ class Model:
         state: State | None = None,
     ) -> list[Generated]: ...
 
+    @undisturbed()
     def generate(
         self,
         prompt: Prompt | Batch,
@@ -183,6 +185,7 @@ class Model:
         done = [self._generated(sequence, begun) for sequence in sequences]
         return done if many else done[0]
 
+    @undisturbed()
     def logits(self, ids: Prompt) -> Tensor:
         """The logits after every token, from the beginning of a text.
 
