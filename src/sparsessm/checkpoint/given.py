@@ -110,7 +110,7 @@ def _unlike_loaded(tensor: torch.Tensor) -> str | None:
     if type(tensor) is not nn.Parameter or type(tensor.data) is not torch.Tensor:
         return f"is a {type(tensor.data).__name__}; plain dense tensors are needed"
     if tensor.dtype != torch.float32:
-        return f"is {tensor.dtype}; convert the model back with model.float(); save writes the dtypes of the file"
+        return f"is {tensor.dtype}; convert the model back with model.float(), as load made it"
     return None
 
 
