@@ -96,7 +96,9 @@ def prune(
         TypeError: something else than a checkpoint, a recipe or a function.
     """
     from sparsessm.checkpoint.given import working
+    from sparsessm.runtime.threads import refuse_torch_threads
 
+    refuse_torch_threads()
     _refuse_uncallable(progress)
     with working(checkpoint, "prune"):
         resolved, tokens, advice = settle(checkpoint, resolve(checkpoint, recipe, **fields), progress)
@@ -258,7 +260,9 @@ def evaluate(
     from sparsessm.data import evaluation_windows
     from sparsessm.evaluation import perplexity
     from sparsessm.recipe import window_length
+    from sparsessm.runtime.threads import refuse_torch_threads
 
+    refuse_torch_threads()
     _refuse_uncallable(progress)
     checked_path("data", data)
     for name, value, least in (("length", length, 2), ("limit", limit, 1)):

@@ -6,6 +6,7 @@ Place in the flow: what `cli.main` runs once it is in control.
 from __future__ import annotations
 
 import io
+import os
 import sys
 from typing import Annotated
 
@@ -16,6 +17,7 @@ import sparsessm
 from .. import kernels, tables
 from . import looking, measuring, pruning, running
 from .answering import app
+from .ending import TRACEBACK
 from .looking import evaluate, inspect, list_
 from .measuring import bench
 from .pruning import analyze, demo, prune
@@ -40,6 +42,10 @@ __all__ = [
     "unpack",
 ]
 
+ABORTED = (
+    f"error: a library ended the process, as it does where memory is short; {TRACEBACK}=1 in the environment "
+    "lets it dump core\n"
+)
 _Mistake: type[BaseException] = typer.BadParameter.__mro__[2]  # ClickException, of whichever click typer uses
 
 
@@ -52,6 +58,8 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 def run() -> int:
     """Run the command of `sys.argv`; returns its exit code."""
+    if kernels.NATIVE and not os.environ.get(TRACEBACK):
+        kernels.extension().end_on_abort(ABORTED)
     try:
         return app(standalone_mode=False) or 0
     except _Mistake as error:

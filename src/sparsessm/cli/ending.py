@@ -12,6 +12,7 @@ what is on the disk, says it in one line and ends the process.
 from __future__ import annotations
 
 import atexit
+import errno
 import os
 import signal
 import sys
@@ -184,7 +185,7 @@ def is_shortage(error: BaseException | None) -> bool:
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
-        if isinstance(error, MemoryError) or getattr(error, "errno", None) == 12:
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
             return True
         if any(short in str(error).lower() for short in _SHORT):
             return True

@@ -7,9 +7,12 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <csignal>
+#include <cstring>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <unistd.h>
 #include <vector>
 
 namespace nb = nanobind;
@@ -197,6 +200,22 @@ void ssd_scan(const std::string &level, int threads, Floats<3> u, Floats<3> delt
     kernels.dual(s, bounded(threads));
 }
 
+char abort_line[512];
+size_t abort_size;
+
+void at_abort(int) { // only what a signal's handler may call
+    if (write(2, abort_line, abort_size) < 0) _exit(1);
+    _exit(1);
+}
+
+// A library that aborts (Rust does where there is no memory) ends the process with this line and exit code 1. Only for a
+// program: what is unfinished on the disk is left to whoever writes there next.
+void end_on_abort(const std::string &line) {
+    abort_size = std::min(line.size(), sizeof abort_line);
+    std::memcpy(abort_line, line.data(), abort_size);
+    std::signal(SIGABRT, at_abort);
+}
+
 } // namespace
 
 NB_MODULE(_native, m) {
@@ -208,6 +227,7 @@ NB_MODULE(_native, m) {
         for (const Level *level : supported()) names.push_back(level->name);
         return names;
     });
+    m.def("end_on_abort", &end_on_abort, nb::arg("line"));
     m.def("selective_scan", &selective_scan, nb::arg("level"), nb::arg("threads"), array("u"), array("delta"),
           array("A"), array("B"), array("C"), array("D"), maybe("z"), maybe("initial_state"), array("y"),
           array("last_state"));

@@ -25,7 +25,7 @@ from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from .threads import checked_threads
+from .threads import checked_threads, refuse_torch_threads
 
 if TYPE_CHECKING:
     from sparsessm.checkpoint import Checkpoint, Encoded, Packed
@@ -119,6 +119,7 @@ def engine_of(config: Any, tensors: Mapping[str, Encoded], threads: int | None) 
 
     refuse_unsupported(config)
     threads = checked_threads(threads)
+    refuse_torch_threads()
     if threads is not None:
         torch.set_num_threads(threads)
     if kernels.NATIVE and kernels.LEVEL != "reference":

@@ -20,6 +20,7 @@ from .base import Engine
 from .sampling import Sampling, choose
 from .state import State
 from .text import Stream
+from .threads import refuse_torch_threads
 
 Ids = Sequence[int] | Tensor
 Prompt = str | Ids
@@ -164,6 +165,7 @@ class Model:
                 model without a token that begins a text, a state of another model or a damaged one, or logits
                 that are not finite.
         """
+        refuse_torch_threads()
         sampling = Sampling(temperature, top_k, top_p)
         if type(max_new_tokens) is not int or max_new_tokens < 0:
             raise ValueError(f"max_new_tokens is {max_new_tokens!r}; allowed: a whole number from 0")
@@ -198,6 +200,7 @@ class Model:
         Raises:
             ValueError: no token, or one outside the vocabulary.
         """
+        refuse_torch_threads()
         tokens = self.encode(ids)
         if not tokens:
             raise ValueError("no tokens; logits follow at least one")

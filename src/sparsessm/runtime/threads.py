@@ -27,3 +27,18 @@ def checked_threads(threads: object) -> int | None:
             f"{os.cpu_count()} processors), or none"
         )
     return threads
+
+
+def refuse_torch_threads() -> None:
+    """Refuse a number of threads that torch was told, in Python: kernels take it over.
+
+    Raises:
+        ValueError: it is above what this machine can have.
+    """
+    import torch
+
+    if (told := torch.get_num_threads()) > MOST_THREADS:
+        raise ValueError(
+            f"torch was told to use {told} threads; allowed: up to {MOST_THREADS} (this machine has "
+            f"{os.cpu_count()} processors)"
+        )
