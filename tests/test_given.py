@@ -87,6 +87,11 @@ def _wrapped(checkpoint: Checkpoint) -> None:
     checkpoint.model = nn.DataParallel(checkpoint.model)  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def _shortened(checkpoint: Checkpoint) -> None:
+    layers: Any = checkpoint.model.get_submodule("backbone.layers")
+    del layers[1]
+
+
 def _sparse(checkpoint: Checkpoint) -> None:
     in_proj(checkpoint).weight = nn.Parameter(in_proj(checkpoint).weight.data.to_sparse())
 
@@ -103,7 +108,7 @@ CHANGES: dict[str, tuple[Callable[[Checkpoint], Any], str]] = {
     "float16": (lambda c: c.model.half(), "is torch.float16; convert the model back"),
     "float64": (lambda c: c.model.double(), "is torch.float64; convert the model back"),
     "one tensor": (lambda c: in_proj(c).bfloat16(), "layers.1.mixer.in_proj.weight is torch.bfloat16"),
-    "meta": (lambda c: c.model.to("meta"), "is on the meta device"),
+    "meta": (lambda c: nn.Module.to(c.model, "meta"), "is on the meta device"),
     "compiled": (_compiled, "the model is compiled"),
     "wrapped": (_wrapped, "of type DataParallel, not the stock model"),
     "parametrised": (
@@ -116,7 +121,7 @@ CHANGES: dict[str, tuple[Callable[[Checkpoint], Any], str]] = {
     ),
     "sparse": (_sparse, r"in_proj.weight is a tensor of another kind \(torch.sparse_coo\)"),
     "quantised": (_quantised, "no tensor backbone.layers.0.mixer.in_proj.weight any more"),
-    "without a layer": (lambda c: c.model.backbone.layers.pop(1), "no tensor backbone.layers.1"),
+    "without a layer": (_shortened, "no tensor backbone.layers.1"),
 }
 
 
