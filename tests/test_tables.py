@@ -165,13 +165,3 @@ def test_words_are_left_and_numbers_right_and_nothing_is_markup(capsys: Capture)
     tables.show(tables.table("T", ["name", "number"], [["[red]a", "1"], ["longer name", "1000"]]))
     row = next(line for line in capsys.readouterr().out.splitlines() if "[red]a" in line)
     assert re.fullmatch(r"│ \[red\]a +│ +1 │", row)
-
-
-def test_an_interrupt_that_was_swallowed_is_raised_at_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables.Progress, "_ended", None)
-    progress = tables.Progress(quiet=True)
-    progress("work", 1, 3)
-    with pytest.raises(KeyboardInterrupt):
-        tables.Progress.end(KeyboardInterrupt())
-    with pytest.raises(KeyboardInterrupt):
-        progress("work", 2, 3)

@@ -15,14 +15,14 @@ Importing it is light; torch and transformers come in with the first call.
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 from . import runtime
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
     from torch.nn import Module
 
@@ -35,14 +35,22 @@ if TYPE_CHECKING:
     from .checkpoint import Checkpoint
 
 __all__ = ["evaluate", "load", "prune", "runtime", "save"]
-try:
-    __version__ = version("sparsessm")
-except PackageNotFoundError:  # a source tree on the path, not installed
-    __version__ = "0+unknown"
 
 # Models that `prune` has changed in this process: their `source` no longer says all that they are.
 _pruned: WeakSet[Module] = WeakSet()
 Progress = Callable[[str, int, int], None]  # (stage, done, total)
+
+
+def __getattr__(name: str) -> str:
+    """`__version__`, looked up when somebody wants it: what looks it up is slow to import."""
+    if name != "__version__":
+        raise AttributeError(f"module 'sparsessm' has no attribute {name!r}")
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("sparsessm")
+    except PackageNotFoundError:  # a source tree on the path, not installed
+        return "0+unknown"
 
 
 def load(source: str | Path, tokenizer: str | None = None) -> Checkpoint:
@@ -57,8 +65,13 @@ def load(source: str | Path, tokenizer: str | None = None) -> Checkpoint:
             corrupt or not finite.
     """
     from . import checkpoint
+    from .checkpoint.given import checked_path, undisturbed
 
-    return checkpoint.load(str(source), tokenizer=tokenizer)
+    checked_path("source", source)
+    if tokenizer is not None:
+        checked_path("tokenizer", tokenizer)
+    with undisturbed():
+        return checkpoint.load(str(source), tokenizer=tokenizer)
 
 
 def prune(
@@ -78,12 +91,20 @@ def prune(
 
     Raises:
         ValueError: an unknown or impossible field, a text shorter than one window, or activations that are
-            not finite.
+            not finite; a model that is not as `load` gave it (float32, on the CPU, not compiled or
+            parametrised), or that another thread works on.
+        TypeError: something else than a checkpoint, a recipe or a function.
     """
-    resolved, tokens, advice = settle(checkpoint, resolve(checkpoint, recipe, **fields), progress)
-    report = follow(checkpoint, resolved, tokens, progress)
-    report.advice = advice
-    return report
+    from sparsessm.checkpoint.given import working
+    from sparsessm.runtime.threads import refuse_torch_threads
+
+    refuse_torch_threads()
+    _refuse_uncallable(progress)
+    with working(checkpoint, "prune"):
+        resolved, tokens, advice = settle(checkpoint, resolve(checkpoint, recipe, **fields), progress)
+        report = follow(checkpoint, resolved, tokens, progress)
+        report.advice = advice
+        return report
 
 
 def resolve(checkpoint: Checkpoint, recipe: Recipe | None = None, **fields: Any) -> Recipe:
@@ -91,14 +112,22 @@ def resolve(checkpoint: Checkpoint, recipe: Recipe | None = None, **fields: Any)
 
     Raises:
         ValueError: an unknown or impossible field, a rule that hits nothing, or a pattern that does not fit
-            the model's matrices.
+            the model's matrices; a checkpoint as in `prune`.
+        TypeError: as `prune`.
     """
+    from sparsessm.checkpoint.given import working
     from sparsessm.recipe import Recipe
 
-    recipe = (recipe or Recipe()).updated(**{**fields, "tokenizer": checkpoint.tokenizer_source})
-    recipe = recipe.resolved(model=checkpoint.source, trained_length=checkpoint.trained_length)
-    planned(checkpoint, recipe)  # refuses what does not fit the model
-    return recipe
+    if recipe is not None and not isinstance(recipe, Recipe):
+        raise TypeError(f"recipe is of type {type(recipe).__name__}; allowed: a Recipe (see Recipe.load)")
+    for name, value in fields.items():
+        if isinstance(value, bool) and name != "diagonal":  # pydantic takes True as 1
+            raise ValueError(f"{name} is {value}; allowed: a number or a text")
+    with working(checkpoint, "resolve"):
+        recipe = (recipe or Recipe()).updated(**{**fields, "tokenizer": checkpoint.tokenizer_source})
+        recipe = recipe.resolved(model=checkpoint.source, trained_length=checkpoint.trained_length)
+        planned(checkpoint, recipe)  # refuses what does not fit the model
+        return recipe
 
 
 def planned(checkpoint: Checkpoint, recipe: Recipe) -> Plan | Order:
@@ -175,8 +204,17 @@ def follow(
     """Third step of `prune`: change the model as the resolved recipe says, looking at these tokens.
 
     Raises:
-        ValueError: activations that are not finite.
+        ValueError, TypeError: as `prune`.
     """
+    from sparsessm.checkpoint.given import working
+
+    with working(checkpoint, "prune"):
+        return _followed(checkpoint, recipe, tokens, progress)
+
+
+def _followed(
+    checkpoint: Checkpoint, recipe: Recipe, tokens: Tensor | None, progress: Progress | None
+) -> Report:
     from sparsessm.architectures import adapt
     from sparsessm.architectures.own import Own
     from sparsessm.inventory import contents
@@ -214,17 +252,35 @@ def evaluate(
         progress: called with (stage, done, total).
 
     Raises:
-        ValueError: unknown data, a column that is not there, or a text shorter than one window.
+        ValueError: unknown data, a column that is not there, or a text shorter than one window; a checkpoint
+            as in `prune`.
+        TypeError: an argument of another type.
     """
+    from sparsessm.checkpoint.given import checked_path, working
     from sparsessm.data import evaluation_windows
     from sparsessm.evaluation import perplexity
     from sparsessm.recipe import window_length
+    from sparsessm.runtime.threads import refuse_torch_threads
 
-    length = length or window_length(checkpoint.trained_length)
-    windows, n_bytes = evaluation_windows(
-        data, checkpoint.tokenizer, length=length, limit=limit, column=column
-    )  # (W, length)
-    return perplexity(checkpoint.model, windows, n_bytes, data=data, progress=progress)
+    refuse_torch_threads()
+    _refuse_uncallable(progress)
+    checked_path("data", data)
+    for name, value, least in (("length", length, 2), ("limit", limit, 1)):
+        if value is not None and type(value) is not int:
+            raise TypeError(f"{name} is {value!r}; allowed: a whole number, or none")
+        if value is not None and value < least:
+            raise ValueError(f"{name} is {value}; allowed: a whole number from {least}, or none")
+    with working(checkpoint, "evaluate"):
+        length = length or window_length(checkpoint.trained_length)
+        windows, n_bytes = evaluation_windows(
+            str(data), checkpoint.tokenizer, length=length, limit=limit, column=column
+        )  # (W, length)
+        return perplexity(checkpoint.model, windows, n_bytes, data=str(data), progress=progress)
+
+
+def _refuse_uncallable(progress: object) -> None:
+    if progress is not None and not callable(progress):
+        raise TypeError(f"progress is {progress!r}; allowed: a function of (stage, done, total), or none")
 
 
 def save(
@@ -242,8 +298,22 @@ def save(
         The directory.
 
     Raises:
-        ValueError: the directory exists and `force` is False.
+        ValueError: the directory exists and `force` is False; a checkpoint as in `prune`.
+        TypeError: an argument of another type.
     """
+    from sparsessm.checkpoint.given import checked_path, working
+    from sparsessm.report import Report
+
+    checked_path("path", path)
+    if report is not None and not isinstance(report, Report):
+        raise TypeError(f"report is of type {type(report).__name__}; allowed: what prune returned, or none")
+    if not isinstance(force, bool):
+        raise TypeError(f"force is {force!r}; allowed: True or False")
+    with working(checkpoint, "save"):
+        return _saved(checkpoint, path, report, force)
+
+
+def _saved(checkpoint: Checkpoint, path: str | Path, report: Report | None, force: bool) -> Path:
     from sparsessm.architectures.own import Own
     from sparsessm.checkpoint.reading import local_folder
 

@@ -29,6 +29,7 @@ from sparsessm.pipeline import priced
 from sparsessm.plan import make, words
 from sparsessm.recipe import Recipe, window_length
 from sparsessm.trials import Cell, measure
+from sparsessm.unfinished import undoing
 
 FORMAT = 1
 FILE = "analysis.json"
@@ -203,16 +204,17 @@ def write(path: Path, analysis: Analysis) -> None:
 def replace_file(path: Path, content: bytes) -> None:
     """Write a file so that it is always whole: the old one or the new one."""
     new = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+
+    def undo() -> None:
+        with suppress(OSError):
+            new.unlink(missing_ok=True)
+
+    with undoing(undo):
         with new.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(new, path)
-    except BaseException:
-        with suppress(OSError):
-            new.unlink()
-        raise
 
 
 def read(path: str | Path) -> Analysis:

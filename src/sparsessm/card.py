@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 
+from .inert import visible
 from .report import REMOVED_WORDS, Report, installed, kind_of, perplexity_table, recipe_table, removed_table
 
 
@@ -36,7 +37,7 @@ def card(report: Report, source: str, *, base_model: str | None = None, format: 
     )
     if report.pruned_before:
         repeat = "The model in memory had been pruned before: this is its last run, not all that was done."
-    return "\n".join(
+    text = "\n".join(
         [
             *front,
             "",
@@ -69,6 +70,7 @@ def card(report: Report, source: str, *, base_model: str | None = None, format: 
             "",
         ]
     )
+    return visible(text, allowed="\n")  # names of tensors and files are in it
 
 
 def _removed(report: Report) -> list[str]:

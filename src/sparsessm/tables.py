@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
-from typing import Self
+from typing import Self, TextIO
 
 from rich.columns import Columns
 from rich.console import Console, Group
@@ -27,6 +27,8 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
+from .inert import visible
+
 LINE_SECONDS = 10.0  # at most one plain progress line in so many seconds
 FILE_WIDTH = 120  # columns when the output is not a terminal
 
@@ -37,18 +39,16 @@ class Progress:
     Call it with (stage, done, total); use it as a context manager so that the terminal is restored.
     """
 
-    _ended: BaseException | None = None
-
     def __init__(self, quiet: bool = False) -> None:
-        self._console = Console(file=sys.stderr, markup=False, highlight=False)
+        self._console = console(sys.stderr)
         self._quiet = quiet
         self._bars: Bars | None = None
         self._bar: TaskID | None = None
-        self._stage, self._done = "", 0
+        self._stage, self._step, self._done = "", "", 0
         self._begun = self._printed = 0.0
         if self._console.is_terminal and not quiet:
             columns = (
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
@@ -57,12 +57,14 @@ class Progress:
             )
             self._bars = Bars(*columns, console=self._console)
 
-    @classmethod
-    def end(cls, why: BaseException) -> None:
-        """Raise `why` now, and again at the next step: a native call that was converting its arguments
-        swallows what a signal raises."""
-        cls._ended = why
-        raise why
+    @property
+    def doing(self) -> str:
+        """The step of the work that was reported last."""
+        return self._step or self._stage
+
+    def restored(self) -> bytes:
+        """What a terminal must be sent if the program ends now: bars hide the cursor."""
+        return b"\n\x1b[?25h" if self._bars else b""
 
     def __enter__(self) -> Self:
         if self._bars:
@@ -80,26 +82,26 @@ class Progress:
     def note(self, line: str) -> None:
         """Print a line that is no step of the work."""
         if not self._quiet:
-            self._console.print(line, soft_wrap=True)
+            self._console.print(visible(line), soft_wrap=True)
 
     def say(self, title: str) -> None:
         """Begin a step of the work; what is reported from now on belongs to it."""
-        self._stage = ""
+        self._stage, self._step = "", title
         if self._bars:
             self._finish()
-            self._bar = self._bars.add_task(title, total=None)  # a moving bar until its length is known
+            self._bar = self._bars.add_task(
+                visible(title), total=None
+            )  # a moving bar until its length is known
         else:
             self.note(title)
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        if self._ended:
-            raise self._ended
         if stage != self._stage or done < self._done:  # a stage may start anew: one budget over all layers
             self._stage = stage
             self._begun = self._printed = time.monotonic()
         self._done = done
         if self._bars:
-            self._bar = self._bars.add_task(stage) if self._bar is None else self._bar
+            self._bar = self._bars.add_task(visible(stage)) if self._bar is None else self._bar
             self._bars.update(self._bar, completed=done, total=total)
         elif not self._quiet:
             self._line(stage, done, total)
@@ -122,23 +124,47 @@ class Progress:
             self._bars.update(self._bar, completed=1, total=1)
 
 
+def console(stream: TextIO) -> Console:
+    """A console on a stream that shows text as it is. On stderr nothing that fails ends the work."""
+    file = getattr(stream, "styled", stream)  # of cli/streams.py, where the program runs as one
+    return Console(file=file, highlight=False, markup=False, emoji=False)
+
+
+def echo(text: str, *, err: bool = False, end: str = "\n") -> None:
+    """Print text as it is, its control characters made visible, on stdout or stderr.
+
+    Raises:
+        OSError: stdout cannot be written to.
+    """
+    stream = sys.stderr if err else sys.stdout
+    stream.write(visible(text, allowed="\n\t") + end)
+    stream.flush()
+
+
 def show(*parts: Group | str) -> None:
-    """Print on stdout, as wide as the terminal, or `FILE_WIDTH` columns in a file or pipe."""
-    console = Console(file=sys.stdout, highlight=False, markup=False)
-    if not console.is_terminal:
-        console = Console(file=sys.stdout, highlight=False, markup=False, width=FILE_WIDTH)
+    """Print on stdout, as wide as the terminal, or `FILE_WIDTH` columns in a file or pipe.
+
+    Raises:
+        OSError: stdout cannot be written to.
+    """
+    shown = console(sys.stdout)
+    if not shown.is_terminal:
+        shown.width = FILE_WIDTH
     for part in parts:
-        console.print(part)
+        shown.print(visible(part, allowed="\n") if isinstance(part, str) else part)
 
 
 def table(title: str, columns: Iterable[str], cells: Iterable[Iterable[str]], left: int = 1) -> Group:
     """A titled table of text cells; the first `left` columns are words, the others numbers."""
     result = Table()
     for number, column in enumerate(columns):
-        result.add_column(column, justify="left" if number < left else "right", overflow="fold")
+        justify = "left" if number < left else "right"
+        result.add_column(visible(column), justify=justify, overflow="fold")
     for line in cells:
-        result.add_row(*line)
-    return Group(Text(title, style="bold"), result)  # a Table's own title would wrap at the table's width
+        result.add_row(*map(visible, line))
+    return Group(
+        Text(visible(title), style="bold"), result
+    )  # a Table's own title would wrap at the table's width
 
 
 def heat_maps(
@@ -159,14 +185,14 @@ def heat_maps(
         result = Table()
         result.add_column("layer")
         for column in columns:
-            result.add_column(column, justify="right")
+            result.add_column(visible(column), justify="right")
         for row, line in zip(rows, values, strict=True):
             cells = [
                 Text("-") if value is None else Text(written(value), _heated(value, low, high))
                 for value in line
             ]
-            result.add_row(row, *cells)
-        parts.append(Group(Text(title, style="bold"), result))
+            result.add_row(visible(row), *cells)
+        parts.append(Group(Text(visible(title), style="bold"), result))
     return Group(Columns(parts, padding=(0, 2)))
 
 

@@ -12,17 +12,18 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import secrets
 import shutil
 import stat
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..foreign import is_text
+from ..unfinished import undoing
 
 _SAVING = ".saving-"
-_RANDOM = 8  # characters that `mkdtemp` adds
+_RANDOM = 8  # characters that tell siblings apart
 _INSIDE = 100  # bytes of the longest path below the sibling
 _MARGIN = 1 << 20  # bytes beside the tensors: the small files, and blocks that are not full
 
@@ -39,13 +40,22 @@ def replacing(target: Path, *, force: bool = False) -> Iterator[Path]:
     """
     target = target.resolve()
     recover(target)
-    parents = _make_parents(target.parent)
-    done = False
+    parents = _missing(target.parent)
+    staging = target.parent / f"{_prefix(target)}{secrets.token_hex(_RANDOM // 2)}"  # named before it is there
+
+    def undo() -> None:
+        _settle(staging, target)
+        for parent in parents:  # those that hold the result, or something of others, stay
+            with suppress(OSError):
+                parent.rmdir()
+
+    lock = None
     try:
-        staging = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
-        new, old = staging / "new", staging / "old"
-        lock = os.open(staging, os.O_RDONLY)
-        try:
+        with undoing(undo):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            staging.mkdir(mode=0o700)
+            new, old = staging / "new", staging / "old"
+            lock = os.open(staging, os.O_RDONLY)
             with suppress(OSError):  # a file system without locks: the sibling of a killed run then stays
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             new.mkdir()
@@ -56,16 +66,10 @@ def replacing(target: Path, *, force: bool = False) -> Iterator[Path]:
                     raise FileExistsError(f"{target} came into being while it was being written")
                 os.rename(target, old)
             os.rename(new, target)
-            done = True
-        finally:
-            _settle(staging, target)
-            os.close(lock)
         _flush_directory(target.parent)
     finally:
-        if not done:
-            for parent in parents:
-                with suppress(OSError):
-                    parent.rmdir()
+        if lock is not None:
+            os.close(lock)
 
 
 def recover(target: Path) -> None:
@@ -194,9 +198,14 @@ def _refuse_fixed(target: Path, shown: str) -> None:
 
 def _try(target: Path, nearest: Path) -> None:
     """Make a directory where the target or its first parent will be, and remove it."""
-    made = tempfile.mkdtemp(prefix=_prefix(target), dir=nearest)
-    with suppress(FileNotFoundError):  # another run may have cleared it up
-        os.rmdir(made)
+    made = nearest / f"{_prefix(target)}{secrets.token_hex(_RANDOM // 2)}"
+
+    def undo() -> None:
+        with suppress(FileNotFoundError):  # another run may have cleared it up
+            made.rmdir()
+
+    with undoing(undo):
+        made.mkdir(mode=0o700)
 
 
 def _prefix(target: Path) -> str:
@@ -224,11 +233,9 @@ def _settle(staging: Path, target: Path) -> None:
     shutil.rmtree(staging, ignore_errors=True)
 
 
-def _make_parents(folder: Path) -> list[Path]:
-    """Create `folder`; returns the directories that did not exist before, innermost first."""
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    return missing
+def _missing(folder: Path) -> list[Path]:
+    """The directories that must be made for `folder`, innermost first."""
+    return [path for path in (folder, *folder.parents) if not path.exists()]
 
 
 def _flush(folder: Path) -> None:

@@ -1,8 +1,12 @@
 """The command line: parses, prints, sets seeds and the environment; everything else is behind `sparsessm.*`.
 
-Place in the flow: the outermost layer.
+Place in the flow: the outermost layer. Importing it is light: `main` must be in control before torch and
+transformers are imported, which takes seconds in which people press Ctrl-C.
 
-    answering.py   the app, options in common, what is printed where, exit codes
+    ending.py      signals, exit codes, what is said of failures
+    streams.py     stdout and stderr that cannot end the work
+    commands.py    the app with all of its commands
+    answering.py   the app, options in common, what is printed where
     pruning.py     prune, demo, analyze
     looking.py     eval, inspect, list
     running.py     generate, pack, unpack
@@ -12,59 +16,27 @@ Place in the flow: the outermost layer.
 
 from __future__ import annotations
 
-import os
-import signal
-from typing import Annotated
+from typing import Any
 
-import typer
+from . import ending
 
-import sparsessm
-
-try:
-    from .. import kernels
-except ValueError as error:  # SPARSESSM_KERNELS names what is not there
-    raise SystemExit(f"error: {error}") from None
-
-from .. import tables
-from . import looking, measuring, pruning, running
-from .answering import app
-from .looking import evaluate, inspect, list_
-from .measuring import bench
-from .pruning import analyze, demo, prune
-from .running import generate, pack, unpack
-
-__all__ = [
-    "analyze",
-    "app",
-    "bench",
-    "demo",
-    "evaluate",
-    "generate",
-    "inspect",
-    "list_",
-    "looking",
-    "main",
-    "measuring",
-    "pack",
-    "prune",
-    "pruning",
-    "running",
-    "unpack",
-]
-
-
-@app.callback(invoke_without_command=True)
-def _options(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
-    if version:
-        typer.echo(f"sparsessm {sparsessm.__version__} (kernels: {kernels.LEVEL})")
-        raise typer.Exit
+__all__ = ["main"]
 
 
 def main() -> None:
-    """The `sparsessm` command."""
-    # before transformers is imported: its bars and advice are not ours, and stdout is for results
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    signal.signal(signal.SIGINT, lambda *_: tables.Progress.end(KeyboardInterrupt()))
-    signal.signal(signal.SIGTERM, lambda *_: tables.Progress.end(SystemExit(143)))  # cleans up like Ctrl-C
-    app()
+    """The `sparsessm` program: runs the command of `sys.argv` and ends the process."""
+    ending.begin()
+    ending.finish(ending.run(_command))
+
+
+def _command() -> int:
+    from . import commands
+
+    return commands.run()
+
+
+def __getattr__(name: str) -> Any:
+    """The app and its commands, imported when somebody asks for one."""
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.commands"), name)

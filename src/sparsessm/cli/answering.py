@@ -1,8 +1,7 @@
 """What every command shares: the app it registers with, common options, how answers and mistakes are printed.
 
 Place in the flow: below the commands of this folder, above everything else. Results go to stdout, progress
-and errors to stderr. Exit codes: 0, 1 a mistake of the user (one line `error: ...`), 2 wrong usage, 130
-interrupted.
+and errors to stderr.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -17,6 +17,7 @@ import typer
 from .. import kernels, tables
 from ..recipe import Recipe
 from ..report import finite
+from . import ending
 
 app = typer.Typer(
     name="sparsessm",
@@ -47,27 +48,28 @@ Tokenizer = Annotated[str | None, field("tokenizer")]
 
 
 @contextmanager
-def answering(quiet: bool, kept: str | None = None, *, streaming: bool = False) -> Iterator[tables.Progress]:
-    """Run a command's work; a user's mistake ends in one line and exit code 1, Ctrl-C in 130.
+def answering(
+    quiet: bool, *writes: Path | None, grown: bool = False, streaming: bool = False
+) -> Iterator[tables.Progress]:
+    """Run a command's work; whatever goes wrong ends in one line and an exit code (ending.py).
 
     Args:
         quiet: no progress and no notes.
-        kept: what to say of an interrupted command that has written something.
+        writes: what the command writes, None: nothing after all.
+        grown: a file that grows while the command works.
         streaming: no progress, because the command prints its result as it comes.
     """
+    progress = tables.Progress(quiet or streaming)
     try:
         if not kernels.NATIVE and not quiet:
-            typer.echo("note: the native kernels are not installed; the slow reference is used", err=True)
-        with tables.Progress(quiet or streaming) as progress:
-            yield progress
-    except KeyboardInterrupt:
-        typer.echo(f"interrupted; {kept or 'nothing was written'}", err=True)
-        raise typer.Exit(130) from None
+            tables.echo("note: the native kernels are not installed; the slow reference is used", err=True)
+        with ending.writing(*writes, grown=grown, nothing="the text ends here" if streaming else ""):
+            with ending.restoring(progress.restored), progress:
+                yield progress
     except BrokenPipeError:
-        raise  # whoever read stdout has gone, as `head` does: the program ends without a word
-    except (ValueError, OSError) as error:
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(1) from None
+        raise  # whoever read stdout has gone: the program ends without a word
+    except BaseException as error:
+        raise typer.Exit(ending.said(error, progress.doing)) from None
 
 
 def tell(notes: Iterable[str], progress: tables.Progress) -> None:
@@ -78,4 +80,4 @@ def tell(notes: Iterable[str], progress: tables.Progress) -> None:
 
 def print_json(document: dict[str, Any]) -> None:
     """Print a document on stdout; numbers that JSON does not have become null."""
-    typer.echo(json.dumps(finite(document), indent=2, allow_nan=False))
+    tables.echo(json.dumps(finite(document), indent=2, allow_nan=False))

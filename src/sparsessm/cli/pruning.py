@@ -86,7 +86,7 @@ def prune(
     given = {
         name: value for name, value in options if name in Recipe.model_fields and value not in (None, [], ())
     }
-    with answering(quiet) as progress:
+    with answering(quiet, None if dry_run else out) as progress:
         from ..checkpoint import refuse_existing, refuse_full
         from ..inventory import share_left
         from ..yardstick import Yardstick, compared
@@ -189,8 +189,9 @@ def demo(
     quiet: Quiet = False,
 ) -> None:
     """Prune the built-in model by the main methods, compare them on held-out text, and run the default's."""
-    with answering(quiet) as progress:
-        from .. import demo as demos
+    from .. import demo as demos
+
+    with answering(quiet, out, *(demos.packed_folder(out, kind) for kind in demos.PACKED)) as progress:
         from ..checkpoint import read_record, refuse_existing
 
         record = read_record(out) if out.is_dir() else None
@@ -241,9 +242,9 @@ def analyze(
     quiet: Quiet = False,
 ) -> None:
     """Say which parts of MODEL tolerate how much: every matrix pruned alone, measured on the logits."""
-    kept = f"what is in {out}/analysis.json is kept, the same command goes on" if out else None
-    with answering(quiet, kept) as progress:
-        from .. import analysis, findings
+    from .. import analysis, findings
+
+    with answering(quiet, out and out / analysis.FILE, grown=True) as progress:
         from ..checkpoint import refuse_target
 
         if out is not None:

@@ -5,6 +5,7 @@ Place in the flow: parses, streams and prints; the work is in `runtime/` and `ch
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -46,16 +47,15 @@ def generate(
     quiet: Generating = False,
 ) -> None:
     """Continue a text: the continuation streams to stdout, the speed is said on stderr."""
-    with answering(quiet, "the text ends here", streaming=True) as progress:
+    with answering(quiet, streaming=True):
         from ..runtime import load
 
-        text = typer.get_text_stream("stdin").read() if prompt == "-" else prompt
+        text = _standard_input() if prompt == "-" else prompt
         ready = load(model, tokenizer=tokenizer, threads=threads)
 
         def show(piece: str) -> None:
-            progress("generate", 0, 1)  # raises an interrupt that a native call swallowed
             if not as_json:
-                typer.echo(piece, nl=False)
+                tables.echo(piece, end="")
 
         options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
         done = ready.generate(text, max_new_tokens, stop=stop or (), on_token=show, **options)
@@ -72,14 +72,26 @@ def generate(
                 }
             )
         else:
-            typer.echo()
+            tables.echo("")
         if not quiet:
             steps = max(len(done.ids) - 1, 0)  # the first token is chosen from what the prompt gave
-            typer.echo(
+            tables.echo(
                 f"prompt: {_speed(len(done.prompt_ids), len(done.prompt_ids), done.seconds.prompt)}; "
                 f"continuation: {_speed(len(done.ids), steps, done.seconds.decode)}; ended by {done.finish}",
                 err=True,
             )
+
+
+def _standard_input() -> str:
+    """All of stdin.
+
+    Raises:
+        ValueError: it is not UTF-8.
+    """
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the prompt on stdin is not UTF-8 (byte {error.start})") from None
 
 
 def _speed(tokens: int, steps: int, seconds: float) -> str:
@@ -102,7 +114,7 @@ def pack(
     quiet: Quiet = False,
 ) -> None:
     """Write MODEL without its zeros: a directory that is smaller, and faster to run."""
-    with answering(quiet) as progress:
+    with answering(quiet, out) as progress:
         from ..checkpoint import pack as packing
 
         progress.say(f"packing {model}")
@@ -142,7 +154,7 @@ def unpack(
     quiet: Quiet = False,
 ) -> None:
     """Write a packed model as the stock checkpoint that it was made from."""
-    with answering(quiet) as progress:
+    with answering(quiet, out) as progress:
         from ..checkpoint import unpack as unpacking
 
         progress.say(f"unpacking {model}")

@@ -50,6 +50,11 @@ __all__ = [
 MAX_STATES = 256
 
 
+def empty(*shape: Any) -> Tensor:
+    """What the extension writes into, whatever torch's default dtype and device are."""
+    return torch.empty(*shape, dtype=torch.float32, device="cpu")
+
+
 def extension() -> Any:
     """The native extension, for matrix.py.
 
@@ -99,7 +104,7 @@ def selective_scan(
 
 def _scan(u: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     inputs = _prepare(u, *others)
-    y, last = torch.empty(u.shape), torch.empty(u.shape[0], *others[1].shape)
+    y, last = empty(u.shape), empty(u.shape[0], *others[1].shape)
     _native.selective_scan(LEVEL, torch.get_num_threads(), *inputs, y, last)
     return y.to(u.dtype), last
 
@@ -152,8 +157,8 @@ def selective_scan_stats(
         return reference.selective_scan_stats(u, delta, A, B, C, D, z, initial_state, **options)
     inputs = _prepare(u, delta, A, B, C, D, z, initial_state)
     (channels, states), unit = A.shape, removed == "unit"
-    y, last = torch.empty(u.shape), torch.empty(u.shape[0], *A.shape)
-    by_time = [torch.empty(u.shape[1], states, channels) if energy else None for _ in range(2)]
+    y, last = empty(u.shape), empty(u.shape[0], *A.shape)
+    by_time = [empty(u.shape[1], states, channels) if energy else None for _ in range(2)]
     other = torch.empty_like(last) if unit and gram else None
     full = torch.empty(channels, states, states, dtype=torch.float64) if gram == "full" else None
     diagonal = torch.empty(channels, states, dtype=torch.float64) if gram == "diagonal" else None
@@ -196,10 +201,10 @@ def selective_scan_backward(
     (batch, length, channels), states = u.shape, A.shape[1]
     # Partial sums over channels: their number depends on the shape alone, so no bit depends on the threads.
     groups = max(1, min(4, channels // 64))
-    du, ddelta = torch.empty(u.shape), torch.empty(u.shape)
-    dz = None if z is None else torch.empty(u.shape)
-    dA, dD = torch.empty(batch, channels, states), torch.empty(batch, channels)
-    dB, dC = torch.empty(groups, batch, length, states), torch.empty(groups, batch, length, states)
+    du, ddelta = empty(u.shape), empty(u.shape)
+    dz = None if z is None else empty(u.shape)
+    dA, dD = empty(batch, channels, states), empty(batch, channels)
+    dB, dC = empty(groups, batch, length, states), empty(groups, batch, length, states)
     _native.selective_scan_backward(
         LEVEL, torch.get_num_threads(), _rows(dy), *inputs, du, ddelta, dA, dB, dC, dD, dz
     )
@@ -231,7 +236,7 @@ def causal_conv1d(
 
 
 def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor | None, silu: bool) -> Tensor:
-    y = torch.empty(x.shape)
+    y = empty(x.shape)
     packed = [None if t is None else t.detach().float().contiguous() for t in (weight, bias, before)]
     _native.causal_conv1d(LEVEL, torch.get_num_threads(), _rows(x), *packed, silu, y)
     return y.to(x.dtype)

@@ -100,7 +100,7 @@ class Matrix:
             out = F.linear(x, weight if self._scale is None else weight * self._scale[:, None], bias)
             return F.softplus(out) if softplus else out
         x = x if x.stride(-1) == 1 or self.cols == 1 else x.contiguous()
-        out = torch.empty(x.shape[0], self.rows)
+        out = kernels.empty(x.shape[0], self.rows)
         self.native.product(kernels.LEVEL, torch.get_num_threads(), x, bias, softplus, out)
         return out
 
@@ -110,7 +110,7 @@ class Matrix:
         Raises:
             ValueError: there is no such row.
         """
-        out = torch.empty(self.cols)
+        out = kernels.empty(self.cols)
         self.native.row(index, out)
         return out
 
@@ -143,7 +143,7 @@ class Decoder:
         """
         _expect("tokens", tokens, (torch.int64,), -1)
         _expect("state", state, (torch.float32,), len(tokens), self.state_size)
-        logits = torch.empty(len(tokens), self.vocabulary)
+        logits = kernels.empty(len(tokens), self.vocabulary)
         self._native.step(kernels.LEVEL, threads, tokens.contiguous(), state, logits)
         return logits
 

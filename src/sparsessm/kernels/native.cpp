@@ -7,9 +7,12 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <csignal>
+#include <cstring>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <unistd.h>
 #include <vector>
 
 namespace nb = nanobind;
@@ -100,7 +103,7 @@ void selective_scan(const std::string &level, int threads, Floats<3> u, Floats<3
     s.last = last.data();
     const Level &kernels = find(level);
     nb::gil_scoped_release release;
-    kernels.scan(s, threads);
+    kernels.scan(s, bounded(threads));
 }
 
 void selective_scan_stats(const std::string &level, int threads, Floats<3> u, Floats<3> delta, Floats<2> A, Floats<3> B,
@@ -129,7 +132,7 @@ void selective_scan_stats(const std::string &level, int threads, Floats<3> u, Fl
     if (!o.energy != !o.decay) throw std::invalid_argument("energy and decay come together");
     const Level &kernels = find(level);
     nb::gil_scoped_release release;
-    kernels.stats(s, o, threads);
+    kernels.stats(s, o, bounded(threads));
 }
 
 void selective_scan_backward(const std::string &level, int threads, Floats<3> dy, Floats<3> u, Floats<3> delta,
@@ -151,7 +154,7 @@ void selective_scan_backward(const std::string &level, int threads, Floats<3> dy
     g.dA = dA.data(), g.dB = dB.data(), g.dC = dC.data(), g.dD = dD.data();
     const Level &kernels = find(level);
     nb::gil_scoped_release release;
-    kernels.backward(s, g, threads);
+    kernels.backward(s, g, bounded(threads));
 }
 
 void causal_conv1d(const std::string &level, int threads, Floats<3> x, Floats<2> weight, std::optional<Floats<1>> bias,
@@ -168,7 +171,7 @@ void causal_conv1d(const std::string &level, int threads, Floats<3> x, Floats<2>
     c.silu = silu;
     const Level &kernels = find(level);
     nb::gil_scoped_release release;
-    kernels.conv(c, threads);
+    kernels.conv(c, bounded(threads));
 }
 
 void ssd_scan(const std::string &level, int threads, Floats<3> u, Floats<3> delta, Floats<1> A, Floats<3> B, Floats<3> C,
@@ -194,7 +197,23 @@ void ssd_scan(const std::string &level, int threads, Floats<3> u, Floats<3> delt
     if (sampled) s.sampled = packed("states", sampled, {s.batch, s.length / every, s.heads, s.channels, s.states});
     const Level &kernels = find(level);
     nb::gil_scoped_release release;
-    kernels.dual(s, threads);
+    kernels.dual(s, bounded(threads));
+}
+
+char abort_line[512];
+size_t abort_size;
+
+void at_abort(int) { // only what a signal's handler may call
+    if (write(2, abort_line, abort_size) < 0) _exit(1);
+    _exit(1);
+}
+
+// A library that aborts (Rust does where there is no memory) ends the process with this line and exit code 1. Only for a
+// program: what is unfinished on the disk is left to whoever writes there next.
+void end_on_abort(const std::string &line) {
+    abort_size = std::min(line.size(), sizeof abort_line);
+    std::memcpy(abort_line, line.data(), abort_size);
+    std::signal(SIGABRT, at_abort);
 }
 
 } // namespace
@@ -208,6 +227,7 @@ NB_MODULE(_native, m) {
         for (const Level *level : supported()) names.push_back(level->name);
         return names;
     });
+    m.def("end_on_abort", &end_on_abort, nb::arg("line"));
     m.def("selective_scan", &selective_scan, nb::arg("level"), nb::arg("threads"), array("u"), array("delta"),
           array("A"), array("B"), array("C"), array("D"), maybe("z"), maybe("initial_state"), array("y"),
           array("last_state"));

@@ -9,6 +9,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <exception>
 #include <mutex>
 #include <optional>
 #include <stdexcept>
@@ -253,7 +254,7 @@ std::shared_ptr<Decoder> decoder(const nb::dict &sizes, const std::vector<nb::di
     return made;
 }
 
-// Runs `body` on a team of up to `threads`; the team may be smaller, and all of it runs at once.
+// Runs `body` on a team of up to `threads`; the team may be smaller, and all of it runs at once. `body` throws nothing.
 template <typename Body> void team(int threads, const Body &body) {
     if (threads <= 1) {
         body(0, 1);
@@ -272,8 +273,17 @@ template <typename Body> void team(int threads, const Body &body) {
     }
 #endif
     std::vector<std::thread> others;
-    for (int t = 1; t < threads; ++t) others.emplace_back([&body, t, threads] { body(t, threads); });
-    body(0, threads);
+    std::atomic<int> size{0}; // of the team, known when no more threads can be had
+    try {
+        for (int t = 1; t < threads; ++t)
+            others.emplace_back([&body, &size, t] {
+                while (!size.load(std::memory_order_acquire)) std::this_thread::yield();
+                body(t, size.load());
+            });
+    } catch (...) {
+    }
+    size.store(static_cast<int>(others.size()) + 1, std::memory_order_release);
+    body(0, size.load());
     for (auto &thread : others) thread.join();
 }
 
@@ -300,17 +310,36 @@ void step(Decoder &self, const std::string &level, int threads, Array<const int6
     }
     w.hidden.resize(batch * net.width), w.u.resize(batch * mixed), w.z.resize(batch * net.channels);
     w.y.resize(batch * net.channels), w.dbc.resize(batch * narrow);
-    std::atomic<bool> ready{false};
+    threads = bounded(threads);
+    self.share(threads); // here, where it may fail; a smaller team shares anew
+    std::atomic<bool> ready{false}, failed{false};
+    std::exception_ptr failure;
     Step s{net, tokens.data(), state.data(), logits.data(), batch, w, self.barrier, self.shares};
     std::atomic<int> first{0};
-    team(std::max(1, threads), [&](int thread, int count) {
-        if (first.fetch_add(1) == 0) { // the size of the team is known only now
-            self.share(count);
-            ready.store(true, std::memory_order_release);
+    team(threads, [&](int thread, int count) {
+        try {
+            if (first.fetch_add(1) == 0) { // the size of the team is known only now
+                try {
+                    self.share(count);
+                } catch (...) {
+                    self.barrier.breaks(), ready.store(true, std::memory_order_release);
+                    throw;
+                }
+                ready.store(true, std::memory_order_release);
+            }
+            while (!ready.load(std::memory_order_acquire)) std::this_thread::yield();
+            if (count > 1 && self.barrier.broken()) return;
+            kernels.step(s, thread, count);
+        } catch (const Barrier::Broken &) {
+        } catch (...) { // nothing may leave the function of a thread
+            if (!failed.exchange(true)) failure = std::current_exception();
+            self.barrier.breaks();
         }
-        while (!ready.load(std::memory_order_acquire)) std::this_thread::yield();
-        kernels.step(s, thread, count);
     });
+    if (failure) {
+        self.barrier.mend();
+        std::rethrow_exception(failure);
+    }
 }
 
 void product(const Matrix &m, const std::string &level, int threads, nb::ndarray<const float, nb::ndim<2>, nb::device::cpu> x,
@@ -324,7 +353,7 @@ void product(const Matrix &m, const std::string &level, int threads, nb::ndarray
     const Product p{m, x.data(), bias ? bias->data() : nullptr, out.data(), static_cast<int64_t>(x.shape(0)),
                     x.stride(0), out.stride(0), softplus};
     nb::gil_scoped_release release;
-    if (p.length) kernels.product(p, std::max(1, threads));
+    if (p.length) kernels.product(p, bounded(threads));
 }
 
 } // namespace

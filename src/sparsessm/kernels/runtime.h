@@ -59,9 +59,12 @@ struct Network {
     std::shared_ptr<const Matrix> embedding, head;
 };
 
-// All threads meet here; short waits spin, long ones give the core away.
+// All threads meet here; short waits spin, long ones give the core away. A thread that fails breaks the barrier, which
+// ends whoever waits at it: nobody else would come.
 class Barrier {
   public:
+    struct Broken {};
+
     void wait(int count) {
         if (count == 1) return;
         const uint32_t turn = turn_.load(std::memory_order_acquire);
@@ -70,13 +73,23 @@ class Barrier {
             turn_.store(turn + 1, std::memory_order_release);
             return;
         }
-        for (int spins = 0; turn_.load(std::memory_order_acquire) == turn; ++spins) pause(spins);
+        for (int spins = 0; turn_.load(std::memory_order_acquire) == turn; ++spins) {
+            if (broken()) throw Broken{};
+            pause(spins);
+        }
     }
+
+    bool broken() const { return broken_.load(std::memory_order_acquire); }
+
+    void breaks() { broken_.store(true, std::memory_order_release); }
+
+    void mend() { arrived_.store(0), broken_.store(false); } // when nobody waits any more
 
   private:
     static void pause(int spins);
     alignas(64) std::atomic<int> arrived_{0};
     alignas(64) std::atomic<uint32_t> turn_{0};
+    std::atomic<bool> broken_{false};
 };
 
 struct Workspace { // shared by the threads of one step, (batch, ...) each

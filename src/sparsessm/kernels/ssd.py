@@ -88,8 +88,11 @@ def ssd_scan(
     flat = [kernels._rows(x.detach().flatten(2)) for x in (u, B, C)]
     rate = A.detach().float().contiguous()
     skip, state = (None if x is None else x.detach().float().contiguous() for x in (D, initial_state))
-    y, last = torch.empty(windows, length, heads * channels), torch.empty(windows, heads, channels, states)
-    sampled = torch.empty(windows, length // every, heads, channels, states) if every else None
+    y, last = (
+        kernels.empty(windows, length, heads * channels),
+        kernels.empty(windows, heads, channels, states),
+    )
+    sampled = kernels.empty(windows, length // every, heads, channels, states) if every else None
     options = (groups, skip, state, y, last, sampled, every)
     threads = torch.get_num_threads()
     kernels.extension().ssd_scan(

@@ -13,6 +13,7 @@ Place in the flow: after everything that prunes, above `checkpoint/` and `kernel
     causal_lm.py    a Model in the words of transformers, for its generate() and for lm_eval
     timing.py       engines side by side, and the memory's bandwidth
     measure.py      how large and how fast a model is here
+    threads.py      how many threads may be asked for
 
 Importing it is light; torch and transformers come in with `load`.
 """
@@ -23,6 +24,8 @@ import os
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
+
+from .threads import checked_threads, refuse_torch_threads
 
 if TYPE_CHECKING:
     from sparsessm.checkpoint import Checkpoint, Encoded, Packed
@@ -48,10 +51,23 @@ def load(
         threads: so many, of the whole process; None: as many as torch uses.
 
     Raises:
-        ValueError: `threads` below 1, a model that does not run here (hybrids), or as `sparsessm.load`.
+        TypeError: `path` or `tokenizer` is neither text nor a path.
+        ValueError: `threads` below 1 or far above the machine's processors, a model that does not run here
+            (hybrids), or as `sparsessm.load`.
     """
-    if threads is not None and (type(threads) is not int or threads < 1):
-        raise ValueError(f"threads is {threads!r}; allowed: a whole number from 1, or none")
+    threads = checked_threads(threads)
+    from sparsessm.checkpoint.given import checked_path, undisturbed
+
+    checked_path("path", path)
+    if tokenizer is not None:
+        checked_path("tokenizer", tokenizer)
+    with undisturbed():
+        return _loaded(path, tokenizer, threads)
+
+
+def _loaded(
+    path: str | os.PathLike[str], tokenizer: str | os.PathLike[str] | None, threads: int | None
+) -> Model:
     from sparsessm import checkpoint
     from sparsessm.architectures import MODEL_TYPES
     from sparsessm.checkpoint import packed, reading
@@ -79,14 +95,18 @@ def of(checkpoint: Checkpoint, *, threads: int | None = None) -> Model:
         threads: as in `load`.
 
     Raises:
-        ValueError: a model that does not run here.
+        ValueError: a model that does not run here, or a checkpoint as in `sparsessm.prune`.
+        TypeError: something else than a checkpoint.
     """
+    threads = checked_threads(threads)
     from sparsessm.checkpoint import packed
+    from sparsessm.checkpoint.given import working
 
     from .base import refuse_unsupported
 
-    refuse_unsupported(checkpoint.model.config)
-    return _model(packed.of(checkpoint), checkpoint.tokenizer, threads)
+    with working(checkpoint, "runtime.of"):
+        refuse_unsupported(checkpoint.model.config)
+        return _model(packed.of(checkpoint), checkpoint.tokenizer, threads)
 
 
 def engine_of(config: Any, tensors: Mapping[str, Encoded], threads: int | None) -> Engine:
@@ -98,6 +118,8 @@ def engine_of(config: Any, tensors: Mapping[str, Encoded], threads: int | None) 
     from .base import refuse_unsupported
 
     refuse_unsupported(config)
+    threads = checked_threads(threads)
+    refuse_torch_threads()
     if threads is not None:
         torch.set_num_threads(threads)
     if kernels.NATIVE and kernels.LEVEL != "reference":
@@ -111,6 +133,8 @@ def engine_of(config: Any, tensors: Mapping[str, Encoded], threads: int | None) 
 
 def _model(packed: Packed, tokenizer: Any, threads: int | None) -> Model:
     """Join the parts; which tokens begin and end a text, the stock model's generation config says first."""
+    import json
+
     from sparsessm.checkpoint import reading
     from sparsessm.checkpoint.files import parse_json
     from sparsessm.checkpoint.known_fields import generation_fields

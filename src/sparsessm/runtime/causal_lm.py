@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
+from ..checkpoint.given import undisturbed
 from .base import Engine
 from .generation import Model
 
@@ -125,6 +126,7 @@ class RuntimeForCausalLM(PreTrainedModel, GenerationMixin):
         }
 
     @torch.no_grad()
+    @undisturbed()
     def forward(
         self,
         input_ids: Tensor,

@@ -15,11 +15,13 @@ from typing import Any, NamedTuple, overload
 import torch
 from torch import Tensor
 
+from ..checkpoint.given import undisturbed
 from ..checkpoint.tokenizing import encode
 from .base import Engine
 from .sampling import Sampling, choose
 from .state import State
 from .text import Stream
+from .threads import refuse_torch_threads
 
 Ids = Sequence[int] | Tensor
 Prompt = str | Ids
@@ -126,6 +128,7 @@ class Model:
         state: State | None = None,
     ) -> list[Generated]: ...
 
+    @undisturbed()
     def generate(
         self,
         prompt: Prompt | Batch,
@@ -163,6 +166,7 @@ class Model:
                 model without a token that begins a text, a state of another model or a damaged one, or logits
                 that are not finite.
         """
+        refuse_torch_threads()
         sampling = Sampling(temperature, top_k, top_p)
         if type(max_new_tokens) is not int or max_new_tokens < 0:
             raise ValueError(f"max_new_tokens is {max_new_tokens!r}; allowed: a whole number from 0")
@@ -184,6 +188,7 @@ class Model:
         done = [self._generated(sequence, begun) for sequence in sequences]
         return done if many else done[0]
 
+    @undisturbed()
     def logits(self, ids: Prompt) -> Tensor:
         """The logits after every token, from the beginning of a text.
 
@@ -196,6 +201,7 @@ class Model:
         Raises:
             ValueError: no token, or one outside the vocabulary.
         """
+        refuse_torch_threads()
         tokens = self.encode(ids)
         if not tokens:
             raise ValueError("no tokens; logits follow at least one")
