@@ -18,6 +18,7 @@ from .data import DATASETS
 from .hessian import DAMPING
 
 RECORD_FORMAT = 1
+ENOUGH = 16  # windows; intervals from fewer are too narrow (`evaluation`)
 REMOVED_WORDS = {
     "memoryless": "its state forgets at once (decay 0; stored as `A_log` = 38, in float16 as 11)",
     "unit": "its state decays with A = -1 (stored as `A_log` = 0)",
@@ -219,15 +220,24 @@ class Report:
         )
 
     def caveat(self) -> str:
-        """The sentence for a perplexity measured on the text of the calibration; empty if it was not."""
+        """The sentences for a perplexity measured on the text of the calibration, or on so few windows that
+        its intervals are too narrow; empty if neither is so."""
         data = self.recipe.get("data")
-        measured = self.perplexity.get("pruned", {}).get("data")
-        if not self.fingerprint or data != measured or data in DATASETS:
-            return ""
-        return (
-            f"{data} has no held-out part: the perplexity was measured on the same text "
-            "as the calibration, so it may flatter the result."
-        )
+        measured = self.perplexity.get("pruned", {})
+        windows = measured.get("windows", ENOUGH)
+        sentences = []
+        if self.fingerprint and data == measured.get("data") and data not in DATASETS:
+            sentences.append(
+                f"{data} has no held-out part: the perplexity was measured on the same text "
+                "as the calibration, so it may flatter the result."
+            )
+        if windows == 1:
+            sentences.append("One window was measured, which gives no interval.")
+        elif windows < ENOUGH:
+            sentences.append(
+                f"{windows} windows were measured: 95 % intervals from fewer than {ENOUGH} are too narrow."
+            )
+        return " ".join(sentences)
 
 
 def removed_table(
