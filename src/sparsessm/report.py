@@ -220,8 +220,7 @@ class Report:
         )
 
     def caveat(self) -> str:
-        """The sentences for a perplexity measured on the text of the calibration, or on so few windows that
-        its intervals are too narrow; empty if neither is so."""
+        """What to know of the measured perplexity: it is of the calibration's text, or of few windows."""
         data = self.recipe.get("data")
         measured = self.perplexity.get("pruned", {})
         windows = measured.get("windows", ENOUGH)
@@ -231,12 +230,9 @@ class Report:
                 f"{data} has no held-out part: the perplexity was measured on the same text "
                 "as the calibration, so it may flatter the result."
             )
-        if windows == 1:
-            sentences.append("One window was measured, which gives no interval.")
-        elif windows < ENOUGH:
-            sentences.append(
-                f"{windows} windows were measured: 95 % intervals from fewer than {ENOUGH} are too narrow."
-            )
+        if windows < ENOUGH:
+            few = f"95 % intervals from fewer than {ENOUGH} are too narrow" if windows > 1 else "no interval"
+            sentences.append(f"Windows measured: {windows}; {few}.")
         return " ".join(sentences)
 
 
