@@ -104,7 +104,8 @@ def _cost(report: Report) -> list[str]:
     columns, cells = perplexity_table(records, changes)
     first = next(iter(records.values()))
     text = f"Measured on {first['windows']} windows of {first['length']} tokens of `{first['data']}`"
-    lines = [*_markdown(columns, cells), "", text + "; the change is that on the same windows."]
+    paired = "; the change is that on the same windows, with its 95 % interval."
+    lines = [*_markdown(columns, cells), "", text + paired]
     return [*lines, *([report.caveat()] if report.caveat() else [])]
 
 

@@ -18,6 +18,7 @@ from .data import DATASETS
 from .hessian import DAMPING
 
 RECORD_FORMAT = 1
+ENOUGH = 16  # windows; intervals from fewer are too narrow (`evaluation`)
 REMOVED_WORDS = {
     "memoryless": "its state forgets at once (decay 0; stored as `A_log` = 38, in float16 as 11)",
     "unit": "its state decays with A = -1 (stored as `A_log` = 0)",
@@ -219,15 +220,20 @@ class Report:
         )
 
     def caveat(self) -> str:
-        """The sentence for a perplexity measured on the text of the calibration; empty if it was not."""
+        """What to know of the measured perplexity: it is of the calibration's text, or of few windows."""
         data = self.recipe.get("data")
-        measured = self.perplexity.get("pruned", {}).get("data")
-        if not self.fingerprint or data != measured or data in DATASETS:
-            return ""
-        return (
-            f"{data} has no held-out part: the perplexity was measured on the same text "
-            "as the calibration, so it may flatter the result."
-        )
+        measured = self.perplexity.get("pruned", {})
+        windows = measured.get("windows", ENOUGH)
+        sentences = []
+        if self.fingerprint and data == measured.get("data") and data not in DATASETS:
+            sentences.append(
+                f"{data} has no held-out part: the perplexity was measured on the same text "
+                "as the calibration, so it may flatter the result."
+            )
+        if windows < ENOUGH:
+            few = f"95 % intervals from fewer than {ENOUGH} are too narrow" if windows > 1 else "no interval"
+            sentences.append(f"Windows measured: {windows}; {few}.")
+        return " ".join(sentences)
 
 
 def removed_table(

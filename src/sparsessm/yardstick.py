@@ -2,6 +2,10 @@
 
 Place in the flow: around the pipeline, for `prune` and `demo`. The windows are held out, unless the data is a
 local file; `Report.caveat` says so then.
+
+What is printed is the change, with an interval that is paired over windows and needs 16 of them. So that they
+take few tokens a window has at most `LONGEST`, however long those of the calibration are; `sparsessm eval`
+measures on more and longer ones.
 """
 
 from __future__ import annotations
@@ -19,6 +23,8 @@ from sparsessm.recipe import Recipe, window_length
 
 Progress = Callable[[str, int, int], None]
 
+LONGEST = 1024  # tokens in a window
+
 
 @dataclass(frozen=True)
 class Yardstick:
@@ -34,12 +40,15 @@ class Yardstick:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, recipe: Recipe, tokens: int) -> Yardstick:
-        """About so many tokens of the recipe's data, always the same ones.
+        """About so many tokens of the recipe's data, always the same ones, spread over the text.
+
+        A window has as many tokens as one of the calibration, but no more than `LONGEST`. A shorter text
+        gives fewer windows.
 
         Raises:
             ValueError: a text shorter than one window.
         """
-        length = recipe.length or window_length(checkpoint.trained_length)
+        length = min(recipe.length or window_length(checkpoint.trained_length), LONGEST)
         limit = max(1, tokens // length)
         return cls(
             recipe.data,

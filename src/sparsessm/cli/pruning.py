@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ..plan import Plan
     from ..units import Order
 
-EVALUATED_TOKENS = 32768  # tokens that `prune` measures on, before and after
+EVALUATED_TOKENS = 16384  # tokens that `prune` measures on, before and after: 16 windows or more
 
 DryRun = Annotated[
     bool,
@@ -151,6 +151,7 @@ def prune(
         if measured := record["perplexity"]:
             records = {name: measured[name] for name in ("dense", "pruned")}
             show_perplexities(records, {"pruned": measured["difference"]})
+            tables.show("`sparsessm eval` measures both on all of the text.")
         notes = (report.damped(), report.caveat(), report.honesty())
         tables.show(*filter(None, notes), f"Saved to {out}; pruning took {report.seconds:.0f} s.")
 
