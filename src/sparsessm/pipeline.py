@@ -110,8 +110,8 @@ def _prune(target: Target, rule: Rule, look: Look) -> Row:
         target.shift(companion, change)
     error = method.error(done.seen, done.keep, rule) if method.error else None
     if done.factor is not None:
-        gram, start = done.seen.gram, done.start
-        error = tuple(done.unit * output_error(part, gram) for part in (target.matrix - start, start))
+        gram, start, unit = done.seen.gram, done.start, done.unit
+        error = unit * output_error(target.matrix - start, gram), unit * output_error(start, gram)
     return replace(_row(target, rule, done.keep, done.factor, tuple(changes), error), tokens=tokens)
 
 
