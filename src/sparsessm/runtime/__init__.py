@@ -133,8 +133,6 @@ def engine_of(config: Any, tensors: Mapping[str, Encoded], threads: int | None) 
 
 def _model(packed: Packed, tokenizer: Any, threads: int | None) -> Model:
     """Join the parts; which tokens begin and end a text, the stock model's generation config says first."""
-    import json
-
     from sparsessm.checkpoint import reading
     from sparsessm.checkpoint.files import parse_json
     from sparsessm.checkpoint.known_fields import generation_fields
