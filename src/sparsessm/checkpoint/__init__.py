@@ -4,7 +4,10 @@ Stage 5 of the flow. `load` hands a model over in float32 together with the dtyp
 stored in; `save` writes the same format back, each tensor in that dtype, with the record of the pruning
 beside it (`docs/checkpoint.md` describes the files).
 
-    reading.py        find, read, and the tokenizer
+    reading.py        find and read
+    known_fields.py   which fields of config.json and generation_config.json reach transformers
+    tokenizing.py     the tokenizer, from its own files
+    companions.py     what lies beside the weights, and what is no checkpoint
     assembly.py       check the tensors, make the model of them
     stock_names.py    what the tensors of a model are called in its files
     writing.py        the way back

@@ -147,6 +147,7 @@ def unusual(files: Mapping[str, Any]) -> list[str]:
 def _candidates(folder: Path, left: list[str]) -> Iterator[tuple[str, Path]]:
     """(path in the directory, file) of what may be carried over; `left` gets what is passed over."""
     code: list[str] = []
+    others: list[Path] = []
     for path in sorted(folder.iterdir()):
         if path.name.startswith("."):
             continue
@@ -160,14 +161,17 @@ def _candidates(folder: Path, left: list[str]) -> Iterator[tuple[str, Path]]:
                     yield f"{path.name}/{inner.name}", inner
         elif path.is_dir() and path.name == "__pycache__":
             continue
-        elif not path.is_dir() or not _holds_code(path):
+        else:
+            others.append(path)
+    named = _code(folder, code)
+    for path in others:  # folders of which only named code is carried over, and what is no file
+        inside = [name for name in named if name.startswith(f"{path.name}/")]
+        if inside:
+            left += sorted({f"{path.name}/{inner.name}" for inner in path.iterdir()} - {*inside})
+        else:
             left.append(f"{path.name}/" if path.is_dir() else path.name)
-    for name in _code(folder, code):
+    for name in named:
         yield name, folder / name
-
-
-def _holds_code(folder: Path) -> bool:
-    return any(folder.glob("*.py"))
 
 
 def _code(folder: Path, start: list[str]) -> list[str]:
@@ -201,7 +205,8 @@ def _imported(at: str, text: str) -> list[str]:
         base = base[: len(base) - up]
         parts = [part for part in (module.lstrip(".") or plain).split(".") if part]
         found.append("/".join([*base, *parts]) + ".py" if parts else "")
-        found.append("/".join([*base, *parts, "__init__.py"]))
+        packages = ["/".join([*base, *parts][:depth]) for depth in range(1, len(base) + len(parts) + 1)]
+        found += [f"{package}/__init__.py" for package in packages]
         found += [
             "/".join([*base, *parts, name.strip()]) + ".py" for name in names.split(",") if name.strip()
         ]

@@ -120,6 +120,7 @@ def _known(kind: str) -> tuple[frozenset[str], frozenset[str]]:
     stock = transformers.CONFIG_MAPPING[kind]
     held = vars(stock())
     parameters = inspect.signature(stock.__init__).parameters
+    held = {name: value for name, value in held.items() if name not in vars(transformers.PretrainedConfig())}
     names = {*parameters, *held, *stock.attribute_map, *_ALSO, *_OLDER.get(kind, "").split()}
     derived = {n for n in names if isinstance(p := getattr(stock, n, None), property) and p.fset is None}
     known = {name for name in names - _LEFT_OUT - derived if not name.startswith("_")}

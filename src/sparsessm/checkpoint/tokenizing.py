@@ -143,6 +143,8 @@ def _staged(source: Path) -> Iterator[Path]:
         known = _fields(fields, stock)
         if stock is not None:
             known["tokenizer_class"] = asked
+        elif asked and (source / "tokenizer.json").is_file():  # a class of its own code, or none at all
+            known["tokenizer_class"] = "PreTrainedTokenizerFast"
         elif "auto_map" in fields and not any(is_vocabulary(path.name) for path in folder.iterdir()):
             raise ValueError("it is made by code of its own (auto_map), which is not run")
         _write(folder / CONFIGURATION, known)
