@@ -259,3 +259,17 @@ def test_a_bad_recipe_is_one_line_with_its_name(tmp_path: Path, name: str, text:
     with pytest.raises(ValueError, match=words) as caught:
         Recipe.load(tmp_path / name)
     assert one_line(caught.value).startswith(f"recipe {tmp_path / name}: ")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json"])
+def test_a_marked_file_of_a_checkpoint_is_read_and_goes_out_plain(
+    tmp_path: Path, name: str, encoding: str
+) -> None:
+    folder = tmp_path / "in"
+    pico_mamba().save_pretrained(folder)
+    pico_tokenizer().save_pretrained(folder)
+    plain = (folder / name).read_text(encoding="utf-8")
+    (folder / name).write_bytes(plain.encode(encoding))
+    sparsessm.save(sparsessm.load(folder), tmp_path / "out")
+    assert json.loads((tmp_path / "out" / name).read_text(encoding="utf-8")) == json.loads(plain)

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 import re
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from ..foreign import decoded
 from .container import PACKED
 from .files import BIN, CONFIG, SAFETENSORS, few
 
@@ -110,7 +112,7 @@ def carried(folder: Path) -> tuple[dict[str, bytes], tuple[str, ...]]:
             left.append(name)
             continue
         try:
-            files[name] = path.read_bytes()
+            files[name] = _content(path)
         except OSError as error:
             if known:
                 raise ValueError(f"{path}: not readable ({error})") from error
@@ -131,7 +133,14 @@ def carried(folder: Path) -> tuple[dict[str, bytes], tuple[str, ...]]:
 def tokenizer_files(folder: Path) -> dict[str, bytes]:
     """The files of the tokenizer in a directory, by their paths in it."""
     paths = {name: path for name, path in _candidates(folder, []) if is_tokenizer_file(name)}
-    return {name: path.read_bytes() for name, path in paths.items()}
+    return {name: _content(path) for name, path in paths.items()}
+
+
+def _content(path: Path) -> bytes:
+    """The bytes of a file; of JSON with a byte order mark plain UTF-8, which stock code reads."""
+    content = path.read_bytes()
+    marked = path.suffix == ".json" and content.startswith((BOM_UTF8, BOM_UTF16_LE, BOM_UTF16_BE))
+    return decoded(content).encode() if marked else content
 
 
 def has_vocabulary(folder: Path) -> bool:
