@@ -41,7 +41,7 @@ def replacing(target: Path, *, force: bool = False) -> Iterator[Path]:
     target = target.resolve()
     recover(target)
     parents = _missing(target.parent)
-    staging = target.parent / f"{_prefix(target)}{secrets.token_hex(_RANDOM // 2)}"  # named before it is there
+    staging = target.parent / f"{_prefix(target)}{secrets.token_hex(_RANDOM // 2)}"  # not there yet
 
     def undo() -> None:
         _settle(staging, target)

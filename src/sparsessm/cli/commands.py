@@ -58,7 +58,7 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 def run() -> int:
     """Run the command of `sys.argv`; returns its exit code."""
-    if kernels.NATIVE and not os.environ.get(TRACEBACK):
+    if kernels.NATIVE and kernels.LEVEL != "reference" and not os.environ.get(TRACEBACK):
         kernels.extension().end_on_abort(ABORTED)
     try:
         return app(standalone_mode=False) or 0

@@ -30,8 +30,7 @@ except ImportError:  # built without a C++ compiler: everything still works, slo
 _native: Any = _loaded
 
 NATIVE: bool = _native is not None
-# What this CPU can run, slowest first.
-LEVELS: tuple[str, ...] = ("reference", *(_native.levels() if _native else ()))
+LEVELS: tuple[str, ...] = ("reference", *(_native.levels() if _native else ()))  # here, slowest first
 LEVEL: str = level.asked(LEVELS)  # what runs
 
 __all__ = [
@@ -50,9 +49,9 @@ __all__ = [
 MAX_STATES = 256
 
 
-def empty(*shape: Any) -> Tensor:
-    """What the extension writes into, whatever torch's default dtype and device are."""
-    return torch.empty(*shape, dtype=torch.float32, device="cpu")
+def empty(*shape: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+    """What the extension writes into, whatever torch's defaults are."""
+    return torch.empty(*shape, dtype=dtype, device="cpu")
 
 
 def extension() -> Any:
@@ -160,10 +159,10 @@ def selective_scan_stats(
     y, last = empty(u.shape), empty(u.shape[0], *A.shape)
     by_time = [empty(u.shape[1], states, channels) if energy else None for _ in range(2)]
     other = torch.empty_like(last) if unit and gram else None
-    full = torch.empty(channels, states, states, dtype=torch.float64) if gram == "full" else None
-    diagonal = torch.empty(channels, states, dtype=torch.float64) if gram == "diagonal" else None
-    cross = torch.empty(channels, states, dtype=torch.float64) if gram else None
-    power = torch.empty(channels, dtype=torch.float64) if gram else None
+    full = empty(channels, states, states, dtype=torch.float64) if gram == "full" else None
+    diagonal = empty(channels, states, dtype=torch.float64) if gram == "diagonal" else None
+    cross = empty(channels, states, dtype=torch.float64) if gram else None
+    power = empty(channels, dtype=torch.float64) if gram else None
     before = removed_state.float().contiguous() if removed_state is not None and unit and gram else None
     chosen = (*by_time, full, diagonal, cross, power)
     threads = torch.get_num_threads()
