@@ -21,7 +21,8 @@ import torch
 from bench import cpu
 
 import sparsessm
-from sparsessm.data import edition, evaluation_windows, fingerprint
+from sparsessm.data import evaluation_windows, fingerprint
+from sparsessm.edition import edition
 from sparsessm.evaluation import difference, perplexity
 from sparsessm.recipe import Recipe
 

@@ -50,7 +50,7 @@ FLOORS = {
         "scores",
         "zero_shot",
     },
-    1: {"kernels", "architectures", "card", "data", "hessian", "report"},
+    1: {"kernels", "architectures", "card", "data", "edition", "hessian", "report"},
 }
 FLOOR = {unit: floor for floor, units in FLOORS.items() for unit in units}
 FORBIDDEN_NAMES = {"utils", "helpers", "common", "misc", "manager", "factory", "session"}

@@ -7,6 +7,7 @@ a rule of it for each target; `report` writes it into the result, where `Recipe.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
@@ -16,6 +17,7 @@ from pydantic import Field, field_validator, model_validator
 
 from .choice import MOST_SAMPLES, OPTIONS, Choice, known
 from .data import DATASETS, FILE_TYPES
+from .edition import edition
 from .methods import DEFAULTS, METHODS
 from .methods.structured import SELECTIONS
 from .patterns import NofM, Structured, parse
@@ -152,11 +154,28 @@ class Recipe(Choice):
     @staticmethod
     def calibrated_on(path: str | Path) -> str | None:
         """SHA-256 of the calibration tokens of a result; None for a plain recipe. `path` as for `load`."""
-        path = Path(path)
-        path = path / "pruning.json" if path.is_dir() else path
-        record = json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" else {}
-        calibration = record.get("calibration")
+        calibration = _record(path).get("calibration")
         return calibration.get("sha256") or None if isinstance(calibration, dict) else None
+
+    def other_text(self, path: str | Path) -> str:
+        """Why the calibration tokens of a result may not be those of this recipe here, as a clause.
+
+        Returns:
+            Which Python's standard library each run read, where it was another; empty if none is known.
+        """
+        if not (here := edition(self.data, "calibration")):
+            return ""
+        record = _record(path)
+        parts = [record.get(name) for name in ("calibration", "versions")]
+        calibration, versions = (part if isinstance(part, dict) else {} for part in parts)
+        text = calibration.get("text")
+        there = text if isinstance(text, dict) else {"python": versions.get("python")}
+        python = there.get("python") or ""
+        if here["sha256"] == there.get("sha256") or not re.fullmatch(r"[\w.+-]{1,30}", str(python), re.ASCII):
+            return ""
+        if here["python"] != python:
+            return f"{self.data} was the library of Python {python}, here it is that of {here['python']}"
+        return f"{self.data} is another text here, of Python {python} too" if "sha256" in there else ""
 
     def updated(self, **fields: Any) -> Recipe:
         """A copy with `fields` replaced, checked as a whole; what was never given stays at its default.
@@ -226,6 +245,14 @@ class Recipe(Choice):
         if "ssm" in self.families:
             facts["removed"] = self.removed or "memoryless"
         return Recipe(**{**self.model_dump(), **facts})
+
+
+def _record(path: str | Path) -> dict[str, Any]:
+    """The record of a result, as `Recipe.load` finds it; empty for a plain recipe."""
+    path = Path(path)
+    path = path / "pruning.json" if path.is_dir() else path
+    record = json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" else {}
+    return record if isinstance(record, dict) else {}
 
 
 def _takes_units(pattern: str | None) -> bool:

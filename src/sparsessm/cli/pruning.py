@@ -117,7 +117,10 @@ def prune(
             and tokens is not None
             and (before := Recipe.calibrated_on(recipe)) not in (None, fingerprint(tokens))
         ):
-            progress.say(f"note: not the calibration tokens of {recipe} ({before[:12]}...); masks may differ")
+            why = (reason := wanted.other_text(recipe)) and f": {reason}"
+            progress.say(
+                f"note: not the calibration tokens of {recipe} ({before[:12]}...){why}; masks may differ"
+            )
         yardstick = None if no_eval else Yardstick.of(checkpoint, wanted, EVALUATED_TOKENS)
         if yardstick:
             progress.say("dense model")
