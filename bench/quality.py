@@ -21,7 +21,8 @@ import torch
 from bench import cpu
 
 import sparsessm
-from sparsessm.data import edition, evaluation_windows, fingerprint
+from sparsessm.data import evaluation_windows, fingerprint
+from sparsessm.edition import edition
 from sparsessm.evaluation import difference, perplexity
 from sparsessm.recipe import Recipe
 
@@ -58,7 +59,7 @@ def beside_exact(method: str) -> Fields:
 # are fitted too.
 CHOSEN: dict[str, Fields] = {
     "random": {"method": "random", "repair": "none"},
-    "column vote (the paper's)": {"method": "sparsessm-vote", "repair": "none"},
+    "column vote (SparseSSM's)": {"method": "sparsessm-vote", "repair": "none"},
     "GHOST": {"method": "ghost", "repair": "none"},
     "exact": {"method": "exact", "repair": "none"},
     "column vote, mixed": {"method": "sparsessm-vote"},

@@ -54,6 +54,7 @@ FLOORS = {
         "architectures",
         "card",
         "data",
+        "edition",
         "foreign",
         "hessian",
         "inert",

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import platform
 import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -260,24 +259,6 @@ def fingerprint(tokens: Tensor) -> str:
     """Returns the SHA-256 (hexadecimal) of the tokens as little-endian int64, row by row."""
     array = tokens.detach().to("cpu", torch.int64).contiguous().numpy()
     return hashlib.sha256(array.astype("<i8").tobytes()).hexdigest()
-
-
-def edition(data: str, split: Split) -> dict[str, str]:
-    """Says which text a name stands for here, where that is not the same on every machine: `stdlib`.
-
-    Every patch release of Python has another standard library, and so have the packages of a distribution.
-
-    Returns:
-        "python", the version, and "sha256", the SHA-256 (hexadecimal) of the documents of this split, each
-        followed by a zero byte; empty for other data.
-    """
-    row = DATASETS.get(data)
-    if row is None or row.source:
-        return {}
-    digest = hashlib.sha256()
-    for text in documents(data, split):
-        digest.update(text.encode() + b"\0")
-    return {"python": platform.python_version(), "sha256": digest.hexdigest()}
 
 
 def stdlib_modules(*, held_out: bool | None, tests: bool = False) -> Iterator[tuple[str, str]]:

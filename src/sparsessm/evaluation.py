@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsessm.architectures import Architecture, adapt
-from sparsessm.data import edition, fingerprint
+from sparsessm.data import fingerprint
+from sparsessm.edition import edition
 from sparsessm.report import finite
 
 Progress = Callable[[str, int, int], None]

@@ -21,6 +21,7 @@ from sparsessm.architectures import Architecture, SharedTarget, Target, seen_by_
 from sparsessm.calibrate import Progress, Stop, slab_width, survey, together, walk
 from sparsessm.compensate import dense_target, output_error, refit, sweep
 from sparsessm.data import fingerprint
+from sparsessm.edition import edition
 from sparsessm.hessian import Factor, factorise
 from sparsessm.methods import METHODS, Rule
 from sparsessm.observers import InputNorm, Moments
@@ -72,7 +73,7 @@ def prune(
     rows.sort(key=lambda row: order.index(row.target))  # a tied head was first, experts took turns
     seconds = time.perf_counter() - began
     sha256 = fingerprint(tokens) if tokens is not None and needs_data(plan) else ""
-    return Report(recipe.model_dump(), rows, sha256, seconds)
+    return Report(recipe.model_dump(), rows, sha256, seconds, text=edition(recipe.data, "calibration"))
 
 
 def needs_data(plan: Plan | Order) -> bool:

@@ -6,6 +6,7 @@ a rule of it for each target; `report` writes it into the result, where `Recipe.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
@@ -14,6 +15,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from .choice import MOST_SAMPLES, OPTIONS, Choice, known
 from .data import DATASETS, FILES, refuse_idle_column
+from .edition import edition
 from .foreign import decoded, from_json, from_yaml, is_text, read_bytes, short
 from .methods import DEFAULTS, METHODS
 from .methods.structured import SELECTIONS
@@ -167,6 +169,26 @@ class Recipe(Choice):
         parts = (record.get(name) for name in ("machine", "versions"))
         found = {name: value for part in parts if isinstance(part, dict) for name, value in part.items()}
         return {name: value for name, value in found.items() if name != "python"}
+
+    def other_text(self, path: str | Path) -> str:
+        """Why the calibration tokens of a result may not be those of this recipe here, as a clause.
+
+        Returns:
+            Which Python's standard library each run read, where it was another; empty if none is known.
+        """
+        if not (here := edition(self.data, "calibration")):
+            return ""
+        record = _record(path)
+        parts = [record.get(name) for name in ("calibration", "versions")]
+        calibration, versions = (part if isinstance(part, dict) else {} for part in parts)
+        text = calibration.get("text")
+        there = text if isinstance(text, dict) else {"python": versions.get("python")}
+        python = there.get("python") or ""
+        if here["sha256"] == there.get("sha256") or not re.fullmatch(r"[\w.+-]{1,30}", str(python), re.ASCII):
+            return ""
+        if here["python"] != python:
+            return f"{self.data} was the library of Python {python}, here it is that of {here['python']}"
+        return f"{self.data} is another text here, of Python {python} too" if "sha256" in there else ""
 
     def updated(self, **fields: Any) -> Recipe:
         """A copy with `fields` replaced, checked as a whole; what was never given stays at its default.

@@ -87,6 +87,7 @@ class Report:
         recipe: the resolved recipe as plain values.
         rows: one for each target, in the order of the model.
         fingerprint: SHA-256 of the calibration tokens (hex); empty for a method that needs none.
+        text: which text `data` stood for, where its name does not say it (`data.edition`); else empty.
         seconds: wall time of the pruning.
         advice: the curve from which `samples: auto` chose (`advice.Step`s as plain values); else empty.
         perplexity: records under "dense", "pruned" and "difference"; empty if not measured.
@@ -109,6 +110,7 @@ class Report:
     parameters: dict[str, int] = field(default_factory=dict)
     shape: dict[str, int] = field(default_factory=dict)
     trials: list[dict[str, Any]] = field(default_factory=list)
+    text: dict[str, str] = field(default_factory=dict)
     pruned_before: bool = False
     packed: bool = False
     machine: dict[str, Any] = field(default_factory=machine.current)
@@ -146,7 +148,10 @@ class Report:
             "machine": dict(self.machine),
             "recipe": dict(self.recipe),
             "pruned_before": self.pruned_before,
-            "calibration": {"sha256": self.fingerprint or None},
+            "calibration": {
+                "sha256": self.fingerprint or None,
+                **({"text": self.text} if self.fingerprint and self.text else {}),
+            },
             "advice": [dict(step) for step in self.advice],
             "seconds": round(self.seconds, 3),
             "totals": self.totals,

@@ -11,6 +11,7 @@ from sparsessm import mixture, projection, structure, widths
 from sparsessm.architectures import Architecture
 from sparsessm.calibrate import Progress
 from sparsessm.data import fingerprint
+from sparsessm.edition import edition
 from sparsessm.recipe import Recipe
 from sparsessm.report import Report
 from sparsessm.units import order
@@ -51,6 +52,7 @@ def run(
     report = Report(recipe.model_dump(), rows, sha256, time.perf_counter() - began)
     report.parameters = {"dense": dense, "pruned": _parameters(architecture)}
     report.shape, report.trials = dict(wanted.sizes), trials
+    report.text = edition(recipe.data, "calibration")
     return report
 
 

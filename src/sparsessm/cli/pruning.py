@@ -121,7 +121,10 @@ def prune(
             and tokens is not None
             and (before := Recipe.calibrated_on(recipe)) not in (None, fingerprint(tokens))
         ):
-            progress.say(f"note: not the calibration tokens of {recipe} ({before[:12]}...); masks may differ")
+            why = (reason := wanted.other_text(recipe)) and f": {reason}"
+            progress.say(
+                f"note: not the calibration tokens of {recipe} ({before[:12]}...){why}; masks may differ"
+            )
         if recipe and tokens is not None:  # what looks at no data gives the same masks everywhere
             now = {**machine.current(), **versions()}
             if other := machine.differences(Recipe.made_with(recipe), now):
