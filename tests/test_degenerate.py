@@ -68,9 +68,7 @@ def test_a_hessian_is_factored_in_any_unit(
     gram = (x.T @ x / len(x)).to(dtype)
     factor, other = factorise(gram), factorise(gram * 16.0**power)
     living = (~factor.dead).to(dtype)
-    damped = (
-        gram + factor.added * torch.eye(columns, dtype=dtype) + torch.diag((1 - living) * factor.added * 100)
-    )
+    damped = gram + torch.diag(factor.added * (1 + 100 * (1 - living)))  # dead: the mean diagonal
     again = factor.upper.mT @ factor.upper @ damped
     same(again.double(), torch.eye(columns, dtype=torch.float64), 5e-3 if dtype == torch.float32 else 1e-9)
     assert factor.damping == 0.01
@@ -126,9 +124,8 @@ def test_refit_is_damped_least_squares_of_what_is_kept(
         want = torch.zeros(columns, dtype=torch.float64)
         if kept.any():
             right = damped[kept] @ goal[row]
-            want[kept] = torch.linalg.lstsq(damped[kept][:, kept], right[:, None], driver="gelsd").solution[
-                :, 0
-            ]
+            best = torch.linalg.lstsq(damped[kept][:, kept], right[:, None], driver="gelsd").solution
+            want[kept] = best[:, 0]
         same(got[row], want, 1e-6)
 
 
@@ -250,7 +247,7 @@ def test_sums_that_are_not_finite_are_refused(bad: float) -> None:
 def test_balanced_truncation_of_what_hardly_moves(
     kind: str, other: str, seed: int, r: int, scale: float
 ) -> None:
-    """The largest directions, by the eigenvalues of the product, whatever the units; zeros where none is left."""
+    """The largest directions, by the eigenvalues of the product, in any unit; zeros where none is left."""
     h, C = inputs(kind, seed, 20, 5), inputs(other, seed + 1, 20, 5)
     p, q = (scale * h).T @ (scale * h), C.T @ C / scale
     nothing = torch.empty(0)
