@@ -6,13 +6,26 @@ INSTALLED := .venv/.installed
 DEVELOPED := .venv/.developed
 INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/sparsessm/kernels/*.cpp src/sparsessm/kernels/*.h)
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-portable lint bench clean
 
 demo: $(INSTALLED) ## prune the built-in model by every method, pack it, run it
 	$(BIN)/sparsessm demo
 
 test: $(DEVELOPED) ## the whole suite, two workers, coverage of src
 	$(BIN)/python -m pytest -n 2 --cov --cov-report=term
+
+# Tests whose outcome could hang on one processor: on the code of older ones, of ours and of the BLAS alike, and
+# with other numbers of threads. What a variable names and a machine lacks, its library ignores.
+NUMERIC := $(addprefix tests/test_,$(addsuffix .py,degenerate compensate hessian transcription_linear \
+	structured_methods engine engine_mamba2 engine_widths projected runtime_reference curvature family pipeline))
+OLDEST := MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41 ATEN_CPU_CAPABILITY=default SPARSESSM_KERNELS=portable
+OLDER := MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2
+HAS_AVX2 := "from sparsessm.kernels import LEVELS; print('avx2' if 'avx2' in LEVELS else 'portable')"
+
+test-portable: $(DEVELOPED) ## the numerically sensitive part, as on other processors
+	$(OLDEST) $(BIN)/python -m pytest -n 2 $(NUMERIC)
+	level=$$($(BIN)/python -c $(HAS_AVX2)) && \
+		OMP_NUM_THREADS=2 $(OLDER) SPARSESSM_KERNELS=$$level $(BIN)/python -m pytest $(wordlist 1,5,$(NUMERIC))
 
 lint: $(DEVELOPED) ## style and types
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""One torch thread a worker, as the suite runs in two processes on two cores; more if OMP_NUM_THREADS says so."""
+"""One torch thread a worker, since the suite runs in two processes on two cores, or OMP_NUM_THREADS."""
 
 import os
 

@@ -112,7 +112,8 @@ def test_the_environment_holds_the_kernels_at_a_level() -> None:
     level = "from sparsessm import kernels; print(kernels.LEVEL)"
     assert python(level, SPARSESSM_KERNELS="reference").stdout == "reference\n"
     assert python(level, SPARSESSM_KERNELS="").stdout == f"{kernels.LEVELS[-1]}\n"
-    refused = python("import sparsessm.cli", SPARSESSM_KERNELS="avx9")
+    command = "import sys, sparsessm.cli; sys.argv[1:] = ['--version']; sparsessm.cli.main()"
+    refused = python(command, SPARSESSM_KERNELS="avx9")
     allowed = ", ".join(kernels.LEVELS)
     assert refused.returncode == 1 and refused.stdout == ""
     assert refused.stderr == f"error: SPARSESSM_KERNELS is 'avx9'; what runs here: {allowed}\n"

@@ -231,7 +231,7 @@ def refit(
         weight: (out, in), the start. goal: (out, in), the weights to approach.
         gram: H, (in, in) or (out, in, in). keep: (out, in) bool.
     """
-    # Rows are brought near 1 by powers of two, which rounds nothing: a row of tiny weights converges like others.
+    # Rows are brought near 1 by powers of two, which rounds nothing: tiny weights converge like others.
     most = torch.maximum(weight.abs().amax(1, keepdim=True), goal.abs().amax(1, keepdim=True))
     unit = near(most, weight.dtype).to(weight.dtype)
     weight, goal = weight / unit, goal / unit

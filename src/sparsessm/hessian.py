@@ -63,9 +63,7 @@ def factorise(gram: Tensor, damping: float = DAMPING) -> Factor:
     power = gram.diagonal(dim1=-2, dim2=-1)
     dead = power <= 0
     mean = power.clamp(min=0).sum(-1, keepdim=True, dtype=torch.float64) / (~dead).sum(-1, keepdim=True)
-    unit = near(
-        mean, gram.dtype
-    )  # (..., 1): what is factored is H / unit, so that no unit of the inputs is too large
+    unit = near(mean, gram.dtype)  # (..., 1); H / unit is factored: no unit of the inputs is too large
     mean = (mean.nan_to_num(1.0) / unit).to(gram.dtype)  # NaN: no living input
     unit = unit.to(gram.dtype)
     diagonal = torch.where(dead, mean, power / unit)
@@ -89,8 +87,10 @@ def factorise(gram: Tensor, damping: float = DAMPING) -> Factor:
 
 
 def near(values: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-    """The powers of four near to positive values, 1 for all others: dividing by one, or by its root, rounds
-    nothing, and leaves values between a half and two. In float64, but within the normal numbers of `dtype`."""
+    """The powers of four near to positive values, 1 for all others; float64, but normal numbers of `dtype`.
+
+    Dividing by one, or by its root, rounds nothing, and leaves a value between a half and two.
+    """
     values = values.double()
     usual = torch.isfinite(values) & (values > 0)
     exponents = torch.frexp(torch.where(usual, values, 1.0)).exponent

@@ -1,7 +1,7 @@
 """What the bits of a result depend on beside its recipe: the threads, the processor and what it runs.
 
-Sums of a BLAS are cut up by the number of threads and by the instruction set, so they round differently, and of
-weights whose scores almost tie another one goes. `report` puts this into the record, `cli` compares a rerun.
+A BLAS cuts up its sums by the number of threads and by the instruction set, so they round differently, and
+of weights whose scores almost tie another one goes. `report` puts this into the record, `cli` compares.
 """
 
 from __future__ import annotations

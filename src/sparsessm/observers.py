@@ -58,9 +58,9 @@ class Moments:
         return self.gram if self.diagonal else self.gram.diagonal(dim1=-2, dim2=-1)
 
     def scaled(self, dtype: torch.dtype) -> tuple[Moments, float]:
-        """The same in another dtype and divided by a power of four, so that the mean power is near 1; and that
-        power. No unit of the inputs is then too small or too large for the dtype, and nothing is rounded that
-        the cast alone would not round."""
+        """The same in another dtype, divided by a power of four so that the mean power is near 1; and that
+        number. No unit of the inputs is then too small or too large for the dtype, and nothing is rounded
+        that the cast alone would not round."""
         unit = float(near(self.power.double().mean(-1).max())) if self.gram.numel() else 1.0
 
         def cast(sums: Tensor) -> Tensor:

@@ -127,7 +127,7 @@ class Solution(NamedTuple):
 
     Attributes:
         weight: (out, in) repaired, 0 where removed. keep: (out, in) bool. start: what the repair aims at.
-        seen: in the weight's dtype, of a Hessian divided by `unit`. factor: of that, where the method has one.
+        seen: a Hessian is in the weight's dtype, divided by `unit`. factor: of that, where there is one.
     """
 
     weight: Tensor

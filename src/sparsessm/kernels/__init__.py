@@ -132,8 +132,7 @@ def selective_scan_stats(
     Args:
         removed: what a removed entry of A_log computes: "memoryless" (a_t = 0) or "unit" (A = -1).
         energy: sum_b h_{t-1}^2 and sum_b a_t for each t.
-        gram: "full" for the N x N Gram of output errors per channel, "diagonal" for its diagonal, None for
-            neither.
+        gram: "full" for the N x N Gram of output errors per channel, "diagonal" for its diagonal, or None.
         removed_state: (batch, D, N) state of the recurrence with A = -1 at the start ("unit" only).
 
     Returns:

@@ -1,7 +1,8 @@
 """Which of the kernels run: the fastest that this CPU has, or those that SPARSESSM_KERNELS names.
 
-Holding them at a lower level shows whether a result depends on the instruction set, on one machine. The variable
-is read here and not by the command line: tests, scripts and commands alike must be held before a kernel runs.
+Holding them at a lower level shows on one machine whether a result depends on the instruction set. The
+variable is read here and not by the command line: tests, scripts and commands alike must be held before a
+kernel runs.
 """
 
 from __future__ import annotations
