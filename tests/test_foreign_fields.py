@@ -130,7 +130,7 @@ def test_any_value_in_any_field_of_a_config_ends_in_a_model_or_a_refusal(
     ("fields", "told"),
     [
         ({"hidden_size": 10**12}, "hidden_size is 1000000000000; allowed: a whole number from 0 to"),
-        ({"hidden_size": 10**4000}, "hidden_size is a whole number of 13288 bits"),
+        ({"hidden_size": 10**40}, "hidden_size is a whole number of 133 bits"),
         ({"vocab_size": True}, "vocab_size is True; allowed: a whole number"),
         ({"state_size": [[8]]}, "state_size is list; allowed: a list of numbers or of names"),
         ({"initializer_range": float("nan")}, "initializer_range is nan; allowed: a finite number"),
