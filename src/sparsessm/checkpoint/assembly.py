@@ -14,7 +14,9 @@ from transformers import PreTrainedModel
 from ..architectures import projected
 from ..architectures.own import Own
 from . import container, state_spaces
+from .encoding import finite
 from .files import CONFIG, few, read_tensors
+from .shelf import Shelf, Stored
 from .stock_names import held_as, in_files
 
 STOCK = Own()  # nothing of its own
@@ -25,18 +27,77 @@ def assemble(
 ) -> tuple[PreTrainedModel, dict[str, torch.dtype]]:
     """Read, check and assemble the tensors; returns the model and the dtype each tensor had on disk."""
     own = STOCK if packed is None else Own.told_by(packed.shapes, config)
+    empty, held, tensors, stored, _ = _checked(source, folder, config, packed, own)
+    if packed is not None:  # It has the names in memory; with those on disk `save` will write the like.
+        tensors = {part: t for name in held for part, t in in_files(empty, name, tensors[name]).items()}
+    # What no stock model has comes in behind the stock code, which would leave it out.
+    wide = tuple(f"backbone.layers.{index}." for index in own.widths)
+    names = [*projected.named_in(tensors), *(name for name in tensors if wide and name.startswith(wide))]
+    ours = {name: tensors.pop(name) for name in names}
+    with torch.random.fork_rng([], enabled=bool(own)):  # stock code draws for what is left out here
+        model = type(empty).from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32)
+    own.give(model)
+    model.load_state_dict(ours, strict=False)
+    most_precise = {
+        name: reduce(torch.promote_types, [stored[part] for part in parts]) for name, parts in held.items()
+    }
+    return model.eval(), most_precise
+
+
+def one_by_one(source: str, folder: Path, config: transformers.PretrainedConfig) -> Stored:
+    """Read and check a stock checkpoint as `assemble` does, without a model: its tensors come when asked for.
+
+    Only for models whose tensors have the same names in files and in memory, which those that run have.
+    """
+    shelf = Shelf(folder)
+    _, held, tensors, _, names = _checked(source, folder, config, None, STOCK, shelf)
+    whole = {name: part for name, parts in held.items() for part in parts}
+    shapes = {name: tuple(tensors[part].shape) for name, part in whole.items()}
+    return Stored(shelf, {name: names[part] for name, part in whole.items()}, shapes)
+
+
+def _checked(
+    source: str,
+    folder: Path,
+    config: transformers.PretrainedConfig,
+    packed: container.Header | None,
+    own: Own,
+    shelf: Shelf | None = None,
+) -> tuple[
+    PreTrainedModel,
+    dict[str, dict[str, Tensor]],
+    dict[str, Tensor],
+    dict[str, torch.dtype],
+    dict[str, str],
+]:
+    """Read all tensors and hold them against the model.
+
+    Args:
+        shelf: where a tensor can be had again; with it none is kept, only shapes.
+
+    Returns:
+        The model without memory; name in memory -> names in files; by these the tensors in float32, or on
+        `meta`, the dtypes they had, and the names they really had, which may be the other one of two.
+    """
     empty, expected, copies = stock_model(source, config, own)
     tensors: dict[str, Tensor] = {}  # by their names in the files, as all that is said about them
     stored: dict[str, torch.dtype] = {}
+    names: dict[str, str] = {}
     not_finite: list[str] = []
-    for name, value, dtype in _weights(folder, packed, expected):
+
+    def differ(name: str, value: Tensor) -> bool:
+        other = tensors[name] if shelf is None else shelf[names[name]]
+        return not torch.equal(other.float(), value.float())
+
+    for given, value, dtype in _weights(folder, packed, expected, copied=shelf is None):
         # In both formats: transformers' own MambaModel maps the original name when it loads a state dict.
-        name = state_spaces.to_transformers(name)
-        if not torch.isfinite(value).all():
+        name = state_spaces.to_transformers(given)
+        if not finite(value):
             not_finite.append(name)
-        if name in tensors and not torch.equal(tensors[name], value):
+        if name in tensors and differ(name, value):
             raise ValueError(f"{source!r} holds two different tensors for {name}, under its two names")
-        tensors[name], stored[name] = value, dtype
+        tensors[name], stored[name] = value if shelf is None else value.to("meta"), dtype
+        names[name] = given
     held = held_as(empty, expected, tensors)
     held_copies = held_as(empty, {copy: expected[name] for copy, name in copies.items()}, tensors)
     ties = ((held_copies[copy], held[name]) for copy, name in copies.items())
@@ -44,10 +105,10 @@ def assemble(
     for copy, name in (pair for names in ties for pair in zip(*names, strict=False)):
         if copy not in tensors:
             continue
-        value, dtype = tensors.pop(copy), stored.pop(copy)
+        value, dtype, given = tensors.pop(copy), stored.pop(copy), names.pop(copy)
         if name not in tensors:
-            tensors[name], stored[name] = value, dtype
-        elif not {copy, name} & set(not_finite) and not torch.equal(value, tensors[name]):
+            tensors[name], stored[name], names[name] = value, dtype, given
+        elif not {copy, name} & set(not_finite) and differ(name, value if shelf is None else shelf[given]):
             raise ValueError(f"{source!r}: {copy} differs from {name}, although {CONFIG} ties the two")
     wanted = {part: tensor for parts in held.values() for part, tensor in parts.items()}
     shapes = [
@@ -64,20 +125,7 @@ def assemble(
     if any(faults.values()):
         told = "; ".join(f"{what}: {few(names)}" for what, names in faults.items() if names)
         raise ValueError(f"{source!r} does not hold the model of its {CONFIG}: {told}")
-    if packed is not None:  # It has the names in memory; with those on disk `save` will write the like.
-        tensors = {part: t for name in held for part, t in in_files(empty, name, tensors[name]).items()}
-    # What no stock model has comes in behind the stock code, which would leave it out.
-    wide = tuple(f"backbone.layers.{index}." for index in own.widths)
-    names = [*projected.named_in(tensors), *(name for name in tensors if wide and name.startswith(wide))]
-    ours = {name: tensors.pop(name) for name in names}
-    with torch.random.fork_rng([], enabled=bool(own)):  # stock code draws for what is left out here
-        model = type(empty).from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32)
-    own.give(model)
-    model.load_state_dict(ours, strict=False)
-    most_precise = {
-        name: reduce(torch.promote_types, [stored[part] for part in parts]) for name, parts in held.items()
-    }
-    return model.eval(), most_precise
+    return empty, held, tensors, stored, names
 
 
 def stock_model(
@@ -99,15 +147,18 @@ def stock_model(
 
 
 def _weights(
-    folder: Path, packed: container.Header | None, expected: Mapping[str, Tensor]
+    folder: Path, packed: container.Header | None, expected: Mapping[str, Tensor], copied: bool
 ) -> Iterator[tuple[str, Tensor, torch.dtype]]:
-    """(name, tensor, dtype on disk) of every tensor; the tensor in float32 and in memory of its own."""
+    """(name, tensor, dtype on disk) of every tensor; `copied`: in float32 and in memory of its own."""
     if packed is not None:
         shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
         for name, encoded in container.read_tensors(packed, shapes):
             yield name, encoded.decode(torch.float32), encoded.dtype
         return
     for name, tensor in read_tensors(folder):
+        if not copied:
+            yield name, tensor, tensor.dtype
+            continue
         # A copy even in the same dtype: the file would stay mapped, and whoever rewrites it change the model.
         value = tensor.to(torch.float32, copy=True) if tensor.is_floating_point() else tensor.clone()
         yield name, value, tensor.dtype

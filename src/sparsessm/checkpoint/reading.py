@@ -29,6 +29,7 @@ from . import container, state_spaces
 from .assembly import assemble
 from .assembly import stock_model as stock_model  # where tools look for it
 from .files import BIN, CONFIG, SAFETENSORS, count_tensors, read_json
+from .shelf import give_back
 
 RECORD, GENERATION, CARD = "pruning.json", "generation_config.json", "README.md"
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -85,18 +86,12 @@ def load(source: str | os.PathLike[str], *, tokenizer: str | os.PathLike[str] | 
     """
     source = os.fspath(source)
     with quiet():
-        folder = find(source)
-        fields = read_json(folder / CONFIG)
-        original = state_spaces.is_original(fields)
-        _kind(source, fields, original)  # first: the files of a foreign model are nothing to look into
-        packed = packed_header(source, folder, fields, original)
-        if packed is None:
-            _refuse_layers(source, fields, original, count_tensors(folder))
-        config = stock_config(source, fields, original)
+        folder, original, packed, config = described(source)
         model, stored = assemble(source, folder, config, packed)
         if (folder / GENERATION).is_file():
             model.generation_config = transformers.GenerationConfig.from_dict(read_json(folder / GENERATION))
         words, files = read_tokenizer(source, folder, tokenizer, original, config)
+    give_back()
     files |= companions(folder)
     length = int(words.model_max_length)
     return Checkpoint(
@@ -109,6 +104,25 @@ def load(source: str | os.PathLike[str], *, tokenizer: str | os.PathLike[str] | 
         files=files,
         tokenizer_source=None if tokenizer is None else os.fspath(tokenizer),
     )
+
+
+def described(
+    source: str,
+) -> tuple[Path, bool, container.Header | None, transformers.PretrainedConfig]:
+    """What is said of a checkpoint, before a tensor is read.
+
+    Returns:
+        Its directory, whether its layout is the original one, the head of its packed file if it is packed,
+        and the configuration of the stock model.
+    """
+    folder = find(source)
+    fields = read_json(folder / CONFIG)
+    original = state_spaces.is_original(fields)
+    _kind(source, fields, original)  # first: the files of a foreign model are nothing to look into
+    packed = packed_header(source, folder, fields, original)
+    if packed is None:
+        _refuse_layers(source, fields, original, count_tensors(folder))
+    return folder, original, packed, stock_config(source, fields, original)
 
 
 def companions(folder: Path) -> dict[str, bytes]:

@@ -53,10 +53,10 @@ def load(
     """
     if threads is not None and (type(threads) is not int or threads < 1):
         raise ValueError(f"threads is {threads!r}; allowed: a whole number from 1, or none")
-    from sparsessm import checkpoint
     from sparsessm.architectures import MODEL_TYPES
     from sparsessm.checkpoint import packed, reading
     from sparsessm.checkpoint.files import read_json
+    from sparsessm.checkpoint.shelf import give_back
 
     from .base import refuse_unsupported
 
@@ -64,10 +64,11 @@ def load(
     kind = read_json(folder / reading.CONFIG).get("model_type")
     if kind in MODEL_TYPES:  # before gigabytes are read; what is known to nobody is refused where it is read
         refuse_unsupported(SimpleNamespace(model_type=kind))
-    if reading.is_packed(folder):
-        found = packed.read(path)
-        return _model(found, found.tokenizer(tokenizer), threads)
-    return of(checkpoint.load(path, tokenizer=tokenizer), threads=threads)
+    found = packed.stream(path)
+    model = _model(found, found.tokenizer(tokenizer), threads)
+    del found
+    give_back()
+    return model
 
 
 def of(checkpoint: Checkpoint, *, threads: int | None = None) -> Model:
