@@ -109,7 +109,8 @@ def cpu() -> str:
 def show(name: str, row: dict[str, Any]) -> None:
     mb, whole = 2**20, row["resident"]
     print(
-        f"{name:24} weights {whole / mb:6.0f} MiB, growth {row['growth'] / mb:6.0f} ({row['growth'] / whole:.2f}), "
+        f"{name:24} weights {whole / mb:6.0f} MiB, "
+        f"growth {row['growth'] / mb:6.0f} ({row['growth'] / whole:.2f}), "
         f"peak {row['peak'] / mb:6.0f} ({row['peak'] / whole:.2f}), fixed {row['fixed'] / mb:4.0f}, "
         f"{row['seconds']:.2f} s",
         flush=True,

@@ -16,10 +16,11 @@ from ..architectures.own import Own
 from . import container, state_spaces
 from .encoding import finite
 from .files import CONFIG, few, read_tensors
-from .shelf import Shelf, Stored
+from .shelf import Shelf, Stored, give_back
 from .stock_names import held_as, in_files
 
 STOCK = Own()  # nothing of its own
+FREED = 1 << 25  # bytes of tensors that were looked at and dropped, before their pages are given back
 
 
 def assemble(
@@ -155,9 +156,14 @@ def _weights(
         for name, encoded in container.read_tensors(packed, shapes):
             yield name, encoded.decode(torch.float32), encoded.dtype
         return
+    used = 0
     for name, tensor in read_tensors(folder):
         if not copied:
+            used += tensor.nbytes
             yield name, tensor, tensor.dtype
+            if used > FREED:
+                give_back()
+                used = 0
             continue
         # A copy even in the same dtype: the file would stay mapped, and whoever rewrites it change the model.
         value = tensor.to(torch.float32, copy=True) if tensor.is_floating_point() else tensor.clone()

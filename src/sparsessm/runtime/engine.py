@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsessm.checkpoint.encoding import Encoded
+from sparsessm.checkpoint.shelf import give_back
 from sparsessm.kernels.matrix import Decoder, Matrix
 from sparsessm.runtime.base import joined, model_type, trace
 from sparsessm.runtime.mamba1 import Mamba1
@@ -75,7 +76,10 @@ class NativeEngine:
         own = "lm_head.weight" in tensors
         self._head = matrix(tensors["lm_head.weight"]) if own else self._embedding
         mixer, layers = MIXERS[model_type(config)], range(int(config.num_hidden_layers))
-        self._layers = [mixer(config, Weights(tensors, f"backbone.layers.{i}.")) for i in layers]
+        self._layers = []
+        for i in layers:
+            give_back()  # else small things that stay keep the pages of large ones that went
+            self._layers.append(mixer(config, Weights(tensors, f"backbone.layers.{i}.")))
         self._norm = tensors["backbone.norm_f.weight"].decode(torch.float32)
         sizes = {
             "width": int(config.hidden_size),

@@ -82,7 +82,8 @@ class Measurement:
         ratios = None
         if len(models) == 2:
             first, second = (model["bytes"] for model in models)
-            sizes = {name: first[name] / second[name] for name in first if first[name] and second.get(name)}
+            names = [name for name in first if name != "process_grown"]  # small ones are noise
+            sizes = {name: first[name] / second[name] for name in names if first[name] and second[name]}
             ratios = {"bytes": sizes, **self._phases(lambda phase: asdict(phase.ratio(0, 1)))}
         return {
             "models": models,
