@@ -1,4 +1,4 @@
-"""A model is taken tensor by tensor: what runs is the same to the bit, and no float32 model is built for it."""
+"""A model is taken tensor by tensor: what runs is the same to the bit, and no float32 model is built."""
 
 from __future__ import annotations
 
