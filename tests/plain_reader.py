@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 SIZES = {"F32": 4, "BF16": 2, "F16": 2, "I8": 1, "U8": 1, "I64": 8}
+PARTS = ("values", "mask", "offsets", "index", "scale")
 CODES = {"F32": "<f", "F16": "<e", "I8": "<b", "U8": "<B", "I64": "<q"}
 
 
@@ -21,14 +22,29 @@ def read(file: Path) -> dict[str, tuple[list[int], str, list[float]]]:
     header = json.loads(content[8 : 8 + length])
     metadata = header.pop("__metadata__")
     assert (metadata["format"], metadata["version"]) == ("sparsessm-packed", "1")
-    arrays = {}
+    assert crc32c(metadata["tensors"].encode()) == metadata["checksum"], "the header is damaged"
+    described = json.loads(metadata["tensors"])
+    arrays, raw = {}, {}
     for name, entry in header.items():
         begin, end = (8 + length + offset for offset in entry["data_offsets"])
-        arrays[name] = numbers(content[begin:end], entry["dtype"])
+        raw[name] = content[begin:end]
+        arrays[name] = numbers(raw[name], entry["dtype"])
+    for name, entry in described.items():
+        parts = (name, *(f"{name}.{part}" for part in PARTS))
+        assert crc32c(b"".join(raw.get(part, b"") for part in parts)) == entry["checksum"], name
     return {
         name: (entry["shape"], entry["dtype"], tensor(name, entry, arrays))
-        for name, entry in json.loads(metadata["tensors"]).items()
+        for name, entry in described.items()
     }
+
+
+def crc32c(content: bytes) -> str:
+    rest = 0xFFFFFFFF
+    for byte in content:
+        rest ^= byte
+        for _ in range(8):
+            rest = rest >> 1 ^ 0x82F63B78 * (rest & 1)
+    return f"{rest ^ 0xFFFFFFFF:08x}"
 
 
 def numbers(content: bytes, dtype: str) -> list[Any]:

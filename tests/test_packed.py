@@ -392,7 +392,7 @@ def test_the_library_reads_the_file(tmp_path: Path) -> None:
     assert found.keys() == arrays.keys()
     assert all(same(found[name], arrays[name]) for name in arrays)
     with safe_open(file, "pt") as content:
-        assert content.metadata().keys() == {"format", "version", "layout", "tensors"}
+        assert content.metadata().keys() == {"format", "version", "layout", "tensors", "checksum"}
     header, start, _ = opened(file.read_bytes())
     for entry in (entry for name, entry in header.items() if name != "__metadata__"):
         assert (start + entry["data_offsets"][0]) % plain_reader.SIZES[entry["dtype"]] == 0
@@ -406,6 +406,17 @@ def opened(content: bytes) -> tuple[dict[str, Any], int, bytes]:
     """(header, where the arrays begin, the arrays)."""
     (length,) = struct.unpack_from("<Q", content)
     return json.loads(content[8 : 8 + length]), 8 + length, content[8 + length :]
+
+
+@cache
+def fuzz() -> ModuleType:
+    if not TOOLS.is_dir():
+        pytest.skip("no tools/ beside the tests (an installed package)")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(TOOLS))
+        import fuzz_packed
+
+        return fuzz_packed
 
 
 def closed(header: Any, arrays: bytes) -> bytes:
@@ -425,7 +436,11 @@ def spoil(folder: Path, change: Callable[[dict[str, Any], bytearray], bytes | No
     file = folder / container.PACKED
     header, _, arrays = opened(file.read_bytes())
     body = bytearray(arrays)
+    metadata = header["__metadata__"]
+    before = metadata["checksum"]
     replaced = change(header, body)
+    if header.get("__metadata__") is metadata and metadata.get("checksum") == before:
+        fuzz().sealed(header, bytes(body))  # what is wrong is not to be found by the checksums
     file.write_bytes(closed(header, bytes(body)) if replaced is None else replaced)
 
 
@@ -556,8 +571,10 @@ HUGE = 10**30
         (set_metadata(version="2"), "version '2' of the format; known: '1'"),
         (set_metadata(version=1), "version 1 of the format; known: '1'"),
         (set_metadata(version=None), "version None of the format"),
-        (set_metadata(more="x"), "must have format, version, layout and tensors, and nothing else"),
-        (set_metadata(layout=None), "must have format, version, layout and tensors"),
+        (set_metadata(more="x"), "must have format, version, layout, tensors and checksum, and nothing else"),
+        (set_metadata(checksum=None), "must have format, version, layout, tensors and checksum"),
+        (set_metadata(checksum="00000000"), "the header is damaged: its checksum is"),
+        (set_metadata(layout=None), "must have format, version, layout, tensors and checksum"),
         (set_metadata(layout="gguf"), "layout 'gguf'; allowed: transformers, state-spaces"),
         (set_metadata(layout="state-spaces"), "layout 'state-spaces', but config.json is of the other"),
         (set_metadata(tensors=["x"]), "tensors must be a string that holds a JSON object"),
@@ -663,6 +680,45 @@ def test_int8_that_is_wrong(golden: Path, change: Any, message: str) -> None:
         packed.read(golden)
 
 
+@pytest.mark.parametrize("name", GOLDENS)
+def test_every_flipped_bit_is_noticed_and_the_tensor_named(golden: Path, name: str) -> None:
+    """All bits of the header and of its length, and of the arrays one bit of each byte, another each time."""
+    file = golden / container.PACKED
+    content, shapes = (GOLDEN / name / container.PACKED).read_bytes(), expected()
+    header, start, _ = opened(content)
+    owner = {}
+    for array, entry in header.items():
+        if array != "__metadata__":
+            stock = next(stock for stock in shapes if array == stock or array.startswith(f"{stock}."))
+            owner |= dict.fromkeys(range(*(start + offset for offset in entry["data_offsets"])), stock)
+    whole = container.read_header(GOLDEN / name / container.PACKED)
+    for place in range(len(content)):
+        for bit in range(8) if place < start and place % 5 == 0 else (place * 5 % 8,):
+            spoiled = bytearray(content)
+            spoiled[place] ^= 1 << bit
+            file.write_bytes(spoiled)
+            with pytest.raises(ValueError, match=r"packed\.safetensors\b") as caught:
+                if place < start:
+                    dict(container.read_tensors(container.read_header(file), shapes))
+                else:
+                    container.Tensors(replace(whole, file=file), shapes)[owner[place]]
+            if place >= start:
+                assert f"tensor {owner[place]} is damaged: its checksum is" in str(caught.value)
+
+
+def test_what_was_not_asked_for_is_not_checked(golden: Path) -> None:
+    file = golden / container.PACKED
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    packed.read(golden, check=False)
+    for attempt in (packed.read, checkpoint.load, lambda path: checkpoint.unpack(path, f"{path}.out")):
+        with pytest.raises(ValueError, match=r"packed\.safetensors: tensor backbone\S+ is damaged"):
+            attempt(golden)
+    with pytest.raises(AssertionError, match="backbone"):
+        plain_reader.read(file)
+
+
 def test_every_truncation_is_noticed(golden: Path) -> None:
     file = golden / container.PACKED
     content, shapes = file.read_bytes(), expected()
@@ -732,13 +788,7 @@ def expected() -> dict[str, tuple[int, ...]]:
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    if not TOOLS.is_dir():
-        pytest.skip("no tools/ beside the tests (an installed package)")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(TOOLS))
-        import fuzz_packed
-
-        return fuzz_packed
+    return fuzz()
 
 
 def test_the_check_of_the_fuzzer_can_fail(

@@ -27,6 +27,7 @@ from sparsessm.checkpoint.encoding import bits_of
 
 GOLDEN = Path(__file__).parents[1] / "tests/golden"
 MOST = 8192
+PARTS = ("values", "mask", "offsets", "index", "scale")
 VALUES = [
     0,
     1,
@@ -95,6 +96,33 @@ def one(content: bytes, shapes: dict[str, tuple[int, ...]], folder: Path) -> str
     return None
 
 
+def sealed(header: Any, arrays: bytes) -> None:
+    """Write the checksums of a header that was read from JSON anew, as far as it has places for them."""
+    metadata = header.get("__metadata__") if isinstance(header, dict) else None
+    if not isinstance(metadata, dict) or not isinstance(metadata.get("tensors"), str):
+        return
+    try:
+        tensors = json.loads(metadata["tensors"])
+    except (ValueError, RecursionError):
+        tensors = None
+    for name, entry in tensors.items() if isinstance(tensors, dict) else ():
+        if isinstance(entry, dict):
+            names = (name, *(f"{name}.{part}" for part in PARTS))
+            entry["checksum"] = container.checksum([_array(header.get(array), arrays) for array in names])
+    if isinstance(tensors, dict) and len(tensors) == metadata["tensors"].count('"shape"'):  # no name twice
+        metadata["tensors"] = json.dumps(tensors)
+    text = metadata["tensors"].encode("utf-8", "surrogatepass")
+    metadata["checksum"] = container.checksum([text])
+
+
+def _array(entry: Any, arrays: bytes) -> bytes:
+    """The bytes of an array, none if its entry does not say which."""
+    offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
+    if isinstance(offsets, list) and len(offsets) == 2 and all(type(offset) is int for offset in offsets):
+        return arrays[max(offsets[0], 0) : max(offsets[1], 0)]
+    return b""
+
+
 def mutated(content: bytes, seed: int, mutate: Callable[[bytes, int], bytes]) -> bytes:
     """A file whose header still is JSON, with one value of it or some bytes of the arrays changed: bytes
     changed at random hardly get past the JSON.
@@ -127,6 +155,8 @@ def mutated(content: bytes, seed: int, mutate: Callable[[bytes, int], bytes]) ->
         except ValueError:  # it holds itself by now
             return mutate(content, MOST)
     try:
+        if draw.random() < 0.95:  # else every change ends at a checksum
+            sealed(header, arrays)
         head = json.dumps(header).encode()
     except ValueError:
         return mutate(content, MOST)

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -17,10 +17,13 @@ from transformers import PreTrainedModel
 from ..architectures import projected
 from ..architectures.own import Own
 from . import container, state_spaces
+from .encoding import finite
 from .files import CONFIG, few, read_tensors
+from .shelf import Shelf, Stored, give_back
 from .stock_names import held_as, in_files
 
 STOCK = Own()  # nothing of its own
+FREED = 1 << 25  # bytes of tensors that were looked at and dropped, before their pages are given back
 STORED = (torch.float32, torch.bfloat16, torch.float16)
 """The dtypes that weights may have. They are computed in float32, which holds these exactly: what nobody
 changes goes out as it came. float64 would lose half of its digits, whole numbers their repaired values."""
@@ -144,42 +147,12 @@ def assemble(
         architectures: that field of `config.json`, by which a packed backbone is known to have been bare.
     """
     own = STOCK if packed is None else Own.told_by(packed.shapes, config)
-    empty, expected, copies = stock_model(source, config, own)
-    places = find_places(empty, expected, copies, present)
-    tensors: dict[str, Tensor] = {}  # by their names in full, as all that is said about them
-    stored: dict[str, torch.dtype] = {}
-    extra: dict[str, Tensor] = {}
-    not_finite: list[str] = []
-    for name, tensor, dtype in _weights(folder, packed, expected):
-        if name in places.extra:
-            extra[name] = tensor.clone()
-            continue
-        name = places.in_full(name)
-        # A copy even in the same dtype: the file would stay mapped, and whoever rewrites it change the model.
-        value = tensor.to(torch.float32, copy=True) if dtype in STORED else tensor.clone()
-        if dtype in STORED and not torch.isfinite(value).all():
-            not_finite.append(name)
-        if name in tensors and not torch.equal(tensors[name], value):
-            raise ValueError(f"{source!r} holds two different tensors for {name}, under its two names")
-        tensors[name], stored[name] = value, dtype
-    _refuse_dtypes(source, [*places.wanted, *(copy for copy, _ in places.ties)], stored)
-    # A tied pair may be stored under either name, or both.
-    for copy, name in places.ties:
-        if copy not in tensors:
-            continue
-        value, dtype = tensors.pop(copy), stored.pop(copy)
-        if name not in tensors:
-            tensors[name], stored[name] = value, dtype
-        elif not {copy, name} & set(not_finite) and not torch.equal(value, tensors[name]):
-            raise ValueError(f"{source!r}: {copy} differs from {name}, although {CONFIG} ties the two")
-    refuse_misfit(source, places, {name: tuple(t.shape) for name, t in tensors.items()}, not_finite)
-    prefix = places.prefix
+    found = _checked(source, folder, config, packed, own, present)
+    empty, held, tensors, prefix = found.empty, found.places.held, found.tensors, found.places.prefix
     if packed is not None:  # It has the names in memory; with those on disk `save` will write the like.
-        names = {part for name in places.held for part in in_files(empty, name, expected[name])}
-        prefix = _bare_prefix(empty, names) if architectures == [type(empty.base_model).__name__] else ""
-        tensors = {
-            part: t for name in places.held for part, t in in_files(empty, name, tensors[name]).items()
-        }
+        parts = {name: in_files(empty, name, tensors[name]) for name in held}
+        tensors = {part: tensor for some in parts.values() for part, tensor in some.items()}
+        prefix = _bare_prefix(empty, tensors) if architectures == [type(empty.base_model).__name__] else ""
     # What no stock model has comes in behind the stock code, which would leave it out.
     wide = tuple(f"backbone.layers.{index}." for index in own.widths)
     names = [*projected.named_in(tensors), *(name for name in tensors if wide and name.startswith(wide))]
@@ -189,10 +162,99 @@ def assemble(
     own.give(model)
     model.load_state_dict(ours, strict=False)
     most_precise = {
-        name: reduce(torch.promote_types, [stored[part] for part in parts])
-        for name, parts in places.held.items()
+        name: reduce(torch.promote_types, [found.stored[part] for part in parts])
+        for name, parts in held.items()
     }
-    return Assembled(model.eval(), most_precise, extra, prefix)
+    return Assembled(model.eval(), most_precise, found.extra, prefix)
+
+
+def one_by_one(
+    source: str, folder: Path, config: transformers.PretrainedConfig, present: Collection[str]
+) -> Stored:
+    """Read and check a stock checkpoint as `assemble` does, without a model: its tensors come when asked for.
+
+    Only for models whose tensors have the same names in files and in memory, which those that run have.
+    """
+    shelf = Shelf(folder)
+    found = _checked(source, folder, config, None, STOCK, present, shelf)
+    whole = {name: part for name, parts in found.places.held.items() for part in parts}
+    shapes = {name: tuple(found.tensors[part].shape) for name, part in whole.items()}
+    return Stored(shelf, {name: found.names[part] for name, part in whole.items()}, shapes)
+
+
+class _Checked(NamedTuple):
+    """Tensors of a checkpoint that fit its model.
+
+    Attributes:
+        empty: the model, without memory for its weights. places: where the files hold what.
+        tensors: by their names in full in the files, in float32; on `meta` if they can be had again.
+        stored: the dtypes that they had. names: the names that they had, which may be the other one of two.
+        extra: those that stock code leaves out on purpose, as they came.
+    """
+
+    empty: PreTrainedModel
+    places: Places
+    tensors: dict[str, Tensor]
+    stored: dict[str, torch.dtype]
+    names: dict[str, str]
+    extra: dict[str, Tensor]
+
+
+def _checked(
+    source: str,
+    folder: Path,
+    config: transformers.PretrainedConfig,
+    packed: container.Header | None,
+    own: Own,
+    present: Collection[str],
+    shelf: Shelf | None = None,
+) -> _Checked:
+    """Read all tensors and hold them against the model.
+
+    Args:
+        shelf: where a tensor can be had again; with it none is kept, only shapes.
+    """
+    empty, expected, copies = stock_model(source, config, own)
+    places = find_places(empty, expected, copies, present)
+    tensors: dict[str, Tensor] = {}  # by their names in full, as all that is said about them
+    stored: dict[str, torch.dtype] = {}
+    names: dict[str, str] = {}
+    extra: dict[str, Tensor] = {}
+    not_finite: list[str] = []
+
+    def differ(name: str, value: Tensor) -> bool:
+        other = tensors[name] if shelf is None else shelf[names[name]]
+        return not torch.equal(other.float(), value.float())
+
+    for given, tensor, dtype in _weights(folder, packed, expected):
+        if given in places.extra:
+            if shelf is None:
+                extra[given] = tensor.clone()
+            continue
+        name = places.in_full(given)
+        if dtype in STORED and not finite(tensor):
+            not_finite.append(name)
+        if name in tensors and differ(name, tensor):
+            raise ValueError(f"{source!r} holds two different tensors for {name}, under its two names")
+        if shelf is not None:
+            value = tensor.to("meta")
+        else:
+            # A copy even in the same dtype: the file would stay mapped, and whoever rewrites it change the
+            # model.
+            value = tensor.to(torch.float32, copy=True) if dtype in STORED else tensor.clone()
+        tensors[name], stored[name], names[name] = value, dtype, given
+    _refuse_dtypes(source, [*places.wanted, *(copy for copy, _ in places.ties)], stored)
+    # A tied pair may be stored under either name, or both.
+    for copy, name in places.ties:
+        if copy not in tensors:
+            continue
+        value, dtype, given = tensors.pop(copy), stored.pop(copy), names.pop(copy)
+        if name not in tensors:
+            tensors[name], stored[name], names[name] = value, dtype, given
+        elif not {copy, name} & set(not_finite) and differ(name, value if shelf is None else shelf[given]):
+            raise ValueError(f"{source!r}: {copy} differs from {name}, although {CONFIG} ties the two")
+    refuse_misfit(source, places, {name: tuple(t.shape) for name, t in tensors.items()}, not_finite)
+    return _Checked(empty, places, tensors, stored, names, extra)
 
 
 def _ignored(empty: PreTrainedModel, name: str) -> bool:
@@ -258,8 +320,14 @@ def _weights(
         for name, encoded in container.read_tensors(packed, shapes):
             yield name, encoded.decode(torch.float32), encoded.dtype
         return
+    used = 0
     for name, tensor in read_tensors(folder):
+        used += tensor.nbytes
         yield name, tensor, tensor.dtype
+        if used > FREED:
+            del tensor
+            give_back()
+            used = 0
 
 
 def untied(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:

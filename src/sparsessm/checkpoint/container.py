@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from io import BufferedReader
+from io import FileIO
 from math import prod
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..foreign import short
+from ..kernels.checksum import crc32c
 from .encoding import STOCK, Encoded, bits_of
 from .files import few, parse_json
 
@@ -43,6 +45,7 @@ _DTYPES = {
 }
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _NAMES = {dtype: name for name, dtype in STOCK.items()}
+_CHECKSUM = re.compile(r"[0-9a-f]{8}", re.ASCII)
 _KIND = re.compile(r"dense|bitmask|[1-9]\d{0,2}:[1-9]\d{0,2}", re.ASCII)
 _PARTS = {"dense": (), "bitmask": ("mask", "offsets"), "n:m": ("index",)}
 
@@ -64,12 +67,14 @@ class Header:
     Attributes:
         layout: the layout of the stock checkpoint.
         stock: stock tensor -> (shape, dtype, label of its kind, fill).
+        checksums: stock tensor -> CRC32C of its arrays.
     """
 
     file: Path
     layout: Layout
     stock: Mapping[str, tuple[tuple[int, ...], torch.dtype, str, float]]
     spans: Mapping[str, _Span]
+    checksums: Mapping[str, str]
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -93,10 +98,10 @@ def read_header(file: Path) -> Header:
                 raise ValueError(f"truncated or not safetensors: header of {length} bytes, at most {most}")
             header = parse_json(content.read(length), "the header", strict=True)
         metadata = header.pop("__metadata__", None)
-        layout, stock = _metadata(metadata)  # first: another version may have other arrays
+        layout, stock, checksums = _metadata(metadata)  # first: another version may have other arrays
         spans = _spans(header, 8 + length, size)
         _compare(stock, spans)
-        return Header(file, layout, stock, spans)
+        return Header(file, layout, stock, spans, checksums)
     except OSError as error:
         raise ValueError(f"{file}: not readable ({error})") from error
     except ValueError as error:
@@ -110,36 +115,57 @@ def read_tensors(
 
     Args:
         expected: the shape of each tensor that the model has.
-        check: also look at every byte (`Encoded.check`); shapes and dtypes always are.
+        check: also look at every byte: checksums, and what the arrays stand for (`Encoded.check`); shapes
+            and dtypes always are.
 
     Raises:
         ValueError: begins with the file and names the tensor: missing, unknown, of a shape that the model
-            does not have, or arrays that do not stand for a tensor.
+            does not have, damaged, or arrays that do not stand for a tensor.
     """
-    file, stock = header.file, header.stock
-    shapes = [
-        f"{name} {list(stock[name][0])}, expected {list(shape)}"
-        for name, shape in expected.items()
-        if name in stock and stock[name][0] != tuple(shape)
-    ]
-    faults = {
-        "missing tensors": [name for name in expected if name not in stock],
-        "tensors the model does not have": [repr(name)[1:-1] for name in stock if name not in expected],
-        "wrong shapes": shapes,
-    }
-    if any(faults.values()):
-        told = "; ".join(f"{what}: {few(names)}" for what, names in faults.items() if names)
-        raise ValueError(f"{file} does not hold the model of its config.json: {told}")
-    try:
-        with open(file, "rb") as content:
-            for name in expected:
-                tensor = _encoded(header, name, content)
-                tensor.check(contents=check)
-                yield name, tensor
-    except OSError as error:
-        raise ValueError(f"{file}: not readable ({error})") from error
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
+    yield from Tensors(header, expected, check).items()
+
+
+class Tensors(Mapping[str, Encoded]):
+    """The tensors of a packed file by name, each read, checked and given away when it is asked for."""
+
+    def __init__(self, header: Header, expected: Mapping[str, tuple[int, ...]], check: bool = True) -> None:
+        """As `read_tensors`; what the head of the file says is held against `expected` here."""
+        self._header, self._check = header, check
+        self.shapes = dict(expected)
+        """Of each tensor, by name."""
+        stock = header.stock
+        shapes = [
+            f"{name} {list(stock[name][0])}, expected {list(shape)}"
+            for name, shape in expected.items()
+            if name in stock and stock[name][0] != tuple(shape)
+        ]
+        faults = {
+            "missing tensors": [name for name in expected if name not in stock],
+            "tensors the model does not have": [repr(name)[1:-1] for name in stock if name not in expected],
+            "wrong shapes": shapes,
+        }
+        if any(faults.values()):
+            told = "; ".join(f"{what}: {few(names)}" for what, names in faults.items() if names)
+            raise ValueError(f"{header.file} does not hold the model of its config.json: {told}")
+
+    def __getitem__(self, name: str) -> Encoded:
+        self.shapes[name]  # a KeyError before the file is touched
+        file = self._header.file
+        try:
+            with open(file, "rb", buffering=0) as content:
+                tensor = _encoded(self._header, name, content, self._check)
+            tensor.check(contents=self._check)
+            return tensor
+        except OSError as error:
+            raise ValueError(f"{file}: not readable ({error})") from error
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
 
 
 def write(file: Path, layout: Layout, tensors: Mapping[str, Encoded]) -> None:
@@ -152,11 +178,14 @@ def write(file: Path, layout: Layout, tensors: Mapping[str, Encoded]) -> None:
     arrays: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         entry = {"shape": list(tensor.shape), "dtype": _NAMES[tensor.dtype], "kind": tensor.label}
-        described[name] = entry | ({} if tensor.kind == "dense" else {"fill": tensor.fill})
+        entry |= {} if tensor.kind == "dense" else {"fill": tensor.fill}
+        described[name] = entry | {"checksum": checksum(map(_bytes, tensor.parts.values()))}
         arrays |= tensor.parts
     # Wide elements first, as the library does: every array then begins at a multiple of its element size.
     arrays = dict(sorted(arrays.items(), key=lambda item: -item[1].itemsize))
-    metadata = {"format": FORMAT, "version": VERSION, "layout": layout, "tensors": json.dumps(described)}
+    text = json.dumps(described)
+    metadata = {"format": FORMAT, "version": VERSION, "layout": layout, "tensors": text}
+    metadata["checksum"] = checksum([text.encode()])
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
     for name, array in arrays.items():
@@ -171,7 +200,20 @@ def write(file: Path, layout: Layout, tensors: Mapping[str, Encoded]) -> None:
         content.write(len(head).to_bytes(8, "little"))
         content.write(head)
         for array in arrays.values():
-            content.write(np.ascontiguousarray(bits_of(array)).reshape(-1).view(np.uint8).data)
+            content.write(_bytes(array).data)
+
+
+def checksum(parts: Iterable[bytes | NDArray[np.uint8]]) -> str:
+    """CRC32C of bytes that follow each other, in 8 hexadecimal digits."""
+    total = 0
+    for part in parts:
+        if len(part):  # of nothing NumPy makes no array
+            total = crc32c(np.frombuffer(part, np.uint8), total)
+    return f"{total:08x}"
+
+
+def _bytes(array: Tensor) -> NDArray[np.uint8]:
+    return np.ascontiguousarray(bits_of(array)).reshape(-1).view(np.uint8)
 
 
 def _whole(value: Any) -> bool:
@@ -212,24 +254,34 @@ def _spans(header: dict[str, Any], start: int, size: int) -> dict[str, _Span]:
 
 def _metadata(
     metadata: Any,
-) -> tuple[Layout, dict[str, tuple[tuple[int, ...], torch.dtype, str, float]]]:
-    """(layout, description of each stock tensor) of a `__metadata__`, each field of an allowed form."""
+) -> tuple[Layout, dict[str, tuple[tuple[int, ...], torch.dtype, str, float]], dict[str, str]]:
+    """(layout, description and checksum of each stock tensor) of a `__metadata__`, in allowed forms."""
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         raise ValueError(f"not a packed checkpoint: its __metadata__ does not say format {FORMAT!r}")
     if metadata.get("version") != VERSION:
         raise ValueError(f"version {short(metadata.get('version'))} of the format; known: {VERSION!r}")
-    if metadata.keys() != {"format", "version", "layout", "tensors"}:
-        raise ValueError("__metadata__ must have format, version, layout and tensors, and nothing else")
+    if metadata.keys() != {"format", "version", "layout", "tensors", "checksum"}:
+        raise ValueError(
+            "__metadata__ must have format, version, layout, tensors and checksum, and nothing else"
+        )
     layout, text = metadata["layout"], metadata["tensors"]
     if not isinstance(layout, str) or layout not in LAYOUTS:
         raise ValueError(f"layout {short(layout)}; allowed: {', '.join(LAYOUTS)}")
     if not isinstance(text, str):
         raise ValueError("__metadata__ tensors must be a string that holds a JSON object")
-    stock = {}
+    if (found := checksum([text.encode("utf-8", "surrogatepass")])) != metadata["checksum"]:
+        told = f"its checksum is {found}, the file says {short(metadata['checksum'])}"
+        raise ValueError(f"the header is damaged: {told} of __metadata__ tensors")
+    stock, checksums = {}, {}
     for name, entry in parse_json(text, "__metadata__ tensors", strict=True).items():
-        needed = {"shape", "dtype", "kind"}
+        needed = {"shape", "dtype", "kind", "checksum"}
         if not isinstance(entry, dict) or not needed <= entry.keys() <= needed | {"fill"}:
-            raise ValueError(f"{name!r}: expected an object of shape, dtype, kind and, if need be, fill")
+            raise ValueError(
+                f"{name!r}: expected an object of shape, dtype, kind, checksum and, if need be, fill"
+            )
+        if not isinstance(entry["checksum"], str) or not _CHECKSUM.fullmatch(entry["checksum"]):
+            allowed = "8 hexadecimal digits"
+            raise ValueError(f"{name!r}: checksum {short(entry['checksum'])}; allowed: {allowed}")
         shape, dtype, kind, fill = entry["shape"], entry["dtype"], entry["kind"], entry.get("fill", 0.0)
         if not isinstance(shape, list) or len(shape) > MOST_AXES or not all(map(_whole, shape)):
             allowed = f"at most {MOST_AXES} whole numbers"
@@ -241,7 +293,8 @@ def _metadata(
         if type(fill) not in (int, float) or abs(fill) > 1e39:
             raise ValueError(f"{name!r}: fill {short(fill)}; allowed: a finite number of its dtype")
         stock[name] = tuple(shape), STOCK[dtype], kind, float(fill)
-    return cast(Layout, layout), stock
+        checksums[name] = entry["checksum"]
+    return cast(Layout, layout), stock, checksums
 
 
 def _compare(stock: Mapping[str, tuple[Any, Any, str, Any]], spans: Mapping[str, _Span]) -> None:
@@ -268,15 +321,30 @@ def _arrays(name: str, label: str, spans: Mapping[str, _Span]) -> dict[str, str]
     return {part: f"{name}.{part}" for part in parts}
 
 
-def _encoded(header: Header, name: str, content: BufferedReader) -> Encoded:
+def _encoded(header: Header, name: str, content: FileIO, check: bool) -> Encoded:
     shape, dtype, label, fill = header.stock[name]
     arrays: dict[str, Any] = {}
+    memories = []
     for part, array in _arrays(name, label, header.spans).items():
         span = header.spans[array]
         memory = torch.empty(span.nbytes, dtype=torch.uint8)
         content.seek(span.start)
-        if span.nbytes and content.readinto(memory.numpy().data) != span.nbytes:
+        if not _filled(memory.numpy().data, content):
             raise ValueError(f"{name}: the file ended inside {array!r}")
+        memories.append(memory.numpy())
         arrays[part] = memory.view(span.dtype).reshape(span.shape)
+    if check and (found := checksum(memories)) != header.checksums[name]:
+        told = f"its checksum is {found}, the file says {header.checksums[name]}"
+        raise ValueError(f"tensor {name} is damaged: {told}")
     n, m = map(int, label.split(":")) if ":" in label else (0, 0)
     return Encoded(name, shape, dtype, "n:m" if m else label, fill=fill, n=n, m=m, **arrays)
+
+
+def _filled(memory: memoryview, content: FileIO) -> bool:
+    """Read so many bytes; False if the file has fewer. One call of the system reads 2 GiB at most."""
+    while len(memory):
+        count = content.readinto(memory)
+        if not count:
+            return False
+        memory = memory[count:]
+    return True

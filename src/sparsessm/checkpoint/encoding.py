@@ -181,7 +181,7 @@ class Encoded:
     def _content(self) -> Iterator[str]:
         """What is wrong with the bytes of arrays whose shapes are right."""
         if self.scale is None:
-            if not torch.isfinite(self.values).all():
+            if not finite(self.values):
                 yield "'values' holds NaN or Inf; allowed: finite numbers"
         else:
             if (self.values == -128).any():
@@ -270,7 +270,7 @@ def encode(
     tensor = tensor.detach().cpu().contiguous()
     if tensor.dtype not in STOCK.values():
         raise ValueError(f"{name}: its dtype is {_word(tensor.dtype)}; allowed: {', '.join(STOCK)}")
-    if not torch.isfinite(tensor).all():
+    if not finite(tensor):
         raise ValueError(f"{name}: NaN or Inf; allowed: finite numbers")
     shape, scale, held = tuple(tensor.shape), None, tensor
     if tensor.ndim != 2 and (int8 or kind not in (None, "dense")):
@@ -279,8 +279,8 @@ def encode(
         held, scale = _quantised(tensor)
         fills = (0.0,)
     plain = Encoded(name, shape, tensor.dtype, "dense", held, scale=scale)
-    if tensor.ndim != 2:
-        plain.check()
+    if tensor.ndim != 2 or kind == "dense":
+        plain.check(contents=False)
         return plain
     if kind and ":" in kind:
         n, _, m = kind.partition(":")
@@ -369,6 +369,11 @@ def _starts(counts: NDArray[np.integer]) -> Tensor:
     """Where the values of each group of rows begin, and their number, from the number in each row."""
     groups = np.add.reduceat(counts, np.arange(0, len(counts), GROUP), dtype=np.int64)
     return torch.from_numpy(np.concatenate(([0], np.cumsum(groups))))
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether a tensor has neither NaN nor Inf; large ones are looked at in parts, the work takes memory."""
+    return all(bool(torch.isfinite(part).all()) for part in tensor.detach().reshape(-1).split(_CHUNK))
 
 
 def bits_of(tensor: Tensor) -> Bits:

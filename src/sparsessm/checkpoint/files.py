@@ -79,7 +79,7 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         ValueError: there are none.
     """
-    return _stock(folder)[1]
+    return stock_files(folder)[1]
 
 
 def tensor_names(folder: Path) -> list[str]:
@@ -87,10 +87,10 @@ def tensor_names(folder: Path) -> list[str]:
 
     Only a `.bin` older than torch 1.6 has no head, and is read for it.
     """
-    name, files = _stock(folder)
+    name, files = stock_files(folder)
     if name == SAFETENSORS:
-        return [found for file in files for found in _names(_readable(file))]
-    return [found for file in files for found, _ in _read_bin(_readable(file))]
+        return [found for file in files for found in names_in(_readable(file))]
+    return [found for file in files for found, _ in read_bin(_readable(file))]
 
 
 def _readable(file: Path) -> Path:
@@ -99,12 +99,12 @@ def _readable(file: Path) -> Path:
     return file
 
 
-def _names(file: Path) -> Iterator[str]:
-    with _opened(file) as content:
+def names_in(file: Path) -> Iterator[str]:
+    with opened(file) as content:
         yield from content.keys()
 
 
-def _stock(folder: Path) -> tuple[str, list[Path]]:
+def stock_files(folder: Path) -> tuple[str, list[Path]]:
     """The stock format of a checkpoint directory, by the name of its one file, and the files."""
     for name in (SAFETENSORS, BIN):
         if (folder / name).is_file():
@@ -116,8 +116,8 @@ def _stock(folder: Path) -> tuple[str, list[Path]]:
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of a checkpoint directory, in the dtype it is stored in; stock order of preference."""
-    name, files = _stock(folder)
-    read = _read_safetensors if name == SAFETENSORS else _read_bin
+    name, files = stock_files(folder)
+    read = _read_safetensors if name == SAFETENSORS else read_bin
     seen: set[str] = set()
     for file in files:
         for tensor_name, tensor in read(_readable(file)):
@@ -138,13 +138,13 @@ def _shards(folder: Path, index: Path) -> list[Path]:
 
 
 def _read_safetensors(file: Path) -> Iterator[tuple[str, Tensor]]:
-    with _opened(file) as content:
+    with opened(file) as content:
         for name in content.keys():
             yield name, content.get_tensor(name)
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[Any]:
+def opened(file: Path) -> Iterator[Any]:
     try:
         with safe_open(file, framework="pt") as content:
             yield content
@@ -152,7 +152,7 @@ def _opened(file: Path) -> Iterator[Any]:
         raise ValueError(f"{file}: truncated or not a safetensors file ({error})") from error
 
 
-def _read_bin(file: Path) -> Iterator[tuple[str, Tensor]]:
+def read_bin(file: Path) -> Iterator[tuple[str, Tensor]]:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
@@ -229,7 +229,7 @@ def read_one(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     if not file.is_file():
         raise ValueError(f"{file}: no such file")
-    with _opened(file) as content:
+    with opened(file) as content:
         # copies: the file would stay mapped, and whoever rewrites it change the tensors
         tensors = {name: content.get_tensor(name).clone() for name in content.keys()}
         return tensors, dict(content.metadata() or {})

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ..architectures import REMOVED_A_LOG, REMOVED_A_LOG_FLOAT16
 from ..architectures.own import Own
-from . import container, reading, state_spaces, writing
-from .assembly import stock_model, untied
-from .companions import CARD, RECORD
+from . import container, reading, writing
+from .assembly import one_by_one, stock_model, untied
+from .companions import CARD, GENERATION, RECORD
 from .container import PACKED, Layout
 from .encoding import TRIED, Encoded, encode
 from .files import few, read_json
@@ -47,7 +47,7 @@ class Packed:
     """A model as it is stored, its tensors not decoded: what the runtime starts from.
 
     Attributes:
-        source: what `read` was given.
+        source: what `read` or `stream` was given.
         layout: what `unpack` writes.
         config: the fields of transformers' configuration ("hidden_size", ...), of either layout.
         tensors: by stock name, as in transformers; a tied head is stored once, under the embedding's name.
@@ -58,7 +58,7 @@ class Packed:
     source: str
     layout: Layout
     config: dict[str, Any]
-    tensors: dict[str, Encoded]
+    tensors: Mapping[str, Encoded]
     files: dict[str, bytes] = field(repr=False)
     tokenizer: Callable[..., PreTrainedTokenizerBase] = field(repr=False)
 
@@ -119,17 +119,39 @@ def read(source: str | os.PathLike[str], *, check: bool = True) -> Packed:
     source = os.fspath(source)
     with reading.quiet():
         folder = reading.find(source)
-        fields = read_json(folder / CONFIG)
-        original = state_spaces.is_original(fields)
-        header = reading.packed_header(source, folder, fields, original)
+    if not reading.is_packed(folder):
+        raise ValueError(f"{source!r} is not packed: it has no {PACKED}")
+    found = stream(source, check=check)
+    return replace(found, tensors=dict(found.tensors))
+
+
+def stream(source: str | os.PathLike[str], *, check: bool = True) -> Packed:
+    """A packed or stock directory, its tensors read one by one, when they are asked for, and not kept.
+
+    Of a stock one every tensor is dense in its stored dtype, and looked at here once: what `load` would
+    refuse is refused. Its tensors may be mapped, and a copy must be made of what is to stay.
+
+    Args:
+        source, check: as for `read`; a stock directory is always checked.
+
+    Raises:
+        ValueError: as `read` or `load`; of a packed file's arrays when they are asked for.
+    """
+    source = os.fspath(source)
+    with reading.quiet():
+        found = reading.described(source)
+        folder, original, header, config = found.folder, found.original, found.packed, found.config
         if header is None:
-            raise ValueError(f"{source!r} is not packed: it has no {PACKED}")
-        config = reading.stock_config(source, fields, original)
-        _, expected, _ = stock_model(source, config, Own.told_by(header.shapes, config))
-    shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
-    tensors = dict(container.read_tensors(header, shapes, check))
+            tensors: Mapping[str, Encoded] = one_by_one(source, folder, config, found.present)
+        else:
+            _, expected, _ = stock_model(source, config, Own.told_by(header.shapes, config))
+            shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+            tensors = container.Tensors(header, shapes, check)
+        if (folder / GENERATION).is_file():
+            read_json(folder / GENERATION)  # a broken one is said by its name
     words = partial(_tokenizer, source, folder, config=config, original=original)
-    return Packed(source, header.layout, config.to_dict(), tensors, _files(folder), words)
+    layout: Layout = "state-spaces" if original else "transformers"
+    return Packed(source, layout, config.to_dict(), tensors, _files(folder), words)
 
 
 def of(checkpoint: Checkpoint) -> Packed:
@@ -137,7 +159,12 @@ def of(checkpoint: Checkpoint) -> Packed:
     tensors = {name: encode(name, tensor, kind="dense") for name, tensor in _stored(checkpoint)}
     source, layout, files = checkpoint.source, checkpoint.format, dict(checkpoint.files)
     return Packed(
-        source, layout, checkpoint.model.config.to_dict(), tensors, files, partial(_held, checkpoint)
+        source,
+        layout,
+        checkpoint.model.config.to_dict(),
+        tensors,
+        files,
+        partial(_held, checkpoint.tokenizer),
     )
 
 
@@ -192,7 +219,7 @@ def pack(
     fields = read_json(Path(out) / CONFIG)
     with reading.quiet():
         config = reading.stock_config(os.fspath(out), fields, layout == "state-spaces").to_dict()
-    packed = Packed(os.fspath(out), layout, config, tensors, files, partial(_held, checkpoint))
+    packed = Packed(os.fspath(out), layout, config, tensors, files, partial(_held, checkpoint.tokenizer))
     notes = checkpoint.notes
     if checkpoint.extra:  # the format has the tensors of the model and no others
         names = few([ascii(name)[1:-1] for name in sorted(checkpoint.extra)])
@@ -292,11 +319,13 @@ def _files(folder: Path) -> dict[str, bytes]:
     return reading.companions(folder) | reading.tokenizer_files(folder) | _ours(folder)
 
 
-def _held(checkpoint: Checkpoint, given: str | os.PathLike[str] | None = None) -> PreTrainedTokenizerBase:
+def _held(
+    tokenizer: PreTrainedTokenizerBase, given: str | os.PathLike[str] | None = None
+) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint in memory, which was chosen when it was loaded."""
     if given is not None:
         raise ValueError("the tokenizer of a loaded checkpoint is fixed; name it when loading")
-    return checkpoint.tokenizer
+    return tokenizer
 
 
 def _tokenizer(

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import transformers
@@ -34,6 +34,7 @@ from .assembly import stock_model as stock_model  # where tools look for it
 from .companions import CARD, GENERATION, RECORD
 from .companions import tokenizer_files as tokenizer_files
 from .files import BIN, CONFIG, SAFETENSORS, read_json, tensor_names
+from .shelf import give_back
 
 _LAYER_LISTS = ("layers_block_type", "layer_types", "hybrid_override_pattern")
 """Fields that some hybrids have in place of, or beside, the number of layers: what each one is."""
@@ -100,15 +101,7 @@ def load(source: str | os.PathLike[str], *, tokenizer: str | os.PathLike[str] | 
     """
     source = os.fspath(source)
     with quiet():
-        folder = find(source)
-        fields = read_json(folder / CONFIG)
-        original = state_spaces.is_original(fields)
-        _kind(source, fields, original)  # first: the files of a foreign model are nothing to look into
-        packed = packed_header(source, folder, fields, original)
-        present = tensor_names(folder) if packed is None else list(packed.stock)
-        if packed is None:
-            _refuse_layers(source, fields, original, len(present))
-        config = stock_config(source, fields, original)
+        folder, fields, original, packed, config, present = described(source)
         found = assemble(source, folder, config, packed, present, fields.get("architectures"))
         files, notes = beside.carried(folder)
         notes = (*known_fields.config_notes(fields), *notes)
@@ -116,6 +109,7 @@ def load(source: str | os.PathLike[str], *, tokenizer: str | os.PathLike[str] | 
             told, more = known_fields.generation_config(read_json(folder / GENERATION))
             found.model.generation_config, notes = told, (*notes, *more)
         words, its_files = read_tokenizer(source, folder, tokenizer, original, config)
+    give_back()
     files = {
         name: content for name, content in files.items() if not beside.is_tokenizer_file(name)
     } | its_files
@@ -139,6 +133,40 @@ def load(source: str | os.PathLike[str], *, tokenizer: str | os.PathLike[str] | 
         prefix=found.prefix,
         notes=notes,
     )
+
+
+class Described(NamedTuple):
+    """What is said of a checkpoint, before a tensor is read.
+
+    Attributes:
+        folder: its directory. fields: of its `config.json`. original: whether its layout is the original one.
+        packed: the head of its packed file, None for stock files. config: of the stock model.
+        present: the names of its tensors.
+    """
+
+    folder: Path
+    fields: dict[str, Any]
+    original: bool
+    packed: container.Header | None
+    config: transformers.PretrainedConfig
+    present: list[str]
+
+
+def described(source: str) -> Described:
+    """Find a checkpoint and read all that is said of it.
+
+    Raises:
+        ValueError: as `load`, but for what only the tensors show.
+    """
+    folder = find(source)
+    fields = read_json(folder / CONFIG)
+    original = state_spaces.is_original(fields)
+    _kind(source, fields, original)  # first: the files of a foreign model are nothing to look into
+    packed = packed_header(source, folder, fields, original)
+    present = tensor_names(folder) if packed is None else list(packed.stock)
+    if packed is None:
+        _refuse_layers(source, fields, original, len(present))
+    return Described(folder, fields, original, packed, stock_config(source, fields, original), present)
 
 
 def companions(folder: Path) -> dict[str, bytes]:

@@ -21,6 +21,7 @@ BYTES = {
     "disk": "on disk, weights",
     "disk_all": "on disk, all files",
     "resident": "resident, weights",
+    "process_grown": "resident, growth of the process",
     "read_per_step": "read for a step of decoding",
     "state_per_sequence": "state of a sequence",
 }

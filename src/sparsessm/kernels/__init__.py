@@ -65,6 +65,16 @@ def extension() -> Any:
     return _native
 
 
+def native_crc32c(content: Any, before: int, portable: bool = False) -> int:
+    """For checksum.py, at every level: a checksum has no precision to choose.
+
+    Args:
+        content: uint8 (count,), a contiguous array.
+        portable: without the processor's instruction for it.
+    """
+    return _native.crc32c(content, before, portable)
+
+
 def selective_scan(
     u: Tensor,
     delta: Tensor,

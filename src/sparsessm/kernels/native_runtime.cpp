@@ -1,4 +1,5 @@
 // sparsessm.kernels._native, second half: the matrices and the decoder of the runtime.
+#include "checksum.h"
 #include "native.h"
 #include "runtime.h"
 
@@ -388,6 +389,11 @@ void bind_runtime(nb::module_ &m) {
     nb::class_<Decoder>(m, "Decoder")
         .def_prop_ro("state_size", [](const Decoder &d) { return d.net.state_size; })
         .def("step", &step, nb::arg("level"), nb::arg("threads"), array("tokens"), array("state"), array("logits"));
+    m.def("crc32c",
+          [](Array<const uint8_t, 1> bytes, uint32_t before, bool portable) {
+              nb::gil_scoped_release release;
+              return crc32c(before, bytes.data(), bytes.size(), portable);
+          }, array("bytes"), nb::arg("before"), nb::arg("portable"));
     m.def("decoder", &decoder, nb::arg("sizes"), nb::arg("layers"), nb::arg("rest"));
 }
 

@@ -68,10 +68,10 @@ def load(
 def _loaded(
     path: str | os.PathLike[str], tokenizer: str | os.PathLike[str] | None, threads: int | None
 ) -> Model:
-    from sparsessm import checkpoint
     from sparsessm.architectures import MODEL_TYPES
     from sparsessm.checkpoint import packed, reading
     from sparsessm.checkpoint.files import read_json
+    from sparsessm.checkpoint.shelf import give_back
 
     from .base import refuse_unsupported
 
@@ -79,10 +79,11 @@ def _loaded(
     kind = read_json(folder / reading.CONFIG).get("model_type")
     if kind in MODEL_TYPES:  # before gigabytes are read; what is known to nobody is refused where it is read
         refuse_unsupported(SimpleNamespace(model_type=kind))
-    if reading.is_packed(folder):
-        found = packed.read(path)
-        return _model(found, found.tokenizer(tokenizer), threads)
-    return of(checkpoint.load(path, tokenizer=tokenizer), threads=threads)
+    found = packed.stream(path)
+    model = _model(found, found.tokenizer(tokenizer), threads)
+    del found
+    give_back()
+    return model
 
 
 def of(checkpoint: Checkpoint, *, threads: int | None = None) -> Model:

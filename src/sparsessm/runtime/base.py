@@ -49,6 +49,7 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
     "mamba2": _MAMBA2,
 }
 _SAMPLES = 64  # values of a tensor that go into a fingerprint as they are
+_PART = 1 << 20  # values that are added up at once
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -207,13 +208,22 @@ def fingerprint(config: Any, weights: Mapping[str, Tensor], order: str) -> str:
     Returns:
         16 hexadecimal digits.
     """
+    return joined(config, {name: trace(name, tensor) for name, tensor in weights.items()}, order)
+
+
+def joined(config: Any, traces: Mapping[str, str], order: str) -> str:
+    """`fingerprint` of weights whose traces were taken one by one."""
     told = hashlib.sha256(repr([order, *described(config).values()]).encode())
-    for name in sorted(weights):
-        values = weights[name].detach().contiguous().flatten()
-        bits = values.view(_BITS[values.element_size()])
-        some = bits[:: max(1, len(bits) // _SAMPLES)].tolist()
-        # a sum of integers is the same for every number of threads, and a tensor is only read once
-        told.update(
-            repr((name, tuple(weights[name].shape), str(values.dtype), int(bits.sum()), some)).encode()
-        )
+    for name in sorted(traces):
+        told.update(traces[name].encode())
     return told.hexdigest()[:16]
+
+
+def trace(name: str, tensor: Tensor) -> str:
+    """What of one tensor goes into a fingerprint."""
+    values = tensor.detach().contiguous().flatten()
+    bits = values.view(_BITS[values.element_size()])
+    some = bits[:: max(1, len(bits) // _SAMPLES)].tolist()
+    # A sum of integers is the same for every number of threads. In parts: torch widens what it adds up.
+    total = sum(int(part.sum()) for part in bits.split(_PART))
+    return repr((name, tuple(tensor.shape), str(values.dtype), total, some))

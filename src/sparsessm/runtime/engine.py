@@ -6,7 +6,7 @@ for all models is here, the kinds of layers are `mamba1.py` and `mamba2.py`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsessm.checkpoint.encoding import Encoded
+from sparsessm.checkpoint.shelf import give_back
 from sparsessm.kernels.matrix import Decoder, Matrix
-from sparsessm.runtime.base import fingerprint, model_type
+from sparsessm.runtime.base import joined, model_type, trace
 from sparsessm.runtime.mamba1 import Mamba1
 from sparsessm.runtime.mamba2 import Mamba2
 from sparsessm.runtime.mixer import Weights, matrix
@@ -23,6 +24,37 @@ from sparsessm.runtime.mixer import Weights, matrix
 SLAB = 512  # tokens of a prompt that are in memory together
 Kind = type[Mamba1] | type[Mamba2]
 MIXERS: Mapping[str, Kind] = {"mamba": Mamba1, "falcon_mamba": Mamba1, "mamba2": Mamba2}
+
+
+class Traced(Mapping[str, Encoded]):
+    """Tensors that leave their part of the engine's fingerprint when they are asked for."""
+
+    def __init__(self, tensors: Mapping[str, Encoded]) -> None:
+        self._tensors, self._traces = tensors, dict[str, dict[str, str]]()
+        shapes = getattr(tensors, "shapes", None)
+        self.shapes = {name: tensor.shape for name, tensor in tensors.items()} if shapes is None else shapes
+
+    def __getitem__(self, name: str) -> Encoded:
+        found = self._tensors[name]
+        if name not in self._traces:
+            self._traces[name] = {part: trace(part, array) for part, array in found.parts.items()}
+        return found
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def traces(self) -> dict[str, str]:
+        """Of all arrays of all tensors."""
+        for name in self._tensors:
+            if name not in self._traces:
+                self[name]
+        return {part: told for parts in self._traces.values() for part, told in parts.items()}
 
 
 class NativeEngine:
@@ -33,16 +65,22 @@ class NativeEngine:
 
         Args:
             config: a configuration of transformers of a type of `MIXERS`, or an object with its attributes.
-            tensors: of a packed or stock checkpoint, checked, by their stock names.
+            tensors: of a packed or stock checkpoint, checked, by their stock names. Each is asked for once,
+                if all are used, and not kept: they may be read from a file just then.
             threads: of decoding; torch's number if None.
         """
         self._threads, self._epsilon = threads, float(config.layer_norm_epsilon)
-        mixer, layers = MIXERS[model_type(config)], range(int(config.num_hidden_layers))
-        self._layers = [mixer(config, Weights(tensors, f"backbone.layers.{i}.")) for i in layers]
-        self._norm = tensors["backbone.norm_f.weight"].decode(torch.float32)
+        tensors = Traced(tensors)
+        # The largest first: while one is laid out it is in memory twice.
         self._embedding = matrix(tensors["backbone.embeddings.weight"])
-        own = tensors.get("lm_head.weight")
-        self._head = self._embedding if own is None else matrix(own)
+        own = "lm_head.weight" in tensors
+        self._head = matrix(tensors["lm_head.weight"]) if own else self._embedding
+        mixer, layers = MIXERS[model_type(config)], range(int(config.num_hidden_layers))
+        self._layers = []
+        for i in layers:
+            give_back()  # else small things that stay keep the pages of large ones that went
+            self._layers.append(mixer(config, Weights(tensors, f"backbone.layers.{i}.")))
+        self._norm = tensors["backbone.norm_f.weight"].decode(torch.float32)
         sizes = {
             "width": int(config.hidden_size),
             "states": int(config.state_size),
@@ -55,8 +93,7 @@ class NativeEngine:
         self._decoder = Decoder(sizes, [layer.native() for layer in self._layers], rest)
         self.vocabulary, self.state_size = self._decoder.vocabulary, self._decoder.state_size
         assert self.state_size == sum(layer.state_size for layer in self._layers)
-        parts = {name: part for tensor in tensors.values() for name, part in tensor.parts.items()}
-        self.layout = fingerprint(config, parts, mixer.ORDER)
+        self.layout = joined(config, tensors.traces(), mixer.ORDER)
 
     @property
     def nbytes(self) -> int:

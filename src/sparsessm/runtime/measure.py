@@ -20,6 +20,7 @@ from sparsessm import kernels
 from sparsessm.checkpoint import Encoded, packed, reading
 from sparsessm.checkpoint.container import PACKED
 from sparsessm.checkpoint.files import weight_files
+from sparsessm.checkpoint.shelf import give_back
 
 from . import engine_of, timing
 from .base import Engine, described
@@ -42,6 +43,7 @@ class Subject:
         packed: its zeros are not stored.
         stored: how its large matrices are stored, see `storage`.
         disk: bytes of its weights' files and of all files of its directory; None: it is in memory only.
+        grown: bytes by which loading it made this process larger; None where it cannot be asked.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Subject:
     packed: bool
     stored: dict[str, dict[str, Any]]
     disk: dict[str, int] | None = None
+    grown: int | None = None
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,8 @@ class Measurement:
         ratios = None
         if len(models) == 2:
             first, second = (model["bytes"] for model in models)
-            sizes = {name: first[name] / second[name] for name in first if first[name] and second.get(name)}
+            names = [name for name in first if name != "process_grown"]  # small ones are noise
+            sizes = {name: first[name] / second[name] for name in names if first[name] and second[name]}
             ratios = {"bytes": sizes, **self._phases(lambda phase: asdict(phase.ratio(0, 1)))}
         return {
             "models": models,
@@ -115,6 +119,7 @@ class Measurement:
                 "disk": disk.get("weights"),
                 "disk_all": disk.get("all"),
                 "resident": engine.resident,
+                "process_grown": subject.grown,
                 "read_per_step": engine.nbytes,
                 "state_per_sequence": 4 * engine.state_size,
             },
@@ -176,14 +181,20 @@ def subject(path: str | os.PathLike[str], threads: int | None = None) -> Subject
     name = os.fspath(path)
     folder = reading.find(name)
     is_packed = reading.is_packed(folder)
-    held = packed.read(name) if is_packed else packed.of(reading.load(name))
+    give_back()  # what was freed before and is used again would not count
+    before = timing.process_bytes()
+    held = packed.stream(name)
     config = reading.stock_config(name, held.config, False)
+    stored = storage(held.tensors)
+    engine = engine_of(config, held.tensors, threads)
+    del held
+    give_back()
+    after = timing.process_bytes()
+    grown = None if before is None or after is None else after - before
     files = [folder / PACKED] if is_packed else weight_files(folder)
     beside = [file for file in folder.iterdir() if file.is_file()]
     disk = {"weights": _bytes(files), "all": _bytes(beside)}
-    return Subject(
-        name, engine_of(config, held.tensors, threads), config, is_packed, storage(held.tensors), disk
-    )
+    return Subject(name, engine, config, is_packed, stored, disk, grown)
 
 
 def storage(tensors: Mapping[str, Encoded]) -> dict[str, dict[str, Any]]:
@@ -195,16 +206,16 @@ def storage(tensors: Mapping[str, Encoded]) -> dict[str, dict[str, Any]]:
     """
     found = {}
     for part, words in PARTS.items():
-        chosen = [
-            tensor for name, tensor in tensors.items() if name.endswith(tuple(f"{w}.weight" for w in words))
-        ]
-        entries = sum(math.prod(tensor.shape) for tensor in chosen)
-        other = sum(int(torch.count_nonzero(tensor.values)) for tensor in chosen)
-        found[part] = {
-            "dtypes": sorted({str(tensor.values.dtype).removeprefix("torch.") for tensor in chosen}),
-            "kinds": sorted({tensor.label for tensor in chosen}),
-            "zeros": 1 - other / entries if entries else 0.0,
-        }
+        dtypes, kinds, entries, other = set[str](), set[str](), 0, 0
+        for name in tensors:  # one by one: they may be read from a file just then
+            if name.endswith(tuple(f"{word}.weight" for word in words)):
+                tensor = tensors[name]
+                dtypes.add(str(tensor.values.dtype).removeprefix("torch."))
+                kinds.add(tensor.label)
+                entries += math.prod(tensor.shape)
+                other += int(torch.count_nonzero(tensor.values))
+        zeros = 1 - other / entries if entries else 0.0
+        found[part] = {"dtypes": sorted(dtypes), "kinds": sorted(kinds), "zeros": zeros}
     return found
 
 

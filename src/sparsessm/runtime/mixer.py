@@ -41,8 +41,11 @@ class Weights:
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """Of a tensor, None where the model has no such tensor."""
-        found = self._tensors.get(self._prefix + name)
-        return None if found is None else tuple(found.shape)
+        whole = self._prefix + name
+        if whole not in self._tensors:
+            return None
+        shapes = getattr(self._tensors, "shapes", None)  # what is read from a file is not read for this
+        return tuple(self._tensors[whole].shape if shapes is None else shapes[whole])
 
     def encoded(self, name: str) -> Encoded:
         """A tensor as it is stored."""

@@ -1,0 +1,102 @@
+"""Stock files whose tensors are taken one by one, in any order, and the form the runtime takes them in.
+
+For whoever needs each tensor once and not the whole model: what was taken is given back as soon as it is
+dropped, and so is the part of the file that was mapped for it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from .encoding import Encoded, encode
+from .files import SAFETENSORS, names_in, opened, read_bin, stock_files
+
+_PARTS = 16  # of a `.bin`, which is mapped as a whole: after so much of it was used it is mapped anew
+_LEAST = 1 << 26
+
+
+class Shelf:
+    """The tensors of a checkpoint directory, by their names in the files."""
+
+    def __init__(self, folder: Path) -> None:
+        """Look at the heads of the files.
+
+        Raises:
+            ValueError: there are none, or one that is truncated or something else.
+        """
+        name, files = stock_files(folder)
+        self._heads = name == SAFETENSORS
+        self._files: dict[str, Path] = {}
+        self._states = {file: _state(file) for file in files}
+        self._open: Path | None = None
+        self._content: dict[str, Tensor] = {}
+        self._used = 0
+        for file in files:
+            names = names_in(file) if self._heads else (name for name, _ in read_bin(file))
+            self._files |= dict.fromkeys(names, file)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """A tensor as it is stored, which may be mapped: the file must not be changed while it is used.
+
+        Raises:
+            ValueError: the file was changed since the shelf was made, or is not readable any more.
+        """
+        file = self._files[name]
+        if _state(file) != self._states[file]:
+            raise ValueError(f"{file}: it was changed while it was read")
+        if self._heads:
+            with opened(file) as content:
+                return content.get_tensor(name)
+        if self._open != file or self._used > max(self._states[file][0] // _PARTS, _LEAST):
+            self._open, self._content = None, {}  # first: two of them would be in memory together
+            self._content, self._open, self._used = dict(read_bin(file)), file, 0
+        tensor = self._content[name]
+        if zipfile.is_zipfile(file):  # others are in memory as a whole, as long as they are read
+            self._used += tensor.nbytes
+        return tensor
+
+
+class Stored(Mapping[str, Encoded]):
+    """The tensors of a stock checkpoint by their names in the model, each dense in its stored dtype.
+
+    None is kept: each is read and encoded when it is asked for, and must be dropped before the files change.
+    """
+
+    def __init__(self, shelf: Shelf, names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Of a checkpoint that was checked.
+
+        Args:
+            names: name in the model -> name in the files. shapes: by name in the model.
+        """
+        self._shelf, self._names, self.shapes = shelf, names, shapes
+
+    def __getitem__(self, name: str) -> Encoded:
+        return encode(name, self._shelf[self._names[name]], kind="dense")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def give_back() -> None:
+    """Let the system have the pages that were freed and that glibc keeps; elsewhere nothing happens."""
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError, TypeError):  # another libc; Windows, which has no program to look into
+        return
+    trim(0)
+
+
+def _state(file: Path) -> tuple[int, int, int]:
+    try:
+        found = file.stat()
+    except OSError as error:
+        raise ValueError(f"{file}: not readable ({error})") from error
+    return found.st_size, found.st_mtime_ns, found.st_ino
