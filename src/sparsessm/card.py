@@ -8,7 +8,8 @@ from __future__ import annotations
 import re
 
 from .inert import visible
-from .report import REMOVED_WORDS, Report, installed, kind_of, perplexity_table, recipe_table, removed_table
+from .machine import installed
+from .report import REMOVED_WORDS, Report, kind_of, perplexity_table, recipe_table, removed_table
 
 
 def card(report: Report, source: str, *, base_model: str | None = None, format: str = "transformers") -> str:

@@ -1,4 +1,4 @@
-"""What the bits of a result depend on beside its recipe: the threads, the processor and what it runs.
+"""What the bits of a result depend on beside its recipe: threads, processor, and packages with their versions.
 
 A BLAS cuts up its sums by the number of threads and by the instruction set, so they round differently, and
 of weights whose scores almost tie another one goes. `report` puts this into the record, `cli` compares.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import platform
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,20 @@ def current() -> dict[str, Any]:
         "blas": _rounding(),
         "cpu": _cpu(),
     }
+
+
+def versions() -> dict[str, str | None]:
+    """Of Python and of the packages that a result depends on."""
+    packages = ("sparsessm", "torch", "transformers")
+    return {"python": platform.python_version(), **{package: installed(package) for package in packages}}
+
+
+def installed(package: str) -> str | None:
+    """Version of an installed package; None if it is not there."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

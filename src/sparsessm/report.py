@@ -7,10 +7,8 @@ Place in the flow: `pipeline` adds a Row for each target; `sparsessm.save` has `
 from __future__ import annotations
 
 import math
-import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from . import machine
@@ -144,7 +142,7 @@ class Report:
         """The content of pruning.json: plain values only; described in docs/checkpoint.md."""
         record = {
             "format": RECORD_FORMAT,
-            "versions": versions(),
+            "versions": machine.versions(),
             "machine": dict(self.machine),
             "recipe": dict(self.recipe),
             "pruned_before": self.pruned_before,
@@ -389,17 +387,3 @@ def _range(shares: list[float]) -> str:
 
 def _words(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-
-
-def versions() -> dict[str, str | None]:
-    """Of Python and of the packages that a result depends on."""
-    packages = ("sparsessm", "torch", "transformers")
-    return {"python": platform.python_version(), **{package: installed(package) for package in packages}}
-
-
-def installed(package: str) -> str | None:
-    """Version of an installed package; None if it is not there."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -18,7 +18,7 @@ import sparsessm
 from .. import machine, tables
 from ..data import fingerprint
 from ..recipe import Recipe
-from ..report import percent, perplexity_table, removed_table, versions
+from ..report import percent, perplexity_table, removed_table
 from .answering import Force, Json, Length, Quiet, Tokenizer, answering, app, field, print_json, tell
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def prune(
                 f"note: not the calibration tokens of {recipe} ({before[:12]}...){why}; masks may differ"
             )
         if recipe and tokens is not None:  # what looks at no data gives the same masks everywhere
-            now = {**machine.current(), **versions()}
+            now = {**machine.current(), **machine.versions()}
             if other := machine.differences(Recipe.made_with(recipe), now):
                 progress.note(f"note: {recipe} was made with {', '.join(other)}; masks may differ")
         yardstick = None if no_eval else Yardstick.of(checkpoint, wanted, EVALUATED_TOKENS)

@@ -11,7 +11,6 @@ it, and so is `selective_scan_stats`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +18,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sparsessm.kernels import level, reference
-from sparsessm.kernels.arguments import expect_floats
+from sparsessm.kernels.arguments import MAX_STATES as MAX_STATES
+from sparsessm.kernels.arguments import check_conv, check_scan, expect_floats, expect_shape
 from sparsessm.kernels.reference import ScanStats
 from sparsessm.kernels.ssd import ssd_scan
 
@@ -45,8 +45,6 @@ __all__ = [
     "selective_scan_stats",
     "ssd_scan",
 ]
-
-MAX_STATES = 256
 
 
 def empty(*shape: Any, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -103,7 +101,7 @@ def selective_scan(
         ValueError: a shape, dtype, layout or device that does not fit, named; an initial state that requires
             a gradient.
     """
-    _check(u, delta, A, B, C, D, z, initial_state)
+    check_scan(u, delta, A, B, C, D, z, initial_state)
     wanted = _wants_gradient("initial_state", initial_state, u, delta, A, B, C, D, z)
     if not _runs_native(u):
         return reference.selective_scan(u, delta, A, B, C, D, z, initial_state)
@@ -152,10 +150,10 @@ def selective_scan_stats(
     Raises:
         ValueError: a shape, dtype, layout, device or option that does not fit, named.
     """
-    _check(u, delta, A, B, C, D, z, initial_state)
+    check_scan(u, delta, A, B, C, D, z, initial_state)
     if removed_state is not None:
         expect_floats(u=u, removed_state=removed_state)
-        _expect("removed_state", removed_state, (u.shape[0], *A.shape))
+        expect_shape("removed_state", removed_state, (u.shape[0], *A.shape))
     if removed not in ("memoryless", "unit"):
         raise ValueError(f"removed is {removed!r}; allowed: 'memoryless', 'unit'")
     if gram not in (None, "full", "diagonal"):
@@ -200,9 +198,9 @@ def selective_scan_backward(
     Returns:
         Gradients of u, delta, A, B, C, D and z (None without z), each in its tensor's shape.
     """
-    _check(u, delta, A, B, C, D, z, initial_state)
+    check_scan(u, delta, A, B, C, D, z, initial_state)
     expect_floats(u=u, dy=dy)
-    _expect("dy", dy, u.shape)
+    expect_shape("dy", dy, u.shape)
     if not _runs_native(u):
         return reference.selective_scan_backward(dy, u, delta, A, B, C, D, z, initial_state)
     inputs = _prepare(u, delta, A, B, C, D, z, initial_state)
@@ -235,7 +233,7 @@ def causal_conv1d(
         ValueError: a shape, dtype, layout or device that does not fit, named; inputs before x that require a
             gradient.
     """
-    _check_conv(x, weight, bias, before)
+    check_conv(x, weight, bias, before)
     wanted = _wants_gradient("before", before, x, weight, bias)
     if not _runs_native(x):
         return reference.causal_conv1d(x, weight, bias, before, silu=silu)
@@ -270,9 +268,9 @@ def causal_conv1d_backward(
     Raises:
         ValueError: a shape, dtype, layout or device that does not fit, named.
     """
-    _check_conv(x, weight, bias, before)
+    check_conv(x, weight, bias, before)
     expect_floats(x=x, dy=dy)
-    _expect("dy", dy, x.shape)
+    expect_shape("dy", dy, x.shape)
     if not _runs_native(x):
         return reference.causal_conv1d_backward(dy, x, weight, bias, before, silu=silu)
     (batch, length, channels), width = x.shape, weight.shape[1]
@@ -356,54 +354,3 @@ def _prepare(
     packed = [None if x is None else x.detach().float().contiguous() for x in (A, D, state)]
     gate = None if z is None else _rows(z)
     return [_rows(u), _rows(delta), packed[0], _rows(B), _rows(C), packed[1], gate, packed[2]]
-
-
-def _expect(name: str, x: Tensor, shape: Sequence[int]) -> None:
-    if tuple(x.shape) != tuple(shape):
-        raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {tuple(shape)}")
-
-
-def _check_conv(x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor | None) -> None:
-    expect_floats(x=x, weight=weight, bias=bias, before=before)
-    if x.ndim != 3 or weight.ndim != 2 or 0 in (x.shape[0], x.shape[2], weight.shape[1]):
-        raise ValueError(
-            f"x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}, "
-            "expected (batch, L, D) and (D, K)"
-        )
-    (batch, _, channels), width = x.shape, weight.shape[1]
-    _expect("weight", weight, (channels, width))
-    if bias is not None:
-        _expect("bias", bias, (channels,))
-    if before is not None:
-        _expect("before", before, (batch, width - 1, channels))
-
-
-def _check(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    z: Tensor | None,
-    state: Tensor | None,
-) -> None:
-    expect_floats(u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, initial_state=state)
-    if u.ndim != 3 or A.ndim != 2:
-        raise ValueError(
-            f"u has shape {tuple(u.shape)} and A {tuple(A.shape)}, expected (batch, L, D) and (D, N)"
-        )
-    (batch, length, channels), states = u.shape, A.shape[1]
-    if batch < 1 or channels < 1:
-        raise ValueError(f"u has shape {tuple(u.shape)}; batch and D must be at least 1")
-    if not 1 <= states <= MAX_STATES:
-        raise ValueError(f"A has {states} states, allowed: 1 to {MAX_STATES}")
-    _expect("delta", delta, u.shape)
-    _expect("A", A, (channels, states))
-    _expect("B", B, (batch, length, states))
-    _expect("C", C, (batch, length, states))
-    _expect("D", D, (channels,))
-    if z is not None:
-        _expect("z", z, u.shape)
-    if state is not None:
-        _expect("initial_state", state, (batch, channels, states))
