@@ -1,4 +1,4 @@
-"""What the bits of a result depend on beside its recipe: threads, processor, and packages with their versions.
+"""What the bits of a result depend on beside its recipe: threads, processor and packages.
 
 A BLAS cuts up its sums by the number of threads and by the instruction set, so they round differently, and
 of weights whose scores almost tie another one goes. `report` puts this into the record, `cli` compares.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparsessm import kernels
 from sparsessm.kernels import reference
-from sparsessm.kernels.arguments import expect_floats
+from sparsessm.kernels.arguments import expect_floats, expect_shape
 from sparsessm.kernels.chunked import ssd_chunked
 
 
@@ -136,4 +136,4 @@ def _check(
     ]
     for name, x, shape in shapes:
         if x is not None:
-            kernels._expect(name, x, shape)
+            expect_shape(name, x, shape)
