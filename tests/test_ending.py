@@ -153,8 +153,13 @@ def test_work_is_done_and_kept_where_nothing_can_be_printed(here: Path) -> None:
     assert done.returncode == 0
     shell = f"{sys.executable} -m sparsessm {' '.join(PRUNE)} -o b >&- 2>&-"
     assert subprocess.run(shell, shell=True, env=ALONE).returncode == 0
+    reading, unread = os.pipe()
+    os.close(reading)
+    assert ran(*PRUNE, "-o", "c", capture_output=False, stdout=unread).returncode == 0
+    os.close(unread)
     assert load_file("a/model.safetensors").keys() == load_file("b/model.safetensors").keys()
     first, second = (json.loads(Path(name, "pruning.json").read_text()) for name in "ab")
+    assert Path("c/pruning.json").is_file()
     assert first["targets"] == second["targets"]  # nothing printed has gone into a file that got its number
 
 

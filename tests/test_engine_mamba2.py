@@ -14,6 +14,7 @@ from engines import Make, both, held, native
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pico import pico_falcon_mamba, pico_mamba, pico_mamba2, pico_tokenizer
+from pico_hybrids import pico_hybrid
 from torch import Tensor
 
 from sparsessm import architectures, kernels, runtime
@@ -398,8 +399,10 @@ def test_what_does_not_run_is_refused_by_name(tmp_path: Path, monkeypatch: pytes
     words = "the runtime does not run model type 'jamba'; what runs: falcon_mamba, mamba, mamba2"
     with pytest.raises(ValueError, match=words):
         runtime.engine_of(config, {}, None)
-    with pytest.raises(ValueError, match=words):  # before any weight is encoded
-        runtime.of(SimpleNamespace(model=SimpleNamespace(config=config)))  # pyright: ignore
+    monkeypatch.setattr(packed, "of", None)  # refused before any weight is encoded
+    with pytest.raises(ValueError, match=words):
+        runtime.of(held(pico_hybrid("jamba")))
+    monkeypatch.undo()
     with pytest.raises(ValueError, match=words):
         ReferenceEngine(config, {})
     (tmp_path / "config.json").write_text('{"model_type": "jamba"}')  # and before any is read

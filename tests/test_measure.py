@@ -264,7 +264,8 @@ def test_bytes_are_exact() -> None:
         assert packed["state_per_sequence"] == 2 * 4 * (past + kept)
         assert dense["state_per_sequence"] == 2 * 4 * (past + all_)
         assert packed["resident"] < dense["resident"]
-    assert found["ratios"]["bytes"] == {name: packed[name] / dense[name] for name in packed}
+    names = packed.keys() - {"process_grown"}  # of models this small it is noise
+    assert found["ratios"]["bytes"] == {name: packed[name] / dense[name] for name in names}
 
 
 def test_shards_and_memory_have_their_bytes(tmp_path: Path) -> None:
@@ -336,9 +337,9 @@ def test_the_record_survives_json() -> None:
     for model in found["models"]:
         speeds = model["tokens_per_second"]
         assert list(speeds["decode"]) == ["1", "4"]
-        assert model["gb_per_second"] == pytest.approx(
-            model["bytes"]["read_per_step"] * speeds["decode"]["1"]["median"] / 1e9
-        )
+        # of an even number of rounds the median of speeds is not quite that of times turned over
+        steps, speed = 1e9 * model["gb_per_second"] / model["bytes"]["read_per_step"], speeds["decode"]["1"]
+        assert speed["low"] * 0.999 <= steps <= speed["high"] * 1.001
     alone = brief("dense", batches=(1,)).record()
     assert alone["ratios"] is None and len(alone["models"]) == 1
 

@@ -151,7 +151,7 @@ def test_load_reads_every_kind_of_source(tmp_path: Path, monkeypatch: pytest.Mon
     other = runtime.load(tmp_path / "packed", tokenizer=tmp_path / "dense")
     assert other.encode("the state") == pico_tokenizer()("the state")["input_ids"]
     for threads in (0, -1, 1.5, True):
-        with pytest.raises(ValueError, match="threads is .*; allowed: a whole number from 1, or none"):
+        with pytest.raises(ValueError, match="threads is .*; allowed: a whole number from 1 to .*, or none"):
             runtime.load(tmp_path / "dense", threads=threads)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="no such directory"):
         runtime.load(tmp_path / "absent")

@@ -133,6 +133,8 @@ def run(command: Callable[[], Any]) -> int:
         refuse_surroundings(sys.argv)
         return command() or 0
     except SystemExit as error:
+        if _worked:  # rich ends the program where nobody reads any more; the result is on the disk
+            return 0
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     except BaseException as error:
         if _worked and isinstance(error, OSError):  # of the printing of what is on the disk already
