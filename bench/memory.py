@@ -5,7 +5,8 @@
 Models have the shape of mamba-130m and mamba2-130m with random weights and the tokenizer of the built-in
 model. Each is loaded in a process of its own, after the built-in model was loaded there once and dropped:
 imports and what torch and transformers set up at the first use (`fixed`) are not counted as growth, the
-tokenizer is. The peak is the kernel's (VmHWM, set back before loading), which counts mapped files too.
+tokenizer is. The peak is the kernel's (VmHWM, set back before loading), which counts mapped files too. Of
+packed files it says what share of loading the checksums take.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import gc
 import json
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -22,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 DTYPES = ("bf16", "fp32")
+PACKED = "packed.safetensors"
 
 
 def main() -> None:
@@ -86,13 +89,30 @@ def measured(path: Path) -> dict[str, Any]:
     model = runtime.load(path)
     seconds = time.perf_counter() - began
     peak, after = status("VmHWM") - before, status("VmRSS") - before
+    resident = model.engine.resident
+    del model
     return {
-        "resident": model.engine.resident,
+        "resident": resident,
         "growth": after,
         "peak": peak,
         "fixed": before - start,
         "seconds": seconds,
+        "checksum": checksum(path / PACKED) if (path / PACKED).exists() else None,
     }
+
+
+def checksum(file: Path) -> float:
+    """Seconds that the checksums of a packed file take, the median of five."""
+    import numpy as np
+
+    from sparsessm.kernels.checksum import crc32c
+
+    content, times = np.fromfile(file, np.uint8), []
+    for _ in range(5):
+        began = time.perf_counter()
+        crc32c(content)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
 
 
 def status(field: str) -> int:
@@ -112,7 +132,8 @@ def show(name: str, row: dict[str, Any]) -> None:
         f"{name:24} weights {whole / mb:6.0f} MiB, "
         f"growth {row['growth'] / mb:6.0f} ({row['growth'] / whole:.2f}), "
         f"peak {row['peak'] / mb:6.0f} ({row['peak'] / whole:.2f}), fixed {row['fixed'] / mb:4.0f}, "
-        f"{row['seconds']:.2f} s",
+        f"{row['seconds']:.2f} s"
+        + (f", checksums {row['checksum'] / row['seconds']:.1%} of it" if row["checksum"] else ""),
         flush=True,
     )
 
