@@ -1064,7 +1064,7 @@ OPTIONS = ["--data", "text.txt", "--samples", "3", "--length", "16"]
 
 
 def test_from_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli.pruning, "EVALUATED_TOKENS", 64)
+    monkeypatch.setattr(cli.pruning, "EVALUATED_WINDOWS", 2)
     write_dense(Path("dense"))
     before = names(Path())
     told = json.loads(run(*PRUNE, *OPTIONS, "--dry-run", "--json").stdout)

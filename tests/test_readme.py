@@ -157,7 +157,7 @@ def test_the_recipes_of_the_page_fit_the_built_in_model(tmp_path: Path) -> None:
 def test_a_section_of_the_readme_runs(section: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text(TEXT * 20)
-    monkeypatch.setattr(demo, "TOKENS", 2048)
+    monkeypatch.setattr(demo, "WINDOWS", 2)
     monkeypatch.setattr(demo, "ROUNDS", 1)
     monkeypatch.setattr(sparsessm, "prune", partial(sparsessm.prune, samples=1, length=64))
     monkeypatch.setattr(sparsessm, "evaluate", partial(sparsessm.evaluate, limit=1, length=64))

@@ -21,7 +21,7 @@ from .yardstick import Yardstick, compared
 
 MODEL = "builtin:pycode"
 ROUNDS = 7  # of measuring each packed model beside the dense one
-TOKENS = 65536  # held-out tokens that every result is measured on
+WINDOWS = 64  # held-out, that every result is measured on
 _EXACT = {
     "targets": ["ssm"]
 }  # the state matrix in all rows by its default, so that the linear layers compare
@@ -72,7 +72,7 @@ def compare(progress: Progress, **fields: Any) -> Demo:
     hungry = [name for name in recipes if needs_data(sparsessm.planned(checkpoint, recipes[name]))]
     first = next(iter(recipes.values()))
     tokens = sparsessm.draw(checkpoint, recipes[hungry[0]]) if hungry else None  # the same for all
-    yardstick = Yardstick.of(checkpoint, first, TOKENS)
+    yardstick = Yardstick.of(checkpoint, first, WINDOWS)
     progress.say("dense model")
     dense = yardstick.measure(checkpoint, progress)
     measured: dict[str, dict[str, Any]] = {}

@@ -3,9 +3,9 @@
 Place in the flow: around the pipeline, for `prune` and `demo`. The windows are held out, unless the data is a
 local file; `Report.caveat` says so then.
 
-What is printed is the change, with an interval that is paired over windows and needs 16 of them. So that they
-take few tokens a window has at most `LONGEST`, however long those of the calibration are; `sparsessm eval`
-measures on more and longer ones.
+What is printed is the change, with an interval that is paired over windows and needs 16 of them. So that
+measuring does not take as long as pruning, `prune` measures on so many, and a window has at most `LONGEST`
+tokens, however long those of the calibration are; `sparsessm eval` measures on more and longer ones.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Yardstick:
     n_bytes: int
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, recipe: Recipe, tokens: int) -> Yardstick:
-        """About so many tokens of the recipe's data, always the same ones, spread over the text.
+    def of(cls, checkpoint: Checkpoint, recipe: Recipe, windows: int) -> Yardstick:
+        """So many windows of the recipe's data, always the same ones, spread over the text.
 
         A window has as many tokens as one of the calibration, but no more than `LONGEST`. A shorter text
         gives fewer windows.
@@ -49,11 +49,10 @@ class Yardstick:
             ValueError: a text shorter than one window.
         """
         length = min(recipe.length or window_length(checkpoint.trained_length), LONGEST)
-        limit = max(1, tokens // length)
         return cls(
             recipe.data,
             *evaluation_windows(
-                recipe.data, checkpoint.tokenizer, length=length, limit=limit, column=recipe.column
+                recipe.data, checkpoint.tokenizer, length=length, limit=windows, column=recipe.column
             ),
         )
 

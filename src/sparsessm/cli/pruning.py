@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ..plan import Plan
     from ..units import Order
 
-EVALUATED_TOKENS = 16384  # tokens that `prune` measures on, before and after: 16 windows or more
+EVALUATED_WINDOWS = 16  # that `prune` measures on, before and after: as few as an interval needs
 
 DryRun = Annotated[
     bool,
@@ -129,7 +129,7 @@ def prune(
             now = {**machine.current(), **machine.versions()}
             if other := machine.differences(Recipe.made_with(recipe), now):
                 progress.note(f"note: {recipe} was made with {', '.join(other)}; masks may differ")
-        yardstick = None if no_eval else Yardstick.of(checkpoint, wanted, EVALUATED_TOKENS)
+        yardstick = None if no_eval else Yardstick.of(checkpoint, wanted, EVALUATED_WINDOWS)
         if yardstick:
             progress.say("dense model")
         dense = yardstick and yardstick.measure(checkpoint, progress)
