@@ -53,7 +53,7 @@ def here(tmp_path: Path, shelf: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for path in shelf.iterdir():
         (tmp_path / path.name).symlink_to(path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli.pruning, "EVALUATED_WINDOWS", 2)
+    monkeypatch.setattr(cli.pruning, "EVALUATED_WINDOWS", 4)
     monkeypatch.setattr(demo, "WINDOWS", 2)
     monkeypatch.setattr(demo, "ROUNDS", 1)
     return tmp_path

@@ -1,7 +1,7 @@
 """How many threads may be asked for. Importing it is light: the command line asks before torch comes in.
 
-More threads than processors never make anything faster, and no result depends on their number; but thousands
-of them end the process inside the OpenMP runtime, where no error can be caught.
+More threads than processors never make anything faster; but thousands of them end the process inside the
+OpenMP runtime, where no error can be caught.
 """
 
 from __future__ import annotations
