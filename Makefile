@@ -15,17 +15,17 @@ test: $(DEVELOPED) ## the whole suite, two workers, coverage of src
 	$(BIN)/python -m pytest -n 2 --cov --cov-report=term
 
 # Tests whose outcome could hang on one processor: on the code of older ones, of ours and of the BLAS alike, and
-# with other numbers of threads. What a variable names and a machine lacks, its library ignores.
+# with other numbers of threads.
 NUMERIC := $(addprefix tests/test_,$(addsuffix .py,degenerate compensate hessian transcription_linear \
 	structured_methods engine engine_mamba2 engine_widths projected runtime_reference curvature family pipeline))
 OLDEST := MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41 ATEN_CPU_CAPABILITY=default SPARSESSM_KERNELS=portable
-OLDER := MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2
-HAS_AVX2 := "from sparsessm.kernels import LEVELS; print('avx2' if 'avx2' in LEVELS else 'portable')"
+OLDER := MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 SPARSESSM_KERNELS=avx2
+HAS_AVX2 := "import sys; from sparsessm.kernels import LEVELS; sys.exit('avx2' not in LEVELS)"
 
 test-portable: $(DEVELOPED) ## the numerically sensitive part, as on other processors
 	$(OLDEST) $(BIN)/python -m pytest -n 2 $(NUMERIC)
-	level=$$($(BIN)/python -c $(HAS_AVX2)) && \
-		OMP_NUM_THREADS=2 $(OLDER) SPARSESSM_KERNELS=$$level $(BIN)/python -m pytest $(wordlist 1,5,$(NUMERIC))
+	if $(BIN)/python -c $(HAS_AVX2); then \
+		OMP_NUM_THREADS=2 SPARSESSM_TEST_THREADS=2 $(OLDER) $(BIN)/python -m pytest $(wordlist 1,5,$(NUMERIC)); fi
 
 lint: $(DEVELOPED) ## style and types
 	$(BIN)/ruff check .

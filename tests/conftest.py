@@ -1,7 +1,7 @@
-"""One torch thread a worker, since the suite runs in two processes on two cores, or OMP_NUM_THREADS."""
+"""One torch thread a worker, as two processes run on two cores; or as SPARSESSM_TEST_THREADS says."""
 
 import os
 
 import torch
 
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+torch.set_num_threads(int(os.environ.get("SPARSESSM_TEST_THREADS") or 1))

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import sparsessm
 from sparsessm import checkpoint, runtime
-from sparsessm.checkpoint import files
+from sparsessm.checkpoint import companions, files
 
 MODULE = "from transformers import {0}\n\n\nclass Mine({0}):\n    pass\n"
 
@@ -299,3 +299,47 @@ def test_a_file_that_git_did_not_fetch_is_named(folder: Path, name: str) -> None
     (folder / name).write_text(pointer)
     line = refused("inspect", str(folder))
     assert "git lfs pull" in line and name in line
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("from .parts.mod import A", {"parts/mod.py", "parts/__init__.py"}),
+        ("from .parts.mod import *", {"parts/mod.py"}),
+        ("from .parts import (\n    one,  # first\n    two as b,\n)", {"parts/one.py", "parts/two.py"}),
+        ("    from .parts import one as a, two # x", {"parts/one.py", "parts/two.py"}),
+        (f"from .{'a.' * 50}b import c", set()),
+        ("from ...up import x", set()),
+        ("from parts import x", set()),
+    ],
+)
+def test_code_is_found_by_every_form_of_relative_import(line: str, named: set[str]) -> None:
+    found = set(companions._imported("model.py", f"import os\n{line}\n"))
+    assert named <= found and (named or not found)
+
+
+def test_code_of_names_that_no_file_can_have_is_passed_over(folder: Path, tmp_path: Path) -> None:
+    put(folder, "model.py", content=f"from .{'a' * 300} import b\n")
+    edit(folder / "config.json", auto_map={"AutoModel": f"{'c' * 300}.d.E"})
+    assert checkpoint.load(folder).files["model.py"]
+
+
+@pytest.mark.parametrize("record", ["[]", "null", "{bad", "[" * 5000])
+def test_a_damaged_record_is_named_and_nothing_is_written(record: str, folder: Path, tmp_path: Path) -> None:
+    checkpoint.pack(folder, tmp_path / "packed")
+    (tmp_path / "packed/pruning.json").write_text(record)
+    with pytest.raises(ValueError, match="pruning.json"):
+        checkpoint.unpack(tmp_path / "packed", tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize("kind", ["sparse", "meta", "expanded"])
+def test_a_tensor_that_is_no_plain_array_is_named(kind: str, tmp_path: Path) -> None:
+    made = {
+        "sparse": lambda: torch.eye(4).to_sparse(),
+        "meta": lambda: torch.empty(4, 4, device="meta"),
+        "expanded": lambda: torch.zeros(1).expand(1 << 40),
+    }
+    torch.save({"odd": made[kind]()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="pytorch_model.bin.*odd|plain tensors"):
+        list(files.read_tensors(tmp_path))

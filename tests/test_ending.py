@@ -54,7 +54,12 @@ def test_a_signal_while_libraries_are_imported_ends_in_one_line(sent: signal.Sig
     (tmp_path / "yaml.py").write_text("import os, time\nos.write(1, b'now')\ntime.sleep(60)\n")
     env = {**ALONE, "PYTHONPATH": str(tmp_path)}
     with subprocess.Popen(
-        [*PROGRAM, "list"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+        [*PROGRAM, "list"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=env,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # nohup has it ignored
     ) as program:
         assert program.stdout and program.stdout.read(3) == "now"
         program.send_signal(sent)

@@ -21,7 +21,7 @@ from pico_hybrids import pico_hybrid
 from test_checkpoint import logits
 
 from sparsessm import checkpoint, runtime
-from sparsessm.checkpoint import known_fields, tokenizing
+from sparsessm.checkpoint import known_fields, reading, tokenizing
 
 MAKERS = {"mamba": pico_mamba, "falcon_mamba": pico_falcon_mamba, "mamba2": pico_mamba2}
 HYBRIDS = ("bamba", "falcon_h1", "granitemoehybrid", "jamba", "nemotron_h", "zamba2")
@@ -384,3 +384,23 @@ def test_a_text_that_a_tokenizer_cannot_split_is_refused(folder: Path, tmp_path:
     edit(folder / "tokenizer.json", model={"type": "WordLevel", "unk_token": "?", "vocab": {"a": 1}})
     with pytest.raises(ValueError, match="the tokenizer cannot split the text: "):
         runtime.load(folder).generate("b c d")
+
+
+def test_older_nemotron_files_say_their_layers_by_a_pattern() -> None:
+    fields = {"model_type": "nemotron_h", "hybrid_override_pattern": "M-M*", "num_hidden_layers": 4}
+    config = reading.stock_config("x", fields, False)
+    assert config.layers_block_type == transformers.NemotronHConfig.from_dict(fields).layers_block_type
+    assert len(config.layers_block_type) == 4
+
+
+@pytest.mark.parametrize("base", [10**11, 1e11, 10000])
+def test_a_rotary_base_is_no_size(base: float) -> None:
+    assert known_fields.config_fields("falcon_h1", {"rope_theta": base})["rope_theta"] == base
+
+
+@pytest.mark.parametrize("kind", [["mamba"], {"a": 1}, None, 3])
+def test_a_model_type_that_is_no_text_is_refused_by_loading_and_running(kind: Any, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    for load in (checkpoint.load, runtime.load):
+        with pytest.raises(ValueError, match="no adapter for model_type"):
+            load(tmp_path)

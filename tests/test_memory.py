@@ -143,3 +143,17 @@ def test_every_way_to_the_checksum_is_the_definition(length: int, seed: int, bef
 def test_the_checksum_that_the_rfc_prints() -> None:
     assert crc32c(np.zeros(32, np.uint8)) == 0x8A9136AA
     assert crc32c(np.arange(32, dtype=np.uint8)) == 0x46DD794E
+
+
+@pytest.mark.parametrize("form", ["stock", "packed"])
+def test_each_tensor_is_read_once(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine asks of every layer which of the possible tensors it has; that reads none."""
+    folder = stock(tmp_path / "stock", pico_mamba(), torch.bfloat16)
+    sparsessm.checkpoint.pack(folder, tmp_path / "packed")
+    found = packed.stream(tmp_path / form).tensors
+    read: list[str] = []
+    whole = type(found).__getitem__
+    monkeypatch.setattr(type(found), "__getitem__", lambda self, name: read.append(name) or whole(self, name))
+    runtime.load(tmp_path / form)
+    if kernels.LEVEL != "reference":
+        assert sorted(read) == sorted(found)

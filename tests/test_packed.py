@@ -803,7 +803,7 @@ def test_the_check_of_the_fuzzer_can_fail(
     monkeypatch.setattr(container, "checksum", lambda parts: "0" * 8)
     header, start, _ = opened(content)
     at = start + header[CONV]["data_offsets"][0]
-    changed = re.sub(rb'(checksum\W+)[0-9a-f]{8}', rb"\g<1>00000000", content)
+    changed = re.sub(rb"(checksum\W+)[0-9a-f]{8}", rb"\g<1>00000000", content)
     with pytest.raises(AssertionError):
         tool.one(changed[:at] + struct.pack("<f", math.nan) + changed[at + 4 :], expected(), tmp_path)
 

@@ -7,6 +7,7 @@ import gzip
 import importlib.util
 import json
 import os
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -184,8 +185,8 @@ def test_any_directory_is_data_in_a_recipe(tmp_path: Path, monkeypatch: pytest.M
     assert Recipe(data="gone/corpus").data == "gone/corpus"  # a result is read where its text is not
 
 
-TRUNCATED = gzip.compress(b"text " * 1000)[:-12]
-DAMAGED = bytearray(gzip.compress(os.urandom(400)))
+TRUNCATED = gzip.compress(b"text " * 1000, mtime=0)[:-12]
+DAMAGED = bytearray(gzip.compress(random.Random(0).randbytes(400), mtime=0))
 DAMAGED[60:90] = bytes(30)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
     """
     try:
         if not path.is_file():
-            raise ValueError(f"{path}: no such file")
+            raise ValueError(f"{path}: {'not a regular file' if path.exists() else 'no such file'}")
         with path.open("rb") as file:
             content = file.read(most + 1)
     except OSError as error:
@@ -93,8 +94,8 @@ def from_json(
     def unique(pairs: list[tuple[str, Any]]) -> Any:
         found = dict(pairs)
         if strict and len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            raise ValueError(f"{short(next(n for n in names if names.count(n) > 1))} is there twice")
+            twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+            raise ValueError(f"{short(twice)} is there twice")
         return hook(found) if hook else found
 
     options: dict[str, Any] = {"parse_constant": _no_number} if strict else {}
@@ -119,11 +120,11 @@ def from_yaml(text: str) -> Any:
         raise ValueError(f"more than {MOST_YAML_BYTES:,} characters")
     try:
         node = yaml.compose(text, yaml.BaseLoader)
-        return None if node is None else _plain(node, 1, [_MOST_VALUES])
     except RecursionError:
         raise ValueError(_too_deep()) from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, OverflowError, ValueError) as error:  # "\UFFFFFFFF" is no character
         raise ValueError(f"not readable as YAML ({' '.join(str(error).split())})") from None
+    return None if node is None else _plain(node, 1, [_MOST_VALUES])
 
 
 def short(value: Any) -> str:
@@ -176,6 +177,8 @@ def _plain(node: yaml.Node, depth: int, left: list[int]) -> Any:
     if isinstance(node, yaml.SequenceNode):
         return [_plain(part, depth + 1, left) for part in node.value]
     if not isinstance(node, yaml.MappingNode):
+        if not is_text(node.value):
+            raise ValueError(f"line {node.start_mark.line + 1}: half of a surrogate pair, which is no text")
         return node.value
     found: dict[str, Any] = {}
     for key, value in node.value:

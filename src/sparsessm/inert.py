@@ -12,7 +12,7 @@ import re
 # C0 and C1 controls, line separators, what turns the direction of writing (arXiv 2111.00169), what no
 # terminal shows at all (tags), and halves of characters: bytes of a file name that are not UTF-8.
 _CONTROLS = re.compile(
-    r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\U000e0000-\U000e007f\ud800-\udfff]"
+    r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\U000e0000-\U000e007f\ud800-\udfff]"
 )
 
 

@@ -250,12 +250,15 @@ class StateReadout:
 
     def add(self, h: Tensor, C: Tensor, gain: Tensor, out_proj: Tensor) -> None:
         """As `StateMoments.add`."""
-        norms = torch.linalg.vector_norm(h.unflatten(2, (C.shape[2], -1)), dim=3)  # (W, S, G, N)
+        heads = h.unflatten(2, (C.shape[2], -1))
+        norms = torch.linalg.vector_norm(heads, dim=3, dtype=torch.float64)  # (W, S, G, N)
         self._sum = _added(self._sum, (C * norms).square().sum((0, 1)))
 
     def result(self) -> Tensor:
         """(G, N) float64, one row for each group of heads."""
         assert self._sum is not None, "nothing was observed"
+        if not torch.isfinite(self._sum).all():
+            raise ValueError("the sums over its states are not finite")
         return self._sum
 
 
@@ -369,6 +372,8 @@ class ColumnVote:
     def add(self, stats: ScanStats, out_proj: Tensor, output: Tensor) -> None:
         assert stats.energy is not None
         importance = (stats.energy * self._weight).sum(1)  # (T, N)
+        if not torch.isfinite(importance).all():
+            raise ValueError("the energies of its states are not finite")
         self._votes += (~Structured().keep(importance, self._removing)).sum(0)
 
     def result(self) -> Tensor:

@@ -73,7 +73,8 @@ def prune(
     rows.sort(key=lambda row: order.index(row.target))  # a tied head was first, experts took turns
     seconds = time.perf_counter() - began
     sha256 = fingerprint(tokens) if tokens is not None and needs_data(plan) else ""
-    return Report(recipe.model_dump(), rows, sha256, seconds, text=edition(recipe.data, "calibration"))
+    text = edition(recipe.data, "calibration") if sha256 else {}
+    return Report(recipe.model_dump(), rows, sha256, seconds, text=text)
 
 
 def needs_data(plan: Plan | Order) -> bool:

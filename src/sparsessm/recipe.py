@@ -179,6 +179,9 @@ class Recipe(Choice):
         if not (here := edition(self.data, "calibration")):
             return ""
         record = _record(path)
+        made = record.get("recipe")
+        if not isinstance(made, dict) or made.get("data", "stdlib") != self.data:
+            return ""
         parts = [record.get(name) for name in ("calibration", "versions")]
         calibration, versions = (part if isinstance(part, dict) else {} for part in parts)
         text = calibration.get("text")

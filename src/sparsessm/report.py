@@ -85,7 +85,7 @@ class Report:
         recipe: the resolved recipe as plain values.
         rows: one for each target, in the order of the model.
         fingerprint: SHA-256 of the calibration tokens (hex); empty for a method that needs none.
-        text: which text `data` stood for, where its name does not say it (`data.edition`); else empty.
+        text: which text `data` stood for, where its name does not say it (`edition.edition`); else empty.
         seconds: wall time of the pruning.
         advice: the curve from which `samples: auto` chose (`advice.Step`s as plain values); else empty.
         perplexity: records under "dense", "pruned" and "difference"; empty if not measured.

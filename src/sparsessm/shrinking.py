@@ -52,7 +52,7 @@ def run(
     report = Report(recipe.model_dump(), rows, sha256, time.perf_counter() - began)
     report.parameters = {"dense": dense, "pruned": _parameters(architecture)}
     report.shape, report.trials = dict(wanted.sizes), trials
-    report.text = edition(recipe.data, "calibration")
+    report.text = edition(recipe.data, "calibration") if sha256 else {}
     return report
 
 

@@ -55,7 +55,7 @@ class Progress:
                 TextColumn("left"),
                 TimeRemainingColumn(),
             )
-            self._bars = Bars(*columns, console=self._console)
+            self._bars = Bars(*columns, console=self._console, redirect_stdout=False)
 
     @property
     def doing(self) -> str:

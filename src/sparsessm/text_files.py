@@ -85,7 +85,7 @@ def _files_below(folder: Path) -> list[Path]:
             folders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         names = (name for name in files if not name.startswith("."))
         found += [Path(base) / name for name in names if file_type(name)]
     return sorted(found, key=lambda file: file.relative_to(folder).parts)

@@ -24,8 +24,10 @@ def undoing(undo: Callable[[], None]) -> Iterator[None]:
     try:
         yield
     finally:
-        undo()
-        _undone_by.remove(undo)
+        try:
+            undo()
+        finally:
+            _undone_by.remove(undo)
 
 
 def clear() -> None:

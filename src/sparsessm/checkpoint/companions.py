@@ -8,6 +8,7 @@ goes into the result as bytes; what does not is said. None of them is run. `read
 from __future__ import annotations
 
 import json
+import os
 import re
 from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterator, Mapping
@@ -65,9 +66,8 @@ _WEIGHTS = (
 _HEADED = {CONFIG, GENERATION, "tokenizer_config.json", "processor_config.json", "preprocessor_config.json"}
 """Files that may name code under `auto_map`."""
 _POINTER = b"version https://git-lfs.github.com/spec/"
-_IMPORT = re.compile(
-    r"^[ \t]*(?:from[ \t]+\.([\w.]*)[ \t]+import[ \t]+([\w, \t]+)|import[ \t]+\.([\w.]+))", re.M
-)
+_IMPORT = re.compile(r"^[ \t]*from[ \t]+\.([\w.]*)[ \t]+import[ \t]*(\([^)]{0,9999}\)|[^\n#;]+)", re.M)
+_DEEP = 32  # folders inside each other
 
 
 def is_tokenizer_file(name: str) -> bool:
@@ -180,7 +180,8 @@ def _candidates(folder: Path, left: list[str]) -> Iterator[tuple[str, Path]]:
         else:
             left.append(f"{path.name}/" if path.is_dir() else path.name)
     for name in named:
-        yield name, folder / name
+        if name.split("/")[0] not in _FOLDERS:
+            yield name, folder / name
 
 
 def _code(folder: Path, start: list[str]) -> list[str]:
@@ -194,7 +195,7 @@ def _code(folder: Path, start: list[str]) -> list[str]:
         if (
             "/" not in name
             or name in found
-            or not (folder / name).is_file()
+            or not os.path.isfile(folder / name)  # also of a name that no file can have
             or _leads_out(folder / name, folder)
         ):
             continue
@@ -206,19 +207,21 @@ def _code(folder: Path, start: list[str]) -> list[str]:
 def _imported(at: str, text: str) -> list[str]:
     """Paths of files that a file of code may import by relative names."""
     found = []
-    for module, names, plain in _IMPORT.findall(text):
+    for module, names in _IMPORT.findall(text):
         up = len(module) - len(module.lstrip("."))
         base = at.split("/")[:-1]
         if up > len(base):
             continue
         base = base[: len(base) - up]
-        parts = [part for part in (module.lstrip(".") or plain).split(".") if part]
+        parts = [part for part in module.split(".") if part]
+        if len(base) + len(parts) > _DEEP:
+            continue
         found.append("/".join([*base, *parts]) + ".py" if parts else "")
         packages = ["/".join([*base, *parts][:depth]) for depth in range(1, len(base) + len(parts) + 1)]
         found += [f"{package}/__init__.py" for package in packages]
-        found += [
-            "/".join([*base, *parts, name.strip()]) + ".py" for name in names.split(",") if name.strip()
-        ]
+        plain = re.sub(r"#.*", "", names).strip("() \t\n").split(",")
+        asked = (name.split(" as ")[0].strip() for name in plain)
+        found += ["/".join([*base, *parts, name]) + ".py" for name in asked if name.isidentifier()]
     return [name for name in found if name]
 
 

@@ -161,6 +161,9 @@ class Tensors(Mapping[str, Encoded]):
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.shapes  # without reading it
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
 

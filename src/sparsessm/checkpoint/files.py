@@ -167,6 +167,11 @@ def read_bin(file: Path) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in content.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise ValueError(f"{file}: expected a tensor, got {type(tensor).__name__} under {name!r}")
+        plain = tensor.layout == torch.strided and not tensor.is_nested and tensor.device.type == "cpu"
+        if not plain or tensor.is_quantized:
+            raise ValueError(f"{file}: {name!r} is no plain dense tensor")
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise ValueError(f"{file}: {name!r} is larger than the data that it has")
         yield name, tensor
 
 

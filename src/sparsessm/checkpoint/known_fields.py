@@ -121,8 +121,10 @@ def _known(kind: str) -> tuple[frozenset[str], frozenset[str]]:
     held = vars(stock())
     parameters = inspect.signature(stock.__init__).parameters
     held = {name: value for name, value in held.items() if name not in vars(transformers.PretrainedConfig())}
-    names = {*parameters, *held, *stock.attribute_map, *_ALSO, *_OLDER.get(kind, "").split()}
-    derived = {n for n in names if isinstance(p := getattr(stock, n, None), property) and p.fset is None}
+    older = {*_OLDER.get(kind, "").split()}  # which the class takes, though some are properties of it
+    names = {*parameters, *held, *stock.attribute_map, *_ALSO, *older}
+    properties = {n for n in names if isinstance(p := getattr(stock, n, None), property) and p.fset is None}
+    derived = properties - older
     known = {name for name in names - _LEFT_OUT - derived if not name.startswith("_")}
     whole = {name for name in known if type(held.get(name)) is int}
     return frozenset(known), frozenset(whole)
@@ -149,6 +151,8 @@ def _refuse_absurd(name: str, value: Any) -> None:
     if isinstance(value, bool) or value is None:
         return
     if isinstance(value, int):
+        if last == "rope_theta":  # a base, no size; JSON does not tell 1e11 from 100000000000
+            return _refuse_absurd(name, float(value) if value.bit_length() < 1000 else math.inf)
         token = last.endswith("_token_id") or last == "num_logits_to_keep"
         least, most = (-_LONG if token else 0), (_LONG if token or last in _POSITIONS else SIZE)
         if last in ("num_hidden_layers", "num_mem_blocks"):

@@ -78,6 +78,9 @@ class Stored(Mapping[str, Encoded]):
     def __getitem__(self, name: str) -> Encoded:
         return encode(name, self._shelf[self._names[name]], kind="dense")
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._names  # without reading it
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 

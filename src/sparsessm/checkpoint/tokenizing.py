@@ -136,7 +136,9 @@ def _staged(source: Path) -> Iterator[Path]:
                 (folder / path.name).symlink_to(path.resolve())
         fields = read_json(source / CONFIGURATION) if (source / CONFIGURATION).is_file() else {}
         told = read_json(source / CONFIG) if (source / CONFIG).is_file() else {}
-        model = {key: told[key] for key in ("model_type",) if told.get(key) in transformers.CONFIG_MAPPING}
+        model = {
+            key: told[key] for key in ("model_type",) if str(told.get(key)) in transformers.CONFIG_MAPPING
+        }
         _write(folder / CONFIG, model)
         asked = fields.get("tokenizer_class") or told.get("tokenizer_class")
         stock = _stock_class(asked)

@@ -22,7 +22,7 @@ from ..architectures.own import Own
 from . import atomic, state_spaces
 from .assembly import stock_model, untied
 from .companions import CARD, GENERATION, RECORD, TEMPLATES, is_tokenizer_file, is_usual, unusual
-from .files import BIN, CONFIG, decode_float, few, read_json, write_safetensors
+from .files import BIN, CONFIG, decode_float, few, parse_json, read_json, write_safetensors
 from .reading import Checkpoint, local_folder, quiet, stock_config
 from .stock_names import in_files
 
@@ -186,7 +186,7 @@ def refuse_full(path: str | os.PathLike[str], checkpoint: Checkpoint, share: flo
 def _listing(checkpoint: Checkpoint, ours: Mapping[str, bytes]) -> dict[str, bytes]:
     """Our files, the record with the names of files that came from the source and whose names say nothing."""
     names = unusual(checkpoint.files)
-    record = json.loads(ours[RECORD]) if RECORD in ours else {}
+    record = parse_json(ours[RECORD], RECORD) if RECORD in ours else {}
     if RECORD not in ours or record.get("files", []) == names:
         return dict(ours)
     record = {key: value for key, value in record.items() if key != "files"} | (
@@ -245,9 +245,11 @@ def _write_bin(checkpoint: Checkpoint, folder: Path) -> None:
     """The original writer keeps both names of a tied tensor, over one storage."""
     tensors, copies = untied(checkpoint.model)
     values = {name: _as_stored(name, t, checkpoint.stored.get(name, t.dtype)) for name, t in tensors.items()}
-    values |= {copy: values[name] for copy, name in copies.items()}
+    if not checkpoint.prefix:
+        values |= {copy: values[name] for copy, name in copies.items()}
     with open(folder / BIN, "wb") as file:
-        named = {state_spaces.to_original(name): value for name, value in values.items()}
+        prefix = checkpoint.prefix  # of a bare backbone, whose names lack it
+        named = {state_spaces.to_original(name).removeprefix(prefix): value for name, value in values.items()}
         torch.save(named | checkpoint.extra, file)
 
 

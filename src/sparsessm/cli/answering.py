@@ -66,8 +66,8 @@ def answering(
         with ending.writing(*writes, grown=grown, nothing="the text ends here" if streaming else ""):
             with ending.restoring(progress.restored), progress:
                 yield progress
-    except BrokenPipeError:
-        raise  # whoever read stdout has gone: the program ends without a word
+    except (BrokenPipeError, SystemExit):
+        raise  # whoever read stdout has gone (rich exits then): the program ends without a word
     except BaseException as error:
         raise typer.Exit(ending.said(error, progress.doing)) from None
 

@@ -24,6 +24,7 @@ from .answering import Force, Json, Length, Quiet, Tokenizer, answering, app, fi
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
     from ..plan import Plan
+    from ..report import Report
     from ..units import Order
 
 EVALUATED_WINDOWS = 16  # that `prune` measures on, before and after: as few as an interval needs
@@ -87,9 +88,7 @@ def prune(
         name: value for name, value in options if name in Recipe.model_fields and value not in (None, [], ())
     }
     with answering(quiet, None if dry_run else out) as progress:
-        from ..checkpoint import refuse_existing, refuse_full
-        from ..inventory import share_left
-        from ..yardstick import Yardstick, compared
+        from ..checkpoint import refuse_existing
 
         if structured is not None:
             if clash := [name for name in ("pattern", "sparsity") if name in given]:
@@ -107,44 +106,18 @@ def prune(
         tell(checkpoint.notes, progress)
         wanted = sparsessm.resolve(checkpoint, wanted)
         plan = sparsessm.planned(checkpoint, wanted)
-        if out is None or dry_run:
-            _preview(checkpoint, plan, wanted, as_json, quiet)
-            return
-        refuse_full(out, checkpoint, share_left(plan, checkpoint))
-        torch.manual_seed(wanted.seed)
-        progress.say(f"reading {wanted.data}")
-        wanted, tokens, advice = sparsessm.settle(checkpoint, wanted, progress)
-        if advice:
-            progress.note(f"calibrating on {wanted.samples} windows")
-        if (
-            recipe
-            and tokens is not None
-            and (before := Recipe.calibrated_on(recipe)) not in (None, fingerprint(tokens))
-        ):
-            why = (reason := wanted.other_text(recipe)) and f": {reason}"
-            progress.say(
-                f"note: not the calibration tokens of {recipe} ({before[:12]}...){why}; masks may differ"
-            )
-        if recipe and tokens is not None:  # what looks at no data gives the same masks everywhere
-            now = {**machine.current(), **machine.versions()}
-            if other := machine.differences(Recipe.made_with(recipe), now):
-                progress.note(f"note: {recipe} was made with {', '.join(other)}; masks may differ")
-        yardstick = None if no_eval else Yardstick.of(checkpoint, wanted, EVALUATED_WINDOWS)
-        if yardstick:
-            progress.say("dense model")
-        dense = yardstick and yardstick.measure(checkpoint, progress)
-        progress.say(f"pruning by {' and '.join(plan.methods)}")
-        report = sparsessm.follow(checkpoint, wanted, tokens, progress)
-        report.advice = advice
-        if yardstick and dense:
-            progress.say("pruned model")
-            report.perplexity = compared(dense, yardstick.measure(checkpoint, progress))
-        sparsessm.save(checkpoint, out, report, force=force)
+        report = None
+        if out is not None and not dry_run:
+            report = _pruned(checkpoint, plan, wanted, out, recipe, no_eval, progress)
+            sparsessm.save(checkpoint, out, report, force=force)
+    if report is None:
+        _preview(checkpoint, plan, wanted, as_json, quiet)
+        return
     record = report.record()
     if as_json:
         print_json({"out": str(out), **record})
     elif not quiet:
-        if advice:
+        if advice := report.advice:
             from ..advice import advice_table
 
             title = "Calibration windows (samples: auto)"
@@ -157,6 +130,56 @@ def prune(
             tables.show("`sparsessm eval` measures both on all of the text.")
         notes = (report.damped(), report.caveat(), report.honesty())
         tables.show(*filter(None, notes), f"Saved to {out}; pruning took {report.seconds:.0f} s.")
+
+
+def _pruned(
+    checkpoint: Checkpoint,
+    plan: Plan | Order,
+    wanted: Recipe,
+    out: Path,
+    recipe: Path | None,
+    no_eval: bool,
+    progress: tables.Progress,
+) -> Report:
+    """Prune the model in memory and measure it before and after.
+
+    Args:
+        out: where the result will go. recipe: the file that `wanted` came from, if it did.
+    """
+    from ..checkpoint import refuse_full
+    from ..inventory import share_left
+    from ..yardstick import Yardstick, compared
+
+    refuse_full(out, checkpoint, share_left(plan, checkpoint))
+    torch.manual_seed(wanted.seed)
+    progress.say(f"reading {wanted.data}")
+    wanted, tokens, advice = sparsessm.settle(checkpoint, wanted, progress)
+    if advice:
+        progress.note(f"calibrating on {wanted.samples} windows")
+    if (
+        recipe
+        and tokens is not None
+        and (before := Recipe.calibrated_on(recipe)) not in (None, fingerprint(tokens))
+    ):
+        why = (reason := wanted.other_text(recipe)) and f": {reason}"
+        progress.note(
+            f"note: not the calibration tokens of {recipe} ({before[:12]}...){why}; masks may differ"
+        )
+    if recipe and tokens is not None:  # what looks at no data gives the same masks everywhere
+        now = {**machine.current(), **machine.versions()}
+        if other := machine.differences(Recipe.made_with(recipe), now):
+            progress.note(f"note: {recipe} was made with {', '.join(other)}; masks may differ")
+    yardstick = None if no_eval else Yardstick.of(checkpoint, wanted, EVALUATED_WINDOWS)
+    if yardstick:
+        progress.say("dense model")
+    dense = yardstick and yardstick.measure(checkpoint, progress)
+    progress.say(f"pruning by {' and '.join(plan.methods)}")
+    report = sparsessm.follow(checkpoint, wanted, tokens, progress)
+    report.advice = advice
+    if yardstick and dense:
+        progress.say("pruned model")
+        report.perplexity = compared(dense, yardstick.measure(checkpoint, progress))
+    return report
 
 
 def _preview(checkpoint: Checkpoint, plan: Plan | Order, recipe: Recipe, as_json: bool, quiet: bool) -> None:

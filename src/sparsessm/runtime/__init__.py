@@ -28,6 +28,8 @@ from typing import TYPE_CHECKING, Any
 from .threads import checked_threads, refuse_torch_threads
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from sparsessm.checkpoint import Checkpoint, Encoded, Packed
 
     from .base import Engine
@@ -68,22 +70,31 @@ def load(
 def _loaded(
     path: str | os.PathLike[str], tokenizer: str | os.PathLike[str] | None, threads: int | None
 ) -> Model:
-    from sparsessm.architectures import MODEL_TYPES
     from sparsessm.checkpoint import packed, reading
-    from sparsessm.checkpoint.files import read_json
     from sparsessm.checkpoint.shelf import give_back
 
-    from .base import refuse_unsupported
-
-    folder = reading.find(os.fspath(path))
-    kind = read_json(folder / reading.CONFIG).get("model_type")
-    if kind in MODEL_TYPES:  # before gigabytes are read; what is known to nobody is refused where it is read
-        refuse_unsupported(SimpleNamespace(model_type=kind))
+    refuse_early(reading.find(os.fspath(path)))
     found = packed.stream(path)
     model = _model(found, found.tokenizer(tokenizer), threads)
     del found
     give_back()
     return model
+
+
+def refuse_early(folder: Path) -> None:
+    """Refuse a directory of a model that does not run, before gigabytes are read.
+
+    Raises:
+        ValueError: as `load`. What is known to nobody is refused where it is read.
+    """
+    from sparsessm.architectures import MODEL_TYPES
+    from sparsessm.checkpoint.files import CONFIG, read_json
+
+    from .base import refuse_unsupported
+
+    kind = read_json(folder / CONFIG).get("model_type")
+    if isinstance(kind, str) and kind in MODEL_TYPES:
+        refuse_unsupported(SimpleNamespace(model_type=kind))
 
 
 def of(checkpoint: Checkpoint, *, threads: int | None = None) -> Model:

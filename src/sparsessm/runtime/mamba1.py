@@ -88,8 +88,8 @@ class Mamba1(Mixer):
         inner = channels_of(config, weights.shape)
         weights.check({f"mixer.{name}": shape for name, shape in scan_shapes(config, inner).items()})
         super().__init__(weights)
-        a_log = weights.vector("mixer.A_log")
-        forgets = removed_a_log(weights.encoded("mixer.A_log").dtype)["memoryless"]
+        stored = weights.encoded("mixer.A_log")
+        a_log, forgets = stored.decode(torch.float32), removed_a_log(stored.dtype)["memoryless"]
         self.slots, self.a = Slots.of(a_log, forgets), -torch.exp(a_log)
         self.in_bias = weights.optional("mixer.in_proj.bias")
         self.dt_bias = weights.vector("mixer.dt_proj.bias")

@@ -33,8 +33,8 @@ class Mamba2(Mixer):
         super().__init__(weights)
         self.size, self._epsilon = heads(config), float(config.layer_norm_epsilon)
         self._limit = limits(config)
-        a_log = weights.vector("mixer.A_log")
-        forgets = removed_a_log(weights.encoded("mixer.A_log").dtype)["memoryless"]
+        stored = weights.encoded("mixer.A_log")
+        a_log, forgets = stored.decode(torch.float32), removed_a_log(stored.dtype)["memoryless"]
         self.keeps, self.a = a_log < forgets, -torch.exp(a_log)
         self.gated_norm, self.dt_bias = weights.vector("mixer.norm.weight"), weights.vector("mixer.dt_bias")
         widths, self.in_bias = [self.size.inner, self.size.mixed, self.size.heads], None

@@ -22,7 +22,7 @@ from sparsessm.checkpoint.container import PACKED
 from sparsessm.checkpoint.files import weight_files
 from sparsessm.checkpoint.shelf import give_back
 
-from . import engine_of, timing
+from . import engine_of, refuse_early, timing
 from .base import Engine, described
 from .timing import BATCHES, PROMPT, ROUNDS, Bandwidth, Phase, Told
 
@@ -180,6 +180,7 @@ def subject(path: str | os.PathLike[str], threads: int | None = None) -> Subject
     one."""
     name = os.fspath(path)
     folder = reading.find(name)
+    refuse_early(folder)
     is_packed = reading.is_packed(folder)
     give_back()  # what was freed before and is used again would not count
     before = timing.process_bytes()
