@@ -71,6 +71,7 @@ OTHER = {"python": "2.7.18", "sha256": "0" * 64}
         ({"calibration": {"sha256": "1", "text": HERE | {"sha256": "0"}}}, "is another text here, of Python"),
         ({"calibration": {"sha256": "1"}, "versions": {"python": HERE["python"]}}, ""),
         ({"calibration": {"text": {"python": "\x1b[31m3.1", "sha256": "0"}}}, ""),
+        ({"recipe": {"data": "wikitext2"}, "calibration": {}, "versions": {"python": "3.8.9"}}, ""),
         ({"calibration": [], "versions": 3}, ""),
         ([], ""),
     ],

@@ -71,10 +71,9 @@ def prune(
             rows.append(_prune(target, rules[target.name], look))
     order = list(rules)
     rows.sort(key=lambda row: order.index(row.target))  # a tied head was first, experts took turns
-    seconds = time.perf_counter() - began
     sha256 = fingerprint(tokens) if tokens is not None and needs_data(plan) else ""
     text = edition(recipe.data, "calibration") if sha256 else {}
-    return Report(recipe.model_dump(), rows, sha256, seconds, text=text)
+    return Report(recipe.model_dump(), rows, sha256, time.perf_counter() - began, text=text)
 
 
 def needs_data(plan: Plan | Order) -> bool:

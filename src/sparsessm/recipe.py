@@ -180,7 +180,7 @@ class Recipe(Choice):
             return ""
         record = _record(path)
         made = record.get("recipe")
-        if not isinstance(made, dict) or made.get("data", "stdlib") != self.data:
+        if isinstance(made, dict) and made.get("data", self.data) != self.data:
             return ""
         parts = [record.get(name) for name in ("calibration", "versions")]
         calibration, versions = (part if isinstance(part, dict) else {} for part in parts)
