@@ -1,7 +1,7 @@
 """Try the promises of docs/faults.md: signals, kills, full disks, damaged files, little memory.
 
-    python tools/faults.py            # about fifteen minutes
-    python tools/faults.py --quick    # about two
+    python tools/faults.py            # everything ten times as often
+    python tools/faults.py --quick    # about four minutes
 
 Prints a table of figures. Everything happens in a temporary directory; exit code 1 if a promise was broken.
 """
