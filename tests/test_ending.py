@@ -168,6 +168,14 @@ def test_work_is_done_and_kept_where_nothing_can_be_printed(here: Path) -> None:
     assert first["targets"] == second["targets"]  # nothing printed has gone into a file that got its number
 
 
+def test_a_dry_run_that_nobody_reads_ends_without_a_word(here: Path) -> None:
+    reading, unread = os.pipe()
+    os.close(reading)
+    done = ran("prune", "dense", "--dry-run", capture_output=False, stdout=unread, stderr=subprocess.PIPE)
+    os.close(unread)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
 @pytest.mark.parametrize("redirect", [">/dev/full", ">&-"])
 def test_a_result_that_cannot_be_printed_is_an_error(redirect: str, here: Path) -> None:
     shell = f"{sys.executable} -m sparsessm inspect dense --json {redirect}"
