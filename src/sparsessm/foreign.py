@@ -17,6 +17,8 @@ from typing import Any
 
 import yaml
 
+from .inert import is_text
+
 MOST_BYTES = 1 << 27
 """Largest JSON file: the record of a model with a hundred thousand matrices fits."""
 MOST_YAML_BYTES = 1 << 20
@@ -32,7 +34,6 @@ _MARKS = (  # the longer ones first: that of UTF-32 begins with that of UTF-16
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 _HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def decoded(content: bytes) -> str:
@@ -47,11 +48,6 @@ def decoded(content: bytes) -> str:
     except UnicodeDecodeError as error:
         name = encoding.removesuffix("-sig").upper()
         raise ValueError(f"not {name} text (byte {error.start}: {error.reason})") from None
-
-
-def is_text(name: str) -> bool:
-    """Whether a name can be written down: the bytes of a file's name need not be UTF-8."""
-    return not _SURROGATE.search(name)
 
 
 def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:

@@ -16,6 +16,14 @@ _CONTROLS = re.compile(
 )
 
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def is_text(name: str) -> bool:
+    """Whether a name can be written down: the bytes of a file's name need not be UTF-8."""
+    return not _SURROGATE.search(name)
+
+
 def visible(text: str, allowed: str = "") -> str:
     r"""The text with its control characters written out: ESC as \x1b, a byte that is no UTF-8 as \xff.
 

@@ -16,7 +16,8 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from .choice import MOST_SAMPLES, OPTIONS, Choice, known
 from .data import DATASETS, FILES, refuse_idle_column
 from .edition import edition
-from .foreign import decoded, from_json, from_yaml, is_text, read_bytes, short
+from .foreign import decoded, from_json, from_yaml, read_bytes, short
+from .inert import is_text
 from .methods import DEFAULTS, METHODS
 from .methods.structured import SELECTIONS
 from .patterns import NofM, Structured, parse

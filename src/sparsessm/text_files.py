@@ -12,7 +12,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .foreign import decoded, from_json, is_text, short
+from .foreign import decoded, from_json, short
+from .inert import is_text
 
 FILE_TYPES = (".txt", ".jsonl", ".json", ".parquet")
 PACKED = ".gz"  # each of them, but for .parquet, which is compressed inside

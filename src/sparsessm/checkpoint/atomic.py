@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..foreign import is_text
+from ..inert import is_text
 from ..unfinished import undoing
 
 _SAVING = ".saving-"

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..inert import is_text
 from .reading import Checkpoint
 
 _lock = threading.Lock()
@@ -163,8 +164,6 @@ def checked_path(name: str, path: Any) -> str | os.PathLike[str]:
         raise TypeError(f"{name} is {path!r}; allowed: a text or a path")
     if not shown or "\0" in shown:
         raise ValueError(f"{name} is {shown!r}; allowed: a name")
-    try:
-        shown.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{name} is {shown!r}, which is not UTF-8; rename it") from None
+    if not is_text(shown):
+        raise ValueError(f"{name} is {shown!r}, which is not UTF-8; rename it")
     return path

@@ -16,6 +16,8 @@ from typing import Any
 
 import transformers
 
+from .files import few
+
 LAYERS = 4096
 """Most layers, and most entries of a list: more cannot be meant, and would take time to refuse."""
 SIZE = 1 << 24
@@ -207,9 +209,9 @@ def generation_fields(fields: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[
             wrong.append(f"{_short(name)[1:-1]} {_short(value)}")
     notes = []
     if wrong:
-        notes.append(f"generation_config.json: not a value that can be followed: {_few(wrong)}")
+        notes.append(f"generation_config.json: not a value that can be followed: {few(wrong)}")
     if unknown:
-        notes.append(f"generation_config.json: not followed here: {_few([_short(n)[1:-1] for n in unknown])}")
+        notes.append(f"generation_config.json: not followed here: {few([_short(n)[1:-1] for n in unknown])}")
     return kept, tuple(notes)
 
 
@@ -233,11 +235,6 @@ def _sane(name: str, value: Any) -> bool:
         return False
     some = value if isinstance(value, list) and 0 < len(value) <= 65536 else [value]
     return all(type(token) is int and abs(token) <= _LONG for token in some)
-
-
-def _few(names: list[str], most: int = 5) -> str:
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest
 
 
 def _first_line(error: Exception) -> str:

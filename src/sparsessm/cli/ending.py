@@ -23,7 +23,7 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 from .. import unfinished
-from ..inert import visible
+from ..inert import is_text, visible
 from ..runtime.threads import MOST_THREADS
 from . import streams
 
@@ -101,7 +101,7 @@ def refuse_surroundings(arguments: Sequence[str]) -> None:
         ValueError: an argument that is not UTF-8, or an environment that asks for too many threads.
     """
     for argument in arguments:
-        if not _is_text(argument):
+        if not is_text(argument):
             raise ValueError(
                 f"argument '{argument}' is not UTF-8, which names must be that go into JSON; rename it"
             )
@@ -113,14 +113,6 @@ def refuse_surroundings(arguments: Sequence[str]) -> None:
                 f"the environment has {name}={text!r}; allowed: a whole number from 1 to {MOST_THREADS} "
                 f"(this machine has {os.cpu_count()} processors)"
             )
-
-
-def _is_text(argument: str) -> bool:
-    try:
-        argument.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _is_count(text: str, zero: bool) -> bool:
