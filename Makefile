@@ -16,8 +16,9 @@ test: $(DEVELOPED) ## the whole suite, two workers, coverage of src
 
 # Tests whose outcome could hang on one processor: on the code of older ones, of ours and of the BLAS alike, and
 # with other numbers of threads.
-NUMERIC := $(addprefix tests/test_,$(addsuffix .py,degenerate compensate hessian transcription_linear \
-	structured_methods engine engine_mamba2 engine_widths projected runtime_reference curvature family pipeline))
+NUMERIC := $(addprefix tests/,$(addsuffix .py,$(addprefix methods/test_,degenerate repair hessian \
+	transcription_linear structured_methods) $(addprefix runtime/test_,engine engine_mamba2 engine_widths \
+	reference) pruning/test_projection pruning/test_entries calibration/test_prices architectures/test_family))
 OLDEST := MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41 ATEN_CPU_CAPABILITY=default SPARSESSM_KERNELS=portable
 OLDER := MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 SPARSESSM_KERNELS=avx2
 HAS_AVX2 := "import sys; from sparsessm.kernels import LEVELS; sys.exit('avx2' not in LEVELS)"

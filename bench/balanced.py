@@ -25,17 +25,16 @@ from bench import cpu
 from torch import Tensor
 
 import sparsessm
-from sparsessm import kernels
-from sparsessm.architectures import adapt
+from sparsessm.architectures import adapt, mamba2
 from sparsessm.architectures.stack import StackBlock
-from sparsessm.calibrate import Stop, slab_width
-from sparsessm.data import evaluation_windows
-from sparsessm.evaluation import difference, perplexity
+from sparsessm.calibration.walk import Stop, slab_width
+from sparsessm.data.texts import evaluation_windows
+from sparsessm.evaluation.perplexity import difference, perplexity
 from sparsessm.methods.balanced import balanced_truncation, energies
 from sparsessm.methods.exact import elimination_scores
-from sparsessm.observers import StateMoments, StateSums
-from sparsessm.projection import allot
-from sparsessm.recipe import Recipe
+from sparsessm.methods.observers import StateMoments, StateSums
+from sparsessm.pruning.projection import allot
+from sparsessm.recipe.recipe import Recipe
 
 SHARES = (0.25, 0.5, 0.75)
 Maps = list[tuple[Tensor, Tensor]]  # of each layer T_b and T_c, (G, N, r)
@@ -74,7 +73,7 @@ KINDS = {
 @contextmanager
 def projected(maps: Maps) -> Iterator[None]:
     """Every layer's B and C go through its maps meanwhile."""
-    forward, scan = StackBlock.forward, kernels.ssd_scan
+    forward, scan = StackBlock.forward, mamba2.ssd_scan
     now: list[int] = [0]
 
     def through(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -86,11 +85,11 @@ def projected(maps: Maps) -> Iterator[None]:
         B, C = (torch.einsum("wtgn,gnr->wtgr", x, t) for x, t in ((B, t_b), (C, t_c)))
         return scan(u, delta, A, B.contiguous(), C.contiguous(), *rest, **more)
 
-    StackBlock.forward, kernels.ssd_scan = through, smaller  # type: ignore[method-assign]
+    StackBlock.forward, mamba2.ssd_scan = through, smaller  # type: ignore[method-assign]
     try:
         yield
     finally:
-        StackBlock.forward, kernels.ssd_scan = forward, scan  # type: ignore[method-assign]
+        StackBlock.forward, mamba2.ssd_scan = forward, scan  # type: ignore[method-assign]
 
 
 def main() -> None:

@@ -28,13 +28,15 @@ from transformers import MambaConfig, MambaForCausalLM
 from transformers.models.mamba.modeling_mamba import mamba_selective_scan  # transformers 5
 from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
 
-from sparsessm import kernels, pipeline
+from sparsessm import kernels
 from sparsessm.architectures import adapt
-from sparsessm.calibrate import ROWS, walk
+from sparsessm.calibration.walk import ROWS, walk
+from sparsessm.kernels.ssd import ssd_scan
 from sparsessm.methods import METHODS, Rule
-from sparsessm.observers import InputGram
-from sparsessm.patterns import Unstructured
-from sparsessm.recipe import Recipe
+from sparsessm.methods.observers import InputGram
+from sparsessm.methods.patterns import Unstructured
+from sparsessm.pruning import entries
+from sparsessm.recipe.recipe import Recipe
 
 LENGTH = 2048
 WIDTH, CHANNELS, STATES, RANK = 768, 1536, 16, 48  # mamba-130m
@@ -125,7 +127,7 @@ def scan_of_mamba2(rounds: int) -> dict[str, Any]:
     def at(level: str) -> Callable[[], Any]:
         def run() -> Tensor:
             kernels.LEVEL = level
-            return kernels.ssd_scan(u, delta, A, B.unsqueeze(2), C.unsqueeze(2), D)[0]
+            return ssd_scan(u, delta, A, B.unsqueeze(2), C.unsqueeze(2), D)[0]
 
         return run
 
@@ -197,12 +199,12 @@ def calibration(rounds: int, windows: int) -> dict[str, Any]:
 
 STAGES = {
     "hessians": (InputGram, "add"),
-    "factorisation": (pipeline, "factorise"),
-    "target": (pipeline, "dense_target"),
-    "sweep": (pipeline, "sweep"),
-    "refit": (pipeline, "refit"),
-    "fisher": (pipeline.curvature, "output_fisher"),
-    "survey": (pipeline, "_surveyed_and_allocated"),
+    "factorisation": (entries, "factorise"),
+    "target": (entries, "dense_target"),
+    "sweep": (entries, "sweep"),
+    "refit": (entries, "refit"),
+    "fisher": (entries.curvature, "output_fisher"),
+    "survey": (entries, "_surveyed_and_allocated"),
 }
 PRUNED = {
     "sparsegpt, projections": {"method": "sparsegpt", "target": "projections"},
@@ -235,7 +237,7 @@ def pruning(rounds: int, windows: int) -> dict[str, Any]:
         def once() -> None:
             dense = adapt(model(2))
             recipe = Recipe(**fields).resolved(model="random", trained_length=LENGTH)
-            pipeline.prune(dense, recipe, tokens)
+            entries.prune(dense, recipe, tokens)
 
         return once
 
@@ -292,7 +294,7 @@ def peak(layers: int, windows: int, fields: dict[str, str]) -> dict[str, float]:
     recipe = Recipe(**fields).resolved(model="random", trained_length=LENGTH)
     Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = _status("VmRSS")
-    pipeline.prune(architecture, recipe, tokens)
+    entries.prune(architecture, recipe, tokens)
     weights = sum(p.numel() * p.element_size() for p in dense.parameters())
     return {"weights": weights / MIB, "pruning": _status("VmHWM") - before}
 

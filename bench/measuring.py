@@ -18,10 +18,10 @@ import torch
 from bench import cpu, model
 from torch import Tensor
 
-from sparsessm import pipeline
 from sparsessm.architectures import adapt
-from sparsessm.evaluation import perplexity
-from sparsessm.recipe import Recipe
+from sparsessm.evaluation.perplexity import perplexity
+from sparsessm.pruning import entries
+from sparsessm.recipe.recipe import Recipe
 
 
 def random_tokens(windows: int, length: int) -> Tensor:
@@ -64,7 +64,7 @@ def main() -> None:
         return
     recipe = Recipe().resolved(model="random", trained_length=options.length)
     calibration = random_tokens(options.samples, options.length)
-    pruning = seconds(lambda: pipeline.prune(adapt(dense), recipe, calibration))
+    pruning = seconds(lambda: entries.prune(adapt(dense), recipe, calibration))
     print(f"pruning by {options.samples} windows of {options.length} tokens: {pruning:.1f} s")
     for (windows, length), taken in measured.items():
         share = 2 * min(taken) / (2 * min(taken) + pruning)

@@ -28,7 +28,7 @@ from torch import Tensor
 import sparsessm
 from sparsessm import kernels, runtime
 from sparsessm.checkpoint import pack
-from sparsessm.data import evaluation_windows
+from sparsessm.data.texts import evaluation_windows
 from sparsessm.runtime.generation import Model
 
 MODEL = "builtin:pycode"

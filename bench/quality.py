@@ -21,10 +21,10 @@ import torch
 from bench import cpu
 
 import sparsessm
-from sparsessm.data import evaluation_windows, fingerprint
-from sparsessm.edition import edition
-from sparsessm.evaluation import difference, perplexity
-from sparsessm.recipe import Recipe
+from sparsessm.data.edition import edition
+from sparsessm.data.texts import evaluation_windows, fingerprint
+from sparsessm.evaluation.perplexity import difference, perplexity
+from sparsessm.recipe.recipe import Recipe
 
 MODEL, MODEL2 = "builtin:pycode", "builtin:pycode2"
 SEEDS = (0, 1, 2)

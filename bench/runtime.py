@@ -37,9 +37,9 @@ from torch import Tensor
 
 from sparsessm import kernels
 from sparsessm.checkpoint.encoding import Encoded, encode
+from sparsessm.evaluation.speed import Measurement, Subject, measure, storage
 from sparsessm.runtime.base import heads, model_type
 from sparsessm.runtime.engine import NativeEngine
-from sparsessm.runtime.measure import Measurement, Subject, measure, storage
 
 SHAPES = {"130m": (768, 24), "370m": (1024, 48), "1.4b": (2048, 48), "2.8b": (2560, 64)}  # d_model, layers
 SHAPES2 = {

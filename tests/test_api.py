@@ -18,7 +18,7 @@ from pico import TEXT, pico_mamba, pico_tokenizer
 import sparsessm
 from sparsessm.architectures import REMOVED_A_LOG
 from sparsessm.checkpoint import Checkpoint
-from sparsessm.recipe import Recipe
+from sparsessm.recipe.recipe import Recipe
 
 TOKENS = torch.arange(40).reshape(2, 20) % 64
 FAST: dict[str, Any] = {"data": "text.txt", "samples": 2, "length": 16}

@@ -6,8 +6,6 @@ import ast
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
-from graphlib import TopologicalSorter
 from importlib.metadata import entry_points, version
 from pathlib import Path
 
@@ -16,139 +14,77 @@ import pytest
 import sparsessm
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+import rooms  # noqa: E402
+from rooms import room  # noqa: E402
+
 SOURCE = ROOT / "src/sparsessm"
 FILES = sorted(SOURCE.rglob("*.py"))
 TREES = {file: ast.parse(file.read_text(encoding="utf-8")) for file in FILES}
 
-# docs/design.md, "Who may import whom": arrows never point upwards, and never in a circle.
-FLOORS = {
-    6: {"__init__", "__main__", "cli", "demo", "tables"},
-    5: {
-        "advice",
-        "depth",
-        "analysis",
-        "findings",
-        "inventory",
-        "mixture",
-        "pipeline",
-        "projection",
-        "widths",
-        "shrinking",
-        "structure",
-        "trials",
-        "yardstick",
-    },
-    4: {"choice", "plan", "recipe", "units"},
-    3: {"methods", "calibrate", "curvature", "runtime"},
-    2: {
-        "observers",
-        "patterns",
-        "allocation",
-        "compensate",
-        "checkpoint",
-        "evaluation",
-        "scores",
-        "zero_shot",
-    },
-    1: {
-        "architectures",
-        "card",
-        "data",
-        "edition",
-        "foreign",
-        "hessian",
-        "inert",
-        "kernels",
-        "machine",
-        "report",
-        "text_files",
-        "unfinished",
-    },
-}
-FLOOR = {unit: floor for floor, units in FLOORS.items() for unit in units}
 FORBIDDEN_NAMES = {"utils", "helpers", "common", "misc", "manager", "factory", "session"}
 HOMES = {  # module -> the only units that may import it
     "transformers": {"architectures", "checkpoint", "runtime"},
     "huggingface_hub": {"checkpoint"},
     "safetensors": {"checkpoint"},
     "datasets": {"data"},
-    "pyarrow": {"text_files"},
-    "lm_eval": {"zero_shot"},
+    "pyarrow": {"data"},
+    "lm_eval": {"evaluation"},
     "typer": {"cli"},
-    "rich": {"cli", "tables"},
-    "yaml": {"foreign", "cli"},
+    "rich": {"cli"},
+    "yaml": {"data", "cli"},
 }
 
 
-def unit(file: Path) -> str:
-    """The file or folder right below the package that a file belongs to."""
-    return file.relative_to(SOURCE).parts[0].removesuffix(".py")
-
-
-def imports(tree: ast.AST, package: tuple[str, ...]) -> Iterator[str]:
-    """Full dotted names of all that is imported anywhere in a file of `package`, also inside functions."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else ()
-            parts = (*base, *(node.module.split(".") if node.module else ()))
-            yield from (".".join((*parts, alias.name)) for alias in node.names)
-
-
-def imported(file: Path) -> list[str]:
-    return list(imports(TREES[file], ("sparsessm", *file.relative_to(SOURCE).parts[:-1])))
-
-
-def inner_units(file: Path) -> set[str]:
-    """The units of this package that a file imports, its own excepted."""
-    names = [name.split(".") for name in imported(file)]
-    found = {
-        parts[1] if len(parts) > 1 and parts[1] in FLOOR else "__init__"
-        for parts in names
-        if parts[0] == "sparsessm"
-    }
-    return found - {unit(file)}
+def imported(file: Path) -> set[str]:
+    return rooms.imported(file)
 
 
 def test_the_reader_of_imports() -> None:
     code = "import a.b\nfrom . import x\nfrom ..y import z\ndef f():\n    from sparsessm.q import r\n"
-    names = list(imports(ast.parse(code), ("sparsessm", "methods")))
+    names = list(rooms.imports(ast.parse(code), ("sparsessm", "methods")))
     assert sorted(names) == ["a.b", "sparsessm.methods.x", "sparsessm.q.r", "sparsessm.y.z"]
 
 
-def test_every_file_has_a_floor() -> None:
-    assert {unit(file) for file in FILES} <= FLOOR.keys()
+def test_the_names_at_the_top_are_few_and_have_a_floor() -> None:
+    names = {room(file) for file in FILES}
+    assert len(names) <= 16 and names <= rooms.FLOOR.keys()
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SOURCE)))
-def test_arrows_never_point_upwards(file: Path) -> None:
-    upwards = {name for name in inner_units(file) if FLOOR[name] > FLOOR[unit(file)]}
-    assert not upwards
+def test_arrows_between_rooms_point_downwards_and_are_few() -> None:
+    drawn = rooms.arrows(rooms.graph())
+    assert not rooms.upwards(drawn)
+    assert len(drawn) <= 18 and sum(map(len, drawn.values())) <= 80
 
 
-def test_no_circles() -> None:
-    graph: dict[str, set[str]] = {}
-    for file in FILES:
-        graph.setdefault(unit(file), set()).update(inner_units(file))
-    graph["cli"].discard("__init__")  # the command line is a user of the door and of the rooms
-    list(TopologicalSorter(graph).static_order())
+@pytest.mark.parametrize("inside", sorted({room(file) for file in FILES}))
+def test_no_circle_inside_a_room(inside: str) -> None:
+    assert not rooms.circle(rooms.graph(), inside)
+
+
+def test_an_arrow_upwards_and_a_circle_are_found() -> None:
+    walk, entries = SOURCE / "calibration/walk.py", SOURCE / "pruning/entries.py"
+    drawn = {walk: {entries}, entries: {walk}}
+    assert rooms.upwards(rooms.arrows(drawn)) == ["calibration -> pruning"]
+    loss = SOURCE / "calibration/loss.py"
+    assert rooms.circle({walk: {loss}, loss: {walk}}, "calibration")
+    assert not rooms.circle(drawn, "calibration")
 
 
 @pytest.mark.parametrize(
     ("above", "never"),
     [
         ("methods", {"architectures", "checkpoint", "data"}),  # N + M files, not N x M
-        ("architectures", {"methods", "patterns", "observers", "compensate"}),
-        ("runtime", FLOOR.keys() - {"kernels", "checkpoint", "architectures"}),
-        ("pipeline", {"runtime", "checkpoint"}),  # pruning and running meet on disk
-        ("kernels", FLOOR.keys()),
+        ("architectures", {"methods"}),
+        ("runtime", rooms.FLOOR.keys() - {"kernels", "checkpoint", "architectures"}),
+        ("pruning", {"runtime", "checkpoint"}),  # pruning and running meet on disk
+        ("kernels", rooms.FLOOR.keys()),
     ],
 )
 def test_who_never_meets(above: str, never: set[str]) -> None:
-    for file in FILES:
-        if unit(file) == above:
-            assert not inner_units(file) & (set(never) - {above}), file
+    for file, others in rooms.graph().items():
+        if room(file) == above:
+            assert not {room(other) for other in others} & (set(never) - {above}), file
 
 
 def test_only_the_kernels_door_imports_the_extension() -> None:
@@ -158,12 +94,12 @@ def test_only_the_kernels_door_imports_the_extension() -> None:
 
 @pytest.mark.parametrize("module", HOMES)
 def test_a_library_is_imported_only_in_its_home(module: str) -> None:
-    users = {unit(file) for file in FILES if any(name.split(".")[0] == module for name in imported(file))}
+    users = {room(file) for file in FILES if any(name.split(".")[0] == module for name in imported(file))}
     assert users <= HOMES[module]
 
 
 def test_in_the_runtime_one_file_speaks_transformers() -> None:
-    users = {file.name for file in FILES if unit(file) == "runtime" and "transformers" in roots(file)}
+    users = {file.name for file in FILES if room(file) == "runtime" and "transformers" in roots(file)}
     assert users == {"causal_lm.py"}
 
 
@@ -193,7 +129,7 @@ def test_the_terminal_the_environment_and_seeds_belong_to_the_command_line() -> 
     # One variable is read elsewhere: the kernels' level must be held before anything runs, from Python too.
     level = {SOURCE / "kernels/level.py": {"os.environ"}}
     for file in FILES:
-        if unit(file) not in {"cli", "tables"}:
+        if room(file) != "cli":
             assert names_used(TREES[file]) & own == level.get(file, set()), file
     assert variables(SOURCE / "kernels/level.py") == {"SPARSESSM_KERNELS"}
     assert names_used(ast.parse("print(1); sys.argv[1]")) == {"print", "sys.argv"}

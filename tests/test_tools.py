@@ -9,7 +9,7 @@ import pytest
 import torch
 from pico import pico_mamba, pico_mamba2
 
-from sparsessm.data import stdlib_modules
+from sparsessm.data.texts import stdlib_modules
 
 TOOLS = Path(__file__).parents[1] / "tools"
 

@@ -6,7 +6,7 @@ python tools/support_table.py
 from __future__ import annotations
 
 from sparsessm.architectures import MODEL_TYPES
-from sparsessm.patterns import AXES
+from sparsessm.methods.patterns import AXES
 from sparsessm.runtime.engine import MIXERS
 
 

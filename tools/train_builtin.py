@@ -43,7 +43,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from sparsessm.data import evaluation_windows, stdlib_modules
+from sparsessm.data.texts import evaluation_windows, stdlib_modules
 
 LENGTH, ENTRIES, WINDOWS = 1024, 4096, 4  # tokens in a window, vocabulary, windows in a step
 WARMUP_STEPS, DECAY_SHARE, DECAY_START = 40, 0.2, 0.45  # DECAY_SHARE: last part of the run, library text only

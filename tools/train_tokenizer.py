@@ -10,7 +10,7 @@ from __future__ import annotations
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from sparsessm.data import stdlib_modules
+from sparsessm.data.texts import stdlib_modules
 
 END = "<|endoftext|>"
 PIECES = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s*\n *(?= \S)|\s*\n|\s+(?!\S)|\s+"

@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
 
-    from sparsessm.evaluation import Perplexity
-    from sparsessm.plan import Plan
-    from sparsessm.recipe import Recipe
-    from sparsessm.report import Report
-    from sparsessm.units import Order
+    from sparsessm.evaluation.perplexity import Perplexity
+    from sparsessm.recipe.plan import Plan
+    from sparsessm.recipe.recipe import Recipe
+    from sparsessm.recipe.units import Order
+    from sparsessm.report.record import Report
 
     from .checkpoint import Checkpoint
 
@@ -116,7 +116,7 @@ def resolve(checkpoint: Checkpoint, recipe: Recipe | None = None, **fields: Any)
         TypeError: as `prune`.
     """
     from sparsessm.checkpoint.given import working
-    from sparsessm.recipe import Recipe
+    from sparsessm.recipe.recipe import Recipe
 
     if recipe is not None and not isinstance(recipe, Recipe):
         raise TypeError(f"recipe is of type {type(recipe).__name__}; allowed: a Recipe (see Recipe.load)")
@@ -136,8 +136,8 @@ def planned(checkpoint: Checkpoint, recipe: Recipe) -> Plan | Order:
     Raises:
         ValueError: as `resolve`.
     """
-    from sparsessm import plan, units
     from sparsessm.architectures import adapt
+    from sparsessm.recipe import plan, units
 
     architecture = adapt(checkpoint.model, checkpoint.stored)
     if units.is_structured(recipe):
@@ -153,10 +153,10 @@ def draw(checkpoint: Checkpoint, recipe: Recipe) -> Tensor | None:
     Raises:
         ValueError: unknown data, or a text shorter than one window.
     """
-    from sparsessm.advice import HELD_OUT, MOST
-    from sparsessm.data import calibration_windows
-    from sparsessm.pipeline import needs_data
-    from sparsessm.recipe import window_length
+    from sparsessm.data.texts import calibration_windows
+    from sparsessm.pruning.entries import needs_data
+    from sparsessm.recipe.recipe import window_length
+    from sparsessm.studies.windows import HELD_OUT, MOST
 
     if not needs_data(planned(checkpoint, recipe)):
         return None
@@ -185,9 +185,9 @@ def settle(
     """
     if recipe.samples != "auto":
         return recipe, draw(checkpoint, recipe), []
-    from sparsessm.advice import choose, watched
     from sparsessm.architectures import adapt
-    from sparsessm.plan import Plan
+    from sparsessm.recipe.plan import Plan
+    from sparsessm.studies.windows import choose, watched
 
     architecture, plan = adapt(checkpoint.model, checkpoint.stored), planned(checkpoint, recipe)
     assert isinstance(plan, Plan), "a recipe for whole units says no 'auto'"
@@ -217,14 +217,14 @@ def _followed(
 ) -> Report:
     from sparsessm.architectures import adapt
     from sparsessm.architectures.own import Own
-    from sparsessm.inventory import contents
+    from sparsessm.report.contents import contents
 
-    from . import pipeline
+    from .pruning import entries
 
     before = checkpoint.model in _pruned
     _pruned.add(checkpoint.model)  # before the work: an interrupted run has changed the model too
     architecture = adapt(checkpoint.model, checkpoint.stored)
-    report = pipeline.prune(architecture, recipe, tokens, progress)
+    report = entries.prune(architecture, recipe, tokens, progress)
     checkpoint.stored = dict(architecture.stored)  # a layer that has gone takes its tensors with it
     report.pruned_before, report.packed = before, bool(Own.of(checkpoint.model))
     kinds = contents(checkpoint.model.state_dict(), checkpoint.stored)
@@ -257,9 +257,9 @@ def evaluate(
         TypeError: an argument of another type.
     """
     from sparsessm.checkpoint.given import checked_path, working
-    from sparsessm.data import evaluation_windows
-    from sparsessm.evaluation import perplexity
-    from sparsessm.recipe import window_length
+    from sparsessm.data.texts import evaluation_windows
+    from sparsessm.evaluation.perplexity import perplexity
+    from sparsessm.recipe.recipe import window_length
     from sparsessm.runtime.threads import refuse_torch_threads
 
     refuse_torch_threads()
@@ -302,7 +302,7 @@ def save(
         TypeError: an argument of another type.
     """
     from sparsessm.checkpoint.given import checked_path, working
-    from sparsessm.report import Report
+    from sparsessm.report.record import Report
 
     checked_path("path", path)
     if report is not None and not isinstance(report, Report):
@@ -316,8 +316,8 @@ def save(
 def _saved(checkpoint: Checkpoint, path: str | Path, report: Report | None, force: bool) -> Path:
     from sparsessm.architectures.own import Own
     from sparsessm.checkpoint.reading import local_folder
+    from sparsessm.report import card as cards
 
-    from . import card as cards
     from . import checkpoint as files
 
     record = card = None

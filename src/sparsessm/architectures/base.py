@@ -61,7 +61,7 @@ def rounded(values: Tensor, stored: torch.dtype) -> Tensor:
 
 
 class Tap(Protocol):
-    """What watches a target while its block runs (observers.py).
+    """What watches a target while its block runs (methods/observers.py).
 
     The tap of a linear layer is fed its inputs, `add(x)` with x (W, T, in). That of `A_log` is fed what the
     scan summed, `add(stats, out_proj, y)`, with the weight (d_model, D) that its output y (W, T, D) meets

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from sparsessm import kernels
 from sparsessm.architectures.base import Axis, Part, Tap, Target
 from sparsessm.architectures.mamba1 import convolve, matrices, precise, windows
+from sparsessm.kernels.ssd import ssd_scan
 
 KINDS = ("in_proj", "conv1d", "A_log", "out_proj")  # in the order of the data
 
@@ -135,13 +136,13 @@ def forward(
     inputs = u, delta, -torch.exp(precise(mixer.A_log)), B, C, precise(mixer.D)
     if tap := taps.get("states"):
         every = tap.options["every"]
-        y, scan_next, states = kernels.ssd_scan(*inputs, scan_state, every=every)
+        y, scan_next, states = ssd_scan(*inputs, scan_state, every=every)
         y = y.flatten(-2)  # (W, T, D)
         last = slice(every - 1, None, every)
         gain = output_gain(mixer, y, z)[:, last]
         tap.add(states.flatten(2, 3), C[:, last], gain, mixer.out_proj.weight.detach())
     else:
-        y, scan_next = kernels.ssd_scan(*inputs, scan_state)
+        y, scan_next = ssd_scan(*inputs, scan_state)
         y = y.flatten(-2)
     if tap := taps.get("A_log"):
         gain = output_gain(mixer, y, z)
@@ -212,9 +213,7 @@ def statistics(
             meeting = (B * C).sum(-1).repeat_interleave(heads, -1)  # (W, T, H)
             other = (u * (delta * meeting)[..., None]).flatten(-2)
         else:
-            y_removed, removed_state = kernels.ssd_scan(
-                u, delta, -torch.ones_like(A), B, C, None, removed_state
-            )
+            y_removed, removed_state = ssd_scan(u, delta, -torch.ones_like(A), B, C, None, removed_state)
             other = y_removed.flatten(-2)
         error = (y - skipped - other) * gain
         passed = u.flatten(-2) * gain
@@ -236,7 +235,7 @@ def _energy(inputs: tuple[Tensor, ...], state: Tensor | None) -> tuple[Tensor, T
     energy[0] = state.square().sum((0, 2, 3))
     for window in range(windows_ if length > 1 else 0):  # all states of one window at a time
         one = slice(window, window + 1)
-        _, _, states = kernels.ssd_scan(
+        _, _, states = ssd_scan(
             u[one, :-1], delta[one, :-1], A, B[one, :-1], C[one, :-1], None, state[one], every=1
         )
         energy[1:] += states[0].square().sum((2, 3))

@@ -19,8 +19,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..inert import is_text
-from ..unfinished import undoing
+from ..data.inert import is_text
+from ..data.unfinished import undoing
 
 _SAVING = ".saving-"
 _RANDOM = 8  # characters that tell siblings apart

@@ -16,7 +16,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from ..foreign import decoded
+from ..data.foreign import decoded
 from .container import PACKED
 from .files import BIN, CONFIG, SAFETENSORS, few
 

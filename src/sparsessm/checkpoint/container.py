@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..foreign import short
+from ..data.foreign import short
 from ..kernels.checksum import crc32c
 from .encoding import STOCK, Encoded, bits_of
 from .files import few, parse_json

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..foreign import from_json, read_bytes
+from ..data.foreign import from_json, read_bytes
 
 CONFIG, SAFETENSORS, BIN = "config.json", "model.safetensors", "pytorch_model.bin"
 SHARD_BYTES = 5 * 10**9

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..inert import is_text
+from ..data.inert import is_text
 from .reading import Checkpoint
 
 _lock = threading.Lock()

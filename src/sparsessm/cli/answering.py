@@ -14,10 +14,10 @@ from typing import Annotated, Any
 
 import typer
 
-from .. import kernels, tables
-from ..recipe import Recipe
-from ..report import finite
-from . import ending
+from .. import kernels
+from ..recipe.recipe import Recipe
+from ..report.record import finite
+from . import ending, tables
 
 app = typer.Typer(
     name="sparsessm",

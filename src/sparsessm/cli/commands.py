@@ -14,8 +14,8 @@ import typer
 
 import sparsessm
 
-from .. import kernels, tables
-from . import looking, measuring, pruning, running
+from .. import kernels
+from . import looking, measuring, pruning, running, tables
 from .answering import app
 from .ending import TRACEBACK
 from .looking import evaluate, inspect, list_

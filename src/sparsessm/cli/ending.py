@@ -5,8 +5,8 @@ import to the exit. Exit codes: 0, 1 a mistake of the user or a failure (one lin
 usage, 128 + the signal (Ctrl-C 130, SIGTERM 143, SIGHUP 129).
 
 A signal does not raise an exception: it would come in a destructor, an import hook or a native call that was
-converting its arguments, which swallow it. The handler clears up what is unfinished (`unfinished.py`), looks
-what is on the disk, says it in one line and ends the process.
+converting its arguments, which swallow it. The handler clears up what is unfinished (`data/unfinished.py`),
+looks what is on the disk, says it in one line and ends the process.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NamedTuple
 
-from .. import unfinished
-from ..inert import is_text, visible
+from ..data import unfinished
+from ..data.inert import is_text, visible
 from ..runtime.threads import MOST_THREADS
 from . import streams
 

@@ -12,13 +12,13 @@ import typer
 
 import sparsessm
 
-from .. import tables
-from ..data import DATASETS
+from ..data.texts import DATASETS
 from ..methods import METHODS
+from ..methods.patterns import NofM, Structured, Unstructured
 from ..methods.structured import SELECTIONS
-from ..patterns import NofM, Structured, Unstructured
-from ..recipe import Recipe, window_length
-from ..report import checked
+from ..recipe.recipe import Recipe, window_length
+from ..report.record import checked
+from . import tables
 from .answering import Json, Length, Quiet, Tokenizer, answering, app, field, print_json, tell
 
 Models = Annotated[list[str], typer.Argument(help="Models; all others are compared with the first.")]
@@ -49,8 +49,8 @@ def evaluate(
     """Measure perplexity and bits per byte, or zero-shot tasks; models after the first with their change."""
     perplexities, zero_shots = {}, {}
     with answering(quiet) as progress:
-        from .. import scores
-        from ..zero_shot import zero_shot
+        from ..evaluation import comparison
+        from ..evaluation.tasks import zero_shot
 
         of_text = {"--data": data, "--column": column, "--length": length}
         none = {"--include-path": include_path} if tasks is None else of_text
@@ -70,7 +70,7 @@ def evaluate(
                 perplexities[model] = sparsessm.evaluate(
                     checkpoint, data or "stdlib", length=length, column=column, **options
                 )
-        result = scores.tasks(zero_shots) if zero_shots else scores.perplexities(perplexities)
+        result = comparison.tasks(zero_shots) if zero_shots else comparison.perplexities(perplexities)
     if as_json:
         print_json(result.document)
     elif not quiet:
@@ -87,7 +87,7 @@ def inspect(
     """Say what is in a result: its record, and what its tensors themselves say."""
     with answering(quiet) as progress:
         from ..checkpoint import read_record
-        from ..inventory import inspection, inspection_tables
+        from ..report.contents import inspection, inspection_tables
 
         checkpoint = sparsessm.load(directory, tokenizer=tokenizer)
         tell(checkpoint.notes, progress)

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .. import tables
-from ..report import percent
+from ..report.record import percent
+from . import tables
 from .answering import Json, Quiet, answering, app, print_json
 
 Table = tuple[str, list[str], list[list[str]]]
@@ -39,7 +39,7 @@ def bench(
 ) -> None:
     """Measure bytes, tokens per second and the bandwidth they use; with --against both models in turn."""
     with answering(quiet) as progress:
-        from ..runtime.measure import measure
+        from ..evaluation.speed import measure
 
         progress.say(f"loading {model}" + (f" and {against}" if against is not None else ""))
         record = measure(model, against, threads=threads, progress=progress).record()

@@ -15,17 +15,18 @@ import typer
 
 import sparsessm
 
-from .. import machine, tables
-from ..data import fingerprint
-from ..recipe import Recipe
-from ..report import percent, perplexity_table, removed_table
+from ..data.texts import fingerprint
+from ..recipe.recipe import Recipe
+from ..report import machine
+from ..report.record import percent, perplexity_table, removed_table
+from . import tables
 from .answering import Force, Json, Length, Quiet, Tokenizer, answering, app, field, print_json, tell
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
-    from ..plan import Plan
-    from ..report import Report
-    from ..units import Order
+    from ..recipe.plan import Plan
+    from ..recipe.units import Order
+    from ..report.record import Report
 
 EVALUATED_WINDOWS = 16  # that `prune` measures on, before and after: as few as an interval needs
 
@@ -118,7 +119,7 @@ def prune(
         print_json({"out": str(out), **record})
     elif not quiet:
         if advice := report.advice:
-            from ..advice import advice_table
+            from ..studies.windows import advice_table
 
             title = "Calibration windows (samples: auto)"
             tables.show(tables.table(title, *advice_table(advice, record["recipe"]["samples"])))
@@ -146,11 +147,12 @@ def _pruned(
     Args:
         out: where the result will go. recipe: the file that `wanted` came from, if it did.
     """
+    from ..architectures import adapt
     from ..checkpoint import refuse_full
-    from ..inventory import share_left
-    from ..yardstick import Yardstick, compared
+    from ..evaluation.before_after import Yardstick, compared
+    from ..pruning.preview import share_left
 
-    refuse_full(out, checkpoint, share_left(plan, checkpoint))
+    refuse_full(out, checkpoint, share_left(plan, adapt(checkpoint.model, checkpoint.stored)))
     torch.manual_seed(wanted.seed)
     progress.say(f"reading {wanted.data}")
     wanted, tokens, advice = sparsessm.settle(checkpoint, wanted, progress)
@@ -185,8 +187,8 @@ def _pruned(
 def _preview(checkpoint: Checkpoint, plan: Plan | Order, recipe: Recipe, as_json: bool, quiet: bool) -> None:
     """What `prune --dry-run` answers."""
     from ..architectures import adapt
-    from ..inventory import preview, preview_tables, preview_units, preview_units_table
-    from ..units import Order
+    from ..pruning.preview import preview, preview_tables, preview_units, preview_units_table
+    from ..recipe.units import Order
 
     if isinstance(plan, Order):
         units = preview_units(plan, adapt(checkpoint.model, checkpoint.stored))
@@ -216,7 +218,7 @@ def demo(
     quiet: Quiet = False,
 ) -> None:
     """Prune the built-in model by the main methods, compare them on held-out text, and run the default's."""
-    from .. import demo as demos
+    from . import demonstration as demos
 
     with answering(quiet, out, *(demos.packed_folder(out, kind) for kind in demos.PACKED)) as progress:
         from ..checkpoint import read_record, refuse_existing
@@ -269,9 +271,9 @@ def analyze(
     quiet: Quiet = False,
 ) -> None:
     """Say which parts of MODEL tolerate how much: every matrix pruned alone, measured on the logits."""
-    from .. import analysis, findings
+    from ..studies import findings, tolerance
 
-    with answering(quiet, out and out / analysis.FILE, grown=True) as progress:
+    with answering(quiet, out and out / tolerance.FILE, grown=True) as progress:
         from ..checkpoint import refuse_target
 
         if out is not None:
@@ -279,13 +281,13 @@ def analyze(
             refuse_target(out, replaced=False)
             if (picture := out / findings.PICTURE).is_dir():
                 raise ValueError(f"{str(picture)!r} is a directory; the picture cannot be written there")
-        shares = analysis.parse_sparsities(sparsities)
+        shares = tolerance.parse_sparsities(sparsities)
         checkpoint = sparsessm.load(model, tokenizer=tokenizer)
         tell(checkpoint.notes, progress)
         options: dict[str, Any] = {"data": data, "column": column, "samples": samples, "windows": windows}
         options |= {"length": length, "weight": weight, "seed": seed}
         options |= {"out": out, "force": force, "progress": progress}
-        found = analysis.analyze(checkpoint, sparsities=shares, **options)
+        found = tolerance.analyze(checkpoint, sparsities=shares, **options)
         told = findings.summary(found)
         if out is not None:
             findings.draw(found, out / findings.PICTURE)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .. import tables
-from ..report import kind_of, percent
+from ..report.record import kind_of, percent
+from . import tables
 from .answering import Force, Json, Quiet, Tokenizer, answering, app, print_json, tell
 
 if TYPE_CHECKING:

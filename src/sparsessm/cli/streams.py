@@ -13,7 +13,7 @@ import sys
 from contextlib import suppress
 from typing import IO, Any, TextIO
 
-from ..inert import visible
+from ..data.inert import visible
 
 LAYOUT = "\n\t\r"  # controls that stay in text of libraries, whose bars return to the line's beginning
 

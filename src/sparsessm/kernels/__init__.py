@@ -21,7 +21,6 @@ from sparsessm.kernels import level, reference
 from sparsessm.kernels.arguments import MAX_STATES as MAX_STATES
 from sparsessm.kernels.arguments import check_conv, check_scan, expect_floats, expect_shape
 from sparsessm.kernels.reference import ScanStats
-from sparsessm.kernels.ssd import ssd_scan
 
 try:
     from sparsessm.kernels import _native as _loaded  # pyright: ignore[reportAttributeAccessIssue]
@@ -43,7 +42,6 @@ __all__ = [
     "selective_scan",
     "selective_scan_backward",
     "selective_scan_stats",
-    "ssd_scan",
 ]
 
 

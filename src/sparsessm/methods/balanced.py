@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparsessm.hessian import near
-from sparsessm.observers import StateSums
+from sparsessm.methods.hessian import near
+from sparsessm.methods.observers import StateSums
 
 RANK = 1e-10  # of the largest eigenvalue: what is below it is zero
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sparsessm.patterns import Pattern
+from sparsessm.methods.patterns import Pattern
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Rule:
             restore its output in the dense model, errors of the layers before it included.
         strength: of dense-target, 0 to 1.
         weight: "none"; "fisher" or "norms": an error in an output row costs what the loss says
-            (curvature.py).
+            (calibration/prices.py).
         cost: (out,) float64, that cost of each row; None where all rows cost the same.
         allocation: name and parameter, see allocation.py.
         length: tokens a calibration window. seed: of this target.

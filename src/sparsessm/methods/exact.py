@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsessm.compensate import damped_power, error_of, refit_skip
 from sparsessm.methods.base import Method, Rule
-from sparsessm.observers import ErrorSums, StateError
+from sparsessm.methods.observers import ErrorSums, StateError
+from sparsessm.methods.repair import damped_power, error_of, refit_skip
 
 
 def elimination_scores(gram: Tensor, group: int, removable: int) -> Tensor:

@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
-from sparsessm.hessian import Factor, near
 from sparsessm.methods.base import Method, Rule
-from sparsessm.observers import InputGram
+from sparsessm.methods.hessian import Factor, near
+from sparsessm.methods.observers import InputGram
 
 
 def _watch(weight: Tensor, rule: Rule) -> Any:

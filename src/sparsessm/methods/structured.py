@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparsessm.compensate import readout, readout_error
-from sparsessm.hessian import factorise
 from sparsessm.methods.exact import elimination_scores
-from sparsessm.observers import Moments, StateSums
+from sparsessm.methods.hessian import factorise
+from sparsessm.methods.observers import Moments, StateSums
+from sparsessm.methods.repair import readout, readout_error
 
 ROUNDS = 512  # steps in which `exact` takes channels out, at most: more at once where there are more
 
@@ -68,7 +68,7 @@ class Selection:
         name, paper, summary: as of a `Method`. axes: those it applies to.
         looks: what it needs to see: "states", "energy", "votes", "inputs", "loss", "change", or nothing ("").
         score: units -> scores of each axis; the smallest are removed. None: the loop asks the model (blocks).
-        projects: it does not choose, it projects the states (projection.py).
+        projects: it does not choose, it projects the states (pruning/projection.py).
     """
 
     name: str

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from sparsessm.methods.base import Method, Rule
-from sparsessm.observers import InputNorm, Moments
+from sparsessm.methods.observers import InputNorm, Moments
 
 
 def _watch(weight: Tensor, rule: Rule) -> Any:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsessm import kernels
 from sparsessm.architectures import projected
 from sparsessm.architectures.base import removed_a_log
+from sparsessm.kernels.ssd import ssd_scan
 from sparsessm.runtime.base import heads, limits
 from sparsessm.runtime.mixer import LANES, Mixer, Weights, matrix, padded
 
@@ -101,7 +101,7 @@ class Mamba2(Mixer):
         kept = scan.view(self._kept)
         start = torch.zeros(1, size.heads, size.channels, self._kept[1])
         start[0, self.keeps] = kept.mT
-        y, last = kernels.ssd_scan(u, delta[None], self.a, b, c, self.skip, start)
+        y, last = ssd_scan(u, delta[None], self.a, b, c, self.skip, start)
         kept.copy_(last[0, self.keeps].mT)
         gated = (y[0].flatten(-2) * F.silu(z)).unflatten(-1, (size.groups, -1))
         y = F.rms_norm(gated, gated.shape[-1:], None, self._epsilon).flatten(-2) * self.gated_norm

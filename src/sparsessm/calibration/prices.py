@@ -1,0 +1,237 @@
+"""What an error of a layer's output costs: weights for its rows, from one backward pass of the dense model.
+
+To second order the loss changes by 1/2 sum_i F_i mean_t (dW_i x_t)^2 when a linear layer's weight changes by
+dW: the Kronecker view of LLM Surgeon (van der Ouderaa et al., arXiv 2312.17244) with a diagonal G = diag(F),
+F_i = E[(d loss / d o_i)^2] over the layer's outputs o (docs/methods.md). Rows do not interact in it, so F
+changes no repair; it says which rows, matrices and layers may pay for which.
+
+Nothing is trained: gradients flow through activations only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparsessm.architectures import Architecture, Block, Target
+from sparsessm.calibration.loss import ROWS as HEAD_ROWS
+
+Progress = Callable[[str, int, int], None]
+
+ROWS = 2048  # tokens that go through the model together: several short windows, or one long one
+
+
+def output_fisher(
+    architecture: Architecture, tokens: Tensor, progress: Progress | None = None, *, head: bool = False
+) -> dict[str, Tensor]:
+    """Mean squared gradient of the loss at every output of every linear layer of the dense model.
+
+    The loss is the SUM of next-token negative log-likelihoods (nats) over a window; a gradient at step t
+    gathers what all later predictions of that window lose. The labels are the text's own (the empirical
+    Fisher). The last token of a window predicts nothing; it counts in the mean all the same, as it does in
+    the mean of the layers' inputs.
+
+    Memory: the residual stream of one group of windows (some `ROWS` tokens) once per layer, plus the graph of
+    one block and `loss.ROWS` rows of logits; whatever the number of windows.
+
+    Args:
+        tokens: (W, L) int64 calibration windows, L at least 2.
+        progress: called with ("fisher", steps done, steps in all); a step is a block forward or backward.
+        head: the logits too, under the name of the tail's first target; costs (rows, vocabulary) of work.
+
+    Returns:
+        Target name -> (out,) float64, in nats^2 per unit^2. Linear layers: of their own output, bias
+        included, before what follows (dt_proj: before softplus). A_log: (d_model,), of the block's output.
+        conv1d is left out: its output before SiLU exists only inside the fused kernel.
+
+    Raises:
+        ValueError: tokens of another shape; a block whose output or gradient is not finite, named.
+    """
+    if tokens.ndim != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
+        raise ValueError(
+            f"output_fisher needs windows of shape (at least 1, at least 2), got {tuple(tokens.shape)}"
+        )
+    groups = tokens.split(max(1, ROWS // tokens.shape[1]))
+    sums: dict[str, Tensor] = {}
+    total, done = 2 * len(groups) * len(architecture.blocks), 0
+
+    def tick() -> None:
+        nonlocal done
+        done += 1
+        if progress:
+            progress("fisher", done, total)
+
+    def add(name: str, grad: Tensor) -> None:  # (..., out)
+        # squares in float64: gradients of a model that is sure of itself have squares below float32's range
+        energy = grad.flatten(0, -2).double().square().sum(0)
+        sums[name] = sums[name] + energy if name in sums else energy
+
+    # Tensors made in inference mode could not be part of a graph, so this pass leaves that mode if it is on.
+    with torch.inference_mode(False), _frozen(architecture.model):
+        for group in groups:
+            group = group.clone()
+            inputs, hidden = _forward(architecture, group, tick)
+            back = _head_backward(architecture, hidden, group, add if head else None)
+            for block, entering in zip(reversed(architecture.blocks), reversed(inputs), strict=True):
+                back = _block_backward(architecture, block, entering, back, add)
+                tick()
+    return {
+        target.name: sums[target.name] / tokens.numel()
+        for target in architecture.targets
+        if target.name in sums
+    }
+
+
+def _forward(
+    architecture: Architecture, tokens: Tensor, tick: Callable[[], None]
+) -> tuple[list[Tensor], Tensor]:
+    """The input of each block and the output of the last, (W, L, d_model) each."""
+    inputs: list[Tensor] = []
+    with torch.no_grad():
+        hidden = architecture.embed(tokens)
+        for block in architecture.blocks:
+            inputs.append(hidden)
+            out, _ = block.forward(hidden)
+            assert out is not None
+            _refuse_non_finite(out, f"{block.name}: the output")
+            hidden = out
+            tick()
+    return inputs, hidden
+
+
+def _head_backward(
+    architecture: Architecture, hidden: Tensor, tokens: Tensor, add: Callable[[str, Tensor], None] | None
+) -> Tensor:
+    """d loss / d hidden, (W, L, d_model), after the last block; `add` receives the gradient of the logits."""
+    rows, labels = hidden[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
+    parts = []
+    for part, right in zip(rows.split(HEAD_ROWS), labels.split(HEAD_ROWS), strict=True):
+        part = part.detach().requires_grad_()
+        with torch.enable_grad():
+            logits = architecture.head(part[None])[0]  # (rows, vocabulary)
+            precise = logits if logits.dtype == torch.float64 else logits.float()
+            loss = F.cross_entropy(precise, right, reduction="sum")
+        dpart, *dlogits = torch.autograd.grad(loss, [part] if add is None else [part, logits])
+        _refuse_non_finite(dpart, f"{architecture.tail.name}: the gradient at its input")
+        parts.append(dpart)
+        if add is not None:
+            add(architecture.tail.targets[0].name, *dlogits)
+    back = torch.cat(parts).view(len(tokens), -1, hidden.shape[-1])
+    return F.pad(back, (0, 0, 0, 1))  # the last token predicts nothing
+
+
+def _block_backward(
+    architecture: Architecture, block: Block, hidden: Tensor, back: Tensor, add: Callable[[str, Tensor], None]
+) -> Tensor:
+    """d loss / d the block's input, from `back`, that of its output; both (W, L, d_model)."""
+    linear = [target for target in block.targets if target.module_class == "Linear"]
+    outputs_of = getattr(block, "outputs", None)  # of hybrids: shared matrices and experts too
+    for target in block.targets:
+        if target.kind == "A_log":  # the mixer writes the first part of the stream, in Zamba2 not all
+            width = next(t for t in block.targets if t.kind == "out_proj").matrix.shape[0]
+            add(target.name, back[..., :width])
+    hidden = hidden.detach().requires_grad_()
+    watching = outputs_of() if outputs_of else _captured(architecture.model, linear)
+    with torch.enable_grad(), watching as outputs:
+        out, _ = block.forward(hidden)
+    assert out is not None
+    before, *grads = torch.autograd.grad(out, [hidden, *outputs.values()], back, allow_unused=True)
+    for name, grad in zip(outputs, grads, strict=True):
+        if grad is None:  # an expert to which no token was sent
+            grad = torch.zeros_like(outputs[name])
+        _refuse_non_finite(grad, f"{block.name}: the gradient at the output of {name}")
+        add(name, grad)
+    _refuse_non_finite(before, f"{block.name}: the gradient at its input")
+    return before
+
+
+def _refuse_non_finite(values: Tensor, what: str) -> None:
+    if not torch.isfinite(values.sum()):  # nothing cancels an infinity
+        raise ValueError(f"{what} is not finite on the calibration windows")
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter takes part in a graph meanwhile."""
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def _captured(model: nn.Module, targets: Sequence[Target]) -> Iterator[dict[str, Tensor]]:
+    """Yields what will hold the outputs of these linear layers, by target name, once the block has run."""
+    outputs: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            outputs[name] = output
+
+        return hook
+
+    hooks = [model.get_submodule(t.module).register_forward_hook(keep(t.name)) for t in targets]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def output_norms(architecture: Architecture) -> dict[str, Tensor]:
+    """The forward-only stand-in for `output_fisher`, from weights alone; see `readout` for what is crude.
+
+    Returns:
+        Target name -> (out,) float64, relative: only ratios mean something, and those best within a matrix.
+    """
+    found = {}
+    for block in architecture.blocks:
+        weights = readout(block)
+        found |= {target.name: weights[target.kind] for target in block.targets if target.kind in weights}
+    return found
+
+
+def readout(block: Block) -> dict[str, Tensor]:
+    """How strongly each output row of a mixer's matrices is read by what follows it in the layer.
+
+    What a unit error of a row writes into the residual stream, squared and summed, if everything in between
+    passed it on with factor one: channel d of the scan's output writes omega_d = |out_proj[:, d]|^2. Rows of
+    in_proj (x and z), conv1d and dt_proj belong to one channel; a step row of x_proj reaches all of them
+    through dt_proj, one of Mamba-2's in_proj all of its head's. A row of B or C reaches all of them too, but
+    how far only the states could tell: it weighs as much as the mean step row.
+
+    What is crude: the factor one (gate, norm, softplus, state and step size are ignored), the residual stream
+    is taken to be equally sensitive in every direction and layer (out_proj: ones), and the way from x through
+    x_proj is left out. Against the Fisher of `builtin:pycode` ranks of rows correlate with 0.6 for in_proj
+    and dt_proj, where silent channels show; within x_proj it is hardly better than no weights.
+
+    Returns:
+        Kind -> (out,) float64; only what is known, nothing for a layer without a mixer.
+    """
+    matrix = {target.kind: target.matrix.double() for target in block.targets}
+    if "A_log" not in matrix:
+        return {}
+    omega = matrix["out_proj"].square().sum(0)  # (D,)
+    states = matrix["A_log"].shape[1]
+    ones = torch.ones_like(matrix["out_proj"][:, 0])  # (d_model,)
+    found = {"A_log": ones, "out_proj": ones}
+    if "x_proj" not in matrix:  # Mamba-2: gate, x, B, C and the steps of the heads in one
+        heads = omega.view(len(matrix["A_log"]), -1).sum(1)
+        mixed = torch.cat([omega, heads.mean().expand(len(matrix["conv1d"]) - len(omega))])
+        return found | {"in_proj": torch.cat([omega, mixed, heads]), "conv1d": mixed}
+    step = omega @ matrix["dt_proj"].square()  # (rank,)
+    return found | {
+        "in_proj": torch.cat([omega, omega]),
+        "conv1d": omega,
+        "x_proj": torch.cat([step, step.mean().expand(2 * states)]),
+        "dt_proj": omega,
+    }

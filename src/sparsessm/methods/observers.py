@@ -1,0 +1,380 @@
+"""Stage 1, running sums of what a target does to the calibration windows. All are bounded in memory: nothing
+of size (L, D, N).
+
+An observer is fed by the block's forward, slab by slab in the order of time, each slab holding all windows
+(calibration/walk.py). `options` asks the kernel for its statistics; letters as in architectures/base.py,
+formulas in docs/methods.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsessm.kernels import ScanStats
+from sparsessm.methods.hessian import near
+from sparsessm.methods.patterns import Pattern, Structured
+
+
+@dataclass(frozen=True)
+class ErrorSums:
+    """What removing entries of A_log does to the layer's output, as a quadratic form per channel, in
+    residual-stream units.
+
+    error(mask) = sum_d 1_d' G_d 1_d exactly, with the layer's input fixed and W_out' W_out taken as diagonal.
+    """
+
+    gram: Tensor  # (D, N, N) float64, or its diagonal (D, N)
+    cross: Tensor  # (D, N) float64: error against the input that D carries
+    power: Tensor  # (D,) float64: energy of that input
+    signal: float  # energy of the layer's output in the same units
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Second moments of a linear layer's inputs, means over the calibration tokens.
+
+    Attributes:
+        gram: (in, in) float64, mean x x'; (out, in, in) for a depthwise layer, whose rows see inputs of
+            their own.
+        cross: (in, in) float64, mean of x_dense x': the inputs in the dense model against those in the
+            pruned one; None if not asked for.
+        diagonal: only the diagonal was asked for: gram is (in,), or (out, in) for a depthwise layer.
+        tokens: that were seen; None where it is not known. An expert may see none: gram is empty then.
+    """
+
+    gram: Tensor
+    cross: Tensor | None = None
+    diagonal: bool = False
+    tokens: int | None = None
+
+    @property
+    def power(self) -> Tensor:
+        """(in,) or (out, in): mean x_j^2."""
+        return self.gram if self.diagonal else self.gram.diagonal(dim1=-2, dim2=-1)
+
+    def scaled(self, dtype: torch.dtype) -> tuple[Moments, float]:
+        """The same in another dtype, divided by a power of four so that the mean power is near 1; and that
+        number. No unit of the inputs is then too small or too large for the dtype, and nothing is rounded
+        that the cast alone would not round."""
+        unit = float(near(self.power.double().mean(-1).max())) if self.gram.numel() else 1.0
+
+        def cast(sums: Tensor) -> Tensor:
+            return torch.div(sums, unit, out=torch.empty(sums.shape, dtype=dtype))
+
+        cross = None if self.cross is None else cast(self.cross)
+        return Moments(cast(self.gram), cross, self.diagonal, self.tokens), unit
+
+    def through(self, weight: Tensor, dense: Tensor) -> Moments:
+        """The moments of `weight @ x`, whose dense counterpart is `dense @ x_dense`; both (out, in)."""
+        weight, dense = weight.double(), dense.double()
+        return Moments(
+            weight @ self.gram @ weight.mT, None if self.cross is None else dense @ self.cross @ weight.mT
+        )
+
+
+class InputNorm:
+    """Mean squares of a linear layer's inputs (Wanda)."""
+
+    options: Mapping[str, Any] = {}
+    paired = False
+
+    def __init__(self) -> None:
+        self._sum: Tensor | float = 0.0
+        self._tokens = 0
+
+    def add(self, x: Tensor) -> None:
+        self._sum = self._sum + x.square().sum((0, 1)).double()
+        self._tokens += x.shape[0] * x.shape[1]
+
+    def result(self) -> Moments:
+        if not isinstance(self._sum, Tensor):
+            return Moments(torch.empty(0, dtype=torch.float64), diagonal=True, tokens=0)
+        if not torch.isfinite(self._sum).all():
+            raise ValueError("the mean squares of its inputs are not finite")
+        return Moments(self._sum / self._tokens, diagonal=True, tokens=self._tokens)
+
+
+class InputGram:
+    """The Gram of a linear layer's inputs (the Hessian of SparseGPT), if `paired` also that of the dense
+    model's inputs against them. Products of a slab in the model's dtype, sums in float64."""
+
+    options: Mapping[str, Any] = {}
+
+    def __init__(self, paired: bool = False) -> None:
+        self.paired = paired
+        self._gram: Tensor | None = None
+        self._cross: Tensor | None = None
+        self._tokens = 0
+
+    def add(self, x: Tensor, dense: Tensor | None = None) -> None:
+        """x: (W, T, in), or (W, T, out, in) of a depthwise layer; dense: the same in the dense model."""
+        # (in, tokens) or (out, in, tokens): rows last, so that each product is one plain matrix product
+        rows = x.flatten(0, 1).movedim(0, -1)
+        self._gram = _added(self._gram, rows @ rows.mT)
+        self._tokens += x.shape[0] * x.shape[1]
+        if self.paired:
+            assert dense is not None
+            self._cross = _added(self._cross, dense.flatten(0, 1).movedim(0, -1) @ rows.mT)
+
+    def result(self) -> Moments:
+        if self._gram is None:
+            return Moments(torch.empty(0, 0, dtype=torch.float64), tokens=0)
+        gram, cross, tokens = self._gram, self._cross, self._tokens
+        self._gram = self._cross = None  # handed over
+        with torch.inference_mode():  # in which the walk made them
+            return Moments(gram.div_(tokens), None if cross is None else cross.div_(tokens), tokens=tokens)
+
+
+def _added(total: Tensor | None, part: Tensor) -> Tensor:
+    return part.double() if total is None else total.add_(part)
+
+
+class StateError:
+    """The Gram of output errors per channel (method `exact`)."""
+
+    paired = False
+
+    def __init__(
+        self, removed: str, diagonal: bool, weight: Tensor | None = None, rows: int | None = None
+    ) -> None:
+        """weight: (d_model,) what an error in each coordinate of the layer's output costs; all 1 if None.
+        rows: of A_log, where they are heads of several channels."""
+        self.options: Mapping[str, Any] = {"removed": removed, "gram": "diagonal" if diagonal else "full"}
+        self._rows = rows
+        self._weight = weight
+        self._energy: Tensor | None = None
+        self._sums: tuple[Tensor, Tensor, Tensor] | None = None
+        self._signal = 0.0
+
+    def add(self, stats: ScanStats, out_proj: Tensor, output: Tensor) -> None:
+        assert stats.gram is not None and stats.cross is not None and stats.power is not None
+        if self._energy is None:  # (D,) what an error in a channel costs the stream
+            squares = out_proj.double().square()
+            self._energy = squares.sum(0) if self._weight is None else self._weight @ squares
+        output_energy = self._energy
+        gram = stats.gram * output_energy.view(-1, *[1] * (stats.gram.ndim - 1))
+        cross, power = stats.cross * output_energy[:, None], stats.power * output_energy
+        if self._rows and self._rows < len(gram):  # Mamba-2: an entry of A_log is of all its head's channels
+            gram, cross, power = (x.unflatten(0, (self._rows, -1)).sum(1) for x in (gram, cross, power))
+        if self._sums is not None:
+            gram, cross, power = (
+                new.add_(old) for new, old in zip((gram, cross, power), self._sums, strict=True)
+            )
+        self._sums = gram, cross, power
+        self._signal += float(output.square().sum((0, 1)).double() @ output_energy)
+
+    def result(self) -> ErrorSums:
+        assert self._sums is not None, "nothing was observed"
+        return ErrorSums(*self._sums, self._signal)
+
+
+@dataclass(frozen=True)
+class StateSums:
+    """Second moments of the states of a layer, sums over sampled steps; one for each group of heads.
+
+    In residual-stream units: channel d counts with what an error of it costs there, w_d = omega_d gain_d^2.
+
+    Attributes:
+        gram: (G, N, N) float64, sum C_n C_m sum_d w_d h_dn h_dm: removing the states R without any repair
+            costs 1' gram_RR 1.
+        energy: (G, N) float64, sum C_n^2 sum_d h_dn^2, as `StateReadout` but of the sampled steps.
+        states: (G, N, N) float64, sum over d and t of w_d h h'. readouts: (G, N, N), sum over t of C C'.
+        full: (G, N, N, N, N) float64, [n, n', m, m'] = sum C_n C_n' sum_d w_d h_dm h_dm'; None where there
+            are more than `MOST_FULL` states.
+    """
+
+    gram: Tensor
+    energy: Tensor
+    states: Tensor
+    readouts: Tensor
+    full: Tensor | None
+
+
+class StateMoments:
+    """Sums what removing whole states costs, and what other readouts of the kept ones could restore."""
+
+    paired = False
+    MOST_FULL = 32
+
+    def __init__(self, every: int, weight: Tensor | None = None) -> None:
+        """every: look at every so many steps. weight: (d_model,) what an error in the stream costs."""
+        self.options: Mapping[str, Any] = {"every": every}
+        self._weight = weight
+        self._sums: list[Tensor] | None = None
+
+    def add(self, h: Tensor, C: Tensor, gain: Tensor, out_proj: Tensor) -> None:
+        """h (W, S, D, N): states at S sampled steps; C (W, S, G, N); gain (W, S, D): of the output."""
+        squares = out_proj.square()
+        cost = squares.sum(0) if self._weight is None else self._weight.to(squares.dtype) @ squares  # (D,)
+        groups, states = C.shape[2:]
+        h = h.flatten(0, 1).unflatten(1, (groups, -1))  # (S, G, D/G, N): every step of every window
+        C = C.flatten(0, 1)
+        weight = (gain * cost.sqrt()).flatten(0, 1).unflatten(1, (groups, -1))
+        energy = (C.square() * h.square().sum(2)).sum(0)
+        h = h * weight[..., None]
+        pairs = h.mT @ h  # (S, G, N, N)
+        readouts = C[..., :, None] * C[..., None, :]
+        sums = [(pairs * readouts).sum(0), energy, pairs.sum(0), readouts.sum(0)]
+        if states <= self.MOST_FULL:
+            steps = (part.movedim(1, 0).flatten(2) for part in (readouts, pairs))  # (G, S, N N)
+            left, right = (part.double() for part in steps)
+            sums.append(left.mT @ right)
+        sums = [part.double() for part in sums]
+        self._sums = (
+            sums if self._sums is None else [a.add_(b) for a, b in zip(self._sums, sums, strict=True)]
+        )
+
+    def result(self) -> StateSums:
+        """Raises ValueError: sums that are not finite, of states whose squares float32 cannot hold."""
+        assert self._sums is not None, "nothing was observed"
+        if not all(torch.isfinite(part).all() for part in self._sums):
+            raise ValueError("sums over its states are not finite")
+        gram, energy, pairs, readouts, *full = self._sums
+        states = gram.shape[-1]
+        return StateSums(gram, energy, pairs, readouts, full[0].view(-1, *[states] * 4) if full else None)
+
+
+class StateReadout:
+    """What each state puts out: the sum of GHOST (arXiv 2602.11408), C_n^2 sum_d h_dn^2 over all steps."""
+
+    options: Mapping[str, Any] = {"every": 1}
+    paired = False
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+
+    def add(self, h: Tensor, C: Tensor, gain: Tensor, out_proj: Tensor) -> None:
+        """As `StateMoments.add`."""
+        heads = h.unflatten(2, (C.shape[2], -1))
+        norms = torch.linalg.vector_norm(heads, dim=3, dtype=torch.float64)  # (W, S, G, N)
+        self._sum = _added(self._sum, (C * norms).square().sum((0, 1)))
+
+    def result(self) -> Tensor:
+        """(G, N) float64, one row for each group of heads."""
+        assert self._sum is not None, "nothing was observed"
+        if not torch.isfinite(self._sum).all():
+            raise ValueError("the sums over its states are not finite")
+        return self._sum
+
+
+class PairMoments:
+    """Sums what states with the decay of one and the input of another would do, for every such pair: all that
+    a least squares over inputs and readouts of the kept states needs."""
+
+    paired = False
+    TOGETHER = 256  # steps summed in one product
+
+    def __init__(self, every: int, decays: Tensor, inputs: Tensor, weight: Tensor | None = None) -> None:
+        """decays, inputs: (pairs,) int64, the state whose decay and whose input each pair has."""
+        self.options: Mapping[str, Any] = {"every": every, "pairs": (decays, inputs)}
+        self._weight = weight
+        self._sum: Tensor | None = None
+        self._held: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, h: Tensor, C: Tensor, gain: Tensor, out_proj: Tensor) -> None:
+        """As `StateMoments.add`, of one group; h (W, S, D, pairs)."""
+        squares = out_proj.square()
+        cost = squares.sum(0) if self._weight is None else self._weight.to(squares.dtype) @ squares
+        h = (h * (gain * cost.sqrt())[..., None]).flatten(0, 1)  # (S, D, pairs): every step of every window
+        C = C.flatten(0, 1)[:, 0]  # (S, N)
+        products = (h.mT @ h).flatten(1)
+        readouts = (C[:, :, None] * C[:, None, :]).flatten(1)
+        self._sizes = C.shape[1], h.shape[2]
+        self._held.append((readouts, products))
+        if sum(len(part) for part, _ in self._held) >= self.TOGETHER:
+            self._add_up()
+
+    def _add_up(self) -> None:
+        """One product for many steps: the sum is large, and touching it costs more than the product."""
+        readouts, products = (torch.cat(parts) for parts in zip(*self._held, strict=True))
+        self._held.clear()
+        part = (readouts.mT @ products).double()
+        self._sum = part if self._sum is None else self._sum.add_(part)
+
+    def result(self) -> Tensor:
+        """(N, N, pairs, pairs) float64: [n, n', p, p'] = sum C_n C_n' sum_d w_d h_dp h_dp'."""
+        if self._held:
+            with torch.inference_mode():  # as in the pass, whose tensors cannot change outside of it
+                self._add_up()
+        assert self._sum is not None, "nothing was observed"
+        states, pairs = self._sizes
+        return self._sum.view(states, states, pairs, pairs)
+
+
+class StateEnergy:
+    """sum_t w_t (mean_b a_t)^2 S_t, S_t = sum_b h_{t-1}^2 (method `sparsessm`): a (D, N) float64 sum."""
+
+    options: Mapping[str, Any] = {"energy": True}
+    paired = False
+
+    def __init__(self, weights: Tensor) -> None:
+        """weights: (L,) w_t, one for each token position."""
+        self._weights = weights.double()
+        self._time = 0
+        self._sum: Tensor | float = 0.0
+
+    def add(self, stats: ScanStats, out_proj: Tensor, output: Tensor) -> None:
+        assert stats.energy is not None and stats.decay is not None
+        windows, length, _ = output.shape
+        weights = self._weights[self._time : self._time + length] / windows**2  # of (sum_b a_t)^2
+        by_time = stats.decay.square().mul_(stats.energy)  # (T, D, N)
+        self._sum = self._sum + by_time.mul_(weights.float()[:, None, None]).sum(0).double()
+        self._time += length
+
+    def result(self) -> Tensor:
+        assert isinstance(self._sum, Tensor), "nothing was observed"
+        return self._sum
+
+
+class StateVote:
+    """How often an entry is among the smallest A_log^2 S_t of its step (method `sparsessm-vote`): a (D, N)
+    count.
+
+    The choice at each step is the pattern's own, so N:M votes inside its groups.
+    """
+
+    options: Mapping[str, Any] = {"energy": True}
+    paired = False
+
+    def __init__(self, a_log: Tensor, pattern: Pattern, sparsity: float) -> None:
+        self._weight, self._pattern, self._sparsity = a_log.float().square(), pattern, sparsity
+        self._votes = torch.zeros(a_log.shape, dtype=torch.int64)
+
+    def add(self, stats: ScanStats, out_proj: Tensor, output: Tensor) -> None:
+        assert stats.energy is not None
+        self._votes += (~self._pattern.keep(stats.energy * self._weight, self._sparsity)).sum(0)
+
+    def result(self) -> Tensor:
+        return self._votes
+
+
+class ColumnVote:
+    """How often a state is among the `removing` least important of its step (`sparsessm-vote`, whole states):
+    an (N,) count.
+
+    The authors' rule (their prune/structure_ts.py): at every step each state n has the importance sum_d
+    A_log[d, n]^2 S_t[d, n], and the states compete. Among equals the lower number gets the vote, so those of
+    the first step, before which all states are zero, go to the lowest numbers.
+    """
+
+    options: Mapping[str, Any] = {"energy": True}
+    paired = False
+
+    def __init__(self, a_log: Tensor, removing: int) -> None:
+        self._weight, self._removing = a_log.double().square(), removing
+        self._votes = torch.zeros(a_log.shape[1], dtype=torch.int64)
+
+    def add(self, stats: ScanStats, out_proj: Tensor, output: Tensor) -> None:
+        assert stats.energy is not None
+        importance = (stats.energy * self._weight).sum(1)  # (T, N)
+        if not torch.isfinite(importance).all():
+            raise ValueError("the energies of its states are not finite")
+        self._votes += (~Structured().keep(importance, self._removing)).sum(0)
+
+    def result(self) -> Tensor:
+        return self._votes

@@ -1,0 +1,176 @@
+"""Which blocks leave a model: one after the other, the one without which it loses least.
+
+Place in the flow: `units.py` asks before it walks through the blocks that stay.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparsessm.architectures import Architecture, Block
+from sparsessm.calibration.loss import ROWS as HEAD_ROWS
+from sparsessm.calibration.walk import Progress
+from sparsessm.methods.base import seed_of
+from sparsessm.recipe.units import Order
+
+BLOCK_TOKENS = 16_384  # of the calibration windows on which blocks are compared
+GROUP = 4_096  # of them that go through a block together
+
+
+def chosen_blocks(
+    architecture: Architecture, order: Order, tokens: Tensor | None, progress: Progress | None
+) -> list[int]:
+    """The blocks that go, in the order in which they do; empty if the order names none.
+
+    Raises:
+        ValueError: more blocks than stock code can do without, or costs that are not finite.
+    """
+    if "block" not in order.sizes:
+        return []
+    total, selection = len(architecture.blocks), order.selections["block"]
+    count = total - order.sizes["block"]
+    if not selection.looks:
+        random = torch.Generator().manual_seed(seed_of(order.seed, "blocks"))
+        gone: list[int] = []
+        for _ in range(count):
+            open_ = _may_go(architecture, gone)
+            gone.append(open_[int(torch.randint(len(open_), (1,), generator=random))])
+        return gone
+    assert tokens is not None
+    few = tokens[: max(1, BLOCK_TOKENS // tokens.shape[1])]
+    choose = _by_change if selection.looks["block"] == "change" else _by_loss
+    return choose(architecture, few, count, progress)
+
+
+def _by_loss(architecture: Architecture, tokens: Tensor, count: int, progress: Progress | None) -> list[int]:
+    """Greedily, the block without which the loss is lowest.
+
+    What a block costs is taken to grow as others go. So a block whose last known cost is above the best new
+    one is not asked again (lazy greedy, Minoux 1978): after the first turn a few passes choose each.
+    """
+    before = _loss_without(architecture, tokens, [])
+    costs = {index: loss - before for index, loss in _each_alone(architecture, tokens).items()}
+    gone: list[int] = []
+    for turn in range(count):
+        open_ = _may_go(architecture, gone)
+        asked = set(open_) if turn == 0 else set()
+        while True:
+            # A loss that is not finite is of a block that must stay.
+            best = min(open_, key=lambda index: costs[index] if math.isfinite(costs[index]) else math.inf)
+            if best in asked:
+                break
+            costs[best] = _loss_without(architecture, tokens, [*gone, best]) - before
+            asked.add(best)
+        if not math.isfinite(costs[best]):
+            raise ValueError("the cost of removing a block is not finite, of whichever")
+        gone.append(best)
+        before += costs[best]
+        if progress:
+            progress("blocks", turn + 1, count)
+    return gone
+
+
+def _by_change(
+    architecture: Architecture, tokens: Tensor, count: int, progress: Progress | None
+) -> list[int]:
+    """The blocks that turn their input least in the dense model (Men et al., arXiv 2403.03853)."""
+    costs = _change(architecture, tokens)
+    gone: list[int] = []
+    for turn in range(count):
+        open_ = [index for index in _may_go(architecture, gone) if math.isfinite(costs[index])]
+        if not open_:
+            raise ValueError("the cost of removing a block is not finite, of whichever")
+        gone.append(min(open_, key=lambda index: costs[index]))
+        if progress:
+            progress("blocks", turn + 1, count)
+    return gone
+
+
+def _may_go(architecture: Architecture, gone: Sequence[int]) -> list[int]:
+    if open_ := architecture.may_go(gone):
+        return open_
+    raise ValueError(f"no more than {len(gone)} blocks can go: stock code needs those that are left")
+
+
+def _loss_without(architecture: Architecture, tokens: Tensor, gone: Sequence[int]) -> float:
+    """Nats a token without these blocks."""
+    total = 0.0
+    for group in tokens.split(max(1, GROUP // tokens.shape[1])):
+        hidden = embedded(architecture, group)
+        for block in architecture.blocks:
+            if block.index not in gone:
+                hidden = _through(block, hidden)
+        total += loss_of(architecture, hidden, group) * len(group) / len(tokens)
+    return total
+
+
+def _each_alone(architecture: Architecture, tokens: Tensor) -> dict[int, float]:
+    """Nats a token without each of the blocks, the others being there."""
+    blocks = architecture.blocks
+    losses = dict.fromkeys((block.index for block in blocks), 0.0)
+    for group in tokens.split(max(1, GROUP // tokens.shape[1])):
+        hidden = embedded(architecture, group)
+        for place, block in enumerate(blocks):
+            rest = hidden
+            for later in blocks[place + 1 :]:
+                rest = _through(later, rest)
+            losses[block.index] += loss_of(architecture, rest, group) * len(group) / len(tokens)
+            hidden = _through(block, hidden)
+    return losses
+
+
+def _change(architecture: Architecture, tokens: Tensor) -> dict[int, float]:
+    """1 - cosine between input and output of each block, mean over the tokens."""
+    costs = dict.fromkeys((block.index for block in architecture.blocks), 0.0)
+    for group in tokens.split(max(1, GROUP // tokens.shape[1])):
+        hidden = embedded(architecture, group)
+        for block in architecture.blocks:
+            out = _through(block, hidden)
+            alike = float(cosine(hidden, out).mean())
+            costs[block.index] += (1 - alike) * len(group) / len(tokens)
+            hidden = out
+    return costs
+
+
+def cosine(first: Tensor, second: Tensor) -> Tensor:
+    """(..., d) twice -> (...) float64; whatever the unit, also of subnormal vectors. A zero vector is like
+    another one, and unlike all others."""
+    one, other = (F.normalize(_unit(part), dim=-1, eps=0.1) for part in (first, second))
+    silent = ((first == 0).all(-1), (second == 0).all(-1))
+    return (one * other).sum(-1).masked_fill(silent[0] & silent[1], 1.0)
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    """With a largest magnitude of 1, zero vectors apart."""
+    vectors = vectors.double()
+    most = vectors.abs().amax(-1, keepdim=True)
+    return vectors / most.where(most > 0, 1.0)
+
+
+def _through(block: Block, hidden: Tensor) -> Tensor:
+    with torch.inference_mode():
+        out, _ = block.forward(hidden)
+    assert out is not None
+    return out
+
+
+def loss_of(architecture: Architecture, hidden: Tensor, tokens: Tensor) -> float:
+    """Mean nats of the next token, of what the last block put out (W, L, d_model)."""
+    rows, labels = hidden[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
+    total = 0.0
+    with torch.inference_mode():
+        for part, right in zip(rows.split(HEAD_ROWS), labels.split(HEAD_ROWS), strict=True):
+            logits = architecture.head(part[None])[0].float()
+            total += float(F.cross_entropy(logits, right, reduction="sum").double())
+    return total / len(labels)
+
+
+def embedded(architecture: Architecture, tokens: Tensor) -> Tensor:
+    """(W, L) token ids -> (W, L, d_model), a new tensor."""
+    with torch.inference_mode():
+        return architecture.embed(tokens)

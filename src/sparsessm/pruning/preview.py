@@ -1,0 +1,165 @@
+"""What a plan would do, before it is done: `prune --dry-run`.
+
+Place in the flow: beside the loops. Nothing here looks at data or changes a weight.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, dtype
+
+from sparsessm.architectures import Architecture
+from sparsessm.methods import Rule
+from sparsessm.methods.patterns import NofM
+from sparsessm.pruning.mixes import saved
+from sparsessm.recipe.plan import Plan, words
+from sparsessm.recipe.units import Order, size_of
+from sparsessm.report.contents import Table
+from sparsessm.report.record import kind_of, percent
+
+
+def preview(plan: Plan, tensors: Mapping[str, Tensor], stored: Mapping[str, dtype]) -> dict[str, Any]:
+    """What a plan will hit, and bytes before and after; plain values.
+
+    Shares are those that were asked for: with an allocation other than `uniform` only their mean is known
+    before a look at the data.
+
+    Args:
+        tensors: parameters by name, any shape; only their number of elements is read.
+        stored: the dtype of each name in the checkpoint.
+
+    Returns:
+        "rules": one entry for each rule and family it hits. "bytes": "now"; "after", the same, as zeros are
+        stored; "packed", with the pruned linear matrices as a bitmask, 1 bit a weight, and the kept values in
+        their dtype (a matrix that this makes larger stays as it is); "dense", what then still is dense, by
+        kind of tensor, the largest first.
+    """
+    rules, packed = [], {}
+    for group in plan.groups:
+        for family in dict.fromkeys(target.family for target in group.targets):
+            part = [target for target in group.targets if target.family == family]
+            rule = plan.rules[part[0].name]
+            rules.append(
+                {
+                    "rule": group.title,
+                    "family": family,
+                    "targets": dict(Counter(target.kind for target in part)),
+                    "entries": sum(target.matrix.numel() for target in part),
+                    "sparsity": rule.sparsity,
+                    **words(rule),
+                }
+            )
+            for target in part if family != "ssm" else ():
+                total = target.matrix.numel()
+                size = -(-total // 8) + kept(rule, *target.matrix.shape) * target.stored.itemsize
+                # the slices of an expert tensor add up to it
+                name = target.name.rpartition(".")[0] if target.routed else target.name
+                packed[name] = packed.get(name, 0) + min(size, total * target.stored.itemsize)
+    sizes = {name: tensors[name].numel() * form.itemsize for name, form in stored.items()}
+    dense: Counter[str] = Counter()
+    for name, size in sizes.items():
+        if name not in packed:
+            dense[kind_of(name) + (".bias" if name.endswith(".bias") else "")] += size
+    now = sum(sizes.values())
+    return {
+        "rules": rules,
+        "bytes": {
+            "now": now,
+            "after": now,
+            "packed": sum(dense.values()) + sum(packed.values()),
+            "dense": dict(dense.most_common()),
+        },
+    }
+
+
+def kept(rule: Rule, rows: int, columns: int) -> int:
+    """Entries of a matrix that stay, up to the rounding of a sweep by columns."""
+    if isinstance(rule.pattern, NofM):
+        return rows * columns // rule.pattern.m * rule.pattern.n
+    if rule.method.by_row:
+        return rows * (columns - round(rule.sparsity * columns))
+    return rows * columns - round(rule.sparsity * rows * columns)
+
+
+def preview_units(order: Order, architecture: Architecture) -> dict[str, Any]:
+    """What an order for whole units will leave; plain values."""
+    axes = {
+        axis: {"now": size_of(architecture, axis), "after": size, "method": order.selections[axis].name}
+        for axis, size in order.sizes.items()
+    }
+    total = sum(parameter.numel() for parameter in architecture.model.parameters())
+    # what projections add depends on how many directions each layer gets
+    projects = any(selection.projects for selection in order.selections.values())
+    gone = saved(architecture, order.sizes) if order.sizes and not projects else None
+    counts = {"now": total, "after": None if gone is None else total - gone}
+    repair = f"dense-target:{order.strength:g}" if order.strength else "none"
+    return {
+        "axes": axes,
+        "share": order.share,
+        "by_layer": order.by_layer,
+        "methods": order.methods,
+        "repair": repair,
+        "parameters": counts,
+    }
+
+
+def preview_units_table(model: str, record: Mapping[str, Any]) -> Table:
+    """What `preview_units` returned, for people."""
+    cells = [
+        [
+            axis,
+            row["method"] + (", by layer" if record["by_layer"] else ""),
+            str(row["now"]),
+            str(row["after"]),
+            percent(1 - row["after"] / row["now"]),
+        ]
+        for axis, row in record["axes"].items()
+    ] or [
+        [
+            "found by measuring",
+            ", ".join(record["methods"]),
+            "",
+            "",
+            percent(record["share"]) + " of all parameters",
+        ]
+    ]
+    if (after := record["parameters"]["after"]) is not None:
+        now = record["parameters"]["now"]
+        cells.append(["parameters", "", f"{now:,}", f"{after:,}", percent(1 - after / now)])
+    return f"{model}: what would be taken out", ["axis", "by", "units now", "after", "removed"], cells, 2
+
+
+def preview_tables(model: str, record: Mapping[str, Any]) -> list[Table]:
+    """What `preview` returned, for people."""
+    fields = ["method", "pattern", "sparsity", "repair", "weight", "allocation"]
+    rules = []
+    for rule in record["rules"]:
+        targets = ", ".join(f"{count} {kind}" for kind, count in rule["targets"].items())
+        cells = [f"{rule['sparsity']:.4g}" if name == "sparsity" else rule[name] for name in fields]
+        rules.append([rule["rule"], f"{rule['family']}: {targets}", *cells, f"{rule['entries']:,}"])
+    sizes = record["bytes"]
+    titles = {"now": "checkpoint now", "after": "after pruning, zeros stored", "packed": "packed"}
+    lines = [
+        [title, f"{sizes[name]:,}", percent(sizes[name] / sizes["now"])] for name, title in titles.items()
+    ]
+    lines += [
+        [f"  of it dense: {kind}", f"{size:,}", percent(size / sizes["now"])]
+        for kind, size in sizes["dense"].items()
+    ]
+    return [
+        (f"{model}: what would be pruned", ["rule", "targets", *fields, "entries"], rules, 8),
+        ("Bytes of tensors", ["", "bytes", "of now"], lines, 1),
+    ]
+
+
+def share_left(plan: Plan | Order, architecture: Architecture) -> float:
+    """About the share of the parameters that the result will have, at most: zeros are stored."""
+    if isinstance(plan, Plan):
+        return 1.0
+    if plan.share is not None:
+        return 1.0 - plan.share
+    counts = preview_units(plan, architecture)["parameters"]
+    return 1.0 if counts["after"] is None else counts["after"] / counts["now"]

@@ -1,0 +1,101 @@
+"""Method `balanced`: the states of a Mamba-2 are projected to the directions that matter, for our runtime.
+
+Beside `units.py`, which keeps whole states of a stock model. One pass through the dense model sums what
+each layer's states and readouts do; of the directions of all layers those stay that carry the most, so that
+layers keep different numbers of them. Nothing else changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from sparsessm.architectures import Architecture
+from sparsessm.calibration.walk import Progress, Stop, slab_width
+from sparsessm.methods.balanced import balanced_truncation, energies
+from sparsessm.methods.observers import StateMoments, StateSums
+from sparsessm.pruning.units import EVERY, LOOKED, row_costs
+from sparsessm.recipe.units import Order
+from sparsessm.report.record import Row
+
+LOOKS = 16  # for each state, at least
+
+
+def project(
+    architecture: Architecture, order: Order, tokens: Tensor, progress: Progress | None = None
+) -> list[Row]:
+    """Project the states of every layer in place.
+
+    Args:
+        architecture: from `adapt(model)`, one that `projects`.
+        order: `sizes` says how many directions a layer keeps on average.
+        tokens: (W, L) int64 calibration windows.
+
+    Returns:
+        A row for each layer.
+
+    Raises:
+        ValueError: activations that are not finite, with the block's name.
+    """
+    costs = row_costs(architecture, tokens, progress) if order.fisher else {}
+    sums = _look(architecture, tokens, costs, progress)
+    counts = allot([energies(layer) for layer in sums], order.sizes["state"])
+    rows = []
+    for block, layer, count in zip(architecture.blocks, sums, counts, strict=True):
+        groups, states, _ = layer.states.shape
+        if count < states:
+            architecture.project(block, *balanced_truncation(layer, count))
+        rows.append(
+            Row(
+                target=f"{block.name}.state",
+                layer=block.index,
+                family="state",
+                method="balanced",
+                pattern="structured:state",
+                removed="projected",
+                total=groups * states,
+                pruned=groups * (states - count),
+                weight="fisher" if costs else "none",
+            )
+        )
+    return rows
+
+
+def _look(
+    architecture: Architecture, tokens: Tensor, costs: Mapping[str, Tensor], progress: Progress | None
+) -> list[StateSums]:
+    """What the states of every layer do in the dense model."""
+    tokens = tokens[:LOOKED]
+    with torch.inference_mode():
+        hidden = architecture.embed(tokens)
+    # as many looks as the sums need to have full rank, where there are few tokens
+    enough = max(1, tokens.numel() // (LOOKS * architecture.states))
+    every = min(EVERY, enough, slab_width(*tokens.shape))
+    sums = []
+    for block in architecture.blocks:
+        out_proj = next(target for target in block.targets if target.kind == "out_proj")
+        moments = StateMoments(every, costs.get(out_proj.name))
+        Stop(block, hidden, lambda: None).run({"states": moments})
+        try:
+            sums.append(moments.result())
+        except ValueError as error:
+            raise ValueError(f"{block.name}: {error}") from None
+        if progress:
+            progress("survey", len(sums), len(architecture.blocks))
+    return sums
+
+
+def allot(energies: list[Tensor], mean: int) -> list[int]:
+    """How many directions each layer keeps: one at least, `mean` on average, those of the most energy.
+
+    Args:
+        energies: of each layer's directions (N,), descending, in units that layers share.
+    """
+    table = torch.stack(energies)  # a copy
+    table[:, 0] = torch.inf
+    kept = torch.zeros(table.numel(), dtype=torch.bool)
+    # stable: of equal energies (zeros, where directions are fewer) the first layers' stay
+    kept[table.flatten().argsort(descending=True, stable=True)[: len(table) * mean]] = True
+    return kept.view_as(table).sum(1).tolist()

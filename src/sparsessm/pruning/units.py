@@ -1,0 +1,385 @@
+"""The loop for whole units: states, channels, heads and blocks leave the model, which stays a stock model.
+
+Beside `entries.py`, which removes single entries. Blocks are chosen first, on the dense model; then the
+walk goes through the layers as usual, each seeing what the shrunken layers before it produce: 1 look,
+2 score, 3 keep the same number in every layer, cut every tensor that shares the axis, 4 repair what is left
+by least squares so that it restores the dense model's outputs. Where the recipe names no axis, `mixes.py`
+finds who gives how much.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsessm.architectures import Architecture, Axis, Block, Part, Target
+from sparsessm.architectures.base import cut, rounded
+from sparsessm.architectures.own import guard, level
+from sparsessm.calibration import prices
+from sparsessm.calibration.walk import LONGEST, Progress, Stop, slab_width
+from sparsessm.kernels import MAX_STATES
+from sparsessm.methods.base import seed_of
+from sparsessm.methods.hessian import factorise
+from sparsessm.methods.observers import (
+    ColumnVote,
+    InputGram,
+    Moments,
+    PairMoments,
+    StateMoments,
+    StateReadout,
+)
+from sparsessm.methods.patterns import Structured
+from sparsessm.methods.repair import dense_target, readout, remix
+from sparsessm.methods.structured import Reader, Units
+from sparsessm.pruning import blocks as depth
+from sparsessm.recipe.units import INNER, REPAIRED, Order, mixable
+from sparsessm.report.record import Row
+
+COST_TOKENS = 16_384  # of the calibration windows that the backward pass looks at
+LOOKED = 128  # windows whose states are looked at: a slab holds the states of one step of all of them
+HELD = 1 << 27  # bytes of states, where they are looked at after every step
+EVERY = 16  # steps between two looks at the states: neighbours are alike, and pairs of states are dear
+PATTERN = Structured()
+
+
+def row_costs(
+    architecture: Architecture, tokens: Tensor, progress: Progress | None = None
+) -> Mapping[str, Tensor]:
+    """What an error in each output row of the dense model's matrices costs the loss, by target."""
+    return prices.output_fisher(architecture, tokens[: max(1, COST_TOKENS // tokens.shape[1])], progress)
+
+
+def shrink(
+    architecture: Architecture,
+    order: Order,
+    tokens: Tensor | None,
+    progress: Progress | None = None,
+    costs: Mapping[str, Tensor] | None = None,
+    leaving: Sequence[int] = (),
+    widths: Mapping[int, int] | None = None,
+) -> list[Row]:
+    """Take units out of the model in place.
+
+    Args:
+        architecture: from `adapt(model)`; its model, `blocks` and `stored` change.
+        tokens: (W, L) int64 calibration windows; None where nothing is looked at (`Order.looks`).
+        costs: what `row_costs` returned; None: it is asked where it is needed.
+        widths: layer -> channels that it keeps, where layers differ.
+        leaving: what `depth.chosen_blocks` returned for as many blocks or more; empty: it is asked.
+
+    Returns:
+        A row for each layer and axis, named after the layers of the dense model.
+
+    Raises:
+        ValueError: activations, Hessians or costs that are not finite, with the block's name.
+    """
+    if order.looks and tokens is None:
+        raise ValueError("structured removal needs calibration windows, none were given")
+    rows: list[Row] = []
+    inner = [axis for axis in INNER if axis in order.sizes]
+    priced = order.fisher and any(order.selections[axis].name == "exact" for axis in inner)
+    if not priced or tokens is None:
+        costs = {}
+    elif costs is None:
+        costs = row_costs(architecture, tokens, progress)
+    count = len(architecture.blocks) - order.sizes.get("block", len(architecture.blocks))
+    known = len(leaving) >= count
+    gone = leaving[:count] if known else depth.chosen_blocks(architecture, order, tokens, progress)
+    if count:
+        chosen = order.selections["block"].name
+        repair = f"dense-target:{order.strength:g}" if order.strength else "none"
+        rows.append(_row("blocks", -1, "block", chosen, len(architecture.blocks), len(gone), repair))
+    if widths is not None:  # also if what follows is interrupted
+        guard(architecture.model)
+    refits = [order.refits(block) for block in architecture.blocks]
+    if inner or (gone and order.strength):
+        for stop in _walk(architecture, tokens if order.looks else None, gone, any(refits), progress):
+            try:
+                own = {"channel": widths[stop.block.index]} if widths else order.sizes
+                asked = replace(order, sizes=own)
+                rows += _shrink_block(architecture, stop, asked, inner, costs, refits[stop.block.index])
+            except ValueError as error:
+                raise ValueError(f"{stop.block.name}: {error}") from None
+    for index in sorted(gone, reverse=True):
+        architecture.drop(index)
+    if widths is None:
+        architecture.settle(architecture.fields({axis: order.sizes[axis] for axis in inner}))
+    else:
+        level(architecture.model)
+    return rows
+
+
+def _row(
+    target: str,
+    layer: int,
+    axis: str,
+    method: str,
+    total: int,
+    pruned: int,
+    repair: str = "none",
+    weight: str = "none",
+    repaired: Iterable[str] = (),
+) -> Row:
+    return Row(
+        target=target,
+        layer=layer,
+        family=axis,
+        method=method,
+        pattern=f"structured:{axis}",
+        removed="cut",
+        total=total,
+        pruned=pruned,
+        repair=repair,
+        weight=weight,
+        repaired=tuple(repaired),
+    )
+
+
+def _walk(
+    architecture: Architecture,
+    tokens: Tensor | None,
+    gone: Sequence[int],
+    paired: bool,
+    progress: Progress | None,
+) -> Iterator[Stop]:
+    """Stop before each block that stays; what the dense model computes goes through all of them."""
+    blocks = architecture.blocks
+    hidden = torch.empty(0, 0, 0) if tokens is None else depth.embedded(architecture, tokens)
+    dense = hidden.clone() if paired else None
+    for done, block in enumerate(blocks):
+        if block.index in gone:
+            if dense is not None:
+                Stop(block, dense, lambda: None).advance()
+            if progress:
+                progress("shrink", done + 1, len(blocks))
+            continue
+        stop = Stop(block, hidden, lambda: None, block.copy() if paired else None, dense)
+        yield stop
+        if tokens is not None and block is not blocks[-1]:
+            stop.advance()
+        if progress:
+            progress("shrink", done + 1, len(blocks))
+
+
+def _shrink_block(
+    architecture: Architecture,
+    stop: Stop,
+    order: Order,
+    inner: Sequence[str],
+    costs: Mapping[str, Tensor],
+    refits: bool,
+) -> list[Row]:
+    """Look, choose, cut and repair one block."""
+    rows = []
+    goals = {kind: target.matrix.clone() for kind, target in _linear(stop.block).items()}
+    before = [kind for kind in REPAIRED if kind in goals]
+    if refits and before[:1] == ["in_proj"]:
+        _repair(stop, "in_proj", goals["in_proj"], order.strength)
+    done: dict[str, int] = {}
+    for axis in inner:
+        axes = [a for a in stop.block.axes if a.name == axis]
+        if not axes:  # a layer of a hybrid that has no mixer
+            continue
+        removing = axes[0].size - order.sizes[axis]
+        units = look(stop, axis, axes, removing, order, costs)
+        selection = order.selections[axis]
+        counts = sum(a.size for a in axes), removing * len(axes)
+        assert selection.score is not None
+        values = selection.score(units)
+        if any(value.isnan().any() for value in values):
+            raise ValueError(f"method {selection.name!r} gave a score that is not a number")
+        keeps = [PATTERN.keep(value, removing) for value in values]
+        mixes = _mixes(stop, axes, units, keeps, costs) if units.mixable else None
+        done[axis] = order.sizes[axis]
+        stop.block = _resized(architecture, stop.block, axes, keeps, mixes, goals, done, order.strength > 0)
+        repaired = [target.name for target in _linear(stop.block).values()] if refits else []
+        rows.append(
+            _row(
+                f"{stop.block.name}.{axis}",
+                stop.block.index,
+                axis,
+                selection.name,
+                *counts,
+                repair=f"dense-target:{order.strength:g}" if refits or mixes else "none",
+                weight="fisher" if costs and selection.name == "exact" else "none",
+                repaired=repaired
+                or dict.fromkeys(f"{stop.block.name}.{part.tensor}" for part in mixes or ()),
+            )
+        )
+    if refits:
+        for kind in before[1:]:
+            _repair(stop, kind, goals[kind], order.strength)
+    return rows
+
+
+def _linear(block: Block) -> dict[str, Target]:
+    return {target.kind: target for target in block.targets if target.kind in REPAIRED}
+
+
+def _tensor(block: Block, target: Target) -> str:
+    """A target's name inside its layer."""
+    return target.name.removeprefix(f"{block.name}.")
+
+
+def look(
+    stop: Stop,
+    axis: str,
+    axes: Sequence[Axis],
+    removing: int,
+    order: Order,
+    costs: Mapping[str, Tensor],
+) -> Units:
+    """What a selection needs to know."""
+    block, selection = stop.block, order.selections[axis]
+    tensors = block.layer.state_dict()
+    units = Units(
+        [a.size for a in axes],
+        removing,
+        weights=[_entries(tensors, a) for a in axes] if selection.name == "magnitude" else (),
+        mixable=order.strength > 0 and axis == "state" and mixable(axes),
+        seed=seed_of(order.seed, f"{block.name}.{axis}"),
+    )
+    looks = selection.looks.get(axis, "")
+    linear = _linear(block)
+    if looks == "states" or units.mixable:
+        cost = costs.get(linear["out_proj"].name)
+        units = replace(units, states=_states(stop, lambda every: StateMoments(every, cost)))
+    if looks == "energy":
+        channels = linear["out_proj"].matrix.shape[1]
+        units = replace(units, energy=_energy(stop, HELD // (4 * channels * axes[0].size)))
+    if looks == "votes":
+        a_log = next(target for target in block.targets if target.kind == "A_log").matrix
+        observer = ColumnVote(a_log, removing)
+        stop.run({"A_log": observer}, until="A_log")
+        units = replace(units, votes=observer.result())
+    if looks == "inputs":
+        readers = []
+        for kind in ("x_proj", "out_proj"):
+            if kind not in linear:
+                continue
+            target = linear[kind]
+            name = _tensor(block, target)
+            columns = [_columns(a, name) for a in axes]
+            seen = _seen(stop, kind, InputGram())
+            readers.append(Reader(target.matrix, costs.get(target.name), seen, torch.cat(columns)))
+        units = replace(units, readers=readers)
+    return units
+
+
+def _mixes(
+    stop: Stop, axes: Sequence[Axis], units: Units, keeps: Sequence[Tensor], costs: Mapping[str, Tensor]
+) -> dict[Part, Tensor]:
+    """Rows that make up for the states that go: part of a tensor -> its new rows, mixtures of the old ones.
+
+    Where there are too many states for sums over pairs of pairs, the readouts alone.
+    """
+    assert units.states is not None and units.states.full is not None
+    (axis,), (keep,), (full,) = axes, keeps, units.states.full
+    assert axis.write is not None and axis.read is not None
+    read = readout(full, keep)
+    kept, gone = keep.nonzero()[:, 0], (~keep).nonzero()[:, 0]
+    pairs = len(kept) * axis.size + len(gone)
+    if pairs > MAX_STATES:
+        return {axis.read: read.T}
+    decays = torch.cat([kept.repeat_interleave(axis.size), gone])
+    inputs = torch.cat([torch.arange(axis.size).repeat(len(kept)), gone])
+    cost = costs.get(_linear(stop.block)["out_proj"].name)
+    pairs_seen = _states(stop, lambda every: PairMoments(every, decays, inputs, cost))
+    write, read = remix(pairs_seen, keep, read)
+    return {axis.write: write, axis.read: read.T}
+
+
+def _entries(tensors: Mapping[str, Tensor], axis: Axis) -> Tensor:
+    """(units, entries): all weights of matrices that belong to each unit."""
+    found = []
+    for part in axis.parts:
+        tensor = tensors[part.tensor].movedim(part.dim, 0)
+        if tensor.ndim > 1:
+            rows = tensor[part.start : part.start + axis.size * part.width]
+            found.append(rows.reshape(axis.size, -1))
+    return torch.cat(found, 1)
+
+
+def _columns(axis: Axis, tensor: str) -> Tensor:
+    """(units, width): the columns of a matrix that each unit feeds."""
+    parts = [part for part in axis.parts if part.tensor == tensor and part.dim == 1]
+    starts = torch.arange(axis.size)[:, None]
+    return torch.cat([part.start + starts * part.width + torch.arange(part.width) for part in parts], 1)
+
+
+def _states(stop: Stop, observer: Callable[[int], Any]) -> Any:
+    """What an observer of states sees in the first `LOOKED` windows; it is made for a number of steps."""
+    few = stop.hidden[:LOOKED]
+    watching = observer(min(EVERY, slab_width(*few.shape[:2])))
+    Stop(stop.block, few, lambda: None).run({"states": watching}, until="states")
+    return watching.result()
+
+
+def _energy(stop: Stop, rows: int) -> Tensor:
+    """What each state puts out, over every step of all windows; the states of about `rows` steps are held."""
+    watching = StateReadout()
+    for few in stop.hidden.split(max(1, rows // LONGEST)):
+        Stop(stop.block, few, lambda: None).run({"states": watching}, until="states")
+    return watching.result()
+
+
+def _seen(stop: Stop, kind: str, observer: InputGram) -> Moments:
+    stop.run({kind: observer}, until=kind)
+    return observer.result()
+
+
+def _repair(stop: Stop, kind: str, goal: Tensor, strength: float) -> None:
+    """Fit a matrix to what it put out in the dense model, where it may have had more inputs."""
+    target = _linear(stop.block)[kind]
+    seen = _seen(stop, kind, InputGram(paired=True))
+    seen, _ = seen.scaled(goal.dtype)
+    factor = factorise(seen.gram)
+    fitted = dense_target(goal, seen, factor, strength, start=target.matrix)
+    if not torch.isfinite(fitted).all():
+        raise ValueError(f"{kind}: the repaired weights are not finite")
+    target.replace(fitted)
+
+
+def _resized(
+    architecture: Architecture,
+    block: Block,
+    axes: Sequence[Axis],
+    keeps: Sequence[Tensor],
+    mixes: Mapping[Part, Tensor] | None,
+    goals: dict[str, Tensor],
+    sizes: Mapping[str, int],
+    repairing: bool,
+) -> Block:
+    """The block without some units; rows of `goals` follow, their columns stay those of the dense model."""
+    linear = _linear(block)
+    tensors = {name: tensor.detach() for name, tensor in block.layer.state_dict().items()}
+    smaller = cut(tensors, axes, keeps)
+    by_tensor = {_tensor(block, target): kind for kind, target in linear.items()}
+    rows = [replace(a, parts=tuple(p for p in a.parts if p.dim == 0 and p.tensor in by_tensor)) for a in axes]
+    named = {name: goals[kind] for name, kind in by_tensor.items()}
+    goal = cut(named, rows, keeps)
+    for part, mix in (mixes or {}).items():
+        was = slice(part.start, part.start + mix.shape[1])
+        # the states' other rows of the same tensor that lie before got fewer too
+        fewer = mix.shape[1] - mix.shape[0]
+        before = sum((p.tensor, p.dim) == (part.tensor, 0) and p.start < part.start for p in axes[0].parts)
+        now = slice(part.start - fewer * before, part.start - fewer * before + mix.shape[0])
+        for old, new in ((tensors, smaller), (named, goal)):
+            new[part.tensor] = new[part.tensor].clone()
+            mixed = mix.to(old[part.tensor].dtype) @ old[part.tensor][was]
+            if new is smaller:
+                stored = architecture.stored.get(f"{block.name}.{part.tensor}", mixed.dtype)
+                mixed = rounded(mixed, stored).to(mixed.dtype)
+            new[part.tensor][now] = mixed
+    goals |= {kind: goal[name] for name, kind in by_tensor.items()}
+    for name in {p.tensor for a in axes for p in a.parts if repairing and p.tensor.endswith("norm.weight")}:
+        # A norm's mean over fewer channels is larger, though those that went were the weak ones.
+        if axes[0].name in ("head", "channel"):
+            share = smaller[name].numel() / tensors[name].numel()
+            stored = architecture.stored.get(f"{block.name}.{name}", smaller[name].dtype)
+            smaller[name] = rounded(smaller[name] / share**0.5, stored).to(smaller[name].dtype)
+    return architecture.resize(block, architecture.fields(sizes), smaller)

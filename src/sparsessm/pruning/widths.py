@@ -1,0 +1,68 @@
+"""How many channels each layer keeps, where layers may differ: for packed files and our runtime.
+
+Stock configurations have one number for all layers, and layers need very different ones. What each step of
+the elimination costs is asked of every layer of the dense model; the steps that cost least are taken,
+whichever layer they are in. Then `units.py` walks through the layers as usual.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from sparsessm.architectures import Architecture
+from sparsessm.calibration.walk import Progress, Stop
+from sparsessm.methods.structured import elimination
+from sparsessm.pruning.blocks import embedded
+from sparsessm.pruning.units import look
+from sparsessm.recipe.units import Order, size_of, width_step
+
+LEAST = 8  # a layer keeps one in so many channels at least
+
+
+def find(
+    architecture: Architecture,
+    order: Order,
+    tokens: Tensor,
+    costs: Mapping[str, Tensor],
+    progress: Progress | None = None,
+) -> dict[int, int]:
+    """Layer -> channels that stay, `order.sizes` on average.
+
+    Args:
+        architecture: of the dense model, which is not changed. tokens: (W, L) int64.
+        costs: of output rows (`structure.row_costs`), in the unit that layers share.
+    """
+    hidden = embedded(architecture, tokens)
+    now = size_of(architecture, "channel")
+    step, gone_each = width_step(now), now - order.sizes["channel"]
+    # channels that one layer may lose
+    most = max((now - max(step, now // LEAST)) // step * step, gone_each)
+    alone = replace(order, sizes={"channel": now - most})
+    curves = []
+    for block in architecture.blocks:
+        axes = [axis for axis in block.axes if axis.name == "channel"]
+        stop = Stop(block, hidden, lambda: None)
+        _, steps = elimination(look(stop, "channel", axes, most, alone, costs))
+        curves.append(steps.view(-1, step).sum(1).tolist())
+        if block is not architecture.blocks[-1]:
+            stop.advance()
+        if progress:
+            progress("widths", len(curves), len(architecture.blocks))
+    gone = allot(curves, len(curves) * gone_each // step)
+    return {block.index: now - step * count for block, count in zip(architecture.blocks, gone, strict=True)}
+
+
+def allot(curves: Sequence[Sequence[float]], total: int) -> list[int]:
+    """Steps that each layer takes, so that `total` steps cost the least, each layer's own in their order.
+
+    Args:
+        curves: what the steps of each layer cost, one after the other; never less than the one before counts.
+    """
+    table = [torch.tensor(curve, dtype=torch.float64).cummax(0).values for curve in curves]
+    owner = torch.cat([torch.full((len(row),), index) for index, row in enumerate(table)])
+    cheapest = torch.cat(table).argsort(stable=True)[:total]
+    return torch.bincount(owner[cheapest], minlength=len(table)).tolist()

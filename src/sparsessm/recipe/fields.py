@@ -1,0 +1,329 @@
+"""How something is pruned: what a recipe and each of its rules can say, and whether it is of any use.
+
+Place in the flow: a `Recipe` is a `Choice` for the whole model, its rules are choices for some targets;
+`plan` makes a `Rule` of them for each target. Names are looked up in the tables they belong to (METHODS,
+ALLOCATIONS, patterns): a new row there needs no change here.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any, Literal, Self, get_args
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+from pydantic_core import ErrorDetails
+
+from ..data.foreign import short
+from ..methods import DEFAULTS, METHODS, Method
+from ..methods.allocation import ALLOCATIONS
+from ..methods.allocation import parse as parse_allocation
+from ..methods.patterns import AXES, NofM, Structured, parse
+from ..methods.sparsessm import time_weights
+from ..methods.structured import SELECTIONS
+
+REPAIRS = ("none", "self", "dense-target")
+# Fields that only some methods read. Given with others only, they are refused, not ignored.
+CHOICES = ("repair", "weight", "allocation")
+OPTIONS = sorted({option for method in METHODS.values() for option in method.options} | set(CHOICES))
+# Values that mean something for some families only.
+HOMES = {
+    "allocation": {"hessian-trace": ("projections",), "owl": ("projections", "conv1d", "head")},
+    "weight": {"fisher": ("ssm", "projections", "head"), "norms": ("ssm", "projections", "conv1d")},
+}
+MOST_SAMPLES = 100_000
+
+
+class Choice(BaseModel):
+    """What is said; None: what the recipe says (in a rule), or the method's own.
+
+    Raises:
+        ValueError: one line that names the field, what was given and what is allowed.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: str | None = Field(
+        None,
+        description=f"How entries are scored: {', '.join(METHODS)}. Default, also for families that the one "
+        f"named does not know: {', '.join(f'{DEFAULTS[name]} ({name})' for name in ('ssm', 'projections'))}. "
+        f"Of whole units: {', '.join(SELECTIONS)}; exact.",
+    )
+    sparsity: float | None = Field(
+        None,
+        description="Share removed, in [0, 1); 0.5, or what an N:M pattern says. Structured: of the units.",
+    )
+    pattern: str | None = Field(
+        None,
+        description="unstructured (the default); N:M: N entries KEPT of every M inputs or states; "
+        f"structured:AXIS ({', '.join(AXES)}): whole units, as many in every layer; structured: a "
+        "mix of axes for a share of all parameters.",
+    )
+    removed: Literal["memoryless", "unit"] | None = Field(
+        None,
+        description="What a removed entry of A_log becomes: memoryless (decay 0; the default) or "
+        "unit (A = -1).",
+    )
+    repair: str | None = Field(
+        None,
+        description="What survivors restore: none; self (the layer's own output); dense-target[:STRENGTH] "
+        "(its output in the dense model). Default: the method's.",
+    )
+    weight: Literal["none", "fisher", "norms"] | None = Field(
+        None,
+        description="What an error in an output row costs: none (all the same), fisher (what the loss says, "
+        "from one backward pass), norms (a guess from the weights behind it). Default: the method's.",
+    )
+    allocation: str | None = Field(
+        None,
+        description="Who is pruned how much: uniform, hessian-trace[:ALPHA], owl[:LAMBDA], loss[:CLIP]. "
+        "Default: the method's. structured:channel of Mamba-1: uniform, or loss for layers of different "
+        "widths (a packed result).",
+    )
+    diagonal: bool | None = Field(
+        None, description="Method exact: leave out the off-diagonal Gram (cheaper)."
+    )
+    time_weights: str | None = Field(
+        None,
+        description="Method sparsessm: uniform, linear, power:P (default, P = 1), discount:G, window:SHARE.",
+    )
+
+    def __init__(self, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            lines = dict.fromkeys(_line(detail, type(self)) for detail in error.errors())
+            raise ValueError("; ".join(lines)) from None
+
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, method: str | None) -> str | None:
+        return method if method is None else known("method", method, dict.fromkeys((*METHODS, *SELECTIONS)))
+
+    @field_validator("pattern")
+    @classmethod
+    def _known_pattern(cls, pattern: str | None) -> str | None:
+        if pattern is not None:
+            if ":" not in pattern:
+                known("pattern", pattern, ["unstructured", "structured"], "or N:M, e.g. 2:4")
+            parse(pattern)
+        return pattern
+
+    @field_validator("time_weights")
+    @classmethod
+    def _known_weights(cls, weights: str | None) -> str | None:
+        if weights is not None:
+            time_weights(weights, 2)
+        return weights
+
+    @field_validator("allocation")
+    @classmethod
+    def _known_allocation(cls, allocation: str | None) -> str | None:
+        if allocation is not None:
+            if ":" not in allocation:
+                known("allocation", allocation, ALLOCATIONS)
+            parse_allocation(allocation)
+        return allocation
+
+    @field_validator("repair")
+    @classmethod
+    def _known_repair(cls, repair: str | None) -> str | None:
+        if repair is not None:
+            if ":" not in repair:
+                known("repair", repair, REPAIRS)
+            parse_repair(repair)
+        return repair
+
+    @field_validator("sparsity")
+    @classmethod
+    def _is_a_share(cls, sparsity: float | None) -> float | None:
+        if sparsity is not None and not 0 <= sparsity < 1:  # also refuses nan
+            raise ValueError(f"sparsity is {sparsity:g}; allowed: 0 <= sparsity < 1 (the share removed)")
+        return sparsity
+
+    @model_validator(mode="after")
+    def _sparsity_fits_pattern(self) -> Self:
+        pattern = parse(self.pattern or "unstructured")
+        if isinstance(pattern, Structured):
+            _fits_units(self, pattern)
+        elif self.method and self.method not in METHODS:
+            raise ValueError(
+                f"method {self.method!r} chooses whole units; it needs a pattern structured:AXIS "
+                f"({', '.join(SELECTIONS[self.method].axes)})"
+            )
+        if isinstance(pattern, NofM):
+            if self.sparsity is not None and abs(self.sparsity - pattern.sparsity) > 1e-9:
+                raise ValueError(
+                    f"sparsity is {self.sparsity:g}, but pattern {self.pattern!r} keeps {pattern.n} of "
+                    f"{pattern.m}, which is sparsity {pattern.sparsity:g}; give only one of them"
+                )
+            if self.allocation not in (None, "uniform"):
+                raise ValueError(
+                    f"allocation {self.allocation!r} has no effect with pattern {self.pattern!r}, "
+                    "which fixes the number kept in every group"
+                )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_says_nothing(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what was not chosen: what is written had an effect, and loads again."""
+        return {name: value for name, value in handler(self).items() if value not in (None, (), [])}
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """The fields that say something."""
+        return {name: value for name in Choice.model_fields if (value := getattr(self, name)) is not None}
+
+    def methods(self, families: Iterable[str]) -> dict[str, Method]:
+        """The method of each family: the one named, or the family's default where it does not apply."""
+        return {
+            family: METHODS[self.method]
+            if self.method and family in METHODS[self.method].families
+            else METHODS[DEFAULTS[family]]
+            for family in families
+        }
+
+    def idle(self, families: Iterable[str], method: str | None = None) -> dict[str, str]:
+        """What is given without effect on `families`: field -> the sentence that says so.
+
+        Args:
+            method: that of the recipe, which counts in a rule that names none.
+        """
+        families = list(families)
+        words = " or ".join(map(repr, families))
+        found = {}
+        if self.method and not set(row := METHODS[self.method].families) & set(families):
+            found["method"] = (
+                f"method {self.method!r} does not prune target {words}; it prunes: {', '.join(row)}"
+            )
+        methods = Choice(method=self.method or method).methods(families).values()
+        for option in OPTIONS:
+            if option in self.chosen and not any(reads(row, option) for row in methods):
+                names = " and ".join(repr(name) for name in dict.fromkeys(row.name for row in methods))
+                readers = ", ".join(name for name, row in METHODS.items() if reads(row, option))
+                found[option] = f"{option} has no effect with method {names}; it belongs to: {readers}"
+        for option, homes in HOMES.items():
+            value = getattr(self, option)
+            if value and option not in found and not any(applies(option, value, name) for name in families):
+                home = ", ".join(homes[value.partition(":")[0]])
+                found[option] = f"{option} {value!r} has no effect on target {words}; it belongs to: {home}"
+        if self.removed and "ssm" not in families:
+            found["removed"] = f"removed is {self.removed!r}; it has an effect on target 'ssm' only"
+        return found
+
+
+def _fits_units(choice: Choice, pattern: Structured) -> None:
+    """Refuse what has no effect on a structured pattern.
+
+    Raises:
+        ValueError: names it.
+    """
+    given = f"pattern {str(pattern)!r}"
+    idle = [name for name in ("removed", "diagonal", "time_weights") if name in choice.chosen]
+    if idle:
+        raise ValueError(f"{idle[0]} has no effect with {given}, which takes out whole units")
+    if choice.allocation not in (None, "uniform", "loss"):
+        raise ValueError(f"allocation is {choice.allocation!r}; with {given}: uniform, loss")
+    if choice.allocation == "loss" and [axis for axis, _ in pattern.shares] != ["channel"]:
+        raise ValueError(
+            f"allocation 'loss' is for channels, of whole units; the pattern is {str(pattern)!r}"
+        )
+    if choice.allocation == "loss" and choice.method not in (None, "exact"):
+        raise ValueError(f"allocation 'loss' of channels needs method 'exact', got {choice.method!r}")
+    if pattern.mixed and choice.sparsity is not None:
+        raise ValueError(f"sparsity is {choice.sparsity:g}, but {given} says how much of each axis goes")
+    if choice.sparsity == 0:
+        raise ValueError(f"sparsity is 0; {given} takes out at least one unit")
+    if choice.method and choice.method not in SELECTIONS:
+        raise ValueError(
+            f"method {choice.method!r} scores single entries; with {given}: {', '.join(SELECTIONS)}"
+        )
+    if choice.repair and parse_repair(choice.repair)[0] == "self":
+        raise ValueError(f"repair is {choice.repair!r}; with {given}: none, dense-target[:STRENGTH]")
+    if choice.method and SELECTIONS[choice.method].projects and choice.repair not in (None, "none"):
+        raise ValueError(f"repair has no effect with method {choice.method!r}, which changes no other weight")
+    if choice.method and SELECTIONS[choice.method].projects:
+        if [axis for axis, _ in pattern.shares] != ["state"]:
+            raise ValueError(
+                f"method {choice.method!r} needs the pattern structured:state, got {str(pattern)!r}"
+            )
+    if choice.weight == "norms":
+        raise ValueError(f"weight is 'norms'; with {given}: none, fisher")
+
+
+def reads(method: Method, option: str) -> bool:
+    """Whether the method looks at this field of `OPTIONS`."""
+    return option in method.options or option in method.defaults
+
+
+def applies(option: str, value: str, family: str) -> bool:
+    """Whether this allocation or weight means something for targets of a family."""
+    return family in HOMES[option].get(value.partition(":")[0], (family,))
+
+
+def parse_repair(text: str) -> tuple[str, float]:
+    """Name and strength of "none", "self" or "dense-target[:STRENGTH]".
+
+    Raises:
+        ValueError: anything else, with what is allowed.
+    """
+    name, _, number = text.partition(":")
+    try:
+        strength = float(number) if number else 1.0
+    except ValueError:
+        strength = -1.0
+    if name not in REPAIRS or (number and name != "dense-target") or not 0 <= strength <= 1:
+        raise ValueError(
+            f"repair is {text!r}; allowed: none, self, dense-target[:STRENGTH] with a strength from 0 to 1"
+        )
+    return name, strength
+
+
+def known(kind: str, given: str, names: Iterable[str], more: str = "") -> str:
+    """Return `given` if it is one of `names`.
+
+    Raises:
+        ValueError: it is not; lists them and the nearest.
+    """
+    names = list(names)
+    if given in names:
+        return given
+    near = difflib.get_close_matches(given, names, n=1)
+    raise ValueError(
+        f"unknown {kind} {short(given)}; known: {', '.join(names)}"
+        + (f", {more}" if more else "")
+        + (f"; did you mean {near[0]!r}?" if near else "")
+    )
+
+
+def _line(detail: ErrorDetails, kind: type[Choice]) -> str:
+    """One of pydantic's findings as one line."""
+    loc, given = detail["loc"], detail["input"]
+    field = str(loc[0]) if loc else ""
+    if field == "rules" and len(loc) > 1:  # a rule says what is wrong with its fields
+        title, loc, field = f"rule {int(loc[1]) + 1}: ", (), "it"
+    else:
+        title = ""
+    try:
+        if detail["type"] == "extra_forbidden":
+            known("recipe field", field, kind.model_fields)
+        if field == "samples":
+            return f"samples is {short(given)}; allowed: a number from 1 to {MOST_SAMPLES}, or auto"
+        if detail["type"] == "literal_error":
+            known(field, str(given), get_args(get_args(kind.model_fields[field].annotation)[0]))
+    except ValueError as error:
+        return str(error)
+    if detail["type"] == "missing":
+        return f"{field} is missing"
+    if detail["type"] == "value_error":
+        return title + str(detail.get("ctx", {}).get("error", detail["msg"]))
+    return f"{title}{field} is {short(given)}; {detail['msg'][:1].lower()}{detail['msg'][1:]}"

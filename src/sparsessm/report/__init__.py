@@ -1,0 +1,7 @@
+"""What was done: the record that a result carries, and the words and tables made of it.
+
+record.py     rows, totals, tables
+card.py       the model card
+contents.py   what a checkpoint holds, in bytes
+machine.py    what a result was computed on
+"""

@@ -1,0 +1,120 @@
+"""What is in a checkpoint, in bytes and counts: what `inspect` and every record say.
+
+Place in the flow: beside it. Nothing here looks at data or changes a weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, dtype
+
+from sparsessm.architectures.base import REMOVED_A_LOG, REMOVED_A_LOG_FLOAT16, REMOVED_WEIGHT
+from sparsessm.report.record import kind_of, percent, recipe_table, removed_table, targets_table
+
+if TYPE_CHECKING:
+    from sparsessm.checkpoint import Checkpoint
+
+# Word of a record -> the numbers that it may be stored as.
+REMOVED = {word: {value, REMOVED_A_LOG_FLOAT16[word]} for word, value in REMOVED_A_LOG.items()}
+REMOVED |= {word: {value} for word, value in REMOVED_WEIGHT.items()}
+Table = tuple[str, list[str], list[list[str]], int]  # title, columns, cells, columns that are words
+
+
+def contents(tensors: Mapping[str, Tensor], stored: Mapping[str, dtype]) -> dict[str, tuple[int, set[dtype]]]:
+    """Kind of tensor -> the bytes it takes in the checkpoint and its dtypes there, the largest first.
+
+    Args:
+        tensors: parameters by name, any shape; only their number of elements is read.
+        stored: the dtype of each name in the checkpoint; what it lacks (tied tensors) takes no bytes.
+    """
+    kinds: dict[str, tuple[int, set[dtype]]] = {}
+    for name in stored:
+        size, dtypes = kinds.get(kind_of(name), (0, set()))
+        size += tensors[name].numel() * stored[name].itemsize
+        kinds[kind_of(name)] = size, dtypes | {stored[name]}
+    return dict(sorted(kinds.items(), key=lambda item: -item[1][0]))
+
+
+def inspection(checkpoint: Checkpoint, directory: str, record: dict[str, Any] | None) -> dict[str, Any]:
+    """What is in a checkpoint; plain values.
+
+    Args:
+        directory: where it came from. record: its own, if it is a result; see `report.checked`.
+
+    Returns:
+        "model", "format"; "tensors": bytes and dtypes by kind; "removed": see `recount`; "record".
+
+    Raises:
+        ValueError: as `recount`.
+    """
+    state = checkpoint.model.state_dict()
+    found = recount(record, state, f"{directory}/pruning.json") if record else {}
+    sizes = {
+        kind: {"bytes": size, "dtypes": sorted(str(form).removeprefix("torch.") for form in forms)}
+        for kind, (size, forms) in contents(state, checkpoint.stored).items()
+    }
+    facts = {"model": directory, "format": checkpoint.format, "tensors": sizes}
+    return {**facts, "removed": found, "record": record}
+
+
+def inspection_tables(facts: Mapping[str, Any]) -> list[Table]:
+    """What `inspection` returned, for people."""
+    total = sum(kind["bytes"] for kind in facts["tensors"].values())
+    title = f"{facts['model']}: format {facts['format']}, {total:,} bytes of tensors"
+    cells = [
+        [name, ", ".join(kind["dtypes"]), f"{kind['bytes']:,}", percent(kind["bytes"] / total)]
+        for name, kind in facts["tensors"].items()
+    ]
+    found: list[Table] = [(title, ["tensors", "dtype", "bytes", "share"], cells, 2)]
+    if record := facts["record"]:
+        parts = record["targets"], record["totals"]
+        found += [
+            ("What was removed (counted again in the tensors)", *targets_table(*parts), 2),
+            ("The same by kind", *removed_table(*parts), 2),
+            ("Recipe", *recipe_table(record["recipe"]), 2),
+        ]
+    return found
+
+
+def recount(record: Mapping[str, Any], tensors: Mapping[str, Tensor], path: str) -> dict[str, int]:
+    """Target -> entries of the tensor that have the removed value, which a record must not exceed.
+
+    There may be more: of an earlier pruning, and `unit` stores 0, as do models near their start.
+
+    Args:
+        path: of the record.
+
+    Raises:
+        ValueError: a target that the model has not, or that has fewer; named.
+    """
+    found = {}
+    for row in record["targets"]:
+        name = row["target"]
+        if row["removed"] == "cut":  # what is gone is not there to be counted
+            continue
+        if row["removed"] == "projected":
+            found[name] = _projected(tensors, name.removesuffix(".state"))
+            _refuse_fewer(found[name], row, path)
+            continue
+        held, _, expert = name.rpartition(".")
+        slices = tensors[held] if expert.isdigit() and held in tensors else ()
+        tensor = slices[int(expert)] if expert.isdigit() and int(expert) < len(slices) else tensors.get(name)
+        if tensor is None:
+            raise ValueError(f"{path}: the model has no {name}")
+        found[name] = sum(int((tensor == value).sum()) for value in REMOVED[row["removed"]])
+        _refuse_fewer(found[name], row, path)
+    return found
+
+
+def _projected(tensors: Mapping[str, Tensor], layer: str) -> int:
+    """States, of all groups, that have no direction in a layer."""
+    projection = tensors.get(f"{layer}.mixer.B_projection")
+    return 0 if projection is None else projection.shape[0] * (projection.shape[2] - projection.shape[1])
+
+
+def _refuse_fewer(found: int, row: Mapping[str, Any], path: str) -> None:
+    if found < row["pruned"]:
+        count = f"{row['pruned']} removed entries, its tensor has {found}"
+        raise ValueError(f"{path} does not fit the tensors: it says that {row['target']} has {count}")

@@ -1,0 +1,389 @@
+"""The report: what was removed from which tensor, and what that cost; as a record and as tables.
+
+Place in the flow: `pipeline` adds a Row for each target; `sparsessm.save` has `checkpoint` write the record
+(pruning.json) and the model card (card.py) into the result. Nothing here touches a disk or a terminal.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ..data.texts import DATASETS
+from ..methods.hessian import DAMPING
+from . import machine
+
+RECORD_FORMAT = 1
+ENOUGH = 16  # windows; intervals from fewer are too narrow (`evaluation`)
+REMOVED_WORDS = {
+    "memoryless": "its state forgets at once (decay 0; stored as `A_log` = 38, in float16 as 11)",
+    "unit": "its state decays with A = -1 (stored as `A_log` = 0)",
+    "zero": "the connection is gone (stored as 0)",
+    "cut": "every tensor that had a place for it got smaller",
+    "projected": "the state keeps other directions, those of `B_projection` and `C_projection`",
+}
+PACKED_ONLY = "No stock configuration can say this: the directory is packed, for sparsessm alone."
+
+
+@dataclass(frozen=True)
+class Row:
+    """What happened to one target.
+
+    Attributes:
+        target: full parameter name, as in the checkpoint.
+        layer: index of its block.
+        family: "ssm", "projections", "conv1d" or "head".
+        method, pattern: as in the recipe, or the family's own.
+        removed: what an entry became, see `REMOVED_WORDS`.
+        total: entries of the matrix.
+        pruned: entries removed, counted from the mask and not from values.
+        allocation, repair, weight: as they were applied; "none" where they were not.
+        damping: share of its mean diagonal that the Hessian got added: 0.01, more if it was singular; None
+            without a Hessian.
+        error: energy of the output error with the layer's input fixed, against what the repair aims at; None
+            where the method does not know it.
+        signal: energy of the layer's output, in the unit of `error`.
+        tokens: calibration tokens that an expert saw; None elsewhere.
+        repaired: other parameters that were changed to make up for the removal, by full name.
+    """
+
+    target: str
+    layer: int
+    family: str
+    method: str
+    pattern: str
+    removed: str
+    total: int
+    pruned: int
+    allocation: str = "uniform"
+    repair: str = "none"
+    weight: str = "none"
+    damping: float | None = None
+    error: float | None = None
+    signal: float | None = None
+    tokens: int | None = None
+    repaired: tuple[str, ...] = ()
+
+    @property
+    def sparsity(self) -> float:
+        """Share of entries removed."""
+        return self.pruned / self.total if self.total else 0.0
+
+    @property
+    def relative_error(self) -> float | None:
+        """error / signal; None if either is unknown."""
+        return _relative(self.error, self.signal)
+
+
+@dataclass
+class Report:
+    """The whole run.
+
+    Attributes:
+        recipe: the resolved recipe as plain values.
+        rows: one for each target, in the order of the model.
+        fingerprint: SHA-256 of the calibration tokens (hex); empty for a method that needs none.
+        text: which text `data` stood for, where its name does not say it (`edition.edition`); else empty.
+        seconds: wall time of the pruning.
+        advice: the curve from which `samples: auto` chose (`advice.Step`s as plain values); else empty.
+        perplexity: records under "dense", "pruned" and "difference"; empty if not measured.
+        sizes: bytes in the checkpoint by kind of tensor ("A_log", "in_proj", ...), in the stored dtypes.
+        parameters: of the model, under "dense" and "pruned", where whole units were taken out; else empty.
+        shape: axis -> units that stayed in every layer, then. trials: what was measured to find how much each
+            axis gives, where the recipe left it open (`mixture.Trial`s as plain values).
+        pruned_before: the model had been pruned in memory already, so the recipe alone does not repeat it.
+        packed: no stock checkpoint can hold it: projected states, or layers of different widths.
+        machine: on which it ran; masks may differ on another (`machine.current`).
+    """
+
+    recipe: dict[str, Any]
+    rows: list[Row]
+    fingerprint: str
+    seconds: float
+    advice: list[dict[str, Any]] = field(default_factory=list)
+    perplexity: dict[str, Any] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
+    parameters: dict[str, int] = field(default_factory=dict)
+    shape: dict[str, int] = field(default_factory=dict)
+    trials: list[dict[str, Any]] = field(default_factory=list)
+    text: dict[str, str] = field(default_factory=dict)
+    pruned_before: bool = False
+    packed: bool = False
+    machine: dict[str, Any] = field(default_factory=machine.current)
+
+    @property
+    def totals(self) -> dict[str, dict[str, Any]]:
+        """By family: tensors, entries, pruned, sparsity and the mean relative error (None if unknown)."""
+        totals: dict[str, dict[str, Any]] = {}
+        for family in dict.fromkeys(row.family for row in self.rows):
+            rows = [row for row in self.rows if row.family == family]
+            entries, pruned = sum(row.total for row in rows), sum(row.pruned for row in rows)
+            errors = [row.relative_error for row in rows if row.relative_error is not None]
+            totals[family] = {
+                "tensors": len(rows),
+                "entries": entries,
+                "pruned": pruned,
+                "sparsity": pruned / entries if entries else 0.0,
+                "error": _mean(errors),
+            }
+        return totals
+
+    @property
+    def target_share(self) -> float | None:
+        """Share of the checkpoint's bytes that the targets are; None without `sizes`."""
+        kinds = {kind_of(row.target) for row in self.rows}
+        return (
+            sum(self.sizes.get(kind, 0) for kind in kinds) / sum(self.sizes.values()) if self.sizes else None
+        )
+
+    def record(self) -> dict[str, Any]:
+        """The content of pruning.json: plain values only; described in docs/checkpoint.md."""
+        record = {
+            "format": RECORD_FORMAT,
+            "versions": machine.versions(),
+            "machine": dict(self.machine),
+            "recipe": dict(self.recipe),
+            "pruned_before": self.pruned_before,
+            "calibration": {
+                "sha256": self.fingerprint or None,
+                **({"text": self.text} if self.fingerprint and self.text else {}),
+            },
+            "advice": [dict(step) for step in self.advice],
+            "seconds": round(self.seconds, 3),
+            "totals": self.totals,
+            "targets": [{**asdict(row), "sparsity": row.sparsity} for row in self.rows],
+            "bytes": dict(self.sizes),
+            "structure": {
+                "parameters": dict(self.parameters),
+                "shape": dict(self.shape),
+                "trials": [dict(trial) for trial in self.trials],
+            }
+            if self.parameters
+            else None,
+            "perplexity": dict(self.perplexity),
+        }
+        return finite(record)
+
+    def honesty(self) -> str:
+        """The sentence about bytes and speed that belongs under every result."""
+        if any(row.removed == "projected" for row in self.rows):
+            gone = percent(self.totals["state"]["sparsity"])
+            more = self.parameters["pruned"] - self.parameters["dense"]
+            return (
+                f"{gone} of a sequence's state is gone, the model has {more:,} parameters more: layers keep "
+                f"directions that matter. {PACKED_ONLY}"
+            )
+        if self.parameters:
+            dense, pruned = self.parameters["dense"], self.parameters["pruned"]
+            average = " on average" if self.recipe.get("allocation") == "loss" else ""
+            where = {"state": " a layer", "head": " a group", "channel": average, "block": ""}
+            kept = ", ".join(f"{axis} {size}{where[axis]}" for axis, size in self.shape.items())
+            return (
+                f"{pruned:,} of {dense:,} parameters are left ({percent(1 - pruned / dense)} gone): {kept}. "
+            ) + (
+                PACKED_ONLY
+                if self.packed
+                else "A smaller stock model: every runtime computes less, no sparse kernel is needed."
+            )
+        kinds = [f"`{kind}`" for kind in dict.fromkeys(kind_of(row.target) for row in self.rows)]
+        names = " and ".join(filter(None, [", ".join(kinds[:-1]), *kinds[-1:]]))
+        share = self.target_share
+        verb = "is" if len(kinds) == 1 else "are"
+        size = "" if share is None else f"{names} {verb} {100 * share:.2g} % of the bytes of this model. "
+        if self.packed:
+            return f"{size}Removed entries are left out where that takes less room. {PACKED_ONLY}"
+        return size + (
+            "Removed entries are stored as ordinary values in tensors of the same shape: "
+            "zeros or other constants alone make neither the file smaller nor the model faster. "
+            "`sparsessm pack` leaves them out."
+        )
+
+    def damped(self) -> str:
+        """The sentences for experts that saw too little, and for Hessians that had to be damped more than
+        usual; empty if there are none."""
+        experts = [row for row in self.rows if row.tokens is not None]
+        few = [f"{row.target} ({row.tokens})" for row in experts if row.method == "magnitude"]
+        wanted = self.recipe.get("method") == "magnitude"
+        starved = (
+            f"{len(few)} of {len(experts)} matrices of experts saw fewer calibration tokens than they have "
+            f"inputs and were pruned by magnitude: {', '.join(few[:8])}{' ...' if len(few) > 8 else ''}. "
+            if few and not wanted
+            else ""
+        )
+        shares = {row.target: row.damping for row in self.rows if row.damping is not None}
+        more = {target: share for target, share in shares.items() if share > 1.5 * DAMPING}
+        if not more:
+            return starved.strip()
+        most = max(more, key=lambda target: more[target])
+        return starved + (
+            f"{len(more)} of {len(shares)} Hessians were singular on the calibration windows and took more "
+            f"damping than {DAMPING:g} of their mean diagonal, at most {more[most]:g} ({most})."
+        )
+
+    def caveat(self) -> str:
+        """What to know of the measured perplexity: it is of the calibration's text, or of few windows."""
+        data = self.recipe.get("data")
+        measured = self.perplexity.get("pruned", {})
+        windows = measured.get("windows", ENOUGH)
+        sentences = []
+        if self.fingerprint and data == measured.get("data") and data not in DATASETS:
+            sentences.append(
+                f"{data} has no held-out part: the perplexity was measured on the same text "
+                "as the calibration, so it may flatter the result."
+            )
+        if windows < ENOUGH:
+            few = f"95 % intervals from fewer than {ENOUGH} are too narrow" if windows > 1 else "no interval"
+            sentences.append(f"Windows measured: {windows}; {few}.")
+        return " ".join(sentences)
+
+
+def removed_table(
+    rows: Iterable[Mapping[str, Any]], totals: Mapping[str, Mapping[str, Any]]
+) -> tuple[list[str], list[list[str]]]:
+    """Columns and text cells: a line for each kind of tensor in a record, one for a family of several kinds.
+
+    The first two columns are words. Beside a kind's share stands that of its least and most pruned tensor.
+    """
+    kinds: dict[str, dict[str, list[Mapping[str, Any]]]] = {family: {} for family in totals}
+    for row in rows:
+        kinds[row["family"]].setdefault(kind_of(row["target"]), []).append(row)
+    cells = []
+    for family, parts in kinds.items():
+        for kind, same in parts.items():
+            by = dict.fromkeys(f"{row['method']}, {row['pattern']}" for row in same)
+            entries, pruned = (sum(row[count] for row in same) for count in ("total", "pruned"))
+            errors = [e for row in same if (e := _relative(row["error"], row["signal"])) is not None]
+            cells.append(
+                [
+                    kind,
+                    "; ".join(by),
+                    str(len(same)),
+                    *_counts(pruned, entries),
+                    _range([row["pruned"] / row["total"] for row in same if row["total"]]),
+                    number(_mean(errors), ".2e"),
+                ]
+            )
+        if len(parts) > 1:
+            total = totals[family]
+            counts = _counts(total["pruned"], total["entries"])
+            cells.append(
+                [f"all {family}", "", str(total["tensors"]), *counts, "", number(total["error"], ".2e")]
+            )
+    return ["kind", "by", "tensors", "removed", "of", "share", "by tensor", "relative error"], cells
+
+
+def targets_table(
+    rows: Iterable[Mapping[str, Any]], totals: Mapping[str, Mapping[str, Any]]
+) -> tuple[list[str], list[list[str]]]:
+    """Columns and text cells: a line for each row of a record, then one for each family."""
+    cells = []
+    for row in rows:
+        error = number(_relative(row["error"], row["signal"]), ".2e")
+        by = f"{row['method']}, {row['pattern']}"
+        cells.append([row["target"], by, *_counts(row["pruned"], row["total"]), error])
+    for family, total in totals.items():
+        counts = _counts(total["pruned"], total["entries"])
+        cells.append([f"all {family}", "", *counts, number(total["error"], ".2e")])
+    return ["target", "by", "removed", "of", "share", "relative error"], cells
+
+
+def recipe_table(recipe: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Columns and text cells: a line for each field of a recipe that says something, one for each rule."""
+    cells = []
+    for name, value in recipe.items():
+        if name == "rules":
+            lines = ["; ".join(f"{field}: {_words(part)}" for field, part in rule.items()) for rule in value]
+            cells += [[f"rule {number}", line] for number, line in enumerate(lines, 1)]
+        elif value is not None:
+            cells.append([name, _words(value)])
+    return ["field", "value"], cells
+
+
+def perplexity_table(
+    records: Mapping[str, Mapping[str, Any]], changes: Mapping[str, Mapping[str, Any]]
+) -> tuple[list[str], list[list[str]]]:
+    """Columns and text cells: a line for each model, with the paired change where there is one."""
+    cells = []
+    for name, record in records.items():
+        low, high = (number(record[bound], ".2f") for bound in ("low", "high"))
+        change = ""
+        if name in changes:
+            mean, least, most = (percent(changes[name][part], "+") for part in ("mean", "low", "high"))
+            change = f"{mean} ({least} to {most})".replace(" %", "")
+        bits = number(record["bits_per_byte"], ".4f")
+        cells.append([name, f"{number(record['perplexity'], '.2f')} ({low} to {high})", bits, change])
+    return ["model", "perplexity (95 %)", "bits/byte", "change in % (95 %)"], cells
+
+
+def checked(record: dict[str, Any] | None, path: str) -> dict[str, Any] | None:
+    """A record read from a file, if it has the shape of one.
+
+    Raises:
+        ValueError: it is of another format, or not a record at all; names the path.
+    """
+    if record is None:
+        return None
+    if record.get("format") != RECORD_FORMAT:
+        raise ValueError(f"{path}: record format {record.get('format')!r}; known: {RECORD_FORMAT}")
+    try:
+        for row in record["targets"]:
+            if row["removed"] not in REMOVED_WORDS or not {int} == {type(row["pruned"]), type(row["total"])}:
+                raise ValueError(row)
+        removed_table(record["targets"], record["totals"])
+        dict(record["recipe"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: not a record of a pruning ({type(error).__name__}: {error})") from None
+    return record
+
+
+def percent(share: float | None, sign: str = "") -> str:
+    """0.5 -> "50.00 %"; with sign "+", "+50.00 %"."""
+    if share is None or not math.isfinite(share):
+        return "-"
+    return f"{round(100 * share, 2) + 0.0:{sign}.2f} %"  # + 0.0: no "-0.00"
+
+
+def number(value: float | None, form: str) -> str:
+    """The number in this format; "-" where there is none."""
+    return "-" if value is None or not math.isfinite(value) else f"{value:{form}}"
+
+
+def finite(value: Any) -> Any:
+    """The same nested value with None for every NaN and Inf: JSON has no word for them."""
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def kind_of(parameter: str) -> str:
+    """The kind of a tensor by its name: "A_log" of "...mixer.A_log", "in_proj" of "...in_proj.weight",
+    "down_proj" of an expert's "...experts.down_proj.3"."""
+    parts = parameter.split(".")
+    parts = parts[:-1] if parts[-1].isdigit() and len(parts) > 1 else parts
+    return parts[-2] if parts[-1] in ("weight", "bias") and len(parts) > 1 else parts[-1]
+
+
+def _relative(error: float | None, signal: float | None) -> float | None:
+    return error / signal if error is not None and signal else None
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _counts(pruned: int, entries: int) -> list[str]:
+    return [str(pruned), str(entries), percent(pruned / entries if entries else 0.0)]
+
+
+def _range(shares: list[float]) -> str:
+    """The smallest and the largest, once if they read the same."""
+    low, high = (percent(end(shares, default=None)) for end in (min, max))
+    return low if low == high else f"{low.removesuffix(' %')} to {high}"
+
+
+def _words(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

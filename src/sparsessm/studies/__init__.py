@@ -1,0 +1,7 @@
+"""Questions that take several runs to answer.
+
+windows.py     how many calibration windows are enough
+tolerance.py   which parts of a model tolerate how much: every matrix pruned alone
+trials.py      these runs
+findings.py    what they show, as tables and a picture
+"""

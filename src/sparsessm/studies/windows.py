@@ -1,0 +1,307 @@
+"""How many calibration windows are enough: `samples: auto`.
+
+The windows are doubled, 4, 8, 16, ..., until another doubling would change little: the masks that two
+disjoint halves of them choose agree hardly better, and pruning by all of them has hardly less error on
+windows held out.
+
+Place in the flow: before the pipeline, with its scores, allocation and sweep, but on the dense model, where
+sums over windows add up, so that a doubling looks at the new windows only. docs/calibration.md has curves.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from sparsessm.architectures import Architecture, Target
+from sparsessm.calibration.walk import Progress, slab_count, survey
+from sparsessm.methods import Rule
+from sparsessm.methods.observers import ErrorSums, InputGram, Moments, StateError
+from sparsessm.methods.repair import error_of, output_error
+from sparsessm.pruning.entries import allocated, compared, priced, solve
+from sparsessm.recipe.plan import Group, Plan
+
+FIRST = 4  # windows: two halves of two
+MOST = 256
+HELD_OUT = 16  # at most, and at most a third of the windows
+# A doubling that gains less agreement, and takes a smaller share off the error, is not worth its time;
+# docs/calibration.md says what that is in perplexity.
+GAIN = 0.03
+FALL = 0.01
+LAYERS = 4  # looked at, evenly spaced: bounds the memory of three sets of sums and the time of the sweeps
+
+Rules = Mapping[str, Rule]
+Sums = dict[str, Any]  # target name -> observer's result
+
+
+@dataclass(frozen=True)
+class Step:
+    """One point of the curve.
+
+    Attributes:
+        windows: calibration windows. agreement: of the masks of their two halves, see `agreement`.
+        error: on the held-out windows: energy of what pruning changes in a layer's output over that of the
+            output, mean over the matrices weighted by their entries.
+        seconds: that this point took; the windows of those before it were not looked at again.
+    """
+
+    windows: int
+    agreement: float
+    error: float
+    seconds: float
+
+
+def steps(
+    architecture: Architecture, plan: Plan, tokens: Tensor, progress: Progress | None = None
+) -> Iterator[Step]:
+    """Measure the curve, as far as it is asked for; the model is not changed.
+
+    Where the recipe weighs rows by the loss, the weights come from the first windows, once.
+
+    Args:
+        tokens: (W, L) int64, all different: the last are held out, the first are calibrated on.
+        progress: called with ("N windows", steps done, steps in all).
+
+    Raises:
+        ValueError: a plan whose methods look at no windows; too few of them; activations, scores or Hessians
+            that are not finite, by name.
+    """
+    targets = watched(architecture, plan)
+    aside = min(HELD_OUT, len(tokens) // 3)
+    count = len(tokens) - aside
+    if count < FIRST:
+        raise ValueError(
+            f"samples 'auto' needs {FIRST + 1} different windows, the text has {len(tokens)} of "
+            f"{tokens.shape[1]} tokens; use a shorter length, or give a number of samples"
+        )
+    began = time.perf_counter()
+    rules = {name: plan.rules[name] for name in targets}
+    rules = priced(architecture, rules, tokens[:count], progress)
+    # The dense model has no second stream, and its own output is what a repair aims at.
+    rules = {
+        name: replace(rule, repair="self" if rule.repair == "dense-target" else rule.repair)
+        for name, rule in rules.items()
+    }
+    chosen = replace(plan, groups=_only(plan, targets), rules=rules)
+    walked = slab_count(aside, tokens.shape[1]) * len(architecture.blocks)
+    tick = _Ticks(f"{aside} held-out windows", walked, progress)
+    held: Sums = {}
+    _look(architecture, tokens[count:], lambda target: _referee(target, rules), held, tick)
+    halves: tuple[Sums, Sums] = {}, {}
+    size, done = FIRST, 0
+    while size <= min(count, MOST):
+        new = tokens[done:size].chunk(2)
+        walked = 2 * slab_count(*new[0].shape) * len(architecture.blocks)
+        tick = _Ticks(f"{size} windows", walked + 3 * len(targets), progress)
+        for part, sums in zip(new, halves, strict=True):
+            _look(architecture, part, lambda target: _observer(target, rules), sums, tick)
+        same = _agreement(targets, chosen, halves, tick)
+        error = _mean_error(targets, chosen, halves, held, tick)
+        yield Step(size, same, error, time.perf_counter() - began)
+        began, size, done = time.perf_counter(), 2 * size, size
+
+
+def choose(
+    architecture: Architecture, plan: Plan, tokens: Tensor, progress: Progress | None = None
+) -> tuple[int, list[dict[str, Any]]]:
+    """The number of windows that are enough, at most what there is, and the curve up to it as plain values.
+
+    Args, Raises: as `steps`.
+    """
+    curve: list[Step] = []
+    for step in steps(architecture, plan, tokens, progress):
+        curve.append(step)
+        if found := knee(curve):
+            return found, [asdict(step) for step in curve]
+    return curve[-1].windows, [asdict(step) for step in curve]
+
+
+def knee(curve: Sequence[Step]) -> int | None:
+    """The fewest windows after which doubling them brought little; None if the curve shows no such place."""
+    for before, after in zip(curve, curve[1:], strict=False):
+        if after.agreement - before.agreement < GAIN and after.error > (1 - FALL) * before.error:
+            return before.windows
+    return None
+
+
+def agreement(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
+    """Cohen's kappa of masks: 1 for the same ones, 0 for what chance would give masks of these sparsities.
+
+    Args:
+        pairs: two bool masks of the same shape for each matrix; matrices count by their entries, and by how
+            much chance leaves open. One of which all or nothing is removed says nothing.
+
+    Returns:
+        1.0 where chance leaves nothing open.
+    """
+    more = open_ = 0.0
+    for first, second in pairs:
+        entries = first.numel()
+        same, a, b = (float(part.sum()) for part in (first == second, first, second))
+        chance = (a * b + (entries - a) * (entries - b)) / max(entries, 1)
+        more, open_ = more + same - chance, open_ + entries - chance
+    return more / open_ if open_ > 0 else 1.0
+
+
+def advice_table(curve: Sequence[Mapping[str, Any]], chosen: int) -> tuple[list[str], list[list[str]]]:
+    """Columns and text cells: a line for each size of a recorded curve."""
+    cells = [
+        [
+            str(step["windows"]) + (" (chosen)" if step["windows"] == chosen else ""),
+            f"{step['agreement']:.4f}",
+            f"{step['error']:.3e}",
+            f"{step['seconds']:.1f}",
+        ]
+        for step in curve
+    ]
+    return ["windows", "agreement of halves", "held-out error", "seconds"], cells
+
+
+class _Ticks:
+    """Progress over several surveys and sweeps as one stage."""
+
+    def __init__(self, stage: str, total: int, progress: Progress | None) -> None:
+        self._stage, self._total, self._progress, self._done = stage, total, progress, 0
+
+    def __call__(self, *_: Any) -> None:
+        self._done += 1
+        if self._progress:
+            self._progress(self._stage, min(self._done, self._total), self._total)
+
+
+def watched(architecture: Architecture, plan: Plan) -> dict[str, Target]:
+    """The targets whose masks depend on windows, of `LAYERS` of the layers that have any.
+
+    Raises:
+        ValueError: there are none.
+    """
+    rules = plan.rules
+    every = [t for t in architecture.targets if t.name in rules and rules[t.name].method.watch and t.plain]
+    if not every:
+        raise ValueError(
+            f"samples 'auto' has nothing to compare: {' and '.join(plan.methods)} scores without calibration "
+            "windows; give a number of samples, or leave it out"
+        )
+    layers = sorted({target.layer for target in every})
+    count = min(LAYERS, len(layers))
+    looked = {layers[round(i * (len(layers) - 1) / max(count - 1, 1))] for i in range(count)}
+    return {target.name: target for target in every if target.layer in looked}
+
+
+def _only(plan: Plan, targets: Mapping[str, Target]) -> tuple[Group, ...]:
+    """The groups of a plan, with these targets alone."""
+    return tuple(
+        replace(group, targets=tuple(target for target in group.targets if target.name in targets))
+        for group in plan.groups
+    )
+
+
+def _observer(target: Target, rules: Rules) -> Any | None:
+    """What calibration watches the target with."""
+    rule = rules.get(target.name)
+    return rule.method.watch(target.matrix, rule) if rule and rule.method.watch else None
+
+
+def _referee(target: Target, rules: Rules) -> Any | None:
+    """What tells the output error of any pruning of the target, whatever its method."""
+    if target.name not in rules:
+        return None
+    return StateError(rules[target.name].removed, False) if target.family == "ssm" else InputGram()
+
+
+def _look(
+    architecture: Architecture,
+    tokens: Tensor,
+    watch: Callable[[Target], Any | None],
+    sums: Sums,
+    tick: _Ticks,
+) -> None:
+    """Add what is seen on these windows to the sums over as many others."""
+    for target, seen in survey(architecture, tokens, watch, tick):
+        name = target.name
+        sums[name] = _joined(sums[name], seen) if name in sums else seen
+
+
+def _joined(first: Any, second: Any) -> Any:
+    """What would have been seen on two sets of windows of the same size together.
+
+    Exact for Grams, norms and error sums. The published SparseSSM scores are not additive: the product of the
+    mean decay with the energy, and votes, are taken set by set.
+    """
+    if isinstance(first, Moments):
+        return replace(first, gram=(first.gram + second.gram) / 2)
+    if isinstance(first, ErrorSums):
+        return ErrorSums(
+            first.gram + second.gram,
+            first.cross + second.cross,
+            first.power + second.power,
+            first.signal + second.signal,
+        )
+    return first + second
+
+
+def _agreement(targets: Mapping[str, Target], plan: Plan, halves: Sequence[Sums], tick: _Ticks) -> float:
+    """Of the masks by the sums of two halves, where no entry was removed before."""
+    hasty = {name: replace(rule.method, refit=False) for name, rule in plan.rules.items()}  # changes no mask
+    plan = replace(plan, rules={name: replace(rule, method=hasty[name]) for name, rule in plan.rules.items()})
+    first, second = (
+        {name: keep for name, _, keep in _pruned(targets, plan, sums.__getitem__, tick)} for sums in halves
+    )
+    pairs = []
+    for name, target in targets.items():
+        living = target.matrix != target.removed[plan.rules[name].removed]
+        pairs.append((first[name][living], second[name][living]))
+    return agreement(pairs)
+
+
+def _mean_error(
+    targets: Mapping[str, Target], plan: Plan, halves: Sequence[Sums], held: Sums, tick: _Ticks
+) -> float:
+    """Relative error on held-out windows after pruning by the sums of both halves."""
+
+    def seen(name: str) -> Any:  # made anew each time: a third set of sums would take as much memory again
+        return _joined(*(sums[name] for sums in halves))
+
+    total = entries = 0.0
+    for name, weight, keep in _pruned(targets, plan, seen, tick):
+        rule = plan.rules[name]
+        total += keep.numel() * _error(targets[name], rule, weight, keep, seen(name), held[name])
+        entries += keep.numel()
+    return total / entries
+
+
+def _pruned(
+    targets: Mapping[str, Target], plan: Plan, seen: Callable[[str], Any], tick: _Ticks
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Prune every target for itself by what was seen: (name, weight, keep)."""
+    unequal = {name for name, rule in plan.rules.items() if rule.allocation[0] != "uniform"}
+    rules = allocated(
+        plan, {name: _named(name, compared, targets[name], plan.rules[name], seen(name)) for name in unequal}
+    )
+    for name, target in targets.items():
+        solution = _named(name, solve, target, rules[name], seen(name))
+        tick()
+        yield name, solution.weight, solution.keep
+
+
+def _named(name: str, work: Callable[..., Any], *what: Any) -> Any:
+    """An error names the target."""
+    try:
+        return work(*what)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _error(target: Target, rule: Rule, weight: Tensor, keep: Tensor, seen: Any, held: Any) -> float:
+    """Relative output error on the held-out windows of a target pruned by what was seen on others."""
+    if isinstance(held, ErrorSums):
+        changes = rule.method.companions(seen, keep, rule) if rule.method.companions else {}
+        error, signal = error_of(held, keep, changes.get("D")), held.signal
+    else:
+        gram = held.gram.to(weight.dtype)
+        error, signal = output_error(weight - target.matrix, gram), output_error(target.matrix, gram)
+    return error / signal if signal > 0 else 0.0

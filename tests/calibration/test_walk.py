@@ -1,0 +1,415 @@
+"""The walk sees what the stock forward of the model as pruned so far computes, in any slab
+width, in as few passes as it says; what is not finite is named."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from pico import pico_mamba
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparsessm.architectures import Target, adapt
+from sparsessm.architectures.stack import StackBlock
+from sparsessm.calibration import walk as calibrate
+from sparsessm.calibration.walk import Pair, Recorder, Stop, slab_width, survey, walk
+from sparsessm.methods.observers import InputGram, InputNorm, Moments, StateError
+
+TOKENS = torch.randint(0, 64, (3, 50), generator=torch.Generator().manual_seed(0))
+LINEAR = ["in_proj", "x_proj", "dt_proj", "out_proj"]
+Inputs = dict[tuple[int, str], Tensor]
+
+
+def stock_inputs(model: Any, tokens: Tensor = TOKENS) -> Inputs:
+    """(layer, kind) -> float64 inputs (W, L, in), conv1d (W, L, D, K), by hooks on transformers' modules.
+
+    The stock forward calls neither dt_proj nor conv1d as a module: their inputs are rows of what x_proj and
+    in_proj put out. (layer, "block") is what enters a block, the head is in layer -1."""
+    seen: Inputs = {}
+    hooks = []
+
+    def watch(module: nn.Module, key: tuple[int, str], output: bool = False) -> None:
+        def keep(_: Any, given: Any, made: Any) -> None:
+            seen[key] = (made if output else given[0]).double()
+
+        hooks.append(module.register_forward_hook(keep))
+
+    for i, layer in enumerate(model.backbone.layers):
+        watch(layer, (i, "block"))
+        for kind in ("in_proj", "x_proj", "out_proj"):
+            watch(getattr(layer.mixer, kind), (i, kind))
+        watch(layer.mixer.in_proj, (i, "conv1d"), output=True)
+        watch(layer.mixer.x_proj, (i, "dt_proj"), output=True)
+    watch(model.lm_head, (-1, "lm_head"))
+    with torch.inference_mode():
+        model(tokens, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    for i, layer in enumerate(model.backbone.layers):
+        channels, width = layer.mixer.intermediate_size, layer.mixer.conv_kernel_size
+        padded = F.pad(seen[i, "conv1d"][..., :channels], (0, 0, width - 1, 0))
+        seen[i, "conv1d"] = torch.stack([padded[:, k : k + tokens.shape[1]] for k in range(width)], -1)
+        seen[i, "dt_proj"] = seen[i, "dt_proj"][..., : layer.mixer.time_step_rank]
+    return seen
+
+
+def second_moments(x: Tensor, other: Tensor | None = None) -> Tensor:
+    """Mean of other x' over all tokens (of x x' if there is no other), brute force in float64."""
+    rows, others = x.flatten(0, 1), (x if other is None else other).flatten(0, 1)
+    return sum(o[..., :, None] * r[..., None, :] for o, r in zip(others, rows, strict=True)) / len(rows)
+
+
+def assert_same(got: Tensor | None, want: Tensor, tolerance: float = 1e-5) -> None:
+    assert got is not None and got.dtype == torch.float64 and got.shape == want.shape
+    assert (got - want).abs().max() <= tolerance * want.abs().max()
+
+
+def a_log(stop: Stop) -> Target:
+    return next(target for target in stop.block.targets if target.kind == "A_log")
+
+
+def halve(target: Target, seed: int = 0) -> None:
+    """Remove a random half, and what a repair may do besides."""
+    g = torch.Generator().manual_seed(seed)
+    removed = next(iter(target.removed.values()))
+    target.replace(target.matrix.masked_fill(torch.rand(target.matrix.shape, generator=g) < 0.5, removed))
+    for companion, (parameter, _) in target.companions.items():
+        target.shift(companion, torch.rand(parameter.shape, generator=g))
+
+
+def embedded(model: Any) -> Tensor:
+    with torch.inference_mode():
+        return adapt(model).embed(TOKENS)
+
+
+def of_kind(stop: Stop, kind: str) -> Target:
+    return next(target for target in stop.block.targets if target.kind == kind)
+
+
+# sequential truth
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"num_hidden_layers": 3, "time_step_rank": 3},
+        {
+            "use_bias": True,
+            "use_conv_bias": False,
+            "conv_kernel": 2,
+            "expand": 3,
+            "tie_word_embeddings": False,
+        },
+    ],
+)
+def test_inputs_are_those_of_the_model_as_pruned_so_far(overrides: dict[str, Any]) -> None:
+    """Each target sees what the stock forward feeds it with every target before it pruned, in layers before
+    and in its own, A_log's removed value and D's change included; it starts from the embedding stream."""
+    model = pico_mamba(**overrides)
+    dense = {key: second_moments(x) for key, x in stock_inputs(model).items()}
+    moved: dict[str, list[float]] = {}
+    for stop in walk(adapt(model), TOKENS, passes=5, tail=True):
+        if stop.block.index == 0:
+            assert torch.equal(stop.hidden, model.backbone.embeddings.weight[TOKENS])
+        if stop.block.index < len(model.backbone.layers):
+            torch.testing.assert_close(
+                stop.hidden.double(), stock_inputs(model)[stop.block.index, "block"], rtol=1e-5, atol=1e-6
+            )
+        for target in stop.block.targets:
+            if target.kind != "A_log":
+                key = (-1 if target.family == "head" else target.layer, target.kind)
+                want = second_moments(stock_inputs(model)[key])
+                assert_same(stop.seen(target, InputGram()).gram, want)
+                assert_same(stop.seen(target, InputNorm()).power, want.diagonal(dim1=-2, dim2=-1))
+                difference = (want - dense[key]).abs().max() / dense[key].abs().max()
+                moved.setdefault(target.kind, []).append(float(difference))
+            halve(target, target.layer)
+    assert moved["in_proj"][0] == 0, "nothing is before it"
+    assert min([*moved.pop("in_proj")[1:], *sum(moved.values(), [])]) > 1e-3, "dense inputs are others"
+
+
+@pytest.mark.parametrize("kind,before", [("x_proj", "in_proj"), ("dt_proj", "x_proj"), ("out_proj", "A_log")])
+def test_another_order_shows_other_inputs(kind: str, before: str) -> None:
+    moments = []
+    for first in (before, None):
+        stop = next(walk(adapt(pico_mamba(time_step_rank=3)), TOKENS, passes=2))
+        if first:
+            halve(of_kind(stop, first))
+        moments.append(stop.seen(of_kind(stop, kind), InputGram()).gram)
+    assert (moments[0] - moments[1]).abs().max() > 1e-2 * moments[0].abs().max()
+
+
+def test_the_head_sees_the_final_norm_behind_the_pruned_layers() -> None:
+    model = pico_mamba()
+    seen = []
+    for stop in walk(adapt(model), TOKENS, passes=1, dense=embedded(model), tail=True):
+        if stop.block.index == 2:
+            seen.append(stop.seen(stop.block.targets[0], InputGram(paired=True)))
+        else:
+            halve(of_kind(stop, "out_proj"))
+    dense, now = (stock_inputs(one)[-1, "lm_head"] for one in (pico_mamba(), model))
+    assert_same(seen[0].gram, second_moments(now))
+    assert_same(seen[0].cross, second_moments(now, dense))
+    assert (seen[0].gram - second_moments(dense)).abs().max() > 1e-2
+
+
+# two streams
+
+
+@pytest.mark.parametrize("rows,longest", [(2048, 128), (60, 7), (1, 128)])
+def test_cross_moments_equal_two_stock_models(
+    rows: int, longest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """x_dense x' by brute force in float64; the dense block keeps its weights while its twin is pruned."""
+    monkeypatch.setattr(calibrate, "ROWS", rows)
+    monkeypatch.setattr(calibrate, "LONGEST", longest)
+    model = pico_mamba(time_step_rank=3).double()
+    dense = stock_inputs(model)
+    for stop in walk(adapt(model), TOKENS, passes=5, dense=embedded(model), tail=True):
+        if stop.block.index < 2:
+            assert_same(stop.dense_hidden, dense[stop.block.index, "block"], 1e-6)
+        for target in stop.block.targets:
+            if target.kind != "A_log":
+                key = (-1 if target.family == "head" else target.layer, target.kind)
+                now = stock_inputs(model)[key]
+                got = stop.seen(target, InputGram(paired=True))
+                assert_same(got.gram, second_moments(now), 1e-6)  # the stock norm computes in float32
+                assert_same(got.cross, second_moments(now, dense[key]), 1e-6)
+                if target.layer:
+                    assert (got.cross - got.gram).abs().max() > 1e-3 * got.gram.abs().max()
+            halve(target, target.layer)
+
+
+def test_what_wants_one_stream_gets_one() -> None:
+    model = pico_mamba()
+    stop = next(walk(adapt(model), TOKENS, passes=2, dense=embedded(model)))
+    assert stop.seen(stop.block.targets[0], InputGram()).cross is None
+    alone = next(walk(adapt(model), TOKENS, passes=2))
+    assert alone.dense is None and alone.dense_hidden is None
+
+
+def test_a_pair_hands_over_both_inputs() -> None:
+    class Both:
+        paired, options = True, {}
+
+        def __init__(self) -> None:
+            self.what: list[tuple[Any, ...]] = []
+
+        def add(self, *what: Any) -> None:
+            self.what.append(what)
+
+    observer = Both()
+    pair = Pair(observer)
+    assert isinstance(pair.dense, Recorder) and pair.options == pair.dense.options == {}
+    for step in range(2):
+        pair.dense.add(torch.tensor(step + 10))
+        pair.add(torch.tensor(step))
+    assert [(int(x), int(dense)) for x, dense in observer.what] == [(0, 10), (1, 11)]
+
+
+# moments that need no pass
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str | None]]:
+    """The (layer, until) of every call of a block's forward."""
+    calls: list[tuple[int, str | None]] = []
+    forward = StackBlock.forward
+
+    def counted(self: Any, hidden: Tensor, state: Any = None, taps: Any = None, until: Any = None) -> Any:
+        calls.append((self.index, until))
+        return forward(self, hidden, state, taps, until)
+
+    monkeypatch.setattr(StackBlock, "forward", counted)
+    return calls
+
+
+@pytest.mark.parametrize("paired", [False, True])
+@pytest.mark.parametrize("pruned", [False, True])
+def test_moments_that_follow_equal_a_look(paired: bool, pruned: bool, passes: list[Any]) -> None:
+    """dt_proj's from those of x_proj, in both streams, after x_proj was pruned."""
+    model = pico_mamba(time_step_rank=3).double()
+    for stop in walk(adapt(model), TOKENS, passes=3, dense=embedded(model) if paired else None):
+        halve(of_kind(stop, "in_proj"))
+        stop.seen(of_kind(stop, "x_proj"), InputGram(paired))
+        if pruned:
+            halve(of_kind(stop, "x_proj"), seed=1)
+        passes.clear()
+        followed = stop.seen(of_kind(stop, "dt_proj"), InputGram(paired))
+        assert not passes
+        looked = replace(stop, _last=None).seen(of_kind(stop, "dt_proj"), InputGram(paired))
+        assert len(passes) == 1 + paired
+        assert_same(followed.gram, looked.gram, 1e-10)
+        if paired:
+            assert_same(followed.cross, looked.cross, 1e-10)
+            assert not torch.allclose(followed.cross, followed.gram, rtol=1e-3)
+        else:
+            assert followed.cross is None and looked.cross is None
+
+
+def test_moments_that_do_not_follow_are_looked_at(passes: list[Any]) -> None:
+    model = pico_mamba(time_step_rank=3)
+    with torch.no_grad():
+        bias = model.backbone.layers[1].mixer.x_proj
+        bias.bias = nn.Parameter(torch.ones(bias.out_features))
+    architecture = adapt(model)
+    first, second = walk_and_keep(architecture, embedded(model))
+
+    def looks(stop: Stop, before: str, watched: Any, observer: Any) -> int:
+        stop = replace(stop, _last=None)
+        stop.seen(of_kind(stop, before), watched)
+        passes.clear()
+        got = stop.seen(of_kind(stop, "dt_proj"), observer)
+        assert isinstance(got, Moments) and got.power.shape == (3,)
+        return sum(until == "dt_proj" for _, until in passes)
+
+    assert looks(first, "x_proj", InputGram(), InputGram()) == 0
+    assert looks(first, "x_proj", InputGram(paired=True), InputGram()) == 0
+    assert looks(first, "x_proj", InputGram(), InputGram(paired=True)) == 2, "both streams"
+    assert looks(first, "x_proj", InputNorm(), InputGram()) == 1
+    assert looks(first, "x_proj", InputGram(), InputNorm()) == 1
+    assert looks(first, "in_proj", InputGram(), InputGram()) == 1
+    assert looks(second, "x_proj", InputGram(), InputGram()) == 1, "x_proj adds a bias"
+
+
+def walk_and_keep(architecture: Any, dense: Tensor) -> list[Stop]:
+    """All stops of a walk, each with windows of its own."""
+    return [
+        replace(stop, hidden=stop.hidden.clone(), dense_hidden=dense.clone())
+        for stop in walk(architecture, TOKENS, passes=1, dense=dense)
+    ]
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_each_target_costs_one_pass_up_to_it_and_one_through_the_block(
+    paired: bool, passes: list[Any]
+) -> None:
+    """dt_proj costs none, the last block is not run again, the second stream runs where it is looked at."""
+    model = pico_mamba()
+    progress: list[tuple[str, int, int]] = []
+    dense = embedded(model) if paired else None
+    for stop in walk(adapt(model), TOKENS, 6, lambda *call: progress.append(call), dense=dense):
+        for kind in ["in_proj", "x_proj", "dt_proj", "A_log", "out_proj"]:
+            state = StateError("unit", diagonal=True)
+            stop.seen(of_kind(stop, kind), state if kind == "A_log" else InputGram(paired))
+            halve(of_kind(stop, kind))
+    looks = ["in_proj", "x_proj", "A_log", "out_proj"]
+    if paired:  # the look at out_proj takes the dense stream through the block
+        looks = ["in_proj", "in_proj", "x_proj", "x_proj", "A_log", None, "out_proj"]
+    assert passes == [(i, until) for i in range(2) for until in [*looks, None]][:-1]
+    assert [call[1] for call in progress] == list(range(1, progress[-1][2] + 1))
+
+
+def test_passes_are_cut_into_slabs(passes: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrate, "LONGEST", 20)  # 20, 20 and 10
+    progress: list[tuple[str, int, int]] = []
+    for stop in walk(adapt(pico_mamba()), TOKENS, 3, lambda *call: progress.append(call), tail=True):
+        if stop.block.index == 2:
+            stop.seen(stop.block.targets[0], InputGram())
+        else:
+            stop.seen(of_kind(stop, "x_proj"), InputGram()), stop.seen(of_kind(stop, "dt_proj"), InputGram())
+    assert passes == [(i, until) for i in range(2) for until in ["x_proj"] * 3 + [None] * 3]
+    assert [call[1] for call in progress] == list(range(1, progress[-1][2] + 1)) and progress[-1][2] == 21
+
+
+# slabs
+
+
+@pytest.mark.parametrize("rows", [1, 7, 150, 10_000])
+def test_slab_width_does_not_matter(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    results, moments = [], []
+    for value in (calibrate.ROWS, rows):
+        monkeypatch.setattr(calibrate, "ROWS", value)
+        model = pico_mamba()
+        for stop in walk(adapt(model), TOKENS, passes=6, dense=embedded(model)):
+            results.append(stop.seen(a_log(stop), StateError("unit", diagonal=False)))
+            for kind in ["in_proj", "conv1d", "x_proj", "dt_proj", "out_proj"]:
+                moments.append(stop.seen(of_kind(stop, kind), InputGram(paired=True)))
+            halve(of_kind(stop, "out_proj"))
+    for one, other in zip(moments[:10], moments[10:], strict=True):
+        assert_same(other.gram, one.gram)
+        assert other.cross is not None and one.cross is not None
+        assert_same(other.cross, one.cross)
+    for one, other in zip(results[:2], results[2:], strict=True):
+        torch.testing.assert_close(one.gram, other.gram, rtol=1e-5, atol=1e-9)
+        torch.testing.assert_close(one.cross, other.cross, rtol=1e-5, atol=1e-9)
+        assert one.signal == pytest.approx(other.signal, rel=1e-5)
+
+
+def test_looking_changes_nothing() -> None:
+    architecture = adapt(pico_mamba())
+    for stop in walk(architecture, TOKENS, passes=2):
+        before = stop.hidden.clone()
+        stop.seen(a_log(stop), StateError("memoryless", diagonal=True))
+        for kind in LINEAR:
+            stop.seen(of_kind(stop, kind), InputGram())
+        assert torch.equal(stop.hidden, before)
+
+
+def test_slabs_are_bounded() -> None:
+    assert slab_width(64, 2048) * 64 == calibrate.ROWS
+    assert slab_width(1, 2048) == calibrate.LONGEST
+    assert slab_width(10**6, 2048) == 1
+    assert slab_width(4, 10) == 10
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_non_finite_activations_are_named(value: float) -> None:
+    model = pico_mamba()
+    with torch.no_grad():
+        model.backbone.embeddings.weight[TOKENS[2, 30]] = value
+    first = (TOKENS == TOKENS[2, 30]).nonzero()
+    window, position = min((int(w), int(t)) for w, t in first)
+    slab = position // slab_width(*TOKENS.shape)
+    assert slab == 0
+    with pytest.raises(
+        ValueError,
+        match=rf"backbone.layers.0: output is not finite in calibration window {window} at token {position}",
+    ):
+        for _ in walk(adapt(model), TOKENS, passes=1):
+            pass
+
+
+def test_progress_reaches_the_end() -> None:
+    calls: list[tuple[str, int, int]] = []
+    for stop in walk(adapt(pico_mamba()), TOKENS, passes=2, progress=lambda *call: calls.append(call)):
+        stop.seen(a_log(stop), StateError("memoryless", diagonal=True))
+    done = [call[1] for call in calls]
+    assert done == list(range(1, calls[-1][2] + 1))
+
+
+def test_a_survey_sees_the_dense_model_in_one_pass(passes: list[Any]) -> None:
+    """The same sums as a walk that changes nothing, every target in the same run through its block."""
+    calls: list[tuple[str, int, int]] = []
+
+    def watch(target: Target) -> Any | None:
+        if target.kind == "A_log":
+            return StateError("unit", diagonal=False) if target.layer else None
+        return InputNorm() if target.kind == "x_proj" else InputGram()
+
+    model = pico_mamba()
+    found = list(survey(adapt(model), TOKENS, watch, progress=lambda *call: calls.append(call)))
+    assert passes == [(0, None), (1, None)]
+    assert calls[0] == ("survey", 1, 2) and calls[-1] == ("survey", 2, 2)
+    targets = [target for target in adapt(model).targets if (target.layer, target.kind) != (0, "A_log")]
+    assert [target.name for target, _ in found] == [target.name for target in targets]
+    stock = stock_inputs(model)
+    for target, got in found:
+        if target.kind != "A_log":
+            x = stock[-1 if target.family == "head" else target.layer, target.kind]
+            want = second_moments(x)
+            assert_same(got.gram, want.diagonal() if target.kind == "x_proj" else want)
+    for stop in walk(adapt(pico_mamba()), TOKENS, passes=2):
+        want = stop.seen(a_log(stop), StateError("unit", diagonal=False))
+    got = next(got for target, got in found if target.kind == "A_log")
+    torch.testing.assert_close(got.gram, want.gram)
+
+
+def test_a_survey_without_the_head_leaves_it_out() -> None:
+    found = survey(adapt(pico_mamba()), TOKENS, lambda t: InputNorm() if t.kind == "in_proj" else None)
+    assert [target.name for target, _ in found] == [
+        f"backbone.layers.{i}.mixer.in_proj.weight" for i in range(2)
+    ]
