@@ -208,7 +208,7 @@ STAGES = {
 }
 PRUNED = {
     "sparsegpt, projections": {"method": "sparsegpt", "target": "projections"},
-    "absorb, projections, uniform": {"target": "projections", "allocation": "uniform", "weight": "none"},
+    "absorb, projections, uniform": {"target": "projections", "allocation": "uniform", "price": "none"},
     "default (absorb + exact)": {},
 }
 

@@ -112,7 +112,7 @@ TABLES: dict[str, tuple[dict[str, Fields], dict[str, Fields], str]] = {
         {
             "sparsegpt": {**LINEAR, "method": "sparsegpt"},
             "+ dense-target": {**LINEAR, "method": "sparsegpt", "repair": "dense-target"},
-            "+ fisher": {**LINEAR, "method": "sparsegpt", "repair": "dense-target", "weight": "fisher"},
+            "+ fisher": {**LINEAR, "method": "sparsegpt", "repair": "dense-target", "price": "fisher"},
             "+ refit, 32 columns": {**LINEAR, "allocation": "uniform"},
             "+ loss (absorb)": LINEAR,
         },

@@ -674,7 +674,7 @@ WHOLE: Mapping[str, Mapping[str, Any]] = {
     "magnitude": {"method": "magnitude"},
     "wanda": {"target": "projections", "method": "wanda"},
     "sparsegpt": {"target": "projections", "method": "sparsegpt", "pattern": "2:4"},
-    "ssm-fisher": {"target": "ssm", "weight": "fisher"},
+    "ssm-fisher": {"target": "ssm", "price": "fisher"},
 }
 
 

@@ -151,7 +151,7 @@ def test_quiet_means_quiet() -> None:
         ["--method", "sparsessm-vote", "--target", "ssm", "--allocation", "loss"],
         ["--method", "wanda", "--allocation", "owl:0.05", "--ignore", "layer:0"],
         ["--method", "sparsegpt", "--pattern", "1:4", "--ignore", "dt_proj", "--ignore", "A_log"],
-        ["--method", "absorb", "--repair", "dense-target:0.5", "--weight", "norms"],
+        ["--method", "absorb", "--repair", "dense-target:0.5", "--price", "norms"],
     ],
     ids=lambda options: options[1],
 )
@@ -272,7 +272,7 @@ def test_every_recipe_field_is_an_option_with_the_same_words() -> None:
             ["--repair", "slef"],
             "unknown repair 'slef'; known: none, self, dense-target; did you mean 'self'?",
         ),
-        (["--weight", "fischer"], "unknown weight 'fischer'; known: none, fisher, norms"),
+        (["--price", "fischer"], "unknown price 'fischer'; known: none, fisher, norms"),
         (["--allocation", "lost"], "unknown allocation 'lost'; known: uniform, hessian-trace, owl, loss"),
         (["--method", "exact", "--target", "head"], "method 'exact' does not prune target 'head'"),
         (["--pattern", "2:4", "--sparsity", "0.7"], "sparsity is 0.7, but pattern '2:4' keeps 2 of 4"),
@@ -554,7 +554,7 @@ def test_a_dry_run_says_what_every_rule_hits_and_writes_nothing(here: Path) -> N
         ("rule 2 (out_proj)", "projections", {"out_proj": 2}, 1024, "absorb", "unstructured", 0.6),
         ("rule 3 (A_log)", "ssm", {"A_log": 2}, 512, "exact", "unstructured", 0.5),
     ]
-    repairs = [(r["repair"], r["weight"], r["allocation"], r["removed"]) for r in document["rules"]]
+    repairs = [(r["repair"], r["price"], r["allocation"], r["removed"]) for r in document["rules"]]
     assert repairs == [
         ("dense-target:1", "fisher", "uniform", "zero"),
         ("dense-target:1", "fisher", "loss:0.1", "zero"),

@@ -160,7 +160,7 @@ def test_masks_do_not_depend_on_units(kind: str, seed: int, method: str, price: 
     done = []
     for unit, priced in ((1.0, 1.0), (4.0**-60, 4.0**-90), (4.0**60, 4.0**90)):
         cost = priced * inputs("full", seed + 2, 6, 1)[:, 0].abs() if price else None
-        rule = Rule(METHODS[method], Unstructured(), 0.5, "zero", repair=repair, cost=cost)
+        rule = Rule(METHODS[method], Unstructured(), 0.5, "zero", repair=repair, prices=cost)
         done.append(solved(gram, weight, unit, rule))
     for other in done:
         assert torch.isfinite(other.weight).all() and int(other.keep.sum()) == 48
@@ -173,7 +173,7 @@ def test_rows_that_all_cost_nothing_are_not_removed_in_the_order_of_their_number
     x = inputs("full", 0, 30, 16)
     gram, weight = (x.T @ x / 30).float(), inputs("full", 1, 6, 16).float()
     rules = [
-        Rule(METHODS["absorb"], Unstructured(), 0.5, "zero", repair="self", cost=cost)
+        Rule(METHODS["absorb"], Unstructured(), 0.5, "zero", repair="self", prices=cost)
         for cost in (None, torch.zeros(6, dtype=torch.float64))
     ]
     plain, free = (solved(gram, weight, 1.0, rule) for rule in rules)

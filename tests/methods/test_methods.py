@@ -325,7 +325,7 @@ def test_rows_are_complete() -> None:
     for name, method in METHODS.items():
         assert name == method.name and method.summary and method.paper and method.families
         assert set(method.options) <= set(Recipe.model_fields)
-        assert set(method.defaults) <= {"repair", "weight", "allocation"} and "allocation" in method.defaults
+        assert set(method.defaults) <= {"repair", "price", "allocation"} and "allocation" in method.defaults
         assert ("repair" in method.defaults) == method.hessian
     assert set(DEFAULTS) == {family for method in METHODS.values() for family in method.families}
     assert all(family in METHODS[name].families for family, name in DEFAULTS.items())
@@ -427,7 +427,7 @@ def test_a_whole_model_equals_the_papers(
     nm = {"ignore": ["dt_proj"]} if pattern == "2:4" else {}  # its rows have 6 entries
     how: dict[str, Any] = {"method": method, "pattern": pattern} | nm
     how |= {} if repair == "none" else {"repair": repair}
-    how |= {"weight": "none"} if method in ("sparsegpt", "absorb") else {}
+    how |= {"price": "none"} if method in ("sparsegpt", "absorb") else {}
     how |= {} if nm else {"allocation": "uniform"}
     rules = [{"targets": ["projections"]} | how, {"targets": ["lm_head"]} | how]
     if repair == "self":
@@ -583,7 +583,7 @@ def test_absorption_brings_a_layer_nearer_to_its_dense_output() -> None:
 
 @pytest.mark.parametrize("method", ["sparsegpt", "absorb"])
 def test_strength_0_is_the_layer_itself(method: str) -> None:
-    tokens, how = windows(2), {"targets": ["projections"], "method": method, "weight": "none"}
+    tokens, how = windows(2), {"targets": ["projections"], "method": method, "price": "none"}
     how |= {"allocation": "uniform"}
     models = [uneven_mamba() for _ in range(3)]
     for model, repair in zip(models, ["self", "dense-target:0", "dense-target:0.5"], strict=True):
@@ -614,7 +614,7 @@ def test_total_is_what_removing_a_weight_alone_costs(method: str, cost: Tensor |
     W, X = rng.standard_normal((3, 7)), rng.standard_normal((7, 7)) @ rng.standard_normal((7, 40))
     X[4] = 0
     gram = X @ X.T / 40
-    row, rule = METHODS[method], Rule(METHODS[method], Unstructured(), 0.5, "zero", cost=cost)
+    row, rule = METHODS[method], Rule(METHODS[method], Unstructured(), 0.5, "zero", prices=cost)
     assert row.total is not None
     factor = factorise(torch.from_numpy(gram))
     got = row.total(torch.from_numpy(W), factor, rule)

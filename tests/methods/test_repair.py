@@ -252,7 +252,7 @@ def test_rows_compete_by_what_they_cost() -> None:
     """A row that costs F times as much is a row that is sqrt(F) times as large."""
     W, X = problem(7, 5, 150)
     cost = np.array([1.0, 0.01, 4.0, 100.0, 0.0])
-    weights, keep = run(W, X, rule_of("sparsegpt", "unstructured", cost=torch.from_numpy(cost)))
+    weights, keep = run(W, X, rule_of("sparsegpt", "unstructured", prices=torch.from_numpy(cost)))
     scaled, mask = paper.sparsegpt(W * np.sqrt(cost)[:, None], 2 * X @ X.T, 0.5)
     assert np.array_equal(keep, mask) and keep[3].mean() > 0.9 > 0.5 > keep[1].mean()
     assert_close(weights[:4], scaled[:4] / np.sqrt(cost)[:4, None], 1e-8)

@@ -69,7 +69,7 @@ def combinations() -> list[dict[str, str]]:
     found = []
     values = {
         "repair": ("none", "self", "dense-target:0.5"),
-        "weight": ("none", "fisher", "norms"),
+        "price": ("none", "fisher", "norms"),
         "allocation": ("uniform", "hessian-trace", "owl", "loss:0.2"),
     }
     for name, method in METHODS.items():
@@ -101,7 +101,7 @@ def test_every_combination_removes_what_was_asked_for(fields: dict[str, str]) ->
     assert changed(before, model) <= {row.target for row in report.rows} | skips
     linear = [row for row in report.rows if row.method == fields["method"] and row.family == "projections"]
     for row in linear:
-        told = {"repair": row.repair, "weight": row.weight, "allocation": row.allocation}
+        told = {"repair": row.repair, "price": row.price, "allocation": row.allocation}
         defaults = {"hessian-trace": "hessian-trace:0.04", "owl": "owl:0.08"}
         for option in told.keys() & fields.keys():
             assert told[option] == defaults.get(fields[option], fields[option])
@@ -268,7 +268,7 @@ def test_the_head_is_pruned_on_request_once(tied: bool) -> None:
     (row,) = run(model, target="head", sparsity=0.4).rows
     head, embeddings = model.lm_head.weight, model.backbone.embeddings.weight
     assert row.target == ("backbone.embeddings.weight" if tied else "lm_head.weight")
-    assert (row.family, row.method, row.weight) == ("head", "absorb", "fisher")
+    assert (row.family, row.method, row.price) == ("head", "absorb", "fisher")
     assert row.pruned == int((head == 0).sum()) == round(0.4 * 64 * 16)
     assert (head is embeddings) == tied
     assert torch.equal(embeddings, before["backbone.embeddings.weight"]) == (not tied)
@@ -312,9 +312,9 @@ def test_conv1d_is_pruned_on_request_with_a_hessian_for_each_channel() -> None:
     got = model.state_dict()[name]
     assert torch.equal(got != 0, torch.from_numpy(keep))
     torch.testing.assert_close(got.double(), torch.from_numpy(want), rtol=1e-4, atol=1e-6)
-    assert [row.weight for row in run(pico_mamba(), target="conv1d").rows] == ["none"] * 2  # it has no Fisher
-    norms = run(pico_mamba(), target="conv1d", weight="norms")
-    assert [row.weight for row in norms.rows] == ["norms"] * 2
+    assert [row.price for row in run(pico_mamba(), target="conv1d").rows] == ["none"] * 2  # it has no Fisher
+    norms = run(pico_mamba(), target="conv1d", price="norms")
+    assert [row.price for row in norms.rows] == ["norms"] * 2
 
 
 def test_conv1d_between_the_others_comes_where_the_data_meets_it() -> None:
@@ -370,7 +370,7 @@ def test_repair_lowers_the_error_of_each_layer_and_a_joint_one_more() -> None:
 
     none = error(method="sparsegpt", repair="none")
     swept = error(method="sparsegpt", repair="self")
-    joint = error(method="absorb", repair="self", weight="none")
+    joint = error(method="absorb", repair="self", price="none")
     assert joint < swept < none
 
 
@@ -422,7 +422,7 @@ def test_report_says_what_happened() -> None:
     assert (row.target, row.layer, row.family) == ("backbone.layers.1.mixer.A_log", 1, "ssm")
     assert (row.total, row.pruned) == (256, 128)
     assert row.repaired == ("backbone.layers.1.mixer.D",)
-    assert (row.repair, row.weight, row.allocation, row.damping) == ("none", "none", "uniform", None)
+    assert (row.repair, row.price, row.allocation, row.damping) == ("none", "none", "uniform", None)
     assert run_ssm(pico_mamba(), diagonal=True).rows[0].repaired == ()
     assert report.recipe["sparsity"] == 0.5 and report.recipe["length"] == 40
 
@@ -437,7 +437,7 @@ def test_report_says_what_happened_to_linear_layers() -> None:
         "unstructured",
         "zero",
     )
-    assert (row.repair, row.weight, row.allocation) == ("dense-target:1", "fisher", "loss:0.1")
+    assert (row.repair, row.price, row.allocation) == ("dense-target:1", "fisher", "loss:0.1")
     assert (row.total, row.repaired, row.damping) == (17 * 32, (), 0.01)
     assert row.error is not None and row.signal is not None and 0 < row.error < row.signal
 
@@ -468,7 +468,7 @@ def test_what_is_not_a_number_is_refused_by_name() -> None:
             with torch.no_grad():
                 getattr(model.backbone.layers[1].mixer, name).weight[3, 2] = torch.nan
             with pytest.raises(ValueError, match="backbone.layers.1"):
-                run(model, target="projections", method=method, allocation=share, weight=None)
+                run(model, target="projections", method=method, allocation=share, price=None)
 
 
 @pytest.mark.parametrize("share", ["uniform", "loss"])

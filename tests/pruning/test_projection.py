@@ -359,16 +359,16 @@ def settled(model: Any, tokens: Tensor = TOKENS, **recipe: Any) -> tuple[Any, li
     return architecture.model, entries.prune(architecture, asked, tokens).rows
 
 
-@pytest.mark.parametrize("weight", ["none", None])
+@pytest.mark.parametrize("price", ["none", None])
 @pytest.mark.parametrize("repair", ["none", None])
 @pytest.mark.parametrize(
     ("groups", "sparsity", "left"), [(1, 0.5, 4), (2, 0.75, 2), (4, 0.875, 1), (2, 0.125, 7)]
 )
 def test_nothing_but_mixers_two_matrices_and_the_cache_change(
-    groups: int, sparsity: float, left: int, repair: str | None, weight: str | None
+    groups: int, sparsity: float, left: int, repair: str | None, price: str | None
 ) -> None:
     model = lively(pico_mamba2(n_groups=groups, num_hidden_layers=3))
-    how = {"sparsity": sparsity, "repair": repair, "weight": weight}
+    how = {"sparsity": sparsity, "repair": repair, "price": price}
     small, rows = settled(model, **how)
     found = projected.directions_of(small)
     counts = {layer: found.get(layer, 8) for layer in range(3)}
@@ -391,7 +391,7 @@ def test_nothing_but_mixers_two_matrices_and_the_cache_change(
         assert (row.target, row.layer, row.family) == (f"backbone.layers.{index}.state", index, "state")
         assert (row.removed, row.method, row.repair, row.repaired) == ("projected", "balanced", "none", ())
         assert (row.total, row.pruned) == (8 * groups, (8 - counts[index]) * groups)
-        assert row.weight == (weight or "fisher")
+        assert row.price == (price or "fisher")
     again, same = settled(model, **how)
     assert same == rows and all(torch.equal(t, again.state_dict()[name]) for name, t in after.items())
 
@@ -399,14 +399,14 @@ def test_nothing_but_mixers_two_matrices_and_the_cache_change(
 def test_a_layer_that_nobody_hears_gives_its_directions_to_the_other() -> None:
     model = lively(pico_mamba2())
     model.backbone.layers[0].mixer.out_proj.weight.data.mul_(1e-6)
-    small, rows = settled(model, ids_of(8 * 64).view(8, 64), weight="none")
+    small, rows = settled(model, ids_of(8 * 64).view(8, 64), price="none")
     assert projected.directions_of(small) == {0: 1, 1: 7} and [row.pruned for row in rows] == [14, 2]
 
 
 @pytest.mark.parametrize("layer", [0, 1])
 def test_every_layer_is_seen_as_it_is_in_the_dense_model(layer: int) -> None:
     model, tokens = lively(pico_mamba2()), ids_of(8 * 64).view(8, 64)
-    small, _ = settled(model, tokens, weight="none")
+    small, _ = settled(model, tokens, price="none")
     block, moments = adapt(model).blocks[layer], StateMoments(4)  # 16 looks for each of 8 states
     with torch.inference_mode():
         hidden = model.backbone.embeddings(tokens)
@@ -420,13 +420,13 @@ def test_every_layer_is_seen_as_it_is_in_the_dense_model(layer: int) -> None:
     assert difference(found, C.mT @ B) <= 1e-3
 
 
-@pytest.mark.parametrize("weight", ["none", None])
+@pytest.mark.parametrize("price", ["none", None])
 @pytest.mark.parametrize("value", [torch.nan, 1e30])
-def test_what_is_not_finite_names_the_block(value: float, weight: str | None) -> None:
+def test_what_is_not_finite_names_the_block(value: float, price: str | None) -> None:
     model = lively(pico_mamba2())
     model.backbone.layers[1].mixer.in_proj.weight.data.fill_(value)
     with pytest.raises(ValueError, match=r"^backbone\.layers\.1: .* not finite"):
-        settled(model, weight=weight)
+        settled(model, price=price)
 
 
 @given(seed=SEEDS, groups=st.integers(1, 3), states=st.integers(2, 7))

@@ -603,7 +603,7 @@ def test_exact_with_repair_is_nearer_to_the_dense_model_than_random_without(
     for method in ("exact", "random"):
         for repair in ("none", "dense-target"):
             architecture = adapt(copy.deepcopy(full))
-            how = {"method": method, "repair": repair, "weight": "none"}
+            how = {"method": method, "repair": repair, "price": "none"}
             shrink(architecture, ordered(architecture, pattern=f"structured:{axis}", **how), tokens)
             found[method, repair] = errors(full, architecture.model, tokens)
     assert found["exact", "dense-target"] < 0.7 * found["random", "none"]
@@ -636,7 +636,7 @@ def test_a_duplicated_state_costs_nothing_where_readouts_can_be_mixed() -> None:
             layer.mixer.A_log[:, 5] = layer.mixer.A_log[:, 2]
             layer.mixer.x_proj.weight[3 + 5] = layer.mixer.x_proj.weight[3 + 2]
     architecture = adapt(copy.deepcopy(full))
-    wanted = ordered(architecture, pattern="structured:state", sparsity=1 / 8, weight="none")
+    wanted = ordered(architecture, pattern="structured:state", sparsity=1 / 8, price="none")
     tokens = torch.randint(0, 64, (8, 64), generator=torch.Generator().manual_seed(2))
     shrink(architecture, wanted, tokens)
     for small, layer in zip(architecture.model.backbone.layers, full.backbone.layers, strict=True):
@@ -646,7 +646,7 @@ def test_a_duplicated_state_costs_nothing_where_readouts_can_be_mixed() -> None:
     plain = adapt(copy.deepcopy(full))
     shrink(
         plain,
-        ordered(plain, pattern="structured:state", sparsity=1 / 8, weight="none", repair="none"),
+        ordered(plain, pattern="structured:state", sparsity=1 / 8, price="none", repair="none"),
         tokens,
     )
     assert repaired < 0.05 * errors(full, plain.model, tokens)
@@ -793,7 +793,7 @@ def test_states_are_looked_at_in_the_first_windows(
     found = []
     for windows in (3, len(TOKENS)):
         architecture = adapt(make())
-        wanted = ordered(architecture, pattern="structured:state", weight="none")
+        wanted = ordered(architecture, pattern="structured:state", price="none")
         shrink(architecture, wanted, TOKENS[:windows])
         found.append(architecture.model.state_dict())
     few, many = found
@@ -806,7 +806,7 @@ def test_what_is_not_finite_names_the_block() -> None:
         model.backbone.layers[1].mixer.in_proj.weight[0] = torch.inf
     for method in ("exact", "magnitude"):
         architecture = adapt(copy.deepcopy(model))
-        wanted = ordered(architecture, pattern="structured:channel", method=method, weight="none")
+        wanted = ordered(architecture, pattern="structured:channel", method=method, price="none")
         with pytest.raises(ValueError, match="backbone.layers.1"):
             shrink(architecture, wanted, TOKENS)
 

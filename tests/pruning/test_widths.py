@@ -91,11 +91,11 @@ def test_a_cheap_step_behind_a_dear_one_is_not_reached_without_it() -> None:
 
 
 @pytest.mark.parametrize("make", [pico_mamba, pico_falcon_mamba])
-@pytest.mark.parametrize("weight", ["none", None])
-def test_a_layer_that_nobody_hears_gives_the_most(make: Callable[..., Any], weight: str | None) -> None:
+@pytest.mark.parametrize("price", ["none", None])
+def test_a_layer_that_nobody_hears_gives_the_most(make: Callable[..., Any], price: str | None) -> None:
     model = uneven(make)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    small, rows = settled(model, weight=weight)
+    small, rows = settled(model, price=price)
     found = of_layers(small)
     assert sum(found) == 3 * 32 and found[1] == 16 == min(found), "one in eight, and a multiple of 16"
     assert all(count % 16 == 0 for count in found)

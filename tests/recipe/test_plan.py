@@ -162,7 +162,7 @@ DEFAULT_WORDS = {
 def test_the_defaults_of_a_family_are_its_methods_own(model: Architecture, family: str) -> None:
     for rule in plan(model, target=family).rules.values():
         assert tuple(words(rule).values()) == DEFAULT_WORDS[family]
-        assert (rule.sparsity, rule.length, rule.cost) == (0.5, 40, None)
+        assert (rule.sparsity, rule.length, rule.prices) == (0.5, 40, None)
 
 
 @pytest.mark.parametrize(
@@ -174,8 +174,8 @@ def test_the_defaults_of_a_family_are_its_methods_own(model: Architecture, famil
         ({"method": "sparsessm"}, "ssm", ("sparsessm", "none", "none", "uniform")),
         ({"method": "sparsessm"}, "projections", ("absorb", "dense-target:1", "fisher", "loss:0.1")),
         ({"method": "wanda"}, "projections", ("wanda", "none", "none", "uniform")),
-        ({"repair": "self", "weight": "norms"}, "projections", ("absorb", "self", "norms", "loss:0.1")),
-        ({"repair": "self", "weight": "norms"}, "ssm", ("exact", "none", "norms", "loss:1")),
+        ({"repair": "self", "price": "norms"}, "projections", ("absorb", "self", "norms", "loss:0.1")),
+        ({"repair": "self", "price": "norms"}, "ssm", ("exact", "none", "norms", "loss:1")),
         ({"allocation": "loss:0.2"}, "projections", ("absorb", "dense-target:1", "fisher", "loss:0.2")),
         ({"allocation": "loss:0.2"}, "ssm", ("exact", "none", "none", "loss:0.2")),
         ({"allocation": "owl"}, "projections", ("absorb", "dense-target:1", "fisher", "owl:0.08")),
@@ -193,7 +193,7 @@ def test_what_is_said_replaces_the_defaults_where_it_is_read(
         if changed is None:
             assert fields.items() <= told.items()
         else:
-            assert tuple(told[word] for word in ("method", "repair", "weight", "allocation")) == changed
+            assert tuple(told[word] for word in ("method", "repair", "price", "allocation")) == changed
 
 
 def test_rules_inherit_from_the_recipe_and_a_pattern_brings_its_sparsity(model: Architecture) -> None:
@@ -208,7 +208,7 @@ def test_rules_inherit_from_the_recipe_and_a_pattern_brings_its_sparsity(model: 
             {"targets": ["in_proj"], "pattern": "1:4"},
             {"targets": ["x_proj"]},
             {"targets": ["out_proj"], "method": "wanda", "sparsity": 0.2, "allocation": "owl"},
-            {"targets": ["dt_proj"], "repair": "self", "weight": "norms"},
+            {"targets": ["dt_proj"], "repair": "self", "price": "norms"},
             {"targets": ["A_log"], "diagonal": True},
         ],
     )

@@ -47,8 +47,8 @@ from sparsessm.recipe.recipe import Recipe, RuleFields, window_length
         ({"repair": "dense-target:1.5"}, r"repair is 'dense-target:1.5'; allowed: none, self, .* 0 to 1"),
         ({"repair": "self:0.5"}, "repair is 'self:0.5'; allowed: none, self, dense-target"),
         (
-            {"weight": "fischer"},
-            "unknown weight 'fischer'; known: none, fisher, norms; did you mean 'fisher'",
+            {"price": "fischer"},
+            "unknown price 'fischer'; known: none, fisher, norms; did you mean 'fisher'",
         ),
         ({"budget": "layer"}, "unknown recipe field 'budget'; known: .*allocation"),
         ({"sparsty": 0.5}, "unknown recipe field 'sparsty'; known: .*model, .*; did you mean 'sparsity'"),
@@ -69,7 +69,7 @@ from sparsessm.recipe.recipe import Recipe, RuleFields, window_length
         ),
         ({"pattern": "2:4", "allocation": "loss"}, "allocation 'loss' has no effect with pattern '2:4'"),
         ({"method": "wanda", "repair": "self"}, "repair has no effect with .*'wanda'; .*: sparsegpt, absorb"),
-        ({"method": "magnitude", "weight": "fisher"}, "weight has no effect with method 'magnitude'; it"),
+        ({"method": "magnitude", "price": "fisher"}, "price has no effect with method 'magnitude'; it"),
         ({"target": "ssm", "repair": "self"}, "repair has no effect with method 'exact'; it belongs to"),
         (
             {"target": "projections", "method": "exact"},
@@ -88,7 +88,7 @@ from sparsessm.recipe.recipe import Recipe, RuleFields, window_length
             "allocation 'hessian-trace' has no effect on target 'head'; it belongs to: projections",
         ),
         (
-            {"target": "conv1d", "weight": "fisher"},
+            {"target": "conv1d", "price": "fisher"},
             "weight 'fisher' has no effect on target 'conv1d'; it belongs to: ssm, projections, head",
         ),
         (
@@ -130,7 +130,7 @@ def test_what_depends_on_the_model_is_filled_in() -> None:
     recipe = Recipe().resolved(trained_length=512, **facts)
     assert (recipe.model, recipe.sparsity, recipe.length) == ("m", 0.5, 512)
     assert (recipe.target, recipe.pattern, recipe.removed) == ("all", "unstructured", "memoryless")
-    assert (recipe.method, recipe.repair, recipe.weight, recipe.allocation) == (None,) * 4  # the method's own
+    assert (recipe.method, recipe.repair, recipe.price, recipe.allocation) == (None,) * 4  # the method's own
     linear = Recipe(target="projections").resolved(trained_length=None, **facts)
     assert (linear.target, linear.removed) == ("projections", None)
     ruled = Recipe(rules=[{"targets": "A_log"}]).resolved(trained_length=None, **facts)
@@ -239,7 +239,7 @@ def test_rules_in_yaml(tmp_path: Path) -> None:
 
 def test_what_is_not_said_is_not_written() -> None:
     assert Recipe().model_dump() == {"data": "stdlib", "samples": 64, "seed": 0}
-    values = {"diagonal": True, "time_weights": "linear", "repair": "self", "weight": "norms"}
+    values = {"diagonal": True, "time_weights": "linear", "repair": "self", "price": "norms"}
     values |= {"allocation": "owl"}
     for name, method in METHODS.items():
         target = method.families[0]
@@ -253,7 +253,7 @@ def test_what_is_not_said_is_not_written() -> None:
 def test_no_default_is_idle() -> None:
     """What each method says by default it reads, and every family has a method that knows it."""
     for method in METHODS.values():
-        assert set(method.defaults) <= {"repair", "weight", "allocation"}
+        assert set(method.defaults) <= {"repair", "price", "allocation"}
         for option, value in method.defaults.items():
             assert Recipe(method=method.name, target=method.families[0], **{option: value})
     for family, name in DEFAULTS.items():
@@ -307,17 +307,17 @@ def test_what_the_new_method_does_not_read_is_dropped_only_if_it_was_not_given_n
         full.updated(method="magnitude", diagonal=True)
     with pytest.raises(ValueError, match="diagonal has no effect with method 'magnitude'"):
         result(method="magnitude").updated(diagonal=True)
-    chosen = result(repair="self", weight="none", allocation="owl")
-    assert chosen.updated(seed=1) == result(repair="self", weight="none", allocation="owl", seed=1)
+    chosen = result(repair="self", price="none", allocation="owl")
+    assert chosen.updated(seed=1) == result(repair="self", price="none", allocation="owl", seed=1)
     assert chosen.updated(method="sparsegpt") == result(method="sparsegpt")
     with pytest.raises(ValueError, match="unknown method 'magnitud'"):
         full.updated(method="magnitud")
 
 
 def test_another_target_keeps_what_has_an_effect_on_it() -> None:
-    full = result(removed="unit", diagonal=True, weight="fisher", repair="self")
-    assert full.updated(target="projections") == result(target="projections", weight="fisher", repair="self")
-    assert full.updated(target="ssm") == result(target="ssm", removed="unit", diagonal=True, weight="fisher")
+    full = result(removed="unit", diagonal=True, price="fisher", repair="self")
+    assert full.updated(target="projections") == result(target="projections", price="fisher", repair="self")
+    assert full.updated(target="ssm") == result(target="ssm", removed="unit", diagonal=True, price="fisher")
     assert full.updated(target="conv1d") == result(target="conv1d", repair="self")
     with pytest.raises(ValueError, match="removed is 'unit'; it has an effect on target 'ssm' only"):
         full.updated(target="projections", removed="unit")
@@ -403,7 +403,7 @@ def test_the_examples_of_the_page_load(tmp_path: Path) -> None:
         ({"method": "sparsessm"}, "method 'sparsessm' scores single entries"),
         ({"repair": "self"},
          r"repair is 'self'; with pattern 'structured:state': none, dense-target\[:STRENGTH\]"),
-        ({"weight": "norms"}, "weight is 'norms'; with pattern 'structured:state': none, fisher"),
+        ({"price": "norms"}, "price is 'norms'; with pattern 'structured:state': none, fisher"),
         ({"method": "balanced", "repair": "dense-target"}, "repair has no effect with method 'balanced'"),
         ({"pattern": "structured:state=0.5", "sparsity": 0.5},
          "sparsity is 0.5, but pattern 'structured:state=0.5' says how much of each axis goes"),
@@ -429,7 +429,7 @@ STRUCTURED = st.fixed_dictionaries(
     optional={
         "method": st.sampled_from(sorted(name for name, row in SELECTIONS.items() if not row.projects)),
         "repair": st.sampled_from(["none", "dense-target", "dense-target:0.25"]),
-        "weight": st.sampled_from(["none", "fisher"]),
+        "price": st.sampled_from(["none", "fisher"]),
         "samples": st.integers(1, 100),
         "length": st.integers(2, 4096),
         "seed": st.integers(0, 2**63 - 1),
@@ -472,7 +472,7 @@ def test_a_structured_recipe_comes_back_from_yaml_and_from_a_record(
         {},
         {"target": "ssm", "removed": "unit", "diagonal": True},
         {"target": "projections", "ignore": "layer:0", "allocation": "owl"},
-        {"target": "ssm", "method": "exact", "weight": "fisher", "sparsity": 0.25},
+        {"target": "ssm", "method": "exact", "price": "fisher", "sparsity": 0.25},
         {"rules": [{"targets": "A_log", "method": "sparsessm", "time_weights": "linear"}]},
         {"pattern": "2:4", "target": "ssm"},
         {"pattern": "structured:block", "method": "exact", "sparsity": 0.1},
@@ -485,7 +485,7 @@ def test_a_structured_pattern_makes_room_for_itself(old: dict[str, Any], pattern
     for name in ("target", "removed", "diagonal", "allocation", "time_weights", "sparsity"):
         assert getattr(new, name) is None
     assert new.rules == () and new.ignore == ()
-    assert new.weight == old.get("weight") and new.method == old.get("method")
+    assert new.price == old.get("price") and new.method == old.get("method")
     assert Recipe(**new.model_dump()) == new
 
 
@@ -494,9 +494,9 @@ def test_a_method_for_single_entries_makes_room_for_whole_units(method: str) -> 
     old = result(method=method)
     assert old.updated(pattern="structured:state", method="ghost").method == "ghost"
     assert old.updated(pattern="structured:state").method is None
-    old = result(method="absorb", repair="self", weight="norms")
+    old = result(method="absorb", repair="self", price="norms")
     new = old.updated(pattern="structured:state")
-    assert (new.method, new.repair, new.weight) == (None, None, None)
+    assert (new.method, new.repair, new.price) == (None, None, None)
 
 
 def test_from_whole_units_to_single_entries() -> None:
@@ -532,4 +532,4 @@ def test_shares_and_a_sparsity_replace_each_other() -> None:
 def test_a_structured_pattern_in_yaml(tmp_path: Path, text: str) -> None:
     (tmp_path / "recipe.yaml").write_text(f"pattern: {text}\nrepair: none\nweight: fisher\n")
     recipe = Recipe.load(tmp_path / "recipe.yaml")
-    assert recipe == Recipe(pattern=text, repair="none", weight="fisher")
+    assert recipe == Recipe(pattern=text, repair="none", price="fisher")

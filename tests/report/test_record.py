@@ -125,7 +125,7 @@ def test_more_damping_than_usual_is_said() -> None:
         ("a.mixer.A_log", "A_log"),
         ("a.in_proj.weight", "in_proj"),
         ("a.conv1d.bias", "conv1d"),
-        ("weight", "weight"),
+        ("price", "price"),
     ],
 )
 def test_kinds(name: str, kind: str) -> None:

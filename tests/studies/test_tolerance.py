@@ -65,15 +65,15 @@ def recipe(**fields: Any) -> Recipe:
     return Recipe(allocation="uniform", length=24, **fields)
 
 
-def alone(cell: Cell, weight: str) -> Recipe:
+def alone(cell: Cell, price: str) -> Recipe:
     """What prunes one matrix of the model, and nothing else."""
     repair = {} if cell.kind == "A_log" else {"repair": "self"}
-    return recipe(rules=[{"targets": [cell.target]}], sparsity=cell.sparsity, weight=weight, **repair)
+    return recipe(rules=[{"targets": [cell.target]}], sparsity=cell.sparsity, price=price, **repair)
 
 
-def rules_of(model: nn.Module, calibration: Tensor, weight: str) -> Mapping[str, Any]:
+def rules_of(model: nn.Module, calibration: Tensor, price: str) -> Mapping[str, Any]:
     architecture = adapt(model)
-    rules = plan.make(recipe(weight=weight, repair="self"), architecture.targets).rules
+    rules = plan.make(recipe(price=price, repair="self"), architecture.targets).rules
     return entries.priced(architecture, rules, calibration, None)
 
 
@@ -91,16 +91,16 @@ def divergence(dense: Tensor, pruned: Tensor) -> float:
     return float((p * (p.log() - q.log())).sum(-1).mean())
 
 
-@pytest.mark.parametrize("weight", ["none", "fisher"])
+@pytest.mark.parametrize("price", ["none", "fisher"])
 @pytest.mark.parametrize("batch", [24, 48, 1000], ids=lambda tokens: f"batches of {tokens}")
 def test_every_cell_is_what_a_stock_model_with_that_matrix_pruned_does(
-    weight: str, batch: int, monkeypatch: pytest.MonkeyPatch
+    price: str, batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trials, "BATCH", batch)
     monkeypatch.setattr(trials, "LOGITS", 7)
     model, calibration, held_out = pico_mamba(), tokens(4, 1), tokens(3, 2)
     before = weights(model)
-    rules = rules_of(model, calibration, weight)
+    rules = rules_of(model, calibration, price)
     cells = sum(measure(adapt(model), rules, SPARSITIES, calibration, held_out), start=[])
     assert same(before, model.state_dict())
     assert [(cell.target, cell.sparsity) for cell in cells] == [(n, s) for n in rules for s in SPARSITIES]
@@ -108,7 +108,7 @@ def test_every_cell_is_what_a_stock_model_with_that_matrix_pruned_does(
         dense = model(held_out).logits
     for cell in cells:
         pruned = copy.deepcopy(model)
-        (row,) = entries.prune(adapt(pruned), alone(cell, weight), calibration).rows
+        (row,) = entries.prune(adapt(pruned), alone(cell, price), calibration).rows
         with torch.no_grad():
             expected = divergence(dense, pruned(held_out).logits)
         assert cell.kl == pytest.approx(expected, rel=2e-3, abs=1e-9), cell
@@ -172,7 +172,7 @@ def test_nothing_removed_changes_nothing() -> None:
 def test_progress_ends_where_it_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trials, "BATCH", 16)
     calls: list[tuple[str, int, int]] = []
-    analyze(sparsessm.load("dense"), weight="none", progress=lambda *call: calls.append(call), **SMALL)
+    analyze(sparsessm.load("dense"), price="none", progress=lambda *call: calls.append(call), **SMALL)
     assert {stage for stage, _, _ in calls} == {"analyze"}
     steps = [done for _, done, _ in calls]
     assert steps == sorted(steps)
@@ -240,7 +240,7 @@ def numbers(cell: Cell) -> list[float]:
         ({"sparsities": [0.3, 0.5]}, "sparsities"),
         ({"windows": 2}, "held_out"),
         ({"samples": 2}, "calibration"),
-        ({"weight": "none"}, "weight none"),
+        ({"price": "none"}, "price none"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -373,17 +373,17 @@ def test_the_command_prints_maps_and_tables(here: Path) -> None:
 
 
 def test_the_command_writes_the_file_and_the_picture() -> None:
-    outcome = run("dense", "-o", "out/deep", "--json", "--weight", "none", *FAST)
+    outcome = run("dense", "-o", "out/deep", "--json", "--price", "none", *FAST)
     document = json.loads(outcome.stdout)
     record = json.loads(Path("out/deep/analysis.json").read_text())
     assert document == {**record, "summary": document["summary"]}
     assert record["complete"] and len(record["cells"]) == record["expected"] == CELLS
-    assert record["settings"]["methods"]["projections"] == "absorb, removed zero, repair self, weight none"
+    assert record["settings"]["methods"]["projections"] == "absorb, removed zero, repair self, price none"
     assert set(document["summary"]["kinds"]) == {"in_proj", "x_proj", "dt_proj", "A_log", "out_proj"}
     assert Path("out/deep/analysis.png").read_bytes().startswith(b"\x89PNG")
     assert Path("out/deep/analysis.png").stat().st_size > 10_000
     assert {path.name for path in Path("out/deep").iterdir()} == {"analysis.json", "analysis.png"}
-    again = run("dense", "-o", "out/deep", "--json", "--weight", "none", "-q", *FAST)
+    again = run("dense", "-o", "out/deep", "--json", "--price", "none", "-q", *FAST)
     assert json.loads(again.stdout) == document
     line = run("dense", "-o", "out/deep", "-q", "--seed", "1", *FAST, code=1).stderr
     assert line.startswith("error: out/deep/analysis.json was measured otherwise")

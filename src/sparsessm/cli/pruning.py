@@ -61,7 +61,7 @@ def prune(
     pattern: Annotated[str | None, field("pattern")] = None,
     structured: Structured = None,
     repair: Annotated[str | None, field("repair")] = None,
-    weight: Annotated[str | None, field("weight")] = None,
+    price: Annotated[str | None, field("price")] = None,
     allocation: Annotated[str | None, field("allocation")] = None,
     removed: Annotated[str | None, field("removed")] = None,
     diagonal: Annotated[bool | None, field("diagonal", "--diagonal/--no-diagonal")] = None,
@@ -258,7 +258,7 @@ def analyze(
     model: Annotated[str, typer.Argument(help=Recipe.model_fields["model"].description)],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="For analysis.json and a PNG.")] = None,
     sparsities: Annotated[str, typer.Option(help="Shares removed, of each matrix alone.")] = "0.3,0.5,0.7",
-    weight: Annotated[str | None, field("weight")] = None,
+    price: Annotated[str | None, field("price")] = None,
     data: Annotated[str, field("data")] = "stdlib",
     column: Annotated[str | None, field("column")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Number of calibration windows.")] = 16,
@@ -285,7 +285,7 @@ def analyze(
         checkpoint = sparsessm.load(model, tokenizer=tokenizer)
         tell(checkpoint.notes, progress)
         options: dict[str, Any] = {"data": data, "column": column, "samples": samples, "windows": windows}
-        options |= {"length": length, "weight": weight, "seed": seed}
+        options |= {"length": length, "price": price, "seed": seed}
         options |= {"out": out, "force": force, "progress": progress}
         found = tolerance.analyze(checkpoint, sparsities=shares, **options)
         told = findings.summary(found)

@@ -20,9 +20,9 @@ class Rule:
         repair: "none"; "self": survivors restore the layer's own output (plain OBS); "dense-target": they
             restore its output in the dense model, errors of the layers before it included.
         strength: of dense-target, 0 to 1.
-        weight: "none"; "fisher" or "norms": an error in an output row costs what the loss says
+        price: "none"; "fisher" or "norms": an error in an output row costs what the loss says
             (calibration/prices.py).
-        cost: (out,) float64, that cost of each row; None where all rows cost the same.
+        prices: (out,) float64, that of each row; None where all rows have the same.
         allocation: name and parameter, see allocation.py.
         length: tokens a calibration window. seed: of this target.
     """
@@ -33,8 +33,8 @@ class Rule:
     removed: str
     repair: str = "none"
     strength: float = 1.0
-    weight: str = "none"
-    cost: Tensor | None = None
+    price: str = "none"
+    prices: Tensor | None = None
     allocation: tuple[str, float] = ("uniform", 0.0)
     diagonal: bool = False
     time_weights: str = "power:1"
@@ -61,7 +61,7 @@ class Method:
         companions: (observer's result, keep, rule) -> companion parameter -> change; None: there are none.
         error: (observer's result, keep, rule) -> (output error of the mask, energy of the dense output),
             where the method knows it.
-        defaults: values of the recipe fields `repair`, `weight` and `allocation`, as far as it reads them.
+        defaults: values of the recipe fields `repair`, `price` and `allocation`, as far as it reads them.
         options: other recipe fields that only some methods read and this one does.
     """
 

@@ -72,7 +72,7 @@ def _error(seen: ErrorSums, keep: Tensor, rule: Rule) -> tuple[float, float] | N
 
 
 def _watch(weight: Tensor, rule: Rule) -> Any:
-    return StateError(rule.removed, rule.diagonal, rule.cost, len(weight))
+    return StateError(rule.removed, rule.diagonal, rule.prices, len(weight))
 
 
 exact = Method(
@@ -84,6 +84,6 @@ exact = Method(
     score=_score,
     companions=_companions,
     error=_error,
-    defaults={"weight": "none", "allocation": "loss"},
+    defaults={"price": "none", "allocation": "loss"},
     options=("diagonal",),
 )

@@ -25,15 +25,15 @@ def _watch(weight: Tensor, rule: Rule) -> Any:
 def _score(weight: Tensor, seen: Factor, rule: Rule, columns: slice) -> Tensor:
     # A dead input's weights cost nothing (SparseGPT's code sets them to 0).
     score = (weight / seen.pivots[..., columns]).square().masked_fill(seen.dead[..., columns], 0.0)
-    if rule.cost is None or not (rule.cost > 0).any():  # of rows that all cost nothing none comes first
+    if rule.prices is None or not (rule.prices > 0).any():  # of rows that all cost nothing none comes first
         return score
     # Only the order counts: costs are brought near 1, so that none is lost in the dtype of the weights.
-    return score * (rule.cost / near(rule.cost.max()))[:, None].to(score.dtype)
+    return score * (rule.prices / near(rule.prices.max()))[:, None].to(score.dtype)
 
 
 def _total(weight: Tensor, seen: Factor, rule: Rule) -> Tensor:
     score = (weight.square() / seen.inverse_diagonal).masked_fill(seen.dead, 0.0)
-    return score if rule.cost is None else score.double() * rule.cost[:, None]
+    return score if rule.prices is None else score.double() * rule.prices[:, None]
 
 
 sparsegpt = Method(
@@ -45,7 +45,7 @@ sparsegpt = Method(
     score=_score,
     hessian=True,
     total=_total,
-    defaults={"repair": "self", "weight": "none", "allocation": "uniform"},
+    defaults={"repair": "self", "price": "none", "allocation": "uniform"},
 )
 
 absorb = Method(
@@ -59,5 +59,5 @@ absorb = Method(
     width=32,
     refit=True,
     total=_total,
-    defaults={"repair": "dense-target", "weight": "fisher", "allocation": "loss"},
+    defaults={"repair": "dense-target", "price": "fisher", "allocation": "loss"},
 )

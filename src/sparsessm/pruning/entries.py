@@ -103,7 +103,7 @@ def _prune(target: Target, rule: Rule, look: Look) -> Row:
     seen = look(target) if rule.method.watch else None
     tokens = seen.tokens if target.routed and isinstance(seen, Moments) else None
     if starved(target, seen):
-        rule, seen = replace(rule, method=METHODS["magnitude"], repair="none", weight="none", cost=None), None
+        rule, seen = replace(rule, method=METHODS["magnitude"], repair="none", price="none", prices=None), None
     method = rule.method
     done = solve(target, rule, seen)
     target.replace(done.weight.masked_fill(~done.keep, target.removed[rule.removed]))
@@ -245,7 +245,7 @@ def priced(
     """The rules, with what an error in each output row costs where they ask for it."""
     priced = dict(rules)
     asked = {
-        target.name: rules[target.name].weight for target in architecture.targets if target.name in rules
+        target.name: rules[target.name].price for target in architecture.targets if target.name in rules
     }
     costs: dict[str, Tensor] = {}
     if "norms" in asked.values():
@@ -257,7 +257,7 @@ def priced(
         costs |= {name: cost for name, cost in fisher.items() if asked.get(name) == "fisher"}
     for name, kind in asked.items():
         if kind != "none" and name in costs:
-            priced[name] = replace(rules[name], cost=costs[name])
+            priced[name] = replace(rules[name], prices=costs[name])
     return priced
 
 
@@ -391,7 +391,7 @@ def _row(
         pruned=int((~keep).sum()),
         allocation=words["allocation"],
         repair=words["repair"],
-        weight=words["weight"] if rule.cost is not None else "none",
+        price=words["price"] if rule.prices is not None else "none",
         damping=None if factor is None else factor.damping,
         error=None if error is None else error[0],
         signal=None if error is None else error[1],

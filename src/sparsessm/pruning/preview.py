@@ -134,7 +134,7 @@ def preview_units_table(model: str, record: Mapping[str, Any]) -> Table:
 
 def preview_tables(model: str, record: Mapping[str, Any]) -> list[Table]:
     """What `preview` returned, for people."""
-    fields = ["method", "pattern", "sparsity", "repair", "weight", "allocation"]
+    fields = ["method", "pattern", "sparsity", "repair", "price", "allocation"]
     rules = []
     for rule in record["rules"]:
         targets = ", ".join(f"{count} {kind}" for kind, count in rule["targets"].items())

@@ -57,7 +57,7 @@ def project(
                 removed="projected",
                 total=groups * states,
                 pruned=groups * (states - count),
-                weight="fisher" if costs else "none",
+                price="fisher" if costs else "none",
             )
         )
     return rows

@@ -121,7 +121,7 @@ def _row(
     total: int,
     pruned: int,
     repair: str = "none",
-    weight: str = "none",
+    price: str = "none",
     repaired: Iterable[str] = (),
 ) -> Row:
     return Row(
@@ -134,7 +134,7 @@ def _row(
         total=total,
         pruned=pruned,
         repair=repair,
-        weight=weight,
+        price=price,
         repaired=tuple(repaired),
     )
 
@@ -205,7 +205,7 @@ def _shrink_block(
                 selection.name,
                 *counts,
                 repair=f"dense-target:{order.strength:g}" if refits or mixes else "none",
-                weight="fisher" if costs and selection.name == "exact" else "none",
+                price="fisher" if costs and selection.name == "exact" else "none",
                 repaired=repaired
                 or dict.fromkeys(f"{stop.block.name}.{part.tensor}" for part in mixes or ()),
             )

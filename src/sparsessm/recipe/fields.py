@@ -33,12 +33,12 @@ from ..methods.structured import SELECTIONS
 
 REPAIRS = ("none", "self", "dense-target")
 # Fields that only some methods read. Given with others only, they are refused, not ignored.
-CHOICES = ("repair", "weight", "allocation")
+CHOICES = ("repair", "price", "allocation")
 OPTIONS = sorted({option for method in METHODS.values() for option in method.options} | set(CHOICES))
 # Values that mean something for some families only.
 HOMES = {
     "allocation": {"hessian-trace": ("projections",), "owl": ("projections", "conv1d", "head")},
-    "weight": {"fisher": ("ssm", "projections", "head"), "norms": ("ssm", "projections", "conv1d")},
+    "price": {"fisher": ("ssm", "projections", "head"), "norms": ("ssm", "projections", "conv1d")},
 }
 MOST_SAMPLES = 100_000
 
@@ -78,7 +78,7 @@ class Choice(BaseModel):
         description="What survivors restore: none; self (the layer's own output); dense-target[:STRENGTH] "
         "(its output in the dense model). Default: the method's.",
     )
-    weight: Literal["none", "fisher", "norms"] | None = Field(
+    price: Literal["none", "fisher", "norms"] | None = Field(
         None,
         description="What an error in an output row costs: none (all the same), fisher (what the loss says, "
         "from one backward pass), norms (a guess from the weights behind it). Default: the method's.",
@@ -256,8 +256,8 @@ def _fits_units(choice: Choice, pattern: Structured) -> None:
             raise ValueError(
                 f"method {choice.method!r} needs the pattern structured:state, got {str(pattern)!r}"
             )
-    if choice.weight == "norms":
-        raise ValueError(f"weight is 'norms'; with {given}: none, fisher")
+    if choice.price == "norms":
+        raise ValueError(f"price is 'norms'; with {given}: none, fisher")
 
 
 def reads(method: Method, option: str) -> bool:
@@ -266,7 +266,7 @@ def reads(method: Method, option: str) -> bool:
 
 
 def applies(option: str, value: str, family: str) -> bool:
-    """Whether this allocation or weight means something for targets of a family."""
+    """Whether this allocation or price means something for targets of a family."""
     return family in HOMES[option].get(value.partition(":")[0], (family,))
 
 

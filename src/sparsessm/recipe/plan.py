@@ -154,8 +154,8 @@ def _rule(recipe: Recipe, choice: Choice, target: Target, hit: Sequence[Target])
     repair, strength = "none", 1.0
     if "repair" in method.defaults:
         repair, strength = parse_repair(choice.repair or method.defaults["repair"])
-    weight = (choice.weight or method.defaults["weight"]) if "weight" in method.defaults else "none"
-    weight = weight if applies("weight", weight, target.family) else "none"
+    price = (choice.price or method.defaults["price"]) if "price" in method.defaults else "none"
+    price = price if applies("price", price, target.family) else "none"
     return Rule(
         method=method,
         pattern=pattern,
@@ -163,7 +163,7 @@ def _rule(recipe: Recipe, choice: Choice, target: Target, hit: Sequence[Target])
         removed=(choice.removed or "memoryless") if target.family == "ssm" else "zero",
         repair=repair,
         strength=strength,
-        weight=weight,
+        price=price,
         allocation=allocation.parse(name, target.family),
         diagonal=bool(choice.diagonal),
         time_weights=choice.time_weights or "power:1",
@@ -173,14 +173,14 @@ def _rule(recipe: Recipe, choice: Choice, target: Target, hit: Sequence[Target])
 
 
 def words(rule: Rule) -> dict[str, str]:
-    """The names of what a rule does: method, pattern, removed, repair, weight, allocation."""
+    """The names of what a rule does: method, pattern, removed, repair, price, allocation."""
     name, parameter = rule.allocation
     return {
         "method": rule.method.name,
         "pattern": str(rule.pattern),
         "removed": rule.removed,
         "repair": rule.repair if rule.repair != "dense-target" else f"dense-target:{rule.strength:g}",
-        "weight": rule.weight,
+        "price": rule.price,
         "allocation": name if name == "uniform" else f"{name}:{parameter:g}",
     }
 

@@ -227,7 +227,7 @@ class Recipe(Choice):
     def _strange(self, units: bool) -> set[str]:
         """What is said in words that mean nothing for whole units, or (not `units`) for single entries."""
         if not units:
-            return {"repair", "weight"} | (
+            return {"repair", "price"} | (
                 {"method"} if self.method and self.method not in METHODS else set()
             )
         return {
@@ -235,7 +235,7 @@ class Recipe(Choice):
             for name, strange in (
                 ("method", self.method not in SELECTIONS),
                 ("repair", (self.repair or "").startswith("self")),
-                ("weight", self.weight == "norms"),
+                ("price", self.price == "norms"),
             )
             if strange
         }

@@ -134,7 +134,7 @@ def order(recipe: Recipe, architecture: Architecture) -> Order:
         strength=0.0 if name == "none" or method.projects else strength,
         asked=recipe.repair is not None,
         by_layer=by_layer,
-        fisher=recipe.weight != "none",
+        fisher=recipe.price != "none",
         seed=recipe.seed,
         share=None if pattern.shares else share,
     )

@@ -39,7 +39,7 @@ class Row:
         removed: what an entry became, see `REMOVED_WORDS`.
         total: entries of the matrix.
         pruned: entries removed, counted from the mask and not from values.
-        allocation, repair, weight: as they were applied; "none" where they were not.
+        allocation, repair, price: as they were applied; "none" where they were not.
         damping: share of its mean diagonal that the Hessian got added: 0.01, more if it was singular; None
             without a Hessian.
         error: energy of the output error with the layer's input fixed, against what the repair aims at; None
@@ -59,7 +59,7 @@ class Row:
     pruned: int
     allocation: str = "uniform"
     repair: str = "none"
-    weight: str = "none"
+    price: str = "none"
     damping: float | None = None
     error: float | None = None
     signal: float | None = None

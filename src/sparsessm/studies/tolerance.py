@@ -66,7 +66,7 @@ def analyze(
     checkpoint: Checkpoint,
     *,
     sparsities: Iterable[float] = SPARSITIES,
-    weight: str | None = None,
+    price: str | None = None,
     data: str = "stdlib",
     column: str | None = None,
     samples: int = 16,
@@ -85,7 +85,7 @@ def analyze(
     Args:
         checkpoint: what `load` returned; it is not changed.
         sparsities: each in [0, 1).
-        weight: what an error in an output row costs, as in a recipe; None: what the methods take. With "none"
+        price: what an error in an output row costs, as in a recipe; None: what the methods take. With "none"
             there is no backward pass.
         data, column, samples, length, seed: of the calibration windows, as in a recipe.
         windows: number of held-out windows, of the same data.
@@ -104,7 +104,7 @@ def analyze(
     what: dict[str, Any] = {
         "repair": "self",
         "allocation": "uniform",
-        "weight": weight,
+        "price": price,
         "length": length,
         "seed": seed,
     }
@@ -154,7 +154,7 @@ def _methods(architecture: Architecture, rules: Mapping[str, Rule]) -> dict[str,
         if target.name in rules:
             said = words(rules[target.name])
             found[target.family] = ", ".join(
-                [said["method"], *(f"{name} {said[name]}" for name in ("removed", "repair", "weight"))]
+                [said["method"], *(f"{name} {said[name]}" for name in ("removed", "repair", "price"))]
             )
     return found
 

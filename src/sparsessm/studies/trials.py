@@ -188,7 +188,7 @@ def _pruned(block: Block, target: Target, rule: Rule, seen: Any) -> tuple[Block,
     if solution.factor is not None:
         change, gram = own.matrix - target.matrix, solution.seen.gram
         error, signal = (solution.unit * output_error(part, gram) for part in (change, target.matrix))
-        weighed = change if rule.cost is None else change * rule.cost.sqrt()[:, None].to(change.dtype)
+        weighed = change if rule.prices is None else change * rule.prices.sqrt()[:, None].to(change.dtype)
         cost = solution.unit * output_error(weighed, gram)
     else:
         measured = method.error(solution.seen, solution.keep, rule) if method.error else None
