@@ -34,7 +34,6 @@ from sparsessm.methods.balanced import balanced_truncation, energies
 from sparsessm.methods.exact import elimination_scores
 from sparsessm.methods.observers import StateMoments, StateSums
 from sparsessm.pruning.projection import allot
-from sparsessm.recipe.recipe import Recipe
 
 SHARES = (0.25, 0.5, 0.75)
 Maps = list[tuple[Tensor, Tensor]]  # of each layer T_b and T_c, (G, N, r)
@@ -103,8 +102,7 @@ def main() -> None:
     options = parser.parse_args()
     checkpoint = sparsessm.load(options.model)
     length = checkpoint.trained_length
-    recipe = sparsessm.resolve(checkpoint, Recipe(samples=options.samples))
-    tokens = sparsessm.draw(checkpoint, recipe)
+    tokens = sparsessm.Run(checkpoint, samples=options.samples).windows()
     assert tokens is not None
     architecture = adapt(checkpoint.model, checkpoint.stored)
     with torch.inference_mode():

@@ -32,11 +32,13 @@ from sparsessm import kernels
 from sparsessm.architectures import adapt
 from sparsessm.calibration.walk import ROWS, walk
 from sparsessm.kernels.ssd import ssd_scan
-from sparsessm.methods import METHODS, Rule
+from sparsessm.methods import Rule, entry_methods
 from sparsessm.methods.observers import InputGram
 from sparsessm.methods.patterns import Unstructured
-from sparsessm.pruning import entries
+from sparsessm.pruning import entries, make_plan
 from sparsessm.recipe.recipe import Recipe
+
+METHODS = entry_methods()
 
 LENGTH = 2048
 WIDTH, CHANNELS, STATES, RANK = 768, 1536, 16, 48  # mamba-130m
@@ -237,7 +239,7 @@ def pruning(rounds: int, windows: int) -> dict[str, Any]:
         def once() -> None:
             dense = adapt(model(2))
             recipe = Recipe(**fields).resolved(model="random", trained_length=LENGTH)
-            entries.prune(dense, recipe, tokens)
+            make_plan(recipe, dense).run(dense, tokens)
 
         return once
 
@@ -294,7 +296,7 @@ def peak(layers: int, windows: int, fields: dict[str, str]) -> dict[str, float]:
     recipe = Recipe(**fields).resolved(model="random", trained_length=LENGTH)
     Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = _status("VmRSS")
-    entries.prune(architecture, recipe, tokens)
+    make_plan(recipe, architecture).run(architecture, tokens)
     weights = sum(p.numel() * p.element_size() for p in dense.parameters())
     return {"weights": weights / MIB, "pruning": _status("VmHWM") - before}
 

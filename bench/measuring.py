@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sparsessm.architectures import adapt
 from sparsessm.evaluation.perplexity import perplexity
-from sparsessm.pruning import entries
+from sparsessm.pruning import make_plan
 from sparsessm.recipe.recipe import Recipe
 
 
@@ -64,7 +64,9 @@ def main() -> None:
         return
     recipe = Recipe().resolved(model="random", trained_length=options.length)
     calibration = random_tokens(options.samples, options.length)
-    pruning = seconds(lambda: entries.prune(adapt(dense), recipe, calibration))
+    architecture = adapt(dense)
+    plan = make_plan(recipe, architecture)
+    pruning = seconds(lambda: plan.run(architecture, calibration))
     print(f"pruning by {options.samples} windows of {options.length} tokens: {pruning:.1f} s")
     for (windows, length), taken in measured.items():
         share = 2 * min(taken) / (2 * min(taken) + pruning)

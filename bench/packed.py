@@ -68,7 +68,7 @@ def main() -> None:
             source = MODEL
             if fields:
                 checkpoint = sparsessm.load(MODEL)
-                report = sparsessm.prune(checkpoint, samples=32, **fields)
+                report = sparsessm.prune(checkpoint, samples=32, **fields, measure=False)
                 source = str(sparsessm.save(checkpoint, Path(folder) / pruning.replace(" ", ""), report))
             for dtype, how in PACKED.items():
                 name, out = f"{pruning} {dtype}", Path(folder) / f"{pruning}-{dtype}".replace(" ", "")

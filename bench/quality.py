@@ -174,13 +174,14 @@ class Measure:
                 "held_out": self._dense.record()["text"],
             }
             self._where = {"cpu": cpu(), "threads": torch.get_num_threads(), "text": splits}
-        recipe = sparsessm.resolve(checkpoint, Recipe(**fields, samples=self._samples, seed=seed))
+        run = sparsessm.Run(checkpoint, Recipe(**fields, samples=self._samples, seed=seed))
         if seed not in self._tokens:
-            drawn = sparsessm.draw(checkpoint, Recipe(samples=self._samples, seed=seed, length=recipe.length))
+            same = Recipe(samples=self._samples, seed=seed, length=run.recipe.length)
+            drawn = sparsessm.Run(checkpoint, same).windows()
             assert drawn is not None
             self._tokens[seed] = drawn
         began = time.perf_counter()
-        report = sparsessm.follow(checkpoint, recipe, self._tokens[seed])
+        report = run.prune(self._tokens[seed], measure=False)
         seconds = time.perf_counter() - began
         pruned = perplexity(checkpoint.model, *self._text)
         change = difference(self._dense, pruned)

@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 import torch
 from pico import TEXT, pico_mamba, pico_tokenizer
+from typer.testing import CliRunner
 
 import sparsessm
+from sparsessm import architectures, cli, pruning
 from sparsessm.architectures import REMOVED_A_LOG
 from sparsessm.checkpoint import Checkpoint
 from sparsessm.recipe.recipe import Recipe
@@ -45,7 +47,7 @@ def removed(checkpoint: Checkpoint) -> list[float]:
 
 
 def test_prune_works_in_place_and_save_and_load_change_nothing(dense: Checkpoint) -> None:
-    report = sparsessm.prune(dense, sparsity=0.25, target="ssm", allocation="uniform", **FAST)
+    report = sparsessm.prune(dense, sparsity=0.25, target="ssm", allocation="uniform", **FAST, measure=False)
     assert removed(dense) == [0.25, 0.25]
     assert report.totals["ssm"]["pruned"] == 128
     assert report.recipe["model"] == "dense"
@@ -64,16 +66,16 @@ def test_prune_works_in_place_and_save_and_load_change_nothing(dense: Checkpoint
 
 def test_fields_replace_those_of_a_recipe(dense: Checkpoint) -> None:
     recipe = Recipe(method="magnitude", sparsity=0.5)
-    report = sparsessm.prune(dense, recipe=recipe, sparsity=0.75)
+    report = sparsessm.prune(dense, recipe=recipe, sparsity=0.75, measure=False)
     assert removed(dense) == [0.75, 0.75]
     assert report.recipe["method"] == "magnitude"
     assert report.fingerprint == ""  # it looked at no data
     with pytest.raises(ValueError, match="unknown recipe field 'sparsty'"):
-        sparsessm.prune(dense, sparsty=0.5)
+        sparsessm.prune(dense, sparsty=0.5, measure=False)
     with pytest.raises(
         ValueError, match="groups of 3 do not divide the 8 entries of a row of .*0.mixer.A_log"
     ):
-        sparsessm.prune(dense, target="ssm", pattern="1:3")
+        sparsessm.prune(dense, target="ssm", pattern="1:3", measure=False)
 
 
 def test_the_tokenizer_that_was_given_is_in_the_recipe_and_repeats(dense: Checkpoint) -> None:
@@ -81,23 +83,28 @@ def test_the_tokenizer_that_was_given_is_in_the_recipe_and_repeats(dense: Checkp
         Path("dense", name).unlink(missing_ok=True)
     pico_tokenizer(60).save_pretrained("words")
     model = sparsessm.load("dense", tokenizer="words")
-    report = sparsessm.prune(model, recipe=Recipe(tokenizer="another"), **FAST)
+    report = sparsessm.prune(model, recipe=Recipe(tokenizer="another"), **FAST, measure=False)
     assert report.recipe["tokenizer"] == "words"  # the one that was used
     sparsessm.save(model, "out", report)
     recipe = Recipe.load("out")
     again = sparsessm.load(str(recipe.model), tokenizer=recipe.tokenizer)
-    assert sparsessm.prune(again, recipe=recipe).fingerprint == report.fingerprint
+    assert sparsessm.prune(again, recipe=recipe, measure=False).fingerprint == report.fingerprint
 
 
 def test_a_model_with_its_own_tokenizer_says_none(dense: Checkpoint) -> None:
-    assert "tokenizer" not in sparsessm.prune(dense, method="magnitude").recipe
+    assert "tokenizer" not in sparsessm.prune(dense, method="magnitude", measure=False).recipe
 
 
 def test_a_second_pruning_in_memory_is_said(dense: Checkpoint) -> None:
-    assert sparsessm.prune(dense, method="magnitude").record()["pruned_before"] is False
-    second = sparsessm.prune(replace(dense), method="random")  # the same model in another wrapping
+    assert sparsessm.prune(dense, method="magnitude", measure=False).record()["pruned_before"] is False
+    second = sparsessm.prune(
+        replace(dense), method="random", measure=False
+    )  # the same model in another wrapping
     assert second.record()["pruned_before"] is True
-    assert sparsessm.prune(sparsessm.load("dense"), method="random").record()["pruned_before"] is False
+    assert (
+        sparsessm.prune(sparsessm.load("dense"), method="random", measure=False).record()["pruned_before"]
+        is False
+    )
 
 
 def test_an_interrupted_pruning_counts(dense: Checkpoint) -> None:
@@ -106,8 +113,8 @@ def test_an_interrupted_pruning_counts(dense: Checkpoint) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        sparsessm.prune(dense, **FAST, progress=stop)
-    assert sparsessm.prune(dense, method="magnitude").pruned_before
+        sparsessm.prune(dense, **FAST, progress=stop, measure=False)
+    assert sparsessm.prune(dense, method="magnitude", measure=False).pruned_before
 
 
 def test_progress_is_told_and_evaluate_stays_a_function(dense: Checkpoint) -> None:
@@ -120,12 +127,12 @@ def test_progress_is_told_and_evaluate_stays_a_function(dense: Checkpoint) -> No
         measured = sparsessm.evaluate(dense, "text.txt", length=16, limit=3, progress=progress)
     assert (measured.windows, measured.length, measured.data) == (3, 16, "text.txt")
     assert measured.perplexity > 1
-    sparsessm.prune(dense, target="ssm", allocation="uniform", **FAST, progress=progress)
+    sparsessm.prune(dense, target="ssm", allocation="uniform", **FAST, progress=progress, measure=False)
     assert {"evaluate", "calibrate"} == {stage for stage, _, _ in told}
     assert ("evaluate", 3, 3) in told
     assert told[-1][1] == told[-1][2]
     told.clear()
-    sparsessm.prune(dense, **FAST, progress=progress)
+    sparsessm.prune(dense, **FAST, progress=progress, measure=False)
     assert list(dict.fromkeys(stage for stage, _, _ in told)) == ["fisher", "survey", "calibrate"]
     last = {stage: (done, total) for stage, done, total in told}
     assert all(done == total for done, total in last.values()), last
@@ -134,11 +141,11 @@ def test_progress_is_told_and_evaluate_stays_a_function(dense: Checkpoint) -> No
 def test_a_window_has_the_length_the_model_was_trained_on(dense: Checkpoint) -> None:
     short = replace(dense, trained_length=32)
     assert sparsessm.evaluate(short, "text.txt", limit=1).length == 32
-    assert sparsessm.prune(short, data="text.txt", samples=1).recipe["length"] == 32
+    assert sparsessm.prune(short, data="text.txt", samples=1, measure=False).recipe["length"] == 32
 
 
 def test_the_card_names_a_hub_model_as_its_base_and_no_local_one(dense: Checkpoint) -> None:
-    report = sparsessm.prune(dense, method="magnitude")
+    report = sparsessm.prune(dense, method="magnitude", measure=False)
     sparsessm.save(dense, "local", report)
     assert "base_model" not in Path("local/README.md").read_text()
     sparsessm.save(replace(dense, source="org/mamba"), "hub", report)
@@ -149,7 +156,7 @@ def test_the_card_names_a_hub_model_as_its_base_and_no_local_one(dense: Checkpoi
 
 def test_by_default_half_of_the_whole_model_goes(dense: Checkpoint) -> None:
     before = {name: tensor.clone() for name, tensor in dense.model.state_dict().items()}
-    report = sparsessm.prune(dense, **FAST)
+    report = sparsessm.prune(dense, **FAST, measure=False)
     assert {family: round(total["sparsity"], 2) for family, total in report.totals.items()} == {
         "projections": 0.5,
         "ssm": 0.5,
@@ -182,3 +189,34 @@ def example() -> str:
 
 def test_the_readme_shows_the_example_of_the_docstring() -> None:
     assert f"```python\n{example()}\n```" in (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def test_python_measures_as_the_command_does(dense: Checkpoint) -> None:
+    report = sparsessm.prune(dense, target="ssm", data="text.txt", samples=2, length=32)
+    sparsessm.save(dense, "from-python", report)
+    line = ["prune", "dense", "-o", "from-command", "--target", "ssm", "--data", "text.txt", "--samples", "2"]
+    outcome = CliRunner().invoke(cli.app, [*line, "--length", "32", "--quiet"])
+    assert outcome.exit_code == 0, outcome.stderr
+    records = [
+        json.loads(Path(folder, "pruning.json").read_text()) for folder in ("from-python", "from-command")
+    ]
+    assert records[0]["perplexity"] == records[1]["perplexity"] and records[0]["perplexity"]["difference"]
+    assert records[0]["targets"] == records[1]["targets"]
+    cards = [Path(folder, "README.md").read_text() for folder in ("from-python", "from-command")]
+    assert cards[0] == cards[1] and "perplexity" in cards[0].lower()
+    again = sparsessm.load("dense")
+    assert not sparsessm.prune(
+        again, target="ssm", data="text.txt", samples=2, length=32, measure=False
+    ).perplexity
+
+
+def test_a_run_adapts_and_plans_once(dense: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    for module, name in ((architectures, "adapt"), (pruning, "make_plan")):
+        real = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *given, real=real, name=name: (calls.append(name), real(*given))[1]
+        )
+    run = sparsessm.Run(dense, target="ssm", **FAST)
+    run.prune(run.windows(), measure=False)
+    assert calls == ["adapt", "make_plan"]

@@ -8,8 +8,8 @@
     sparsessm.save(model, "out", report)
     print(sparsessm.runtime.load("out").generate("import os").text)
 
-This file is the door: four functions before `checkpoint`, `data`, `plan`, `pipeline`, `report`, `evaluation`.
-Importing it is light; torch and transformers come in with the first call.
+This file is the door: four functions, and `Run`, the steps of one pruning run, which the command line takes
+too. Importing it is light; torch and transformers come in with the first call.
 """
 
 from __future__ import annotations
@@ -26,10 +26,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
 
+    from sparsessm.evaluation.before_after import Yardstick
     from sparsessm.evaluation.perplexity import Perplexity
-    from sparsessm.recipe.plan import Plan
     from sparsessm.recipe.recipe import Recipe
-    from sparsessm.recipe.units import Order
     from sparsessm.report.record import Report
 
     from .checkpoint import Checkpoint
@@ -75,19 +74,25 @@ def load(source: str | Path, tokenizer: str | None = None) -> Checkpoint:
 
 
 def prune(
-    checkpoint: Checkpoint, *, recipe: Recipe | None = None, progress: Progress | None = None, **fields: Any
+    checkpoint: Checkpoint,
+    *,
+    recipe: Recipe | None = None,
+    measure: bool = True,
+    progress: Progress | None = None,
+    **fields: Any,
 ) -> Report:
-    """Prune `checkpoint.model` in place, without training.
+    """Prune `checkpoint.model` in place, without training, and measure what it cost.
 
     Args:
         checkpoint: what `load` returned.
         recipe: what to do; the defaults if None.
+        measure: perplexity before and after, on 16 held-out windows of the recipe's text; else only pruning.
         progress: called with (stage, done, total).
         fields: fields of the recipe (see `recipe.Recipe`), which replace those in `recipe`: `sparsity=0.5`.
 
     Returns:
-        What was removed from which tensor; `save` writes it beside the model. Its recipe names the model and
-        the tokenizer of `checkpoint`, whatever `recipe` says.
+        What was removed from which tensor and what it cost; `save` writes it beside the model. Its recipe
+        names the model and the tokenizer of `checkpoint`, whatever `recipe` says.
 
     Raises:
         ValueError: an unknown or impossible field, a text shorter than one window, or activations that are
@@ -95,141 +100,152 @@ def prune(
             parametrised), or that another thread works on.
         TypeError: something else than a checkpoint, a recipe or a function.
     """
-    from sparsessm.checkpoint.given import working
-    from sparsessm.runtime.threads import refuse_torch_threads
-
-    refuse_torch_threads()
-    _refuse_uncallable(progress)
-    with working(checkpoint, "prune"):
-        resolved, tokens, advice = settle(checkpoint, resolve(checkpoint, recipe, **fields), progress)
-        report = follow(checkpoint, resolved, tokens, progress)
-        report.advice = advice
-        return report
+    return Run(checkpoint, recipe, progress=progress, **fields).prune(measure=measure)
 
 
-def resolve(checkpoint: Checkpoint, recipe: Recipe | None = None, **fields: Any) -> Recipe:
-    """First step of `prune`: replace `fields` in the recipe and fill in what depends on the model.
+class Run:
+    """One recipe on one model, adapted and planned once, and the steps of a run: of `prune`, of the command.
+
+    Attributes:
+        checkpoint: what `load` returned.
+        architecture: its model, as the loops see it.
+        plan: what the recipe does to it (`pruning.Plan`).
+        advice: the curve that the number of windows was chosen from (`studies.windows.Step`s as plain
+            values); empty where the recipe says a number.
 
     Raises:
         ValueError: an unknown or impossible field, a rule that hits nothing, or a pattern that does not fit
             the model's matrices; a checkpoint as in `prune`.
         TypeError: as `prune`.
     """
-    from sparsessm.checkpoint.given import working
-    from sparsessm.recipe.recipe import Recipe
 
-    if recipe is not None and not isinstance(recipe, Recipe):
-        raise TypeError(f"recipe is of type {type(recipe).__name__}; allowed: a Recipe (see Recipe.load)")
-    for name, value in fields.items():
-        if isinstance(value, bool) and name != "diagonal":  # pydantic takes True as 1
-            raise ValueError(f"{name} is {value}; allowed: a number or a text")
-    with working(checkpoint, "resolve"):
-        recipe = (recipe or Recipe()).updated(**{**fields, "tokenizer": checkpoint.tokenizer_source})
-        recipe = recipe.resolved(model=checkpoint.source, trained_length=checkpoint.trained_length)
-        planned(checkpoint, recipe)  # refuses what does not fit the model
-        return recipe
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        recipe: Recipe | None = None,
+        *,
+        progress: Progress | None = None,
+        say: Callable[[str], None] | None = None,
+        **fields: Any,
+    ) -> None:
+        """
+        Args:
+            progress, fields: as of `prune`. say: called with the title of each step of the work.
+        """
+        from sparsessm.architectures import adapt
+        from sparsessm.checkpoint.given import working
+        from sparsessm.pruning import make_plan
+        from sparsessm.recipe.recipe import Recipe
+        from sparsessm.runtime.threads import refuse_torch_threads
 
+        refuse_torch_threads()
+        _refuse_uncallable(progress)
+        if recipe is not None and not isinstance(recipe, Recipe):
+            raise TypeError(f"recipe is of type {type(recipe).__name__}; allowed: a Recipe (see Recipe.load)")
+        for name, value in fields.items():
+            if isinstance(value, bool) and name != "diagonal":  # pydantic takes True as 1
+                raise ValueError(f"{name} is {value}; allowed: a number or a text")
+        self.checkpoint, self._progress, self._say = checkpoint, progress, say or (lambda title: None)
+        self.advice: list[dict[str, Any]] = []
+        self._yardstick: Yardstick | None = None
+        with working(checkpoint, "prune"):
+            wanted = (recipe or Recipe()).updated(**{**fields, "tokenizer": checkpoint.tokenizer_source})
+            wanted = wanted.resolved(model=checkpoint.source, trained_length=checkpoint.trained_length)
+            self.architecture = adapt(checkpoint.model, checkpoint.stored)
+            self.plan = make_plan(wanted, self.architecture)
 
-def planned(checkpoint: Checkpoint, recipe: Recipe) -> Plan | Order:
-    """What a resolved recipe does to every matrix of the model, or which whole units it takes out.
+    @property
+    def recipe(self) -> Recipe:
+        """Resolved: it says everything. Where `samples` was auto, `windows` puts their number in."""
+        return self.plan.recipe
 
-    Raises:
-        ValueError: as `resolve`.
-    """
-    from sparsessm.architectures import adapt
-    from sparsessm.recipe import plan, units
+    def windows(self) -> Tensor | None:
+        """The calibration windows (W, L) int64: as many as the recipe says, or as are enough (auto).
 
-    architecture = adapt(checkpoint.model, checkpoint.stored)
-    if units.is_structured(recipe):
-        return units.order(recipe, architecture)
-    return plan.make(recipe, architecture.targets)
+        Returns:
+            None where nothing looks at them.
 
+        Raises:
+            ValueError: unknown data, or a text shorter than one window; with `samples: auto` also methods
+                that look at no data, or too little text.
+        """
+        from sparsessm.checkpoint.given import working
+        from sparsessm.data.texts import calibration_windows
+        from sparsessm.recipe.recipe import window_length
+        from sparsessm.studies.windows import HELD_OUT, MOST, choose, watched
 
-def draw(checkpoint: Checkpoint, recipe: Recipe) -> Tensor | None:
-    """The calibration windows (samples, length), None if the method needs no data.
+        recipe, auto = self.recipe, self.recipe.samples == "auto"
+        with working(self.checkpoint, "prune"):
+            if auto:
+                watched(self.architecture, self.plan.assignment)  # refuses before the text is read
+            elif not self.plan.looks:
+                return None
+            self._say(f"reading {recipe.data}")
+            tokens = calibration_windows(
+                recipe.data,
+                self.checkpoint.tokenizer,
+                samples=MOST + HELD_OUT if recipe.samples == "auto" else recipe.samples,
+                length=recipe.length or window_length(self.checkpoint.trained_length),
+                seed=recipe.seed,
+                distinct=auto,
+                column=recipe.column,
+            )
+            if not auto:
+                return tokens
+            samples, self.advice = choose(self.architecture, self.plan.assignment, tokens, self._progress)
+            self.plan.recipe = recipe.updated(samples=samples)
+            return tokens[:samples]
 
-    With `samples: auto` all that the choice may look at, fewer where the text has no more.
+    def measure(self) -> Perplexity:
+        """Perplexity of the model as it is now, always on the same held-out windows of the recipe's text.
 
-    Raises:
-        ValueError: unknown data, or a text shorter than one window.
-    """
-    from sparsessm.data.texts import calibration_windows
-    from sparsessm.pruning.entries import needs_data
-    from sparsessm.recipe.recipe import window_length
-    from sparsessm.studies.windows import HELD_OUT, MOST
+        Raises:
+            ValueError: a text shorter than one window, or a likelihood that is not finite.
+        """
+        from sparsessm.checkpoint.given import working
+        from sparsessm.evaluation.before_after import WINDOWS, Yardstick
 
-    if not needs_data(planned(checkpoint, recipe)):
-        return None
-    return calibration_windows(
-        recipe.data,
-        checkpoint.tokenizer,
-        samples=MOST + HELD_OUT if recipe.samples == "auto" else recipe.samples,
-        length=recipe.length or window_length(checkpoint.trained_length),
-        seed=recipe.seed,
-        distinct=recipe.samples == "auto",
-        column=recipe.column,
-    )
+        with working(self.checkpoint, "evaluate"):
+            self._yardstick = self._yardstick or Yardstick.of(self.checkpoint, self.recipe, WINDOWS)
+            return self._yardstick.measure(self.checkpoint, self._progress)
 
+    def prune(self, tokens: Tensor | None = None, *, measure: bool = True) -> Report:
+        """Change the model in place.
 
-def settle(
-    checkpoint: Checkpoint, recipe: Recipe, progress: Progress | None = None
-) -> tuple[Recipe, Tensor | None, list[dict[str, Any]]]:
-    """Second step of `prune`: the windows to calibrate on, as many as are enough where `samples` is auto.
+        Args:
+            tokens: to calibrate on, instead of those of `windows`.
+            measure: as of `sparsessm.prune`.
 
-    Returns:
-        The recipe with their number; the windows, see `draw`; the curve that the choice was made from, plain
-        values (`advice.Step`), empty if the recipe says a number.
+        Raises:
+            ValueError: as `windows`, `measure` and `pruning.Plan.run`.
+        """
+        from sparsessm.architectures.own import Own
+        from sparsessm.checkpoint.given import working
+        from sparsessm.evaluation.before_after import compared
+        from sparsessm.report.contents import contents
 
-    Raises:
-        ValueError: as `draw`; with `samples: auto` also methods that need no data, or too little text.
-    """
-    if recipe.samples != "auto":
-        return recipe, draw(checkpoint, recipe), []
-    from sparsessm.architectures import adapt
-    from sparsessm.recipe.plan import Plan
-    from sparsessm.studies.windows import choose, watched
-
-    architecture, plan = adapt(checkpoint.model, checkpoint.stored), planned(checkpoint, recipe)
-    assert isinstance(plan, Plan), "a recipe for whole units says no 'auto'"
-    watched(architecture, plan)  # refuses before the text is read
-    tokens = draw(checkpoint, recipe)
-    assert tokens is not None
-    samples, curve = choose(architecture, plan, tokens, progress)
-    return recipe.updated(samples=samples), tokens[:samples], curve
-
-
-def follow(
-    checkpoint: Checkpoint, recipe: Recipe, tokens: Tensor | None, progress: Progress | None = None
-) -> Report:
-    """Third step of `prune`: change the model as the resolved recipe says, looking at these tokens.
-
-    Raises:
-        ValueError, TypeError: as `prune`.
-    """
-    from sparsessm.checkpoint.given import working
-
-    with working(checkpoint, "prune"):
-        return _followed(checkpoint, recipe, tokens, progress)
-
-
-def _followed(
-    checkpoint: Checkpoint, recipe: Recipe, tokens: Tensor | None, progress: Progress | None
-) -> Report:
-    from sparsessm.architectures import adapt
-    from sparsessm.architectures.own import Own
-    from sparsessm.report.contents import contents
-
-    from .pruning import entries
-
-    before = checkpoint.model in _pruned
-    _pruned.add(checkpoint.model)  # before the work: an interrupted run has changed the model too
-    architecture = adapt(checkpoint.model, checkpoint.stored)
-    report = entries.prune(architecture, recipe, tokens, progress)
-    checkpoint.stored = dict(architecture.stored)  # a layer that has gone takes its tensors with it
-    report.pruned_before, report.packed = before, bool(Own.of(checkpoint.model))
-    kinds = contents(checkpoint.model.state_dict(), checkpoint.stored)
-    report.sizes = {kind: size for kind, (size, _) in kinds.items()}
-    return report
+        checkpoint = self.checkpoint
+        with working(checkpoint, "prune"):
+            tokens = self.windows() if tokens is None else tokens
+            dense = None
+            if measure:
+                self._say("dense model")
+                dense = self.measure()
+            self._say(f"pruning by {' and '.join(self.plan.methods)}")
+            before = checkpoint.model in _pruned
+            _pruned.add(checkpoint.model)  # before the work: an interrupted run has changed the model too
+            report = self.plan.run(self.architecture, tokens, self._progress)
+            checkpoint.stored = dict(
+                self.architecture.stored
+            )  # a layer that has gone takes its tensors along
+            report.pruned_before, report.packed = before, bool(Own.of(checkpoint.model))
+            report.advice = self.advice
+            kinds = contents(checkpoint.model.state_dict(), checkpoint.stored)
+            report.sizes = {kind: size for kind, (size, _) in kinds.items()}
+            if dense is not None:
+                self._say("pruned model")
+                report.perplexity = compared(dense, self.measure())
+            return report
 
 
 def evaluate(

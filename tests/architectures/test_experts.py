@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from pico_hybrids import FAMILIES, VARIANTS, pico_hybrid
+from planned import prune
 from test_hybrid import MIXTURES, MORE_TOKENS, assert_same, hybrid, one_sided, stock_logits
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -20,10 +21,12 @@ from sparsessm.architectures.experts import abreast
 from sparsessm.architectures.hybrid import Hybrid
 from sparsessm.calibration import walk
 from sparsessm.calibration.walk import HELD, Stop, together
-from sparsessm.methods import METHODS
+from sparsessm.methods import entry_methods
 from sparsessm.methods.observers import InputGram, InputNorm
 from sparsessm.pruning import entries
 from sparsessm.recipe.recipe import Recipe
+
+METHODS = entry_methods()
 
 FEW_TOKENS = MORE_TOKENS[:2, :16]
 EXPERTS = r"re:.*experts\..*_proj\."  # and a number
@@ -81,7 +84,7 @@ def run(
 ) -> tuple[list[Any], dict[str, Tensor]]:
     """Rows of the report and all weights."""
     asked = Recipe(**recipe).resolved(model="m", trained_length=37)
-    report = entries.prune(architecture, asked, tokens, told)
+    report = prune(architecture, asked, tokens, told)
     return report.rows, architecture.model.state_dict()
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from pico import pico_falcon_mamba, pico_mamba2
+from planned import prune
 from test_architectures import TOKENS, assert_same, stock_logits
 from torch import Tensor
 from torch.nn import functional as F
@@ -14,10 +15,11 @@ from torch.nn import functional as F
 from sparsessm.architectures import adapt
 from sparsessm.architectures.mamba2 import output_gain
 from sparsessm.calibration.walk import Stop
-from sparsessm.methods import METHODS
+from sparsessm.methods import entry_methods
 from sparsessm.methods.observers import StateEnergy, StateError
-from sparsessm.pruning import entries
 from sparsessm.recipe.recipe import Recipe
+
+METHODS = entry_methods()
 
 MODELS = {"falcon_mamba": pico_falcon_mamba, "mamba2": pico_mamba2}
 MORE_TOKENS = torch.randint(0, 64, (8, 37), generator=torch.Generator().manual_seed(1))
@@ -30,7 +32,7 @@ def test_every_method_prunes_the_family(name: str, method: str) -> None:
     dense = architecture.logits(TOKENS)
     family = "ssm" if "projections" not in METHODS[method].families else "all"
     asked = Recipe(target=family, method=method).resolved(model="m", trained_length=37)
-    report = entries.prune(architecture, asked, MORE_TOKENS)
+    report = prune(architecture, asked, MORE_TOKENS)
     targets = {target.name: target for target in architecture.targets}
     assert {row.family for row in report.rows} == ({"ssm"} if family == "ssm" else {"ssm", "projections"})
     for row in report.rows:
@@ -47,7 +49,7 @@ def test_every_method_prunes_the_family(name: str, method: str) -> None:
 def test_half_of_the_heads_forget(method: str) -> None:
     model = pico_mamba2()
     asked = Recipe(target="ssm", method=method, allocation="uniform").resolved(model="m", trained_length=37)
-    entries.prune(adapt(model), asked, MORE_TOKENS)
+    prune(adapt(model), asked, MORE_TOKENS)
     assert [int((layer.mixer.A_log == 38).sum()) for layer in model.backbone.layers] == [2, 2]
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import planned
 import pytest
 import torch
 from pico import pico_tokenizer
@@ -23,9 +24,8 @@ from sparsessm.architectures.hybrid import Hybrid
 from sparsessm.architectures.hybrid_block import HybridBlock
 from sparsessm.calibration import prices
 from sparsessm.methods.observers import InputGram, InputNorm
-from sparsessm.pruning import entries
-from sparsessm.recipe import plan
 from sparsessm.recipe.recipe import Recipe
+from sparsessm.recipe.rules import assign
 from sparsessm.studies import trials, windows
 
 TOKENS = torch.randint(0, 64, (3, 37), generator=torch.Generator().manual_seed(0))
@@ -680,7 +680,7 @@ WHOLE: Mapping[str, Mapping[str, Any]] = {
 
 def prune(architecture: Any, recipe: str, **more: Any) -> Any:
     asked = Recipe(**WHOLE[recipe] | more).resolved(model="m", trained_length=37)
-    return entries.prune(architecture, asked, MORE_TOKENS)
+    return planned.prune(architecture, asked, MORE_TOKENS)
 
 
 @pytest.mark.parametrize("recipe", WHOLE)
@@ -795,7 +795,7 @@ def test_a_run_that_takes_units_out(name: str, pattern: str, tmp_path: Path) -> 
     architecture = adapt(model)
     share = 1 / len(architecture.blocks) if pattern == "structured:block" else 0.5
     asked = Recipe(pattern=pattern, sparsity=share).resolved(model="m", trained_length=37)
-    report = entries.prune(architecture, asked, MORE_TOKENS)
+    report = planned.prune(architecture, asked, MORE_TOKENS)
     assert report.parameters["pruned"] < 0.98 * report.parameters["dense"]
     ours = architecture.logits(TOKENS)
     assert_same(ours, stock_logits(model))
@@ -818,7 +818,7 @@ def test_the_last_layer_of_a_kind_stays(name: str) -> None:
     if len(gone) + 1 < len(blocks):
         asked = Recipe(pattern="structured:block", sparsity=share, method="random")
         with pytest.raises(ValueError, match=f"no more than {len(gone)} blocks can go"):
-            entries.prune(architecture, asked.resolved(model="m", trained_length=37), MORE_TOKENS)
+            planned.prune(architecture, asked.resolved(model="m", trained_length=37), MORE_TOKENS)
 
 
 def test_every_family_has_a_config_of_its_name() -> None:
@@ -833,7 +833,7 @@ def test_what_looks_at_single_matrices_leaves_out_experts_and_shared_ones(name: 
     plain = {target.name for target in architecture.targets if target.plain}
     assert plain and plain != {target.name for target in architecture.targets}
     recipe = Recipe(target="projections").resolved(model="m", trained_length=37)
-    chosen = plan.make(recipe, architecture.targets)
+    chosen = assign(recipe, architecture.targets)
     assert {name for name in windows.watched(architecture, chosen)} <= plain
     rules = {name: rule for name, rule in chosen.rules.items() if name in plain}
     rules = {name: replace(rule, repair="self") for name, rule in rules.items()}

@@ -24,7 +24,7 @@ from sparsessm.runtime.threads import MOST_THREADS
 untyped: Any = sparsessm  # what a type checker would refuse
 FAST: dict[str, Any] = {"data": "text.txt", "samples": 2, "length": 16}
 DOORS: dict[str, Callable[[Any], Any]] = {
-    "prune": lambda checkpoint: sparsessm.prune(checkpoint, **FAST),
+    "prune": lambda checkpoint: sparsessm.prune(checkpoint, **FAST, measure=False),
     "resolve": lambda checkpoint: sparsessm.resolve(checkpoint),
     "evaluate": lambda checkpoint: sparsessm.evaluate(checkpoint, "text.txt", length=16, limit=2),
     "save": lambda checkpoint: sparsessm.save(checkpoint, "out"),
@@ -155,7 +155,7 @@ class Default(AbstractContextManager[None]):
 def everything() -> tuple[dict[str, torch.Tensor], float, str, torch.Tensor]:
     """A pruned model, its loss, and what it says in the runtime."""
     checkpoint = sparsessm.load("dense")
-    sparsessm.prune(checkpoint, **FAST)
+    sparsessm.prune(checkpoint, **FAST, measure=False)
     loss = sparsessm.evaluate(checkpoint, "text.txt", length=16, limit=2).nll
     model = sparsessm.runtime.of(checkpoint)
     said = model.generate("the state", 5).text, model.logits("a model")
@@ -180,10 +180,10 @@ def test_what_torch_was_told_for_other_work_changes_nothing() -> None:
 
 
 def test_modes_of_the_model_make_no_difference(dense: Checkpoint) -> None:
-    sparsessm.prune(dense, **FAST)
+    sparsessm.prune(dense, **FAST, measure=False)
     other = sparsessm.load("dense")
     other.model.train().requires_grad_(False)
-    sparsessm.prune(other, **FAST)
+    sparsessm.prune(other, **FAST, measure=False)
     for name, tensor in other.model.state_dict().items():
         assert torch.equal(tensor, dense.model.state_dict()[name]), name
 
@@ -203,7 +203,7 @@ def test_two_threads_do_not_work_on_one_model(dense: Checkpoint) -> None:
             other.start()
             other.join()
 
-    sparsessm.prune(dense, progress=progress, **FAST)
+    sparsessm.prune(dense, progress=progress, **FAST, measure=False)
     assert len(refusals) == len(DOORS)
     for door in list(DOORS.values())[1:]:  # and when it is done the model is anybody's
         door(dense)

@@ -115,7 +115,7 @@ def test_a_repaired_value_that_overflows_is_named_in_the_run(tmp_path: Path) -> 
             if name.endswith("x_proj.weight"):
                 parameter.mul_(1000.0)
     with pytest.raises(ValueError, match=r"layers\.\d\.mixer\.A_log: a new value of .* does not fit float16"):
-        sparsessm.prune(came, target="ssm", data=texts(tmp_path), **FAST)
+        sparsessm.prune(came, target="ssm", data=texts(tmp_path), **FAST, measure=False)
 
 
 def test_a_matrix_that_overflows_is_refused(tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_removed_entries_of_float16_files_stay_finite_through_exp(tmp_path: Path
     folder = stock(tmp_path / "in", MODELS[name]())
     in_dtype(folder, torch.float16)
     came = sparsessm.load(folder)
-    report = sparsessm.prune(came, target="ssm", data=texts(tmp_path), **FAST)
+    report = sparsessm.prune(came, target="ssm", data=texts(tmp_path), **FAST, measure=False)
     sparsessm.save(came, tmp_path / "out", report)
     found = a_logs(tmp_path / "out")
     assert found
@@ -170,7 +170,9 @@ def test_the_dtype_of_the_tensor_counts_not_that_of_the_file(tmp_path: Path) -> 
     folder = stock(tmp_path / "in", pico_mamba())
     in_dtype(folder, torch.float16, but="layers.1.mixer.A_log")
     came = sparsessm.load(folder)
-    sparsessm.save(came, tmp_path / "out", sparsessm.prune(came, target="ssm", method="magnitude"))
+    sparsessm.save(
+        came, tmp_path / "out", sparsessm.prune(came, target="ssm", method="magnitude", measure=False)
+    )
     values = {name: float(tensor.max()) for name, tensor in a_logs(tmp_path / "out").items()}
     assert sorted(values.values()) == [11.0, 38.0]
     assert values["backbone.layers.1.mixer.A_log"] == 38.0
@@ -180,10 +182,10 @@ def test_what_was_removed_before_stays_removed_and_is_counted(tmp_path: Path) ->
     folder = stock(tmp_path / "in", pico_mamba())
     in_dtype(folder, torch.float16)
     came = sparsessm.load(folder)
-    first = sparsessm.prune(came, target="ssm", sparsity=0.25, method="magnitude")
+    first = sparsessm.prune(came, target="ssm", sparsity=0.25, method="magnitude", measure=False)
     sparsessm.save(came, tmp_path / "out", first)
     again = sparsessm.load(tmp_path / "out")
-    second = sparsessm.prune(again, target="ssm", sparsity=0.5, data=texts(tmp_path), **FAST)
+    second = sparsessm.prune(again, target="ssm", sparsity=0.5, data=texts(tmp_path), **FAST, measure=False)
     sparsessm.save(again, tmp_path / "twice", second)
     for name, tensor in a_logs(tmp_path / "out").items():
         assert bool((a_logs(tmp_path / "twice")[name][tensor == 11] == 11).all())
@@ -196,7 +198,9 @@ def test_packed_and_run_without_the_states_that_forget(tmp_path: Path, name: str
     folder = stock(tmp_path / "in", MODELS[name]())
     in_dtype(folder, torch.float16)
     came = sparsessm.load(folder)
-    sparsessm.save(came, tmp_path / "out", sparsessm.prune(came, target="ssm", method="magnitude"))
+    sparsessm.save(
+        came, tmp_path / "out", sparsessm.prune(came, target="ssm", method="magnitude", measure=False)
+    )
     done = checkpoint.pack(tmp_path / "out", tmp_path / "packed")
     for part, tensor in done.packed.tensors.items():
         if part.endswith("A_log"):

@@ -27,8 +27,11 @@ from sparsessm import cli, kernels
 from sparsessm.architectures import MODEL_TYPES, REMOVED_A_LOG
 from sparsessm.cli import demonstration
 from sparsessm.data.texts import DATASETS
-from sparsessm.methods import METHODS
+from sparsessm.evaluation import before_after
+from sparsessm.methods import entry_methods
 from sparsessm.recipe.recipe import Recipe
+
+METHODS = entry_methods()
 
 COMMAND = [sys.executable, "-m", "sparsessm.cli"]
 A_LOG = "backbone.layers.{}.mixer.A_log"
@@ -54,7 +57,7 @@ def here(tmp_path: Path, shelf: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for path in shelf.iterdir():
         (tmp_path / path.name).symlink_to(path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli.pruning, "EVALUATED_WINDOWS", 4)
+    monkeypatch.setattr(before_after, "WINDOWS", 4)
     monkeypatch.setattr(demonstration, "WINDOWS", 2)
     monkeypatch.setattr(demonstration, "ROUNDS", 1)
     return tmp_path

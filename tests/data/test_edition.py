@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 from pico import pico_mamba
+from planned import prune
 
 from sparsessm.architectures import adapt
 from sparsessm.data import texts
 from sparsessm.data.edition import edition
 from sparsessm.evaluation.perplexity import perplexity
-from sparsessm.pruning import entries
 from sparsessm.recipe.recipe import Recipe
 
 TOKENS = torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(0))
@@ -41,12 +41,12 @@ def test_texts_that_are_the_same_everywhere_need_no_edition() -> None:
 @pytest.mark.parametrize("how", [{"target": "ssm"}, {"pattern": "structured:state"}])
 def test_the_record_says_which_text_it_was(how: dict[str, Any], tmp_path: Path) -> None:
     recipe = Recipe(**how).resolved(model="pico", trained_length=16)
-    record = entries.prune(adapt(pico_mamba()), recipe, TOKENS).record()
+    record = prune(adapt(pico_mamba()), recipe, TOKENS).record()
     assert record["calibration"]["text"] == edition("stdlib", "calibration")
     own = recipe.updated(data=str(tmp_path / "my.txt"))
-    assert "text" not in entries.prune(adapt(pico_mamba()), own, TOKENS).record()["calibration"]
+    assert "text" not in prune(adapt(pico_mamba()), own, TOKENS).record()["calibration"]
     blind = recipe.updated(method="magnitude", repair="none" if "pattern" in how else None)
-    assert entries.prune(adapt(pico_mamba()), blind, TOKENS).record()["calibration"] == {"sha256": None}
+    assert prune(adapt(pico_mamba()), blind, TOKENS).record()["calibration"] == {"sha256": None}
 
 
 def test_a_measured_perplexity_says_which_text_it_was() -> None:

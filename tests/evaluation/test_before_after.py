@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from pico import TEXT, pico_mamba, pico_tokenizer
 
 from sparsessm.checkpoint import Checkpoint
-from sparsessm.cli.pruning import EVALUATED_WINDOWS
 from sparsessm.data.texts import evaluation_windows
-from sparsessm.evaluation.before_after import Yardstick, compared
+from sparsessm.evaluation.before_after import WINDOWS, Yardstick, compared
 from sparsessm.evaluation.perplexity import perplexity
 from sparsessm.recipe.recipe import Recipe
 from sparsessm.report.record import ENOUGH, Report
@@ -47,18 +46,18 @@ def checkpoint(trained_length: int | None = None) -> Checkpoint:
 def test_a_default_measurement_has_16_windows_of_at_most_1024_tokens(
     text: str, length: int | None, trained_length: int | None, expected: tuple[int, int]
 ) -> None:
-    yardstick = Yardstick.of(checkpoint(trained_length), Recipe(data=text, length=length), EVALUATED_WINDOWS)
+    yardstick = Yardstick.of(checkpoint(trained_length), Recipe(data=text, length=length), WINDOWS)
     assert tuple(yardstick.windows.shape) == expected
 
 
 def test_default_windows_are_enough_for_their_interval() -> None:
-    assert EVALUATED_WINDOWS >= ENOUGH
+    assert WINDOWS >= ENOUGH
 
 
 def test_windows_are_spread_over_the_text(text: str) -> None:
     every, _ = evaluation_windows(text, pico_tokenizer(), length=512)
     assert len(every) > 64
-    windows = Yardstick.of(checkpoint(), Recipe(data=text, length=512), EVALUATED_WINDOWS).windows
+    windows = Yardstick.of(checkpoint(), Recipe(data=text, length=512), WINDOWS).windows
     places = [next(i for i, one in enumerate(every) if torch.equal(one, window)) for window in windows]
     assert places[0] == 0 and places[-1] == len(every) - 1
     steps = [after - before for before, after in zip(places, places[1:], strict=False)]
@@ -72,8 +71,8 @@ def test_a_short_text_gives_fewer_windows_and_few_ones_are_named(tmp_path: Path,
     length = len(ids) // 17 - 1
     path = tmp_path / "short.txt"
     path.write_text(tokenizer.decode(ids[: windows * length + length // 2]))
-    yardstick = Yardstick.of(checkpoint(), Recipe(data=str(path), length=length), EVALUATED_WINDOWS)
-    windows = min(windows, EVALUATED_WINDOWS)
+    yardstick = Yardstick.of(checkpoint(), Recipe(data=str(path), length=length), WINDOWS)
+    windows = min(windows, WINDOWS)
     assert len(yardstick.windows) == windows
 
     dense = yardstick.measure(checkpoint())

@@ -232,7 +232,8 @@ def test_shares_stay_shares_and_their_mean_exact(
     ],
 )
 def test_parse(text: str, family: str, expected: tuple[str, float]) -> None:
-    assert parse(text, family) == expected
+    row, number = parse(text, family)
+    assert (row.name, number) == expected
 
 
 @pytest.mark.parametrize(

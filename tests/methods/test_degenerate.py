@@ -13,10 +13,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pico import pico_mamba, pico_mamba2
+from planned import prune
 from torch import Tensor
 
 from sparsessm.architectures import adapt
-from sparsessm.methods import METHODS, Rule
+from sparsessm.methods import Rule, entry_methods
 from sparsessm.methods.balanced import balanced_truncation, energies
 from sparsessm.methods.exact import elimination_scores
 from sparsessm.methods.hessian import factorise, near
@@ -25,9 +26,10 @@ from sparsessm.methods.patterns import Unstructured
 from sparsessm.methods.repair import dense_target, readout, readout_error, refit, refit_skip, remix
 from sparsessm.methods.structured import Reader, Units, elimination
 from sparsessm.pruning.blocks import cosine
-from sparsessm.pruning.entries import prune
 from sparsessm.pruning.mixes import Trial, predicted
 from sparsessm.recipe.recipe import Recipe
+
+METHODS = entry_methods()
 
 SEEDS = st.integers(0, 2**31)
 KINDS = st.sampled_from(["zero", "one direction", "duplicated", "some silent", "few", "full"])

@@ -12,6 +12,7 @@ import transcription_linear as paper
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pico import pico_mamba
+from planned import prune
 from test_walk import stock_inputs
 from torch import Tensor
 from transcription import Trace, errors, normalise, remove_smallest, trace, vote_mask, weighted_score
@@ -20,16 +21,17 @@ from sparsessm import kernels
 from sparsessm.architectures import Target, adapt
 from sparsessm.calibration import walk as calibrate
 from sparsessm.calibration.walk import survey, walk
-from sparsessm.methods import DEFAULTS, METHODS, Rule, sparsessm
+from sparsessm.methods import DEFAULTS, Rule, entry_methods, sparsessm
 from sparsessm.methods.exact import elimination_scores
 from sparsessm.methods.hessian import factorise
 from sparsessm.methods.observers import ErrorSums, InputGram
 from sparsessm.methods.patterns import Unstructured
 from sparsessm.methods.repair import SKIP_DAMPING, error_of, refit, refit_skip, sweep
 from sparsessm.pruning import entries
-from sparsessm.pruning.entries import prune
 from sparsessm.recipe.recipe import Recipe
 from sparsessm.report.record import Report
+
+METHODS = entry_methods()
 
 REMOVED = {"memoryless": 38.0, "unit": 0.0}
 

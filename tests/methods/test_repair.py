@@ -13,11 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparsessm.methods import METHODS, Rule, repair
+from sparsessm.methods import Rule, entry_methods, repair
 from sparsessm.methods.hessian import Factor, factorise
 from sparsessm.methods.observers import Moments
 from sparsessm.methods.patterns import NofM, Pattern, Unstructured, parse
 from sparsessm.methods.repair import dense_target, output_error, readout, readout_error, refit, remix, sweep
+
+METHODS = entry_methods()
 
 SEEDS = st.integers(0, 2**31)
 PAPERS = ["magnitude", "wanda", "sparsegpt"]

@@ -12,11 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparsessm.methods import structured
+from sparsessm.methods import structured, unit_methods
 from sparsessm.methods.observers import Moments, StateSums
 from sparsessm.methods.patterns import Structured
 from sparsessm.methods.repair import readout, readout_error
-from sparsessm.methods.structured import SELECTIONS, Reader, Units, eliminate, elimination, mixed_elimination
+from sparsessm.methods.structured import Reader, Units, eliminate, elimination, mixed_elimination
+
+UNITS = unit_methods()
 
 SEEDS = st.integers(0, 2**31)
 
@@ -217,7 +219,7 @@ def test_weights_that_are_not_finite_are_refused() -> None:
 
 
 def scored(name: str, units: Units) -> Sequence[Tensor]:
-    score = SELECTIONS[name].score
+    score = UNITS[name].score
     assert score is not None
     return score(units)
 
@@ -328,7 +330,7 @@ def test_many_votes_go_first() -> None:
 
 
 def test_random_scores_are_those_of_the_layer_s_seed() -> None:
-    score = SELECTIONS["random"].score
+    score = UNITS["random"].score
     assert score is not None
     one, again, other = (score(Units([4, 4], 1, seed=seed)) for seed in (3, 3, 4))
     assert all(torch.equal(a, b) for a, b in zip(one, again, strict=True))
@@ -336,7 +338,7 @@ def test_random_scores_are_those_of_the_layer_s_seed() -> None:
 
 
 def test_magnitude_is_a_norm_in_float64() -> None:
-    score = SELECTIONS["magnitude"].score
+    score = UNITS["magnitude"].score
     assert score is not None
     weights = [torch.full((2, 3), 1e30), torch.tensor([[3.0, 4.0], [0.0, -6.0]])]
     first, second = score(Units([2, 2], 1, weights=weights))
@@ -356,7 +358,7 @@ def test_the_steps_of_an_elimination_add_up_to_what_all_of_them_cost(width: int)
 
 
 def test_the_table_says_what_each_selection_is_for() -> None:
-    assert list(SELECTIONS) == [
+    assert list(UNITS) == [
         "random",
         "magnitude",
         "sparsessm-vote",
@@ -365,10 +367,10 @@ def test_the_table_says_what_each_selection_is_for() -> None:
         "balanced",
         "exact",
     ]
-    for name, row in SELECTIONS.items():
+    for name, row in UNITS.items():
         assert row.name == name and set(row.looks) <= set(row.axes)
         assert row.score is not None or row.axes == ("block",) or row.projects
-    assert SELECTIONS["exact"].axes == SELECTIONS["random"].axes == ("state", "channel", "head", "block")
+    assert UNITS["exact"].axes == UNITS["random"].axes == ("state", "channel", "head", "block")
 
 
 @pytest.mark.parametrize("damping", [1e-9, 1e-4])

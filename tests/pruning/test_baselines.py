@@ -15,6 +15,7 @@ import pytest
 import torch
 import transcription
 import transcription_linear as paper
+from planned import prune
 from test_units import loss, norms, without
 from torch import Tensor
 from transcription import (
@@ -34,13 +35,15 @@ from transcription import (
 import sparsessm
 from sparsessm.architectures import adapt
 from sparsessm.calibration.walk import walk
-from sparsessm.methods.structured import SELECTIONS, Units
+from sparsessm.methods import unit_methods
+from sparsessm.methods.structured import Units
 from sparsessm.pruning import blocks
 from sparsessm.pruning import units as structure
-from sparsessm.pruning.entries import prune
 from sparsessm.recipe.recipe import Recipe
-from sparsessm.recipe.units import order
+from sparsessm.recipe.sizes import order
 from sparsessm.report.record import Report
+
+UNITS = unit_methods()
 
 LENGTH = 64
 KINDS = ("in_proj", "x_proj", "dt_proj", "out_proj")
@@ -193,8 +196,8 @@ def test_ghost(kind: str, trained: Any, monkeypatch: pytest.MonkeyPatch) -> None
     units = looked(model, tokens, "state", "ghost")
     steps = {"mamba": steps_of_mamba1, "mamba2": steps_of_mamba2}[kind]
     want = ghost_saliency(steps(layer.mixer, model.backbone.embeddings(tokens).detach().double(), layer.norm))
-    assert SELECTIONS["ghost"].score is not None
-    got = torch.stack(list(SELECTIONS["ghost"].score(units))).numpy()
+    assert UNITS["ghost"].score is not None
+    got = torch.stack(list(UNITS["ghost"].score(units))).numpy()
     np.testing.assert_allclose(got / got.mean(), want / want.mean(), rtol=1e-4)
 
 
@@ -204,8 +207,8 @@ def test_ghost(kind: str, trained: Any, monkeypatch: pytest.MonkeyPatch) -> None
 def test_magnitude_of_units(kind: str, axis: str, trained: Any) -> None:
     model, tokens = trained[kind]
     units = looked(model, tokens, axis, "magnitude")
-    assert SELECTIONS["magnitude"].score is not None
-    scores = SELECTIONS["magnitude"].score(units)
+    assert UNITS["magnitude"].score is not None
+    scores = UNITS["magnitude"].score(units)
     for got, want in zip(scores, norms(model.backbone.layers[0].mixer, axis), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-9)
 

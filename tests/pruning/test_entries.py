@@ -9,15 +9,17 @@ import pytest
 import torch
 import transcription_linear as papers
 from pico import pico_mamba
+from planned import prune
 from torch import Tensor
 
 from sparsessm.architectures import adapt
 from sparsessm.data.texts import fingerprint
-from sparsessm.methods import METHODS, allocation
-from sparsessm.pruning.entries import needs_data, prune
-from sparsessm.recipe import plan as plans
+from sparsessm.methods import allocation, entry_methods
+from sparsessm.pruning import make_plan
 from sparsessm.recipe.recipe import Recipe
 from sparsessm.report.record import Report
+
+METHODS = entry_methods()
 
 TOKENS = torch.randint(0, 64, (4, 40), generator=torch.Generator().manual_seed(0))
 FEW = TOKENS[:2, :24]
@@ -389,7 +391,7 @@ def test_values_are_rounded_to_the_stored_dtype() -> None:
 def test_methods_without_data_need_none() -> None:
     def needed(**fields: Any) -> bool:
         recipe = Recipe(**fields).resolved(model="m", trained_length=None)
-        return needs_data(plans.make(recipe, adapt(pico_mamba()).targets))
+        return make_plan(recipe, adapt(pico_mamba())).looks
 
     assert [name for name in SSM if not needed(target="ssm", method=name)] == ["random", "magnitude"]
     assert [name for name in LINEAR if not needed(target="projections", method=name)] == [

@@ -19,7 +19,7 @@ from sparsessm.pruning import mixes
 from sparsessm.pruning.mixes import SLACK, Trial, cheapest, find, predicted, saved
 from sparsessm.pruning.units import shrink
 from sparsessm.recipe.recipe import Recipe
-from sparsessm.recipe.units import Order, order, possible, size_of
+from sparsessm.recipe.sizes import Order, order, possible, size_of
 
 TOKENS = torch.randint(0, 64, (8, 16), generator=torch.Generator().manual_seed(0))
 
@@ -46,7 +46,7 @@ def shrunk(architecture: Architecture, sizes: dict[str, int]) -> Architecture:
     made = adapt(copy.deepcopy(architecture.model))
     pattern = "structured:" + next(iter(sizes))
     one = order(Recipe(pattern=pattern, method="random", repair="none"), made)
-    selections = dict.fromkeys(sizes, next(iter(one.selections.values())))
+    selections = dict.fromkeys(sizes, next(iter(one.methods.values())))
     shrink(made, Order(sizes, selections, strength=0.0, fisher=False), None)
     return made
 
@@ -245,7 +245,7 @@ def test_the_search_reaches_the_share_and_leaves_the_model_alone(
     assert architecture.model.config.to_dict() == config
     assert all(parameter.grad is None for parameter in architecture.model.parameters())
     assert got.share is None and set(got.sizes) <= set(architecture.structure) and got.sizes
-    assert got.selections == wanted.selections and got.strength == wanted.strength
+    assert got.methods == wanted.methods and got.strength == wanted.strength
     for trial in trials:
         sizes = {trial["axis"]: trial["size"]}
         assert trial["saved"] == count(architecture) - count(shrunk(architecture, sizes))

@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pico import TEXT, pico_falcon_mamba, pico_mamba, pico_mamba2, pico_tokenizer
 from pico_hybrids import pico_hybrid
+from planned import prune
 from safetensors.torch import load_file, save_file
 from test_checkpoint import names, write_original, write_stock
 from test_units import TOKENS, difference, lively, ordered, stock
@@ -30,10 +31,10 @@ from sparsessm import checkpoint, cli, kernels, runtime
 from sparsessm.architectures import adapt, projected
 from sparsessm.checkpoint import Checkpoint, Encoded, container, packed, writing
 from sparsessm.checkpoint.encoding import encode
+from sparsessm.evaluation import before_after
 from sparsessm.methods.balanced import balanced_truncation, energies
 from sparsessm.methods.observers import StateMoments, StateSums
-from sparsessm.pruning import entries
-from sparsessm.pruning.preview import preview_units
+from sparsessm.pruning import preview
 from sparsessm.pruning.projection import allot
 from sparsessm.recipe.recipe import Recipe
 from sparsessm.runtime.engine import NativeEngine
@@ -356,7 +357,7 @@ def settled(model: Any, tokens: Tensor = TOKENS, **recipe: Any) -> tuple[Any, li
     """A copy of the model after a run, and its rows."""
     architecture = adapt(copy.deepcopy(model))
     asked = Recipe(**WORDS | recipe).resolved(model="m", trained_length=tokens.shape[1])
-    return architecture.model, entries.prune(architecture, asked, tokens).rows
+    return architecture.model, prune(architecture, asked, tokens).rows
 
 
 @pytest.mark.parametrize("price", ["none", None])
@@ -598,13 +599,13 @@ def test_states_alone_are_no_reason_to_refit(
 def test_a_preview_promises_no_refit_that_is_not_done(method: str) -> None:
     architecture = adapt(pico_mamba2())
     assert (
-        preview_units(ordered(architecture, **WORDS | {"method": method}), architecture)["repair"] == "none"
+        preview.units(ordered(architecture, **WORDS | {"method": method}), architecture)["repair"] == "none"
     )
 
 
 def test_a_preview_does_not_guess_how_many_parameters_come() -> None:
     architecture = adapt(pico_mamba2())
-    told = preview_units(ordered(architecture, **WORDS), architecture)["parameters"]
+    told = preview.units(ordered(architecture, **WORDS), architecture)["parameters"]
     assert told == {"now": sum(p.numel() for p in architecture.model.parameters()), "after": None}
 
 
@@ -631,7 +632,7 @@ def write_projected(folder: Path, layout: str = "transformers") -> Checkpoint:
     """A dense checkpoint "dense" pruned by `balanced` into a directory; what is in memory."""
     write_dense(Path("dense"), layout)
     model = sparsessm.load("dense")
-    report = sparsessm.prune(model, **WORDS, **FAST)
+    report = sparsessm.prune(model, **WORDS, **FAST, measure=False)
     sparsessm.save(model, folder, report)
     return model
 
@@ -830,7 +831,7 @@ def test_a_stock_file_has_no_projections(half: Checkpoint) -> None:
 def test_single_entries_of_a_projected_model_go_as_of_any(half: Checkpoint, recipe: dict[str, Any]) -> None:
     assert half.source == "dense"
     model = sparsessm.load("half")
-    report = sparsessm.prune(model, **recipe, **FAST, sparsity=0.5)
+    report = sparsessm.prune(model, **recipe, **FAST, sparsity=0.5, measure=False)
     assert {row.removed for row in report.rows} <= {"zero", "memoryless"} and len(report.rows) > 1
     assert projected.directions_of(model.model) == {0: 4, 1: 4}
     assert difference(stock(model.model), by_hand(model.model, TOKENS).float()) <= 2e-5
@@ -852,7 +853,7 @@ def test_the_card_of_a_projected_model_pruned_further_names_what_loads_it(
 ) -> None:
     assert half.source == "dense"
     model = sparsessm.load("half")
-    report = sparsessm.prune(model, **recipe, **FAST, sparsity=0.5)
+    report = sparsessm.prune(model, **recipe, **FAST, sparsity=0.5, measure=False)
     sparsessm.save(model, "thin", report)
     assert (Path("thin") / container.PACKED).is_file()
     text = Path("thin/README.md").read_text()
@@ -863,7 +864,7 @@ def test_the_card_of_a_projected_model_pruned_further_names_what_loads_it(
 def test_a_projected_model_without_a_block_comes_back(layout: str) -> None:
     was = projected.directions_of(write_projected(Path("half"), layout).model)
     model = sparsessm.load("half")
-    report = sparsessm.prune(model, pattern="structured:block", sparsity=0.5, **FAST)
+    report = sparsessm.prune(model, pattern="structured:block", sparsity=0.5, **FAST, measure=False)
     sparsessm.save(model, "one", report)
     came = sparsessm.load("one")
     assert came.model.config.num_hidden_layers == 1 and len(was) == 2
@@ -1065,7 +1066,7 @@ OPTIONS = ["--data", "text.txt", "--samples", "3", "--length", "16"]
 
 
 def test_from_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli.pruning, "EVALUATED_WINDOWS", 2)
+    monkeypatch.setattr(before_after, "WINDOWS", 2)
     write_dense(Path("dense"))
     before = names(Path())
     told = json.loads(run(*PRUNE, *OPTIONS, "--dry-run", "--json").stdout)
@@ -1107,7 +1108,9 @@ def test_a_record_that_says_more_than_the_tensors_is_refused() -> None:
     write_dense(Path("dense"))
     for name, share in (("half", 0.5), ("little", 0.2)):
         model = sparsessm.load("dense")
-        report = sparsessm.prune(model, **FAST, pattern="structured:state", method="balanced", sparsity=share)
+        report = sparsessm.prune(
+            model, **FAST, pattern="structured:state", method="balanced", sparsity=share, measure=False
+        )
         sparsessm.save(model, name, report)
     shutil.copy("little/packed.safetensors", "half/packed.safetensors")
     line = run("inspect", "half", code=1).stderr
@@ -1118,7 +1121,7 @@ def test_stock_code_does_not_save_what_it_cannot_say() -> None:
     write_dense(Path("dense"))
     config = Path("dense/config.json").read_bytes()
     model = sparsessm.load("dense")
-    sparsessm.save(model, "half", sparsessm.prune(model, **FAST, **WORDS))
+    sparsessm.save(model, "half", sparsessm.prune(model, **FAST, **WORDS, measure=False))
     with pytest.raises(ValueError, match=r"write it with sparsessm\.save"):
         model.model.save_pretrained("stock")
     assert not Path("stock").exists() and Path("half/config.json").read_bytes() == config
@@ -1127,7 +1130,7 @@ def test_stock_code_does_not_save_what_it_cannot_say() -> None:
 def test_int8_is_not_undone_by_packing_again() -> None:
     write_dense(Path("dense"))
     model = sparsessm.load("dense")
-    sparsessm.save(model, "half", sparsessm.prune(model, **FAST, **WORDS))
+    sparsessm.save(model, "half", sparsessm.prune(model, **FAST, **WORDS, measure=False))
     run("pack", "half", "-o", "small", "--dtype", "int8", "--quiet")
     assert "is in int8 already" in run("pack", "small", "-o", "again", code=1).stderr
 

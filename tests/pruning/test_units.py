@@ -19,13 +19,15 @@ from transformers import AutoModelForCausalLM
 
 from sparsessm.architectures import Architecture, adapt
 from sparsessm.architectures.base import cut
-from sparsessm.methods.structured import SELECTIONS
+from sparsessm.methods import unit_methods
 from sparsessm.pruning import blocks
 from sparsessm.pruning import units as structure
 from sparsessm.pruning.blocks import loss_of
 from sparsessm.pruning.units import shrink
 from sparsessm.recipe.recipe import Recipe
-from sparsessm.recipe.units import Order, order
+from sparsessm.recipe.sizes import Order, order
+
+UNITS = unit_methods()
 
 TOKENS = torch.randint(0, 64, (4, 21), generator=torch.Generator().manual_seed(0))
 Keeps = list[list[Tensor]]  # of each layer, of each of its axes of one name
@@ -380,7 +382,7 @@ SHRINKS = [
     for make, axes in ((mamba, ("state", "channel", "block")), (falcon, ("state", "channel", "block")),
                        (mamba2, ("state", "head", "channel", "block")))
     for axis in axes
-    for method, row in SELECTIONS.items()
+    for method, row in UNITS.items()
     if axis in row.axes and not row.projects and not (make is mamba2 and method == "sparsessm-vote")
 ]  # fmt: skip
 
@@ -662,7 +664,7 @@ def test_a_state_that_is_read_alike_costs_nothing_where_inputs_can_be_mixed(
             layer.mixer.A_log[:, 5] = layer.mixer.A_log[:, 2]
             layer.mixer.x_proj.weight[3 + 8 + 5] = -0.7 * layer.mixer.x_proj.weight[3 + 8 + 2]
     tokens = torch.randint(0, 64, (8, 64), generator=torch.Generator().manual_seed(2))
-    last = replace(SELECTIONS["random"], score=lambda units: [torch.arange(8).eq(5).logical_not().double()])
+    last = replace(UNITS["random"], score=lambda units: [torch.arange(8).eq(5).logical_not().double()])
     found = []
     for strength, most in ((1.0, structure.MAX_STATES), (1.0, 0), (0.0, 0)):
         monkeypatch.setattr(structure, "MAX_STATES", most)  # 0: readouts alone

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pico import pico_falcon_mamba, pico_mamba, pico_mamba2, pico_tokenizer
+from planned import prune
 from torch import Tensor
 
 import sparsessm
@@ -21,11 +22,10 @@ from sparsessm.architectures import adapt
 from sparsessm.architectures.own import Own
 from sparsessm.checkpoint import container, pack, unpack
 from sparsessm.checkpoint.encoding import encode
-from sparsessm.pruning import entries, units, widths
-from sparsessm.pruning.preview import preview_units
+from sparsessm.pruning import preview, units, widths
 from sparsessm.pruning.widths import allot
 from sparsessm.recipe.recipe import Recipe
-from sparsessm.recipe.units import order
+from sparsessm.recipe.sizes import order
 
 WORDS: dict[str, Any] = {"pattern": "structured:channel", "allocation": "loss", "sparsity": 0.5}
 FAST: dict[str, Any] = {"samples": 4, "length": 16, "data": "text.txt"}
@@ -57,7 +57,7 @@ def logits(model: Any, tokens: Tensor = TOKENS) -> Tensor:
 def settled(model: Any, tokens: Tensor = TOKENS, **recipe: Any) -> tuple[Any, list[Any]]:
     architecture = adapt(copy.deepcopy(model))
     asked = Recipe(**WORDS | recipe).resolved(model="m", trained_length=tokens.shape[1])
-    return architecture.model, entries.prune(architecture, asked, tokens).rows
+    return architecture.model, prune(architecture, asked, tokens).rows
 
 
 def of_layers(model: Any) -> list[int]:
@@ -126,7 +126,7 @@ def test_widths_are_asked_of_the_dense_model() -> None:
     after = architecture.model.state_dict()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     now = sum(parameter.numel() for parameter in architecture.model.parameters())
-    told = preview_units(wanted, architecture)["parameters"]
+    told = preview.units(wanted, architecture)["parameters"]
     small, _ = settled(architecture.model)
     assert told == {"now": now, "after": sum(parameter.numel() for parameter in small.parameters())}
 
@@ -137,7 +137,7 @@ def test_there_and_back(make: Callable[..., Any], tied: bool) -> None:
     write(uneven(make, tie_word_embeddings=tied))
     config = Path("dense/config.json").read_bytes()
     model = sparsessm.load("dense")
-    report = sparsessm.prune(model, **FAST, **WORDS)
+    report = sparsessm.prune(model, **FAST, **WORDS, measure=False)
     assert report.packed and "packed, for sparsessm alone" in report.honesty()
     sparsessm.save(model, "own", report)
     assert (Path("own") / container.PACKED).is_file() and Path("own/config.json").read_bytes() == config
@@ -172,21 +172,21 @@ def test_there_and_back(make: Callable[..., Any], tied: bool) -> None:
 def test_pruned_further() -> None:
     write(uneven())
     model = sparsessm.load("dense")
-    sparsessm.save(model, "own", sparsessm.prune(model, **FAST, **WORDS))
+    sparsessm.save(model, "own", sparsessm.prune(model, **FAST, **WORDS, measure=False))
     again = sparsessm.load("own")
-    report = sparsessm.prune(again, **FAST, sparsity=0.5)
+    report = sparsessm.prune(again, **FAST, sparsity=0.5, measure=False)
     sparsessm.save(again, "thin", report)
     assert of_layers(sparsessm.load("thin").model) == of_layers(model.model)
     assert Path("thin/packed.safetensors").stat().st_size < Path("own/packed.safetensors").stat().st_size
     shallow = sparsessm.load("own")
-    sparsessm.prune(shallow, **FAST, pattern="structured:block", sparsity=1 / 3)
+    sparsessm.prune(shallow, **FAST, pattern="structured:block", sparsity=1 / 3, measure=False)
     sparsessm.save(shallow, "shallow")
     assert len(of_layers(sparsessm.load("shallow").model)) == 2
     for pattern in ("structured:channel", "structured:state"):
         with pytest.raises(ValueError, match="only blocks can leave a model with layers of different widths"):
-            sparsessm.prune(sparsessm.load("own"), **FAST, pattern=pattern, sparsity=0.5)
+            sparsessm.prune(sparsessm.load("own"), **FAST, pattern=pattern, sparsity=0.5, measure=False)
     with pytest.raises(ValueError, match="layers of a Mamba-1 different widths; this one has them already"):
-        sparsessm.prune(sparsessm.load("own"), **FAST, **WORDS)
+        sparsessm.prune(sparsessm.load("own"), **FAST, **WORDS, measure=False)
 
 
 def test_who_has_no_widths_is_told_so() -> None:
@@ -200,7 +200,7 @@ def test_who_has_no_widths_is_told_so() -> None:
 def test_a_tensor_of_another_width_is_refused_by_name(name: str) -> None:
     write(uneven())
     model = sparsessm.load("dense")
-    sparsessm.save(model, "own", sparsessm.prune(model, **FAST, **WORDS))
+    sparsessm.save(model, "own", sparsessm.prune(model, **FAST, **WORDS, measure=False))
     header = container.read_header(Path("own") / container.PACKED)
     tensors = dict(container.read_tensors(header, header.shapes))
     whole = f"backbone.layers.1.mixer.{name}"
@@ -220,7 +220,7 @@ def test_what_is_promised_is_taken(channels: int, share: float, mean: int) -> No
     architecture = adapt(model)
     wanted = order(Recipe(**WORDS | {"sparsity": share}), architecture)
     assert wanted.sizes == {"channel": mean}
-    told = preview_units(wanted, architecture)
+    told = preview.units(wanted, architecture)
     small, rows = settled(model, sparsity=share)
     assert sum(of_layers(small)) == 3 * mean == sum(row.total - row.pruned for row in rows)
     assert told["by_layer"] and told["parameters"]["after"] == sum(p.numel() for p in small.parameters())
@@ -229,13 +229,13 @@ def test_what_is_promised_is_taken(channels: int, share: float, mean: int) -> No
 def test_layers_that_end_alike_are_a_stock_model() -> None:
     write(uneven())
     model = sparsessm.load("dense")
-    report = sparsessm.prune(model, **FAST, **WORDS | {"sparsity": 0.75})
+    report = sparsessm.prune(model, **FAST, **WORDS | {"sparsity": 0.75}, measure=False)
     assert of_layers(model.model) == [16, 16, 16] and not report.packed
     sparsessm.save(model, "narrow", report)
     assert (Path("narrow") / "model.safetensors").is_file()
     assert type(model.model).from_pretrained("narrow").config.intermediate_size == 16
     again = sparsessm.load("narrow")
-    sparsessm.prune(again, **FAST, pattern="structured:state", sparsity=0.5)
+    sparsessm.prune(again, **FAST, pattern="structured:state", sparsity=0.5, measure=False)
     again.model.save_pretrained("stock")
 
 
@@ -273,7 +273,7 @@ def test_a_packed_stock_model_beside_another_config_is_refused() -> None:
 def test_loading_draws_nothing_from_the_global_generator() -> None:
     write(uneven())
     model = sparsessm.load("dense")
-    sparsessm.save(model, "own", sparsessm.prune(model, **FAST, **WORDS))
+    sparsessm.save(model, "own", sparsessm.prune(model, **FAST, **WORDS, measure=False))
     torch.manual_seed(0)
     before = torch.get_rng_state()
     sparsessm.load("own")
@@ -292,6 +292,6 @@ def test_what_is_interrupted_is_not_written_by_stock_code(monkeypatch: pytest.Mo
     monkeypatch.setattr(units, "_shrink_block", twice)
     architecture = adapt(model)
     with pytest.raises(KeyboardInterrupt):
-        entries.prune(architecture, Recipe(**WORDS).resolved(model="m", trained_length=24), TOKENS)
+        prune(architecture, Recipe(**WORDS).resolved(model="m", trained_length=24), TOKENS)
     with pytest.raises(ValueError, match=r"write it with sparsessm\.save"):
         model.save_pretrained("stock")

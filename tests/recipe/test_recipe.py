@@ -12,9 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsessm.architectures import REMOVED_A_LOG
-from sparsessm.methods import DEFAULTS, METHODS
-from sparsessm.methods.structured import SELECTIONS
+from sparsessm.methods import DEFAULTS, entry_methods, unit_methods
 from sparsessm.recipe.recipe import Recipe, RuleFields, window_length
+
+UNITS = unit_methods()
+
+METHODS = entry_methods()
 
 
 @pytest.mark.parametrize(
@@ -89,7 +92,7 @@ from sparsessm.recipe.recipe import Recipe, RuleFields, window_length
         ),
         (
             {"target": "conv1d", "price": "fisher"},
-            "weight 'fisher' has no effect on target 'conv1d'; it belongs to: ssm, projections, head",
+            "price 'fisher' has no effect on target 'conv1d'; it belongs to: ssm, projections, head",
         ),
         (
             {"target": "projections", "removed": "unit"},
@@ -427,7 +430,7 @@ def test_what_means_nothing_for_whole_units_is_refused(fields: dict[str, Any], w
 STRUCTURED = st.fixed_dictionaries(
     {},
     optional={
-        "method": st.sampled_from(sorted(name for name, row in SELECTIONS.items() if not row.projects)),
+        "method": st.sampled_from(sorted(name for name, row in UNITS.items() if not row.projects)),
         "repair": st.sampled_from(["none", "dense-target", "dense-target:0.25"]),
         "price": st.sampled_from(["none", "fisher"]),
         "samples": st.integers(1, 100),
@@ -530,6 +533,6 @@ def test_shares_and_a_sparsity_replace_each_other() -> None:
 
 @pytest.mark.parametrize("text", ["structured", "structured:state", "structured:state=0.5,block=0.1"])
 def test_a_structured_pattern_in_yaml(tmp_path: Path, text: str) -> None:
-    (tmp_path / "recipe.yaml").write_text(f"pattern: {text}\nrepair: none\nweight: fisher\n")
+    (tmp_path / "recipe.yaml").write_text(f"pattern: {text}\nrepair: none\nprice: fisher\n")
     recipe = Recipe.load(tmp_path / "recipe.yaml")
     assert recipe == Recipe(pattern=text, repair="none", price="fisher")

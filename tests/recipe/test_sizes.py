@@ -1,4 +1,4 @@
-"""recipe/units.py: sizes that stock code has a word for, and what is refused before any work."""
+"""recipe/sizes.py: sizes that stock code has a word for, and what is refused before any work."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from pico import pico_falcon_mamba, pico_mamba, pico_mamba2
 
 from sparsessm.architectures import Architecture, adapt
-from sparsessm.methods.structured import SELECTIONS
+from sparsessm.methods import unit_methods
 from sparsessm.recipe.recipe import Recipe
-from sparsessm.recipe.units import Order, is_structured, order, possible, size_for, size_of
+from sparsessm.recipe.sizes import Order, is_structured, order, possible, size_for, size_of
+
+UNITS = unit_methods()
 
 MAMBA = adapt(pico_mamba())
 FALCON = adapt(pico_falcon_mamba())
@@ -96,27 +98,27 @@ def test_sizes_that_stock_code_has_no_word_for_together() -> None:
 
 
 @pytest.mark.parametrize("axis", ["state", "channel", "head", "block"])
-@pytest.mark.parametrize("method", list(SELECTIONS))
+@pytest.mark.parametrize("method", list(UNITS))
 def test_a_method_that_does_not_choose_units_of_the_axis(method: str, axis: str) -> None:
     how = {"pattern": f"structured:{axis}", "method": method}
-    if SELECTIONS[method].projects and axis != "state":
+    if UNITS[method].projects and axis != "state":
         with pytest.raises(ValueError, match=f"'{method}' needs the pattern structured:state"):
             ordered(MAMBA2, **how)
-    elif axis not in SELECTIONS[method].axes:
+    elif axis not in UNITS[method].axes:
         with pytest.raises(
             ValueError, match=f"'{method}' does not choose among units of axis '{axis}'"
         ) as caught:
             ordered(MAMBA2, **how)
         listed = str(caught.value).partition("these do: ")[2].split(", ")
-        assert listed == [name for name, row in SELECTIONS.items() if axis in row.axes]
+        assert listed == [name for name, row in UNITS.items() if axis in row.axes]
     elif method == "sparsessm-vote":
         with pytest.raises(
             ValueError, match="'sparsessm-vote' needs states with a decay of their own, as Mamba-1"
         ):
             ordered(MAMBA2, **how)
-        assert ordered(MAMBA, **how).methods == ["sparsessm-vote"]
+        assert ordered(MAMBA, **how).names == ["sparsessm-vote"]
     else:
-        assert ordered(MAMBA2, **how).selections == {axis: SELECTIONS[method]}
+        assert ordered(MAMBA2, **how).methods == {axis: UNITS[method]}
 
 
 def test_a_method_must_fit_every_axis_of_a_mix() -> None:
@@ -129,7 +131,7 @@ def test_a_method_must_fit_every_axis_of_a_mix() -> None:
 def test_what_a_recipe_says_of_repair_weight_and_seed() -> None:
     plain = ordered(MAMBA, pattern="structured:state")
     assert (plain.strength, plain.fisher, plain.seed, plain.share) == (1.0, True, 0, None)
-    assert plain.sizes == {"state": 4} and plain.looks and plain.methods == ["exact"]
+    assert plain.sizes == {"state": 4} and plain.looks and plain.names == ["exact"]
     other = ordered(MAMBA, pattern="structured:state", repair="none", price="none", seed=7, method="random")
     assert (other.strength, other.fisher, other.seed, other.looks) == (0.0, False, 7, False)
     assert ordered(MAMBA, pattern="structured:state", repair="dense-target:0.25").strength == 0.25
@@ -142,10 +144,10 @@ def test_what_a_recipe_says_of_repair_weight_and_seed() -> None:
 def test_a_share_of_all_parameters_is_still_to_be_found() -> None:
     mixed = ordered(MAMBA2, pattern="structured", sparsity=0.3)
     assert mixed.share == 0.3 and mixed.sizes == {} and mixed.looks
-    assert list(mixed.selections) == ["state", "channel", "head", "block"]
+    assert list(mixed.methods) == ["state", "channel", "head", "block"]
     assert ordered(MAMBA, pattern="structured").share == 0.5
-    assert list(ordered(MAMBA, pattern="structured").selections) == ["state", "channel", "block"]
-    assert mixed.methods == ["exact"]
+    assert list(ordered(MAMBA, pattern="structured").methods) == ["state", "channel", "block"]
+    assert mixed.names == ["exact"]
 
 
 def test_shares_of_several_axes() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from pico import TEXT, pico_mamba, pico_tokenizer
+from planned import prune
 from torch import Tensor, nn
 from torch.nn import functional as F
 from typer.testing import CliRunner
@@ -22,8 +23,8 @@ import sparsessm
 from sparsessm import cli
 from sparsessm.architectures import adapt
 from sparsessm.pruning import entries
-from sparsessm.recipe import plan
 from sparsessm.recipe.recipe import Recipe
+from sparsessm.recipe.rules import assign
 from sparsessm.studies import findings, tolerance, trials
 from sparsessm.studies.tolerance import Analysis, analyze
 from sparsessm.studies.trials import Cell, measure
@@ -73,7 +74,7 @@ def alone(cell: Cell, price: str) -> Recipe:
 
 def rules_of(model: nn.Module, calibration: Tensor, price: str) -> Mapping[str, Any]:
     architecture = adapt(model)
-    rules = plan.make(recipe(price=price, repair="self"), architecture.targets).rules
+    rules = assign(recipe(price=price, repair="self"), architecture.targets).rules
     return entries.priced(architecture, rules, calibration, None)
 
 
@@ -108,7 +109,7 @@ def test_every_cell_is_what_a_stock_model_with_that_matrix_pruned_does(
         dense = model(held_out).logits
     for cell in cells:
         pruned = copy.deepcopy(model)
-        (row,) = entries.prune(adapt(pruned), alone(cell, price), calibration).rows
+        (row,) = prune(adapt(pruned), alone(cell, price), calibration).rows
         with torch.no_grad():
             expected = divergence(dense, pruned(held_out).logits)
         assert cell.kl == pytest.approx(expected, rel=2e-3, abs=1e-9), cell
@@ -149,7 +150,7 @@ def test_errors_are_those_of_the_outputs() -> None:
             assert cell.cost == cell.error > 0
             continue
         pruned, seen = copy.deepcopy(model), inputs[cell.target]
-        entries.prune(adapt(pruned), alone(cell, "fisher"), calibration)
+        prune(adapt(pruned), alone(cell, "fisher"), calibration)
         weight = model.state_dict()[cell.target].double()
         change = pruned.state_dict()[cell.target] - weight
         energy = (seen @ change.T).square().mean((0, 1))  # (out,)

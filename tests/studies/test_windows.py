@@ -19,9 +19,8 @@ from sparsessm import cli
 from sparsessm.architectures import Architecture, adapt
 from sparsessm.checkpoint import Checkpoint
 from sparsessm.data.texts import calibration_windows
-from sparsessm.recipe import plan
-from sparsessm.recipe.plan import Plan
 from sparsessm.recipe.recipe import Recipe
+from sparsessm.recipe.rules import Assignment, assign
 from sparsessm.studies import windows as advice
 from sparsessm.studies.windows import HELD_OUT, Step, agreement, choose, knee, steps
 
@@ -44,9 +43,9 @@ def windows(count: int, held: int | None = None) -> Tensor:
     return torch.randint(64, (count + held, 16), generator=torch.Generator().manual_seed(1))
 
 
-def planned(architecture: Architecture, **fields: Any) -> Plan:
+def planned(architecture: Architecture, **fields: Any) -> Assignment:
     recipe = Recipe(**fields).resolved(model="pico", trained_length=16)
-    return plan.make(recipe, architecture.targets)
+    return assign(recipe, architecture.targets)
 
 
 def curve(count: int, tokens: Tensor | None = None, **fields: Any) -> list[Step]:
@@ -258,9 +257,9 @@ def test_too_little_text_and_methods_without_data_are_refused(dense: Checkpoint)
         curve(4, windows(4, held=0))
     Path("short.txt").write_text(TEXT)
     with pytest.raises(ValueError, match="different windows, the text has . of 64 tokens; use a shorter"):
-        sparsessm.prune(dense, samples="auto", data="short.txt", length=64)
+        sparsessm.prune(dense, samples="auto", data="short.txt", length=64, measure=False)
     with pytest.raises(ValueError, match="nothing to compare: magnitude scores without calibration windows"):
-        sparsessm.prune(dense, samples="auto", method="magnitude", data="missing.txt")
+        sparsessm.prune(dense, samples="auto", method="magnitude", data="missing.txt", measure=False)
 
 
 def test_the_first_windows_are_the_same_however_many_are_drawn(dense: Checkpoint) -> None:
@@ -275,7 +274,7 @@ def test_the_first_windows_are_the_same_however_many_are_drawn(dense: Checkpoint
 
 
 def test_the_choice_is_recorded_and_repeats_bit_for_bit(dense: Checkpoint) -> None:
-    report = sparsessm.prune(dense, samples="auto", seed=5, **FAST)
+    report = sparsessm.prune(dense, samples="auto", seed=5, **FAST, measure=False)
     chosen = report.recipe["samples"]
     sizes = [step["windows"] for step in report.advice]
     assert chosen in sizes
@@ -283,7 +282,7 @@ def test_the_choice_is_recorded_and_repeats_bit_for_bit(dense: Checkpoint) -> No
     assert report.record()["advice"] == report.advice
     assert Recipe(**report.recipe).samples == chosen
     again = sparsessm.load("dense")
-    repeated = sparsessm.prune(again, recipe=Recipe(**report.recipe))
+    repeated = sparsessm.prune(again, recipe=Recipe(**report.recipe), measure=False)
     assert repeated.fingerprint == report.fingerprint
     assert repeated.advice == []
     tensors = again.model.state_dict()

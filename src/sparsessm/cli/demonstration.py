@@ -15,7 +15,6 @@ from ..checkpoint import Checkpoint, load, local_folder, pack, refuse_room
 from ..evaluation.before_after import Yardstick, compared
 from ..evaluation.perplexity import Perplexity
 from ..evaluation.speed import measure
-from ..pruning.entries import needs_data
 from ..report.record import Report, percent
 from .tables import Progress
 
@@ -67,20 +66,17 @@ def compare(progress: Progress, **fields: Any) -> Demo:
         ValueError: as `sparsessm.prune`.
     """
     checkpoint = sparsessm.load(MODEL)
-    recipes = {name: sparsessm.resolve(checkpoint, **run, **fields) for name, run in RUNS.items()}
-    progress.say("reading the standard library")
-    hungry = [name for name in recipes if needs_data(sparsessm.planned(checkpoint, recipes[name]))]
-    first = next(iter(recipes.values()))
-    tokens = sparsessm.draw(checkpoint, recipes[hungry[0]]) if hungry else None  # the same for all
-    yardstick = Yardstick.of(checkpoint, first, WINDOWS)
+    first = sparsessm.Run(checkpoint, say=progress.say, **RUNS[SAVED], **fields)
+    tokens = first.windows()  # the same for all
+    yardstick = Yardstick.of(checkpoint, first.recipe, WINDOWS)
     progress.say("dense model")
     dense = yardstick.measure(checkpoint, progress)
     measured: dict[str, dict[str, Any]] = {}
     kept = None
-    for name, recipe in recipes.items():
-        checkpoint = sparsessm.load(MODEL)
+    for name, how in RUNS.items():
+        run = sparsessm.Run(checkpoint := sparsessm.load(MODEL), progress=progress, **how, **fields)
         progress.say(f"pruning, {name}")
-        report = sparsessm.follow(checkpoint, recipe, tokens if name in hungry else None, progress)
+        report = run.prune(tokens, measure=False)
         progress.say(f"measuring, {name}")
         measured[name] = compared(dense, yardstick.measure(checkpoint, progress))
         kept = (checkpoint, report) if name == SAVED else kept

@@ -13,9 +13,8 @@ import typer
 import sparsessm
 
 from ..data.texts import DATASETS
-from ..methods import METHODS
+from ..methods import entry_methods, unit_methods
 from ..methods.patterns import NofM, Structured, Unstructured
-from ..methods.structured import SELECTIONS
 from ..recipe.recipe import Recipe, window_length
 from ..report.record import checked
 from . import tables
@@ -106,8 +105,10 @@ def list_() -> None:
     """List the methods, architectures, patterns and data sets."""
     from ..architectures import MODEL_TYPES
 
-    methods = [[row.name, ", ".join(row.families), row.summary, row.paper] for row in METHODS.values()]
-    units = [[row.name, ", ".join(row.axes), row.summary, row.paper] for row in SELECTIONS.values()]
+    methods = [
+        [row.name, ", ".join(row.families), row.summary, row.paper] for row in entry_methods().values()
+    ]
+    units = [[row.name, ", ".join(row.axes), row.summary, row.paper] for row in unit_methods().values()]
     texts = [[row.name, row.calibration, row.evaluation, row.summary] for row in DATASETS.values()]
     patterns = [
         [name, str(kind.__doc__).splitlines()[0]]

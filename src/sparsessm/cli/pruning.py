@@ -6,7 +6,7 @@ pruned is a field of `recipe.Recipe`, which gives its help text and default.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,12 +23,9 @@ from . import tables
 from .answering import Force, Json, Length, Quiet, Tokenizer, answering, app, field, print_json, tell
 
 if TYPE_CHECKING:
-    from ..checkpoint import Checkpoint
-    from ..recipe.plan import Plan
-    from ..recipe.units import Order
-    from ..report.record import Report
+    from torch import Tensor
 
-EVALUATED_WINDOWS = 16  # that `prune` measures on, before and after: as few as an interval needs
+    from ..report.record import Report
 
 DryRun = Annotated[
     bool,
@@ -89,121 +86,102 @@ def prune(
         name: value for name, value in options if name in Recipe.model_fields and value not in (None, [], ())
     }
     with answering(quiet, None if dry_run else out) as progress:
-        from ..checkpoint import refuse_existing
-
-        if structured is not None:
-            if clash := [name for name in ("pattern", "sparsity") if name in given]:
-                raise ValueError(
-                    f"--structured is --pattern structured --sparsity; give no --{clash[0]} beside it"
-                )
-            given |= {"pattern": "structured", "sparsity": structured}
-
-        wanted = (Recipe.load(recipe) if recipe else Recipe()).updated(**given)
-        if wanted.model is None:
-            raise ValueError("no model: name one on the command line or in the recipe")
-        if out is not None:
-            refuse_existing(out, force, wanted.model)
-        checkpoint = sparsessm.load(wanted.model, tokenizer=wanted.tokenizer)
-        tell(checkpoint.notes, progress)
-        wanted = sparsessm.resolve(checkpoint, wanted)
-        plan = sparsessm.planned(checkpoint, wanted)
-        report = None
-        if out is not None and not dry_run:
-            report = _pruned(checkpoint, plan, wanted, out, recipe, no_eval, progress)
-            sparsessm.save(checkpoint, out, report, force=force)
+        run = _planned(given, structured, recipe, out, force, progress)
+        report = None if dry_run or out is None else _pruned(run, out, recipe, not no_eval, force, progress)
     if report is None:
-        _preview(checkpoint, plan, wanted, as_json, quiet)
-        return
-    record = report.record()
-    if as_json:
-        print_json({"out": str(out), **record})
+        preview = run.plan.preview(run.architecture)
+        if as_json:
+            print_json({"recipe": run.recipe.model_dump(), **preview.record})
+        elif not quiet:
+            tables.show(*(tables.table(*parts) for parts in preview.tables))
+            tables.show("A dry run: nothing was read but the model, nothing was written.")
+    elif as_json:
+        print_json({"out": str(out), **report.record()})
     elif not quiet:
-        if advice := report.advice:
-            from ..studies.windows import advice_table
+        _show(report, out)
 
-            title = "Calibration windows (samples: auto)"
-            tables.show(tables.table(title, *advice_table(advice, record["recipe"]["samples"])))
-        table = removed_table(record["targets"], record["totals"])
-        tables.show(tables.table("What was removed", *table, left=2))
-        if measured := record["perplexity"]:
-            records = {name: measured[name] for name in ("dense", "pruned")}
-            show_perplexities(records, {"pruned": measured["difference"]})
-            tables.show("`sparsessm eval` measures both on all of the text.")
-        notes = (report.damped(), report.caveat(), report.honesty())
-        tables.show(*filter(None, notes), f"Saved to {out}; pruning took {report.seconds:.0f} s.")
+
+def _planned(
+    given: dict[str, Any],
+    structured: float | None,
+    recipe: Path | None,
+    out: Path | None,
+    force: bool,
+    progress: tables.Progress,
+) -> sparsessm.Run:
+    """The model is loaded and the recipe fits it.
+
+    Args:
+        given: fields of the recipe, from the command line. recipe: the file that they replace fields of.
+    """
+    from ..checkpoint import refuse_existing
+
+    if structured is not None:
+        if clash := [name for name in ("pattern", "sparsity") if name in given]:
+            raise ValueError(
+                f"--structured is --pattern structured --sparsity; give no --{clash[0]} beside it"
+            )
+        given |= {"pattern": "structured", "sparsity": structured}
+    wanted = (Recipe.load(recipe) if recipe else Recipe()).updated(**given)
+    if wanted.model is None:
+        raise ValueError("no model: name one on the command line or in the recipe")
+    if out is not None:
+        refuse_existing(out, force, wanted.model)
+    checkpoint = sparsessm.load(wanted.model, tokenizer=wanted.tokenizer)
+    tell(checkpoint.notes, progress)
+    return sparsessm.Run(checkpoint, wanted, progress=progress, say=progress.say)
 
 
 def _pruned(
-    checkpoint: Checkpoint,
-    plan: Plan | Order,
-    wanted: Recipe,
-    out: Path,
-    recipe: Path | None,
-    no_eval: bool,
-    progress: tables.Progress,
+    run: sparsessm.Run, out: Path, recipe: Path | None, measure: bool, force: bool, progress: tables.Progress
 ) -> Report:
-    """Prune the model in memory and measure it before and after.
+    """Prune, measure and save.
 
     Args:
-        out: where the result will go. recipe: the file that `wanted` came from, if it did.
+        out: where the result goes. recipe: the file that the run's recipe came from, if it did.
     """
-    from ..architectures import adapt
     from ..checkpoint import refuse_full
-    from ..evaluation.before_after import Yardstick, compared
-    from ..pruning.preview import share_left
 
-    refuse_full(out, checkpoint, share_left(plan, adapt(checkpoint.model, checkpoint.stored)))
-    torch.manual_seed(wanted.seed)
-    progress.say(f"reading {wanted.data}")
-    wanted, tokens, advice = sparsessm.settle(checkpoint, wanted, progress)
-    if advice:
-        progress.note(f"calibrating on {wanted.samples} windows")
-    if (
-        recipe
-        and tokens is not None
-        and (before := Recipe.calibrated_on(recipe)) not in (None, fingerprint(tokens))
-    ):
-        why = (reason := wanted.other_text(recipe)) and f": {reason}"
-        progress.note(
-            f"note: not the calibration tokens of {recipe} ({before[:12]}...){why}; masks may differ"
-        )
+    refuse_full(out, run.checkpoint, run.plan.share_left(run.architecture))
+    torch.manual_seed(run.recipe.seed)
+    tokens = run.windows()
+    if run.advice:
+        progress.note(f"calibrating on {run.recipe.samples} windows")
     if recipe and tokens is not None:  # what looks at no data gives the same masks everywhere
-        now = {**machine.current(), **machine.versions()}
-        if other := machine.differences(Recipe.made_with(recipe), now):
-            progress.note(f"note: {recipe} was made with {', '.join(other)}; masks may differ")
-    yardstick = None if no_eval else Yardstick.of(checkpoint, wanted, EVALUATED_WINDOWS)
-    if yardstick:
-        progress.say("dense model")
-    dense = yardstick and yardstick.measure(checkpoint, progress)
-    progress.say(f"pruning by {' and '.join(plan.methods)}")
-    report = sparsessm.follow(checkpoint, wanted, tokens, progress)
-    report.advice = advice
-    if yardstick and dense:
-        progress.say("pruned model")
-        report.perplexity = compared(dense, yardstick.measure(checkpoint, progress))
+        for note in _differences(run.recipe, recipe, tokens):
+            progress.note(f"note: {note}; masks may differ")
+    report = run.prune(tokens, measure=measure)
+    sparsessm.save(run.checkpoint, out, report, force=force)
     return report
 
 
-def _preview(checkpoint: Checkpoint, plan: Plan | Order, recipe: Recipe, as_json: bool, quiet: bool) -> None:
-    """What `prune --dry-run` answers."""
-    from ..architectures import adapt
-    from ..pruning.preview import preview, preview_tables, preview_units, preview_units_table
-    from ..recipe.units import Order
+def _differences(recipe: Recipe, file: Path, tokens: Tensor) -> Iterator[str]:
+    """Why a result that is repeated may come out otherwise here: other tokens, another machine."""
+    before = Recipe.calibrated_on(file)
+    if before not in (None, fingerprint(tokens)):
+        why = (reason := recipe.other_text(file)) and f": {reason}"
+        yield f"not the calibration tokens of {file} ({before[:12]}...){why}"
+    now = {**machine.current(), **machine.versions()}
+    if other := machine.differences(Recipe.made_with(file), now):
+        yield f"{file} was made with {', '.join(other)}"
 
-    if isinstance(plan, Order):
-        units = preview_units(plan, adapt(checkpoint.model, checkpoint.stored))
-        if as_json:
-            print_json({"recipe": recipe.model_dump(), **units})
-        elif not quiet:
-            tables.show(tables.table(*preview_units_table(checkpoint.source, units)))
-            tables.show("A dry run: nothing was read but the model, nothing was written.")
-        return
-    record = preview(plan, checkpoint.model.state_dict(), checkpoint.stored)
-    if as_json:
-        print_json({"recipe": recipe.model_dump(), **record})
-    elif not quiet:
-        tables.show(*(tables.table(*parts) for parts in preview_tables(checkpoint.source, record)))
-        tables.show("A dry run: nothing was read but the model, nothing was written.")
+
+def _show(report: Report, out: Path | None) -> None:
+    """What was done, as tables."""
+    record = report.record()
+    if advice := report.advice:
+        from ..studies.windows import advice_table
+
+        title = "Calibration windows (samples: auto)"
+        tables.show(tables.table(title, *advice_table(advice, record["recipe"]["samples"])))
+    table = removed_table(record["targets"], record["totals"])
+    tables.show(tables.table("What was removed", *table, left=2))
+    if measured := record["perplexity"]:
+        records = {name: measured[name] for name in ("dense", "pruned")}
+        show_perplexities(records, {"pruned": measured["difference"]})
+        tables.show("`sparsessm eval` measures both on all of the text.")
+    notes = (report.damped(), report.caveat(), report.honesty())
+    tables.show(*filter(None, notes), f"Saved to {out}; pruning took {report.seconds:.0f} s.")
 
 
 @app.command()

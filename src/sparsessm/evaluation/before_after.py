@@ -23,6 +23,7 @@ from sparsessm.recipe.recipe import Recipe, window_length
 
 Progress = Callable[[str, int, int], None]
 
+WINDOWS = 16  # as few as an interval needs
 LONGEST = 1024  # tokens in a window
 
 

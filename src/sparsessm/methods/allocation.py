@@ -1,47 +1,52 @@
-"""WHO is pruned how much: one overall sparsity -> a sparsity for each matrix. Pure arithmetic on what a
-survey of the dense model saw (pruning/entries.py); formulas in docs/methods.md.
+"""WHO is pruned how much: one overall sparsity -> a sparsity for each matrix. ALLOCATIONS is the table.
 
-`uniform`: all the same. `hessian-trace`: SparseSSM's rule (arXiv 2506.09613) for its linear layers. `owl`:
-outlier ratios (Yin et al., arXiv 2310.05175). `loss` (ours): one threshold over the scores of all matrices,
-so that the last weight removed costs the same everywhere, each sparsity kept near the overall one.
+A row says what a survey of the dense model looks at, what it keeps of each matrix, and how the matrices of
+one budget share it (pruning/shares.py asks); formulas in docs/methods.md. A new allocation is a row; nothing
+else names it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-# Parameter of each, where none is given: ramp (alpha), width (lambda), distance from the overall sparsity.
-ALLOCATIONS: Mapping[str, float] = {"uniform": 0.0, "hessian-trace": 0.04, "owl": 0.08, "loss": 0.1}
+from sparsessm.methods.base import UNIFORM, Allocation, Member, Rule, scorer
+from sparsessm.methods.hessian import factorise
+from sparsessm.methods.observers import InputNorm
+
 OUTLIER = 5.0  # OWL's M: an outlier is a score above M times the mean of its block
 SAMPLE = 1 << 16  # scores of a matrix that are kept for `loss`
 
 
-def parse(text: str, family: str = "projections") -> tuple[str, float]:
-    """Name and parameter of "uniform", "hessian-trace[:ALPHA]", "owl[:LAMBDA]" or "loss[:CLIP]".
+def parse(text: str, family: str = "projections") -> tuple[Allocation, float]:
+    """The row and its number of "uniform", "hessian-trace[:ALPHA]", "owl[:LAMBDA]" or "loss[:CLIP]".
 
-    Layers differ far more in what their A_log can spare than in what their projections can: `loss` is not
-    clipped for the family "ssm" unless a clip is given.
+    Args:
+        family: of the targets; a row may have another default there.
 
     Raises:
         ValueError: anything else, with what is allowed.
     """
     name, _, number = text.partition(":")
-    if name in ALLOCATIONS and not (number and name == "uniform"):
-        value = 1.0 if name == "loss" and family == "ssm" else ALLOCATIONS[name]
+    row = ALLOCATIONS.get(name)
+    if row and (row.letter or not number):
         try:
-            value = float(number) if number else value
+            value = float(number) if number else row.defaults.get(family, row.default)
         except ValueError:
-            value = -1.0
+            value = math.nan
         if 0 <= value <= 1:
-            return name, value
-    raise ValueError(
-        f"allocation is {text!r}; allowed: uniform, hessian-trace[:ALPHA], owl[:LAMBDA], loss[:CLIP], with a "
-        "number from 0 to 1"
-    )
+            return row, value
+    raise ValueError(f"allocation is {text!r}; allowed: {listed()}, with a number from 0 to 1")
+
+
+def listed() -> str:
+    """What can be typed."""
+    return ", ".join(f"{row.name}[:{row.letter}]" if row.letter else row.name for row in ALLOCATIONS.values())
 
 
 @dataclass(frozen=True)
@@ -138,3 +143,98 @@ def _shifted(change: Tensor, entries: Tensor, sparsity: float) -> list[float]:
     largest = float(change.abs().max())
     change = change * min(1.0, room / largest) if largest > 0 else change
     return [sparsity + float(part) for part in change]
+
+
+def _norm(weight: Tensor, rule: Rule) -> InputNorm:
+    return InputNorm()
+
+
+def _power(weight: Tensor, seen: Any, rule: Rule, gone: Tensor) -> Tensor:
+    return seen.power
+
+
+def _outputs(weight: Tensor, seen: Any, rule: Rule, gone: Tensor) -> Tensor:
+    return weight.double().abs() * seen.power.sqrt()
+
+
+def _own(weight: Tensor, rule: Rule) -> Any | None:
+    return rule.method.watch(weight, rule) if rule.method.watch else None
+
+
+def _profile(weight: Tensor, seen: Any, rule: Rule, gone: Tensor) -> Profile:
+    unit = 1.0
+    if rule.method.hessian:
+        moments, unit = seen.scaled(weight.dtype)
+        seen = factorise(moments.gram)
+    score = scorer(rule, seen)(weight, slice(None))
+    return Profile.of(score.masked_fill(gone, -torch.inf), unit)
+
+
+def _share_by_trace(members: Sequence[Member], sparsity: float, alpha: float) -> list[float]:
+    """in_proj and out_proj each for themselves; the others get the overall sparsity, as in the paper."""
+    shares = [sparsity] * len(members)
+    for kind in ("in_proj", "out_proj"):
+        part = [i for i, member in enumerate(members) if member.kind == kind]
+        ramp = hessian_trace([members[i].seen for i in part], sparsity, alpha) if part else []
+        for i, share in zip(part, ramp, strict=True):
+            shares[i] = share
+    return shares
+
+
+def _share_by_outliers(members: Sequence[Member], sparsity: float, width: float) -> list[float]:
+    """All matrices of a layer get the same."""
+    layers = sorted({member.layer for member in members})
+    parts = [[member for member in members if member.layer == layer] for layer in layers]
+    ratios = [outlier_ratio([member.seen for member in part]) for part in parts]
+    entries = [sum(member.entries for member in part) for part in parts]
+    shares = dict(zip(layers, owl(ratios, entries, sparsity, width), strict=True))
+    return [shares[member.layer] for member in members]
+
+
+def _share_by_threshold(members: Sequence[Member], sparsity: float, clip: float) -> list[float]:
+    return by_threshold([member.seen for member in members], sparsity, clip)
+
+
+ALLOCATIONS: dict[str, Allocation] = {
+    row.name: row
+    for row in (
+        UNIFORM,
+        Allocation(
+            "hessian-trace",
+            "SparseSSM, arXiv 2506.09613",
+            "by the rank of the Hessian's squared diagonal, within ALPHA of the overall sparsity",
+            share=_share_by_trace,
+            watch=_norm,
+            reduce=_power,
+            looks=True,
+            letter="ALPHA",
+            default=0.04,
+            families=("projections",),
+        ),
+        Allocation(
+            "owl",
+            "Yin et al., arXiv 2310.05175",
+            "layers with more outliers lose less, within LAMBDA of the overall sparsity",
+            share=_share_by_outliers,
+            watch=_norm,
+            reduce=_outputs,
+            looks=True,
+            letter="LAMBDA",
+            default=0.08,
+            families=("projections", "conv1d", "head"),
+        ),
+        # Layers differ far more in what their A_log can spare than their projections: no clip there.
+        Allocation(
+            "loss",
+            "ours; docs/methods.md",
+            "one threshold over the scores of all matrices, within CLIP of the overall sparsity",
+            share=_share_by_threshold,
+            watch=_own,
+            reduce=_profile,
+            letter="CLIP",
+            default=0.1,
+            defaults={"ssm": 1.0},
+            by_layer=True,
+        ),
+    )
+}

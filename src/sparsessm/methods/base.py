@@ -1,15 +1,64 @@
-"""What a method is: a row of the table METHODS. It sees weights and sums, never a model."""
+"""What a method and an allocation are: rows of tables. They see weights and sums, never a model."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from sparsessm.methods.patterns import Pattern
+
+
+@dataclass(frozen=True)
+class Member:
+    """One of the matrices that share a budget, as an allocation sees it.
+
+    Attributes:
+        layer, kind: where it is, and its name inside the layer. entries: of the matrix. seen: what
+            `Allocation.reduce` kept of it; None where the allocation has no `reduce`.
+    """
+
+    layer: int
+    kind: str
+    entries: int
+    seen: Any
+
+
+@dataclass(frozen=True, eq=False)
+class Allocation:
+    """One way to share out a budget: one overall sparsity -> a sparsity for each matrix.
+
+    Attributes:
+        name: what users type. paper: where it comes from. summary: one line for the tables.
+        share: (members, overall sparsity, number) -> the sparsity of each; None: all get the overall one.
+        watch: (weight, rule) -> the observer that a survey of the dense model feeds; None, or one that gives
+            None: nothing is looked at.
+        reduce: (weight, what was seen, rule, entries that are gone already) -> what `share` compares.
+        looks: it needs calibration windows whatever the method.
+        letter: what its number is called; empty: it takes none. default: that number where none is given.
+        defaults: family -> another default.
+        families: target families that it means something for; empty: all.
+        by_layer: of whole units, it lets layers keep different numbers (pruning/widths.py).
+    """
+
+    name: str
+    paper: str
+    summary: str
+    share: Callable[[Sequence[Member], float, float], Sequence[float]] | None
+    watch: Callable[[Tensor, Rule], Any | None] | None = None
+    reduce: Callable[[Tensor, Any, Rule, Tensor], Any] | None = None
+    looks: bool = False
+    letter: str = ""
+    default: float = 0.0
+    defaults: Mapping[str, float] = field(default_factory=dict)
+    families: tuple[str, ...] = ()
+    by_layer: bool = False
+
+
+UNIFORM = Allocation("uniform", "baseline", "every matrix loses the same share", share=None)
 
 
 @dataclass(frozen=True)
@@ -23,11 +72,11 @@ class Rule:
         price: "none"; "fisher" or "norms": an error in an output row costs what the loss says
             (calibration/prices.py).
         prices: (out,) float64, that of each row; None where all rows have the same.
-        allocation: name and parameter, see allocation.py.
+        allocation: who is pruned how much, with its number.
         length: tokens a calibration window. seed: of this target.
     """
 
-    method: Method
+    method: EntryMethod
     pattern: Pattern
     sparsity: float
     removed: str
@@ -35,7 +84,7 @@ class Rule:
     strength: float = 1.0
     price: str = "none"
     prices: Tensor | None = None
-    allocation: tuple[str, float] = ("uniform", 0.0)
+    allocation: tuple[Allocation, float] = (UNIFORM, 0.0)
     diagonal: bool = False
     time_weights: str = "power:1"
     length: int = 0
@@ -43,8 +92,8 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class Method:
-    """One way to decide what matters.
+class EntryMethod:
+    """One way to decide which entries of a matrix matter.
 
     Attributes:
         name: what users type. paper: where it comes from. summary: one line for the tables.
@@ -80,6 +129,29 @@ class Method:
     error: Callable[[Any, Tensor, Rule], tuple[float, float] | None] | None = None
     defaults: Mapping[str, str] = field(default_factory=lambda: {"allocation": "uniform"})
     options: tuple[str, ...] = ()
+
+
+def scorer(rule: Rule, seen: Any, *, repairs: bool = False) -> Callable[[Tensor, slice], Tensor]:
+    """The score of a rule's method as a function of (weight, columns).
+
+    Args:
+        seen: what the observer saw, or the `Factor` of its Hessian where the method has one.
+        repairs: a repair goes on between columns; else matrices may be compared (`EntryMethod.total`).
+
+    Raises:
+        ValueError (of the function): a score that is not a number.
+    """
+
+    def score(weight: Tensor, columns: slice) -> Tensor:
+        if not repairs and rule.method.total:
+            value = rule.method.total(weight, seen, rule)
+        else:
+            value = rule.method.score(weight, seen, rule, columns)
+        if value.isnan().any():
+            raise ValueError(f"method {rule.method.name!r} gave a score that is not a number")
+        return value
+
+    return score
 
 
 def seed_of(seed: int, name: str) -> int:

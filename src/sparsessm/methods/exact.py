@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsessm.methods.base import Method, Rule
+from sparsessm.methods.base import EntryMethod, Rule
 from sparsessm.methods.observers import ErrorSums, StateError
 from sparsessm.methods.repair import damped_power, error_of, refit_skip
 
@@ -75,7 +75,7 @@ def _watch(weight: Tensor, rule: Rule) -> Any:
     return StateError(rule.removed, rule.diagonal, rule.prices, len(weight))
 
 
-exact = Method(
+exact = EntryMethod(
     name="exact",
     paper="ours; docs/methods.md",
     summary="exact output error (full Gram, greedy) and refit of D",

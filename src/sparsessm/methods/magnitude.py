@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsessm.methods.base import Method, Rule
+from sparsessm.methods.base import EntryMethod, Rule
 
 
 def _magnitude(weight: Tensor, seen: Any, rule: Rule, columns: slice) -> Tensor:
@@ -20,7 +20,7 @@ def _random(weight: Tensor, seen: Any, rule: Rule, columns: slice) -> Tensor:
     return torch.rand(weight.shape, generator=generator)
 
 
-magnitude = Method(
+magnitude = EntryMethod(
     name="magnitude",
     paper="Han et al. 2015, arXiv 1506.02626",
     summary="smallest |weight|; needs no data",
@@ -29,7 +29,7 @@ magnitude = Method(
     score=_magnitude,
 )
 
-random = Method(
+random = EntryMethod(
     name="random",
     paper="-",
     summary="a seeded random choice: the floor for every other method",

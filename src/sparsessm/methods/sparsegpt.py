@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sparsessm.methods.base import Method, Rule
+from sparsessm.methods.base import EntryMethod, Rule
 from sparsessm.methods.hessian import Factor, near
 from sparsessm.methods.observers import InputGram
 
@@ -36,7 +36,7 @@ def _total(weight: Tensor, seen: Factor, rule: Rule) -> Tensor:
     return score if rule.prices is None else score.double() * rule.prices[:, None]
 
 
-sparsegpt = Method(
+sparsegpt = EntryMethod(
     name="sparsegpt",
     paper="SparseGPT, arXiv 2301.00774",
     summary="optimal brain surgery column by column, restoring each layer's own output",
@@ -48,7 +48,7 @@ sparsegpt = Method(
     defaults={"repair": "self", "price": "none", "allocation": "uniform"},
 )
 
-absorb = Method(
+absorb = EntryMethod(
     name="absorb",
     paper="ours; docs/methods.md",
     summary="the same towards the dense model's output, rows and matrices weighed by the loss",

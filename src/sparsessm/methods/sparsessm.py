@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsessm.methods.base import Method, Rule
+from sparsessm.methods.base import EntryMethod, Rule
 from sparsessm.methods.observers import StateEnergy, StateVote
 
 
@@ -68,7 +68,7 @@ def _watch_energy(weight: Tensor, rule: Rule) -> Any:
     return StateEnergy(time_weights(rule.time_weights, rule.length))
 
 
-vote = Method(
+vote = EntryMethod(
     name="sparsessm-vote",
     paper="SparseSSM v1, arXiv 2506.09613, Algorithm 1",
     summary="vote per time step on A_log^2 S_t",
@@ -77,7 +77,7 @@ vote = Method(
     score=_vote,
 )
 
-weighted = Method(
+weighted = EntryMethod(
     name="sparsessm",
     paper="SparseSSM v2, arXiv 2506.09613 and its code of October 2025",
     summary="time-weighted sum of decay^2 x state energy",

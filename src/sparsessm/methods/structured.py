@@ -1,7 +1,7 @@
-"""Stage 2 for whole units: which states, channels or heads of a layer matter least. SELECTIONS is the table.
+"""Stage 2 for whole units: which states, channels or heads of a layer matter least.
 
-A selection sees weights and sums, never a model, like the methods for single entries. Its scores are ranks or
-costs: the smallest go, the same number in every layer (`patterns.Structured`).
+A method for units sees weights and sums, never a model, like the methods for single entries. Its scores are
+ranks or costs: the smallest go, the same number in every layer (`patterns.Structured`).
 """
 
 from __future__ import annotations
@@ -61,13 +61,17 @@ class Units:
 
 
 @dataclass(frozen=True)
-class Selection:
+class UnitMethod:
     """One way to decide which units go.
 
     Attributes:
-        name, paper, summary: as of a `Method`. axes: those it applies to.
+        name, paper, summary: as of an `EntryMethod`. axes: those it applies to.
         looks: what it needs to see: "states", "energy", "votes", "inputs", "loss", "change", or nothing ("").
         score: units -> scores of each axis; the smallest are removed. None: the loop asks the model (blocks).
+        weighs: it reads the weights of the units. prices: an error in an output row costs what the loss says,
+            unless the recipe says otherwise.
+        eliminates: it takes units out one after the other and knows what each step costs, so that layers may
+            keep different numbers of channels (pruning/widths.py).
         projects: it does not choose, it projects the states (pruning/projection.py).
     """
 
@@ -77,6 +81,9 @@ class Selection:
     axes: tuple[str, ...]
     looks: Mapping[str, str]
     score: Callable[[Units], Sequence[Tensor]] | None = None
+    weighs: bool = False
+    prices: bool = False
+    eliminates: bool = False
     projects: bool = False
 
 
@@ -201,18 +208,19 @@ def _costs(weight: Tensor, inverse: Tensor, columns: Tensor) -> Tensor:
     return (parts.mT * torch.linalg.solve(blocks, parts.mT)).sum((1, 2))
 
 
-random = Selection(
+random = UnitMethod(
     "random", "baseline", "units drawn at random", ("state", "channel", "head", "block"), {}, _random
 )
-magnitude = Selection(
+magnitude = UnitMethod(
     "magnitude",
     "Han et al. 2015",
     "norm of all weights of a unit",
     ("state", "channel", "head"),
     {},
     _magnitude,
+    weighs=True,
 )
-vote = Selection(
+vote = UnitMethod(
     "sparsessm-vote",
     "SparseSSM v1, arXiv 2506.09613",
     "vote per time step on A_log^2 S_t, summed over each column",
@@ -220,7 +228,7 @@ vote = Selection(
     {"state": "votes"},
     _vote,
 )
-ghost = Selection(
+ghost = UnitMethod(
     "ghost",
     "GHOST, arXiv 2602.11408",
     "root of E[h^2 C^2]: how much a state and its readout carry",
@@ -228,14 +236,14 @@ ghost = Selection(
     {"state": "energy"},
     _ghost,
 )
-change = Selection(
+change = UnitMethod(
     "cosine",
     "Men et al., arXiv 2403.03853",
     "1 - cosine between a block's input and output in the dense model",
     ("block",),
     {"block": "change"},
 )
-balanced = Selection(
+balanced = UnitMethod(
     "balanced",
     "balanced truncation, Moore 1981",
     "Mamba-2: the best directions instead of states, for our runtime only",
@@ -243,15 +251,13 @@ balanced = Selection(
     {"state": "states"},
     projects=True,
 )
-exact = Selection(
+exact = UnitMethod(
     "exact",
     "ours; docs/methods.md",
     "output error (loss, for blocks) after the best repair, greedy",
     ("state", "channel", "head", "block"),
     {"state": "states", "channel": "inputs", "head": "inputs", "block": "loss"},
     _exact,
+    prices=True,
+    eliminates=True,
 )
-
-SELECTIONS: Mapping[str, Selection] = {
-    row.name: row for row in (random, magnitude, vote, ghost, change, balanced, exact)
-}

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sparsessm.methods.base import Method, Rule
+from sparsessm.methods.base import EntryMethod, Rule
 from sparsessm.methods.observers import InputNorm, Moments
 
 
@@ -19,7 +19,7 @@ def _score(weight: Tensor, seen: Moments, rule: Rule, columns: slice) -> Tensor:
     return weight.double().abs() * seen.power[..., columns].sqrt()
 
 
-wanda = Method(
+wanda = EntryMethod(
     name="wanda",
     paper="Wanda, arXiv 2306.11695",
     summary="|weight| x input norm, per output row; no repair",

@@ -16,7 +16,7 @@ from sparsessm.architectures import Architecture, Block
 from sparsessm.calibration.loss import ROWS as HEAD_ROWS
 from sparsessm.calibration.walk import Progress
 from sparsessm.methods.base import seed_of
-from sparsessm.recipe.units import Order
+from sparsessm.recipe.sizes import Order
 
 BLOCK_TOKENS = 16_384  # of the calibration windows on which blocks are compared
 GROUP = 4_096  # of them that go through a block together
@@ -32,7 +32,7 @@ def chosen_blocks(
     """
     if "block" not in order.sizes:
         return []
-    total, selection = len(architecture.blocks), order.selections["block"]
+    total, selection = len(architecture.blocks), order.methods["block"]
     count = total - order.sizes["block"]
     if not selection.looks:
         random = torch.Generator().manual_seed(seed_of(order.seed, "blocks"))

@@ -21,7 +21,7 @@ from sparsessm.architectures import Architecture, Axis, Block, adapt
 from sparsessm.calibration.walk import Progress
 from sparsessm.pruning.blocks import chosen_blocks, loss_of
 from sparsessm.pruning.units import row_costs, shrink
-from sparsessm.recipe.units import INNER, Order, possible, size_of
+from sparsessm.recipe.sizes import INNER, Order, possible, size_of
 
 TRIED = (0.25, 0.5)  # shares of an axis that are tried, as near as stock code has a word for
 TRIAL_TOKENS = 16_384  # that a trial is calibrated on
@@ -65,7 +65,7 @@ def find(
     aside = max(1, min(HELD_TOKENS // tokens.shape[1], len(tokens) // 4))
     held, few = tokens[-aside:], tokens[:-aside][: max(2, TRIAL_TOKENS // tokens.shape[1])]
     dense = loss_of(architecture, architecture.final(held), held)
-    axes = list(order.selections)
+    axes = list(order.methods)
     jobs = [(axis, size) for axis in axes for size in _tried(architecture, axis)]
     costs = row_costs(architecture, few) if order.fisher else {}
     leaving: list[int] = []  # blocks in the order in which they go: asked once for all sizes

@@ -15,14 +15,16 @@ from sparsessm.architectures import Architecture
 from sparsessm.methods import Rule
 from sparsessm.methods.patterns import NofM
 from sparsessm.pruning.mixes import saved
-from sparsessm.recipe.plan import Plan, words
-from sparsessm.recipe.units import Order, size_of
+from sparsessm.recipe.rules import Assignment, words
+from sparsessm.recipe.sizes import Order, size_of
 from sparsessm.report.contents import Table
 from sparsessm.report.record import kind_of, percent
 
 
-def preview(plan: Plan, tensors: Mapping[str, Tensor], stored: Mapping[str, dtype]) -> dict[str, Any]:
-    """What a plan will hit, and bytes before and after; plain values.
+def entries(
+    assignment: Assignment, tensors: Mapping[str, Tensor], stored: Mapping[str, dtype]
+) -> dict[str, Any]:
+    """What the rules will hit, and bytes before and after; plain values.
 
     Shares are those that were asked for: with an allocation other than `uniform` only their mean is known
     before a look at the data.
@@ -38,10 +40,10 @@ def preview(plan: Plan, tensors: Mapping[str, Tensor], stored: Mapping[str, dtyp
         kind of tensor, the largest first.
     """
     rules, packed = [], {}
-    for group in plan.groups:
+    for group in assignment.groups:
         for family in dict.fromkeys(target.family for target in group.targets):
             part = [target for target in group.targets if target.family == family]
-            rule = plan.rules[part[0].name]
+            rule = assignment.rules[part[0].name]
             rules.append(
                 {
                     "rule": group.title,
@@ -84,15 +86,15 @@ def kept(rule: Rule, rows: int, columns: int) -> int:
     return rows * columns - round(rule.sparsity * rows * columns)
 
 
-def preview_units(order: Order, architecture: Architecture) -> dict[str, Any]:
+def units(order: Order, architecture: Architecture) -> dict[str, Any]:
     """What an order for whole units will leave; plain values."""
     axes = {
-        axis: {"now": size_of(architecture, axis), "after": size, "method": order.selections[axis].name}
+        axis: {"now": size_of(architecture, axis), "after": size, "method": order.methods[axis].name}
         for axis, size in order.sizes.items()
     }
     total = sum(parameter.numel() for parameter in architecture.model.parameters())
     # what projections add depends on how many directions each layer gets
-    projects = any(selection.projects for selection in order.selections.values())
+    projects = any(method.projects for method in order.methods.values())
     gone = saved(architecture, order.sizes) if order.sizes and not projects else None
     counts = {"now": total, "after": None if gone is None else total - gone}
     repair = f"dense-target:{order.strength:g}" if order.strength else "none"
@@ -100,14 +102,14 @@ def preview_units(order: Order, architecture: Architecture) -> dict[str, Any]:
         "axes": axes,
         "share": order.share,
         "by_layer": order.by_layer,
-        "methods": order.methods,
+        "methods": order.names,
         "repair": repair,
         "parameters": counts,
     }
 
 
-def preview_units_table(model: str, record: Mapping[str, Any]) -> Table:
-    """What `preview_units` returned, for people."""
+def units_table(model: str, record: Mapping[str, Any]) -> Table:
+    """What `units` returned, for people."""
     cells = [
         [
             axis,
@@ -132,8 +134,8 @@ def preview_units_table(model: str, record: Mapping[str, Any]) -> Table:
     return f"{model}: what would be taken out", ["axis", "by", "units now", "after", "removed"], cells, 2
 
 
-def preview_tables(model: str, record: Mapping[str, Any]) -> list[Table]:
-    """What `preview` returned, for people."""
+def entries_tables(model: str, record: Mapping[str, Any]) -> list[Table]:
+    """What `entries` returned, for people."""
     fields = ["method", "pattern", "sparsity", "repair", "price", "allocation"]
     rules = []
     for rule in record["rules"]:
@@ -153,13 +155,3 @@ def preview_tables(model: str, record: Mapping[str, Any]) -> list[Table]:
         (f"{model}: what would be pruned", ["rule", "targets", *fields, "entries"], rules, 8),
         ("Bytes of tensors", ["", "bytes", "of now"], lines, 1),
     ]
-
-
-def share_left(plan: Plan | Order, architecture: Architecture) -> float:
-    """About the share of the parameters that the result will have, at most: zeros are stored."""
-    if isinstance(plan, Plan):
-        return 1.0
-    if plan.share is not None:
-        return 1.0 - plan.share
-    counts = preview_units(plan, architecture)["parameters"]
-    return 1.0 if counts["after"] is None else counts["after"] / counts["now"]

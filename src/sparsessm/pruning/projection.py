@@ -17,7 +17,7 @@ from sparsessm.calibration.walk import Progress, Stop, slab_width
 from sparsessm.methods.balanced import balanced_truncation, energies
 from sparsessm.methods.observers import StateMoments, StateSums
 from sparsessm.pruning.units import EVERY, LOOKED, row_costs
-from sparsessm.recipe.units import Order
+from sparsessm.recipe.sizes import Order
 from sparsessm.report.record import Row
 
 LOOKS = 16  # for each state, at least

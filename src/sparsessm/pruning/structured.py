@@ -1,59 +1,73 @@
-"""A run with a structured pattern, from recipe to report: what `pipeline.prune` is for single entries."""
+"""The plan for whole units: what entries.py is for single entries. Which of the files beside it does what."""
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 from torch import Tensor
 
 from sparsessm.architectures import Architecture
 from sparsessm.calibration.walk import Progress
-from sparsessm.data.edition import edition
-from sparsessm.data.texts import fingerprint
-from sparsessm.pruning import mixes, projection, units, widths
+from sparsessm.pruning import mixes, preview, projection, units, widths
+from sparsessm.pruning.plan import Outcome, Plan, Preview
 from sparsessm.recipe.recipe import Recipe
-from sparsessm.recipe.units import order
-from sparsessm.report.record import Report
+from sparsessm.recipe.rules import Assignment
+from sparsessm.recipe.sizes import Order
 
 
-def run(
-    architecture: Architecture, recipe: Recipe, tokens: Tensor | None, progress: Progress | None = None
-) -> Report:
-    """Take whole units out of the model in place.
+class UnitPlan(Plan):
+    """Whole units are taken out of the model.
 
-    Args:
-        recipe: resolved, with a structured pattern. tokens: (W, L) int64 calibration windows, None where
-            nothing is looked at.
-
-    Raises:
-        ValueError: as `units.order`, `mixture.find` and `structure.shrink`.
+    Attributes:
+        order: how many of which axis stay, chosen how.
     """
-    began = time.perf_counter()
-    wanted = order(recipe, architecture)
-    if wanted.looks and tokens is None:
-        raise ValueError(f"pattern {recipe.pattern!r} needs calibration windows, none were given")
-    dense = _parameters(architecture)
-    trials: list[dict[str, Any]] = []
-    if wanted.share is not None:
-        assert tokens is not None
-        wanted, trials = mixes.find(architecture, wanted, tokens, progress)
-    if any(selection.projects for selection in wanted.selections.values()):
-        assert tokens is not None
-        rows = projection.project(architecture, wanted, tokens, progress)
-    else:
-        costs = own = None
-        if wanted.by_layer:
+
+    def __init__(self, recipe: Recipe, order: Order) -> None:
+        super().__init__(recipe)
+        self.order = order
+
+    @property
+    def methods(self) -> list[str]:
+        return self.order.names
+
+    @property
+    def asks(self) -> str:
+        return f"pattern {self.recipe.pattern!r}" if self.order.looks else ""
+
+    @property
+    def assignment(self) -> Assignment:
+        return Assignment((), {})
+
+    def preview(self, architecture: Architecture) -> Preview:
+        record = preview.units(self.order, architecture)
+        return Preview(record, [preview.units_table(str(self.recipe.model), record)])
+
+    def share_left(self, architecture: Architecture) -> float:
+        if self.order.share is not None:
+            return 1.0 - self.order.share
+        counts = preview.units(self.order, architecture)["parameters"]
+        return 1.0 if counts["after"] is None else counts["after"] / counts["now"]
+
+    def _carry_out(
+        self, architecture: Architecture, tokens: Tensor | None, progress: Progress | None
+    ) -> Outcome:
+        order, dense = self.order, _parameters(architecture)
+        trials: list[dict[str, Any]] = []
+        if order.share is not None:
             assert tokens is not None
-            costs = units.row_costs(architecture, tokens, progress) if wanted.fisher else {}
-            own = widths.find(architecture, wanted, tokens, costs, progress)
-        rows = units.shrink(architecture, wanted, tokens, progress, costs, widths=own)
-    sha256 = fingerprint(tokens) if tokens is not None and wanted.looks else ""
-    report = Report(recipe.model_dump(), rows, sha256, time.perf_counter() - began)
-    report.parameters = {"dense": dense, "pruned": _parameters(architecture)}
-    report.shape, report.trials = dict(wanted.sizes), trials
-    report.text = edition(recipe.data, "calibration") if sha256 else {}
-    return report
+            order, trials = mixes.find(architecture, order, tokens, progress)
+        if any(method.projects for method in order.methods.values()):
+            assert tokens is not None
+            rows = projection.project(architecture, order, tokens, progress)
+        else:
+            costs = own = None
+            if order.by_layer:
+                assert tokens is not None
+                costs = units.row_costs(architecture, tokens, progress) if order.fisher else {}
+                own = widths.find(architecture, order, tokens, costs, progress)
+            rows = units.shrink(architecture, order, tokens, progress, costs, widths=own)
+        parameters = {"dense": dense, "pruned": _parameters(architecture)}
+        return Outcome(rows, parameters, dict(order.sizes), trials)
 
 
 def _parameters(architecture: Architecture) -> int:

@@ -36,7 +36,7 @@ from sparsessm.methods.patterns import Structured
 from sparsessm.methods.repair import dense_target, readout, remix
 from sparsessm.methods.structured import Reader, Units
 from sparsessm.pruning import blocks as depth
-from sparsessm.recipe.units import INNER, REPAIRED, Order, mixable
+from sparsessm.recipe.sizes import INNER, REPAIRED, Order, mixable
 from sparsessm.report.record import Row
 
 COST_TOKENS = 16_384  # of the calibration windows that the backward pass looks at
@@ -81,7 +81,7 @@ def shrink(
         raise ValueError("structured removal needs calibration windows, none were given")
     rows: list[Row] = []
     inner = [axis for axis in INNER if axis in order.sizes]
-    priced = order.fisher and any(order.selections[axis].name == "exact" for axis in inner)
+    priced = order.fisher and any(order.methods[axis].prices for axis in inner)
     if not priced or tokens is None:
         costs = {}
     elif costs is None:
@@ -90,7 +90,7 @@ def shrink(
     known = len(leaving) >= count
     gone = leaving[:count] if known else depth.chosen_blocks(architecture, order, tokens, progress)
     if count:
-        chosen = order.selections["block"].name
+        chosen = order.methods["block"].name
         repair = f"dense-target:{order.strength:g}" if order.strength else "none"
         rows.append(_row("blocks", -1, "block", chosen, len(architecture.blocks), len(gone), repair))
     if widths is not None:  # also if what follows is interrupted
@@ -186,7 +186,7 @@ def _shrink_block(
             continue
         removing = axes[0].size - order.sizes[axis]
         units = look(stop, axis, axes, removing, order, costs)
-        selection = order.selections[axis]
+        selection = order.methods[axis]
         counts = sum(a.size for a in axes), removing * len(axes)
         assert selection.score is not None
         values = selection.score(units)
@@ -205,7 +205,7 @@ def _shrink_block(
                 selection.name,
                 *counts,
                 repair=f"dense-target:{order.strength:g}" if refits or mixes else "none",
-                price="fisher" if costs and selection.name == "exact" else "none",
+                price="fisher" if costs and selection.prices else "none",
                 repaired=repaired
                 or dict.fromkeys(f"{stop.block.name}.{part.tensor}" for part in mixes or ()),
             )
@@ -234,12 +234,12 @@ def look(
     costs: Mapping[str, Tensor],
 ) -> Units:
     """What a selection needs to know."""
-    block, selection = stop.block, order.selections[axis]
+    block, selection = stop.block, order.methods[axis]
     tensors = block.layer.state_dict()
     units = Units(
         [a.size for a in axes],
         removing,
-        weights=[_entries(tensors, a) for a in axes] if selection.name == "magnitude" else (),
+        weights=[_entries(tensors, a) for a in axes] if selection.weighs else (),
         mixable=order.strength > 0 and axis == "state" and mixable(axes),
         seed=seed_of(order.seed, f"{block.name}.{axis}"),
     )

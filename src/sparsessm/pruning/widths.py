@@ -18,7 +18,7 @@ from sparsessm.calibration.walk import Progress, Stop
 from sparsessm.methods.structured import elimination
 from sparsessm.pruning.blocks import embedded
 from sparsessm.pruning.units import look
-from sparsessm.recipe.units import Order, size_of, width_step
+from sparsessm.recipe.sizes import Order, size_of, width_step
 
 LEAST = 8  # a layer keeps one in so many channels at least
 

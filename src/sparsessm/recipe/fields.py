@@ -1,7 +1,7 @@
 """How something is pruned: what a recipe and each of its rules can say, and whether it is of any use.
 
 Place in the flow: a `Recipe` is a `Choice` for the whole model, its rules are choices for some targets;
-`plan` makes a `Rule` of them for each target. Names are looked up in the tables they belong to (METHODS,
+rules.py makes a `Rule` of them for each target. Names are looked up in the tables they belong to (METHODS,
 ALLOCATIONS, patterns): a new row there needs no change here.
 """
 
@@ -24,22 +24,18 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from ..data.foreign import short
-from ..methods import DEFAULTS, METHODS, Method
-from ..methods.allocation import ALLOCATIONS
+from ..methods import DEFAULTS, METHODS, UNITS_DEFAULT, EntryMethod, entry_methods, unit_methods
+from ..methods.allocation import ALLOCATIONS, listed
 from ..methods.allocation import parse as parse_allocation
 from ..methods.patterns import AXES, NofM, Structured, parse
 from ..methods.sparsessm import time_weights
-from ..methods.structured import SELECTIONS
 
 REPAIRS = ("none", "self", "dense-target")
 # Fields that only some methods read. Given with others only, they are refused, not ignored.
 CHOICES = ("repair", "price", "allocation")
-OPTIONS = sorted({option for method in METHODS.values() for option in method.options} | set(CHOICES))
-# Values that mean something for some families only.
-HOMES = {
-    "allocation": {"hessian-trace": ("projections",), "owl": ("projections", "conv1d", "head")},
-    "price": {"fisher": ("ssm", "projections", "head"), "norms": ("ssm", "projections", "conv1d")},
-}
+OPTIONS = sorted({option for method in entry_methods().values() for option in method.options} | set(CHOICES))
+# Prices that mean something for some families only; allocations say it in their rows.
+PRICED = {"fisher": ("ssm", "projections", "head"), "norms": ("ssm", "projections", "conv1d")}
 MOST_SAMPLES = 100_000
 
 
@@ -54,9 +50,10 @@ class Choice(BaseModel):
 
     method: str | None = Field(
         None,
-        description=f"How entries are scored: {', '.join(METHODS)}. Default, also for families that the one "
-        f"named does not know: {', '.join(f'{DEFAULTS[name]} ({name})' for name in ('ssm', 'projections'))}. "
-        f"Of whole units: {', '.join(SELECTIONS)}; exact.",
+        description=f"How entries are scored: {', '.join(entry_methods())}. Default, also for families that "
+        "the one named does not know: "
+        f"{', '.join(f'{DEFAULTS[name]} ({name})' for name in ('ssm', 'projections'))}. "
+        f"Of whole units: {', '.join(unit_methods())}; {UNITS_DEFAULT}.",
     )
     sparsity: float | None = Field(
         None,
@@ -85,7 +82,7 @@ class Choice(BaseModel):
     )
     allocation: str | None = Field(
         None,
-        description="Who is pruned how much: uniform, hessian-trace[:ALPHA], owl[:LAMBDA], loss[:CLIP]. "
+        description=f"Who is pruned how much: {listed()}. "
         "Default: the method's. structured:channel of Mamba-1: uniform, or loss for layers of different "
         "widths (a packed result).",
     )
@@ -107,7 +104,7 @@ class Choice(BaseModel):
     @field_validator("method")
     @classmethod
     def _known_method(cls, method: str | None) -> str | None:
-        return method if method is None else known("method", method, dict.fromkeys((*METHODS, *SELECTIONS)))
+        return method if method is None else known("method", method, METHODS)
 
     @field_validator("pattern")
     @classmethod
@@ -155,10 +152,10 @@ class Choice(BaseModel):
         pattern = parse(self.pattern or "unstructured")
         if isinstance(pattern, Structured):
             _fits_units(self, pattern)
-        elif self.method and self.method not in METHODS:
+        elif self.method and not METHODS[self.method].entries and (units := METHODS[self.method].units):
             raise ValueError(
                 f"method {self.method!r} chooses whole units; it needs a pattern structured:AXIS "
-                f"({', '.join(SELECTIONS[self.method].axes)})"
+                f"({', '.join(units.axes)})"
             )
         if isinstance(pattern, NofM):
             if self.sparsity is not None and abs(self.sparsity - pattern.sparsity) > 1e-9:
@@ -166,7 +163,7 @@ class Choice(BaseModel):
                     f"sparsity is {self.sparsity:g}, but pattern {self.pattern!r} keeps {pattern.n} of "
                     f"{pattern.m}, which is sparsity {pattern.sparsity:g}; give only one of them"
                 )
-            if self.allocation not in (None, "uniform"):
+            if self.allocation and parse_allocation(self.allocation)[0].share:
                 raise ValueError(
                     f"allocation {self.allocation!r} has no effect with pattern {self.pattern!r}, "
                     "which fixes the number kept in every group"
@@ -183,12 +180,12 @@ class Choice(BaseModel):
         """The fields that say something."""
         return {name: value for name in Choice.model_fields if (value := getattr(self, name)) is not None}
 
-    def methods(self, families: Iterable[str]) -> dict[str, Method]:
+    def methods(self, families: Iterable[str]) -> dict[str, EntryMethod]:
         """The method of each family: the one named, or the family's default where it does not apply."""
+        known = entry_methods()
+        named = known.get(self.method or "")
         return {
-            family: METHODS[self.method]
-            if self.method and family in METHODS[self.method].families
-            else METHODS[DEFAULTS[family]]
+            family: named if named and family in named.families else known[DEFAULTS[family]]
             for family in families
         }
 
@@ -201,7 +198,8 @@ class Choice(BaseModel):
         families = list(families)
         words = " or ".join(map(repr, families))
         found = {}
-        if self.method and not set(row := METHODS[self.method].families) & set(families):
+        known = entry_methods()
+        if self.method and not set(row := known[self.method].families) & set(families):
             found["method"] = (
                 f"method {self.method!r} does not prune target {words}; it prunes: {', '.join(row)}"
             )
@@ -209,13 +207,13 @@ class Choice(BaseModel):
         for option in OPTIONS:
             if option in self.chosen and not any(reads(row, option) for row in methods):
                 names = " and ".join(repr(name) for name in dict.fromkeys(row.name for row in methods))
-                readers = ", ".join(name for name, row in METHODS.items() if reads(row, option))
+                readers = ", ".join(name for name, row in known.items() if reads(row, option))
                 found[option] = f"{option} has no effect with method {names}; it belongs to: {readers}"
-        for option, homes in HOMES.items():
-            value = getattr(self, option)
-            if value and option not in found and not any(applies(option, value, name) for name in families):
-                home = ", ".join(homes[value.partition(":")[0]])
-                found[option] = f"{option} {value!r} has no effect on target {words}; it belongs to: {home}"
+        for option, value in (("allocation", self.allocation), ("price", self.price)):
+            if value and option not in found and (home := homes(option, value)) and not {*home} & {*families}:
+                found[option] = (
+                    f"{option} {value!r} has no effect on target {words}; it belongs to: {', '.join(home)}"
+                )
         if self.removed and "ssm" not in families:
             found["removed"] = f"removed is {self.removed!r}; it has an effect on target 'ssm' only"
         return found
@@ -231,27 +229,33 @@ def _fits_units(choice: Choice, pattern: Structured) -> None:
     idle = [name for name in ("removed", "diagonal", "time_weights") if name in choice.chosen]
     if idle:
         raise ValueError(f"{idle[0]} has no effect with {given}, which takes out whole units")
-    if choice.allocation not in (None, "uniform", "loss"):
-        raise ValueError(f"allocation is {choice.allocation!r}; with {given}: uniform, loss")
-    if choice.allocation == "loss" and [axis for axis, _ in pattern.shares] != ["channel"]:
+    known = unit_methods()
+    if choice.method and choice.method not in known:
+        raise ValueError(f"method {choice.method!r} scores single entries; with {given}: {', '.join(known)}")
+    method = known[choice.method or UNITS_DEFAULT]
+    if choice.allocation and choice.allocation not in (
+        allowed := [row.name for row in ALLOCATIONS.values() if row.by_layer or row.share is None]
+    ):
+        raise ValueError(f"allocation is {choice.allocation!r}; with {given}: {', '.join(allowed)}")
+    if differs(choice) and [axis for axis, _ in pattern.shares] != ["channel"]:
         raise ValueError(
-            f"allocation 'loss' is for channels, of whole units; the pattern is {str(pattern)!r}"
+            f"allocation {choice.allocation!r} is for channels, of whole units; "
+            f"the pattern is {str(pattern)!r}"
         )
-    if choice.allocation == "loss" and choice.method not in (None, "exact"):
-        raise ValueError(f"allocation 'loss' of channels needs method 'exact', got {choice.method!r}")
+    if differs(choice) and not method.eliminates:
+        able = " or ".join(repr(name) for name, row in known.items() if row.eliminates)
+        raise ValueError(
+            f"allocation {choice.allocation!r} of channels needs method {able}, got {choice.method!r}"
+        )
     if pattern.mixed and choice.sparsity is not None:
         raise ValueError(f"sparsity is {choice.sparsity:g}, but {given} says how much of each axis goes")
     if choice.sparsity == 0:
         raise ValueError(f"sparsity is 0; {given} takes out at least one unit")
-    if choice.method and choice.method not in SELECTIONS:
-        raise ValueError(
-            f"method {choice.method!r} scores single entries; with {given}: {', '.join(SELECTIONS)}"
-        )
     if choice.repair and parse_repair(choice.repair)[0] == "self":
         raise ValueError(f"repair is {choice.repair!r}; with {given}: none, dense-target[:STRENGTH]")
-    if choice.method and SELECTIONS[choice.method].projects and choice.repair not in (None, "none"):
+    if method.projects and choice.repair not in (None, "none"):
         raise ValueError(f"repair has no effect with method {choice.method!r}, which changes no other weight")
-    if choice.method and SELECTIONS[choice.method].projects:
+    if method.projects:
         if [axis for axis, _ in pattern.shares] != ["state"]:
             raise ValueError(
                 f"method {choice.method!r} needs the pattern structured:state, got {str(pattern)!r}"
@@ -260,14 +264,24 @@ def _fits_units(choice: Choice, pattern: Structured) -> None:
         raise ValueError(f"price is 'norms'; with {given}: none, fisher")
 
 
-def reads(method: Method, option: str) -> bool:
+def differs(choice: Choice) -> bool:
+    """Whether layers may keep different numbers of units."""
+    return bool(choice.allocation) and parse_allocation(choice.allocation or "")[0].by_layer
+
+
+def reads(method: EntryMethod, option: str) -> bool:
     """Whether the method looks at this field of `OPTIONS`."""
     return option in method.options or option in method.defaults
 
 
+def homes(option: str, value: str) -> tuple[str, ...]:
+    """The families that this allocation or price means something for; empty: all."""
+    return parse_allocation(value)[0].families if option == "allocation" else PRICED.get(value, ())
+
+
 def applies(option: str, value: str, family: str) -> bool:
     """Whether this allocation or price means something for targets of a family."""
-    return family in HOMES[option].get(value.partition(":")[0], (family,))
+    return family in (homes(option, value) or (family,))
 
 
 def parse_repair(text: str) -> tuple[str, float]:

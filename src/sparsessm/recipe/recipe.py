@@ -1,7 +1,7 @@
 """The recipe: what is pruned, by which method, in which pattern, how much; checked before any work starts.
 
-Place in the flow: `cli` builds it from flags and YAML, `sparsessm.prune` from keyword arguments; `plan` makes
-a rule of it for each target; `report` writes it into the result, where `Recipe.load` finds it again.
+Place in the flow: `cli` builds it from flags and YAML, `sparsessm.prune` from keyword arguments; rules.py
+makes a rule of it for each target; `report` writes it into the result, where `Recipe.load` finds it again.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ from ..data.foreign import decoded, from_json, from_yaml, read_bytes, short
 from ..data.inert import is_text
 from ..data.text_files import is_local
 from ..data.texts import DATASETS, FILES, refuse_idle_column
-from ..methods import DEFAULTS, METHODS
+from ..methods import DEFAULTS, entry_methods, unit_methods
 from ..methods.patterns import NofM, Structured, parse
-from ..methods.structured import SELECTIONS
 from .fields import MOST_SAMPLES, OPTIONS, Choice, known
 
 DEFAULT_SPARSITY = 0.5
@@ -228,12 +227,12 @@ class Recipe(Choice):
         """What is said in words that mean nothing for whole units, or (not `units`) for single entries."""
         if not units:
             return {"repair", "price"} | (
-                {"method"} if self.method and self.method not in METHODS else set()
+                {"method"} if self.method and self.method not in entry_methods() else set()
             )
         return {
             name
             for name, strange in (
-                ("method", self.method not in SELECTIONS),
+                ("method", self.method not in unit_methods()),
                 ("repair", (self.repair or "").startswith("self")),
                 ("price", self.price == "norms"),
             )

@@ -27,8 +27,8 @@ from sparsessm.data.texts import calibration_windows, evaluation_windows, finger
 from sparsessm.data.unfinished import undoing
 from sparsessm.methods import Rule
 from sparsessm.pruning.entries import priced
-from sparsessm.recipe.plan import make, words
 from sparsessm.recipe.recipe import Recipe, window_length
+from sparsessm.recipe.rules import assign, words
 from sparsessm.studies.trials import Cell, measure
 
 FORMAT = 1
@@ -112,7 +112,7 @@ def analyze(
     recipes = [Recipe(sparsity=sparsity, **what) for sparsity in asked]
     if not recipes:
         raise ValueError("sparsities: at least one is needed")
-    rules = make(recipes[0], architecture.targets).rules
+    rules = assign(recipes[0], architecture.targets).rules
     left_out = {target.name for target in architecture.targets if not target.plain}
     rules = {name: rule for name, rule in rules.items() if name not in left_out}
     calibration = calibration_windows(

@@ -22,8 +22,9 @@ from sparsessm.calibration.walk import Progress, slab_count, survey
 from sparsessm.methods import Rule
 from sparsessm.methods.observers import ErrorSums, InputGram, Moments, StateError
 from sparsessm.methods.repair import error_of, output_error
-from sparsessm.pruning.entries import allocated, compared, priced, solve
-from sparsessm.recipe.plan import Group, Plan
+from sparsessm.pruning.entries import priced, solve
+from sparsessm.pruning.shares import allocated, reduced, unequal
+from sparsessm.recipe.rules import Assignment, Group
 
 FIRST = 4  # windows: two halves of two
 MOST = 256
@@ -56,7 +57,7 @@ class Step:
 
 
 def steps(
-    architecture: Architecture, plan: Plan, tokens: Tensor, progress: Progress | None = None
+    architecture: Architecture, assignment: Assignment, tokens: Tensor, progress: Progress | None = None
 ) -> Iterator[Step]:
     """Measure the curve, as far as it is asked for; the model is not changed.
 
@@ -70,7 +71,7 @@ def steps(
         ValueError: a plan whose methods look at no windows; too few of them; activations, scores or Hessians
             that are not finite, by name.
     """
-    targets = watched(architecture, plan)
+    targets = watched(architecture, assignment)
     aside = min(HELD_OUT, len(tokens) // 3)
     count = len(tokens) - aside
     if count < FIRST:
@@ -79,14 +80,14 @@ def steps(
             f"{tokens.shape[1]} tokens; use a shorter length, or give a number of samples"
         )
     began = time.perf_counter()
-    rules = {name: plan.rules[name] for name in targets}
+    rules = {name: assignment.rules[name] for name in targets}
     rules = priced(architecture, rules, tokens[:count], progress)
     # The dense model has no second stream, and its own output is what a repair aims at.
     rules = {
         name: replace(rule, repair="self" if rule.repair == "dense-target" else rule.repair)
         for name, rule in rules.items()
     }
-    chosen = replace(plan, groups=_only(plan, targets), rules=rules)
+    chosen = replace(assignment, groups=_only(assignment, targets), rules=rules)
     walked = slab_count(aside, tokens.shape[1]) * len(architecture.blocks)
     tick = _Ticks(f"{aside} held-out windows", walked, progress)
     held: Sums = {}
@@ -106,14 +107,14 @@ def steps(
 
 
 def choose(
-    architecture: Architecture, plan: Plan, tokens: Tensor, progress: Progress | None = None
+    architecture: Architecture, assignment: Assignment, tokens: Tensor, progress: Progress | None = None
 ) -> tuple[int, list[dict[str, Any]]]:
     """The number of windows that are enough, at most what there is, and the curve up to it as plain values.
 
     Args, Raises: as `steps`.
     """
     curve: list[Step] = []
-    for step in steps(architecture, plan, tokens, progress):
+    for step in steps(architecture, assignment, tokens, progress):
         curve.append(step)
         if found := knee(curve):
             return found, [asdict(step) for step in curve]
@@ -173,18 +174,18 @@ class _Ticks:
             self._progress(self._stage, min(self._done, self._total), self._total)
 
 
-def watched(architecture: Architecture, plan: Plan) -> dict[str, Target]:
+def watched(architecture: Architecture, assignment: Assignment) -> dict[str, Target]:
     """The targets whose masks depend on windows, of `LAYERS` of the layers that have any.
 
     Raises:
         ValueError: there are none.
     """
-    rules = plan.rules
+    rules = assignment.rules
     every = [t for t in architecture.targets if t.name in rules and rules[t.name].method.watch and t.plain]
     if not every:
         raise ValueError(
-            f"samples 'auto' has nothing to compare: {' and '.join(plan.methods)} scores without calibration "
-            "windows; give a number of samples, or leave it out"
+            f"samples 'auto' has nothing to compare: {' and '.join(assignment.methods)} scores without "
+            "calibration windows; give a number of samples, or leave it out"
         )
     layers = sorted({target.layer for target in every})
     count = min(LAYERS, len(layers))
@@ -192,11 +193,11 @@ def watched(architecture: Architecture, plan: Plan) -> dict[str, Target]:
     return {target.name: target for target in every if target.layer in looked}
 
 
-def _only(plan: Plan, targets: Mapping[str, Target]) -> tuple[Group, ...]:
+def _only(assignment: Assignment, targets: Mapping[str, Target]) -> tuple[Group, ...]:
     """The groups of a plan, with these targets alone."""
     return tuple(
         replace(group, targets=tuple(target for target in group.targets if target.name in targets))
-        for group in plan.groups
+        for group in assignment.groups
     )
 
 
@@ -244,22 +245,29 @@ def _joined(first: Any, second: Any) -> Any:
     return first + second
 
 
-def _agreement(targets: Mapping[str, Target], plan: Plan, halves: Sequence[Sums], tick: _Ticks) -> float:
+def _agreement(
+    targets: Mapping[str, Target], assignment: Assignment, halves: Sequence[Sums], tick: _Ticks
+) -> float:
     """Of the masks by the sums of two halves, where no entry was removed before."""
-    hasty = {name: replace(rule.method, refit=False) for name, rule in plan.rules.items()}  # changes no mask
-    plan = replace(plan, rules={name: replace(rule, method=hasty[name]) for name, rule in plan.rules.items()})
+    hasty = {
+        name: replace(rule.method, refit=False) for name, rule in assignment.rules.items()
+    }  # changes no mask
+    assignment = replace(
+        assignment, rules={name: replace(rule, method=hasty[name]) for name, rule in assignment.rules.items()}
+    )
     first, second = (
-        {name: keep for name, _, keep in _pruned(targets, plan, sums.__getitem__, tick)} for sums in halves
+        {name: keep for name, _, keep in _pruned(targets, assignment, sums.__getitem__, tick)}
+        for sums in halves
     )
     pairs = []
     for name, target in targets.items():
-        living = target.matrix != target.removed[plan.rules[name].removed]
+        living = target.matrix != target.removed[assignment.rules[name].removed]
         pairs.append((first[name][living], second[name][living]))
     return agreement(pairs)
 
 
 def _mean_error(
-    targets: Mapping[str, Target], plan: Plan, halves: Sequence[Sums], held: Sums, tick: _Ticks
+    targets: Mapping[str, Target], assignment: Assignment, halves: Sequence[Sums], held: Sums, tick: _Ticks
 ) -> float:
     """Relative error on held-out windows after pruning by the sums of both halves."""
 
@@ -267,20 +275,20 @@ def _mean_error(
         return _joined(*(sums[name] for sums in halves))
 
     total = entries = 0.0
-    for name, weight, keep in _pruned(targets, plan, seen, tick):
-        rule = plan.rules[name]
+    for name, weight, keep in _pruned(targets, assignment, seen, tick):
+        rule = assignment.rules[name]
         total += keep.numel() * _error(targets[name], rule, weight, keep, seen(name), held[name])
         entries += keep.numel()
     return total / entries
 
 
 def _pruned(
-    targets: Mapping[str, Target], plan: Plan, seen: Callable[[str], Any], tick: _Ticks
+    targets: Mapping[str, Target], assignment: Assignment, seen: Callable[[str], Any], tick: _Ticks
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Prune every target for itself by what was seen: (name, weight, keep)."""
-    unequal = {name for name, rule in plan.rules.items() if rule.allocation[0] != "uniform"}
     rules = allocated(
-        plan, {name: _named(name, compared, targets[name], plan.rules[name], seen(name)) for name in unequal}
+        assignment,
+        {name: reduced(targets[name], rule, seen(name)) for name, rule in unequal(assignment).items()},
     )
     for name, target in targets.items():
         solution = _named(name, solve, target, rules[name], seen(name))

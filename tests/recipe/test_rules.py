@@ -1,4 +1,4 @@
-"""recipe/plan.py: what every form of selector hits, who comes first, and what is refused in which words."""
+"""recipe/rules.py: what every form of selector hits, who comes first, and what is refused in which words."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pico import pico_mamba
 from transformers import MambaConfig, MambaForCausalLM
 
 from sparsessm.architectures import Architecture, adapt
-from sparsessm.recipe.plan import Plan, make, words
 from sparsessm.recipe.recipe import Recipe
+from sparsessm.recipe.rules import Assignment, assign, words
 
 PROJECTIONS = ("in_proj", "x_proj", "dt_proj", "out_proj")
 KINDS = ("in_proj", "conv1d", "x_proj", "dt_proj", "A_log", "out_proj")
@@ -24,8 +24,8 @@ def model() -> Architecture:
     return adapt(pico_mamba(num_hidden_layers=3, tie_word_embeddings=False))
 
 
-def plan(model: Architecture, **fields: Any) -> Plan:
-    return make(Recipe(**fields).resolved(model="pico", trained_length=40), model.targets)
+def plan(model: Architecture, **fields: Any) -> Assignment:
+    return assign(Recipe(**fields).resolved(model="pico", trained_length=40), model.targets)
 
 
 def name(layer: int, kind: str) -> str:
@@ -241,9 +241,9 @@ def test_a_pattern_for_all_says_of_a_log_only_how_much(model: Architecture) -> N
     made = plan(model, pattern="1:4", ignore=["dt_proj"])
     assert str(made.rules[name(0, "x_proj")].pattern) == "1:4"
     beside = made.rules[name(0, "A_log")]
-    assert (str(beside.pattern), beside.sparsity, beside.allocation[0]) == ("unstructured", 0.75, "loss")
+    assert (str(beside.pattern), beside.sparsity, beside.allocation[0].name) == ("unstructured", 0.75, "loss")
     alone = plan(model, pattern="1:4", target="ssm").rules[name(0, "A_log")]
-    assert (str(alone.pattern), alone.sparsity, alone.allocation[0]) == ("1:4", 0.75, "uniform")
+    assert (str(alone.pattern), alone.sparsity, alone.allocation[0].name) == ("1:4", 0.75, "uniform")
 
 
 def test_every_target_draws_with_a_seed_of_its_own(model: Architecture) -> None:
@@ -366,7 +366,7 @@ def test_a_removed_value_that_nobody_chose_is_no_fault(model: Architecture) -> N
 
 def test_an_unresolved_recipe_is_refused(model: Architecture) -> None:
     with pytest.raises(ValueError, match="call Recipe.resolved first"):
-        make(Recipe(), model.targets)
+        assign(Recipe(), model.targets)
 
 
 def test_a_plan_looks_at_no_values() -> None:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 from sparsessm.architectures import Target
 from sparsessm.methods import allocation, patterns
-from sparsessm.methods.base import Rule, seed_of
+from sparsessm.methods.base import UNIFORM, Rule, seed_of
 from sparsessm.recipe.fields import OPTIONS, Choice, applies, parse_repair, reads
 from sparsessm.recipe.recipe import DEFAULT_SPARSITY, Recipe
 
@@ -39,8 +39,8 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is done to every target.
+class Assignment:
+    """Which rule prunes which matrix.
 
     Attributes:
         groups: one for each rule of the recipe, or one in all. rules: target name -> how it is pruned.
@@ -64,7 +64,7 @@ class Plan:
         return list(parts.values())
 
 
-def make(recipe: Recipe, targets: Iterable[Target]) -> Plan:
+def assign(recipe: Recipe, targets: Iterable[Target]) -> Assignment:
     """Apply the recipe's selectors and fill in each rule.
 
     Args:
@@ -88,7 +88,9 @@ def make(recipe: Recipe, targets: Iterable[Target]) -> Plan:
         groups = [Group(recipe.target or "all", hit)]
         rules = {target.name: _rule(recipe, recipe, target, hit) for target in hit}
     _refuse_idle(recipe, rules.values())
-    return Plan(tuple(groups), {target.name: rules[target.name] for target in every if target.name in rules})
+    return Assignment(
+        tuple(groups), {target.name: rules[target.name] for target in every if target.name in rules}
+    )
 
 
 def _by_rules(
@@ -140,7 +142,7 @@ def _joined(recipe: Recipe, fields: Choice) -> dict[str, object]:
 def _rule(recipe: Recipe, choice: Choice, target: Target, hit: Sequence[Target]) -> Rule:
     method = choice.methods([target.family])[target.family]
     pattern = patterns.parse(choice.pattern or "unstructured")
-    assert not isinstance(pattern, patterns.Structured), "whole units are units.py's part"
+    assert not isinstance(pattern, patterns.Structured), "whole units are sizes.py's part"
     sparsity = DEFAULT_SPARSITY if choice.sparsity is None else choice.sparsity
     name = choice.allocation or method.defaults["allocation"]
     if not applies("allocation", name, target.family):
@@ -150,7 +152,7 @@ def _rule(recipe: Recipe, choice: Choice, target: Target, hit: Sequence[Target])
         pattern, sparsity = patterns.Unstructured(), pattern.sparsity
     if isinstance(pattern, patterns.NofM):
         _refuse_indivisible(pattern, target)
-        sparsity, name = pattern.sparsity, "uniform"
+        sparsity, name = pattern.sparsity, UNIFORM.name
     repair, strength = "none", 1.0
     if "repair" in method.defaults:
         repair, strength = parse_repair(choice.repair or method.defaults["repair"])
@@ -174,14 +176,14 @@ def _rule(recipe: Recipe, choice: Choice, target: Target, hit: Sequence[Target])
 
 def words(rule: Rule) -> dict[str, str]:
     """The names of what a rule does: method, pattern, removed, repair, price, allocation."""
-    name, parameter = rule.allocation
+    row, number = rule.allocation
     return {
         "method": rule.method.name,
         "pattern": str(rule.pattern),
         "removed": rule.removed,
         "repair": rule.repair if rule.repair != "dense-target" else f"dense-target:{rule.strength:g}",
         "price": rule.price,
-        "allocation": name if name == "uniform" else f"{name}:{parameter:g}",
+        "allocation": f"{row.name}:{number:g}" if row.letter else row.name,
     }
 
 

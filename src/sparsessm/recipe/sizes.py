@@ -1,6 +1,6 @@
 """From a recipe with a structured pattern to an `Order`: how many units of which axis stay, chosen how.
 
-Place in the flow: what `plan.py` is for single entries. Sizes are those that stock code has a word for; what
+Place in the flow: what rules.py is for single entries. Sizes are those that stock code has a word for; what
 is impossible is refused here, before any work.
 """
 
@@ -11,10 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from sparsessm.architectures import Architecture, Axis, Block
+from sparsessm.methods import UNITS_DEFAULT, unit_methods
 from sparsessm.methods.observers import StateMoments
 from sparsessm.methods.patterns import AXES, Structured, parse
-from sparsessm.methods.structured import SELECTIONS, Selection
-from sparsessm.recipe.fields import parse_repair
+from sparsessm.methods.structured import UnitMethod
+from sparsessm.recipe.fields import differs, parse_repair
 from sparsessm.recipe.recipe import DEFAULT_SPARSITY, Recipe
 
 MULTIPLE = 16  # of channels, which hardware likes
@@ -30,14 +31,14 @@ class Order:
     Attributes:
         sizes: axis -> units that stay, of each of its axes in a layer (of "block": blocks). Empty if `share`
             of the parameters is to go, and how is still to be found (pruning/mixes.py).
-        selections: axis -> how they are chosen. strength: of the repair, 0 is none. asked: the recipe says
+        methods: axis -> how they are chosen. strength: of the repair, 0 is none. asked: the recipe says
             which.
         by_layer: every layer keeps as many as it needs, `sizes` on average; for our runtime alone.
         fisher: errors cost what the loss says. seed: of random choices.
     """
 
     sizes: Mapping[str, int]
-    selections: Mapping[str, Selection]
+    methods: Mapping[str, UnitMethod]
     strength: float = 1.0
     asked: bool = False
     by_layer: bool = False
@@ -51,7 +52,7 @@ class Order:
         return (
             self.share is not None
             or self.strength > 0
-            or any(self.selections[axis].looks for axis in self.sizes)
+            or any(self.methods[axis].looks for axis in self.sizes)
         )
 
     def refits(self, block: Block) -> bool:
@@ -68,9 +69,9 @@ class Order:
         return own and not mixable([a for a in block.axes if a.name == "state"])
 
     @property
-    def methods(self) -> list[str]:
-        """Names of the selections."""
-        return list(dict.fromkeys(self.selections[axis].name for axis in self.sizes or self.selections))
+    def names(self) -> list[str]:
+        """Names of the methods."""
+        return list(dict.fromkeys(self.methods[axis].name for axis in self.sizes or self.methods))
 
 
 def is_structured(recipe: Recipe) -> bool:
@@ -88,7 +89,8 @@ def order(recipe: Recipe, architecture: Architecture) -> Order:
     pattern = parse(recipe.pattern or "")
     assert isinstance(pattern, Structured)
     share = DEFAULT_SPARSITY if recipe.sparsity is None else recipe.sparsity
-    method = SELECTIONS[recipe.method or "exact"]
+    known = unit_methods()
+    method = known[recipe.method or UNITS_DEFAULT]
     if method.projects and not architecture.projects:
         kind = f"this is a {type(architecture).__name__}"
         why = "those of this one are projected already" if type(architecture).projects else kind
@@ -98,11 +100,13 @@ def order(recipe: Recipe, architecture: Architecture) -> Order:
         raise ValueError(
             f"pattern '{pattern}': a {type(architecture).__name__} model has no axis to shrink along"
         )
-    by_layer = recipe.allocation == "loss"
+    by_layer = differs(recipe)
     if by_layer and not architecture.widens:
         kind = type(architecture).__name__
         why = "this one has them already" if type(architecture).widens else f"this is a {kind}"
-        raise ValueError(f"allocation 'loss' gives layers of a Mamba-1 different widths; {why}")
+        raise ValueError(
+            f"allocation {recipe.allocation!r} gives layers of a Mamba-1 different widths; {why}"
+        )
     if not pattern.shares and type(architecture).widens and not architecture.widens:
         raise ValueError("pattern 'structured': layers have different widths; say 'structured:block'")
     free = 1 if method.projects else width_step(size_of(architecture, "channel")) if by_layer else None
@@ -117,7 +121,7 @@ def order(recipe: Recipe, architecture: Architecture) -> Order:
         raise ValueError(f"pattern '{pattern}': {error}") from None
     for axis in axes:
         if axis not in method.axes:
-            others = ", ".join(name for name, row in SELECTIONS.items() if axis in row.axes)
+            others = ", ".join(name for name, row in known.items() if axis in row.axes)
             raise ValueError(
                 f"method {method.name!r} does not choose among units of axis {axis!r}; these do: {others}"
             )

@@ -1,0 +1,119 @@
+"""The plan: what a run will do with a model, whatever it takes out; seen beforehand, then carried out.
+
+Place in the flow: `make_plan` (pruning/__init__.py) makes one of a recipe and a model; who runs it asks the
+same questions of every kind: what it looks at, by which methods, what it will hit, and then to run.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, final
+
+from torch import Tensor
+
+from sparsessm.architectures import Architecture
+from sparsessm.calibration.walk import Progress
+from sparsessm.data.edition import edition
+from sparsessm.data.texts import fingerprint
+from sparsessm.recipe.recipe import Recipe
+from sparsessm.recipe.rules import Assignment
+from sparsessm.report.contents import Table
+from sparsessm.report.record import Report, Row
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What a plan will do: plain values, and the same as tables."""
+
+    record: dict[str, Any]
+    tables: Sequence[Table]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a plan did, as a `Report` tells it; see there."""
+
+    rows: list[Row]
+    parameters: dict[str, int] = field(default_factory=dict)
+    shape: dict[str, int] = field(default_factory=dict)
+    trials: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Plan(ABC):
+    """What one recipe does to one model.
+
+    Attributes:
+        recipe: resolved (`Recipe.resolved`).
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+
+    @property
+    @abstractmethod
+    def methods(self) -> list[str]:
+        """Names of the methods, in the order in which they come."""
+
+    @property
+    @abstractmethod
+    def asks(self) -> str:
+        """What of it looks at calibration windows, in words; empty if nothing does."""
+
+    @property
+    @abstractmethod
+    def assignment(self) -> Assignment:
+        """Which rule prunes which matrix; empty where whole units go."""
+
+    @abstractmethod
+    def preview(self, architecture: Architecture) -> Preview:
+        """What it will hit, before anything is looked at."""
+
+    @abstractmethod
+    def share_left(self, architecture: Architecture) -> float:
+        """About the share of the parameters that the result will have, at most: zeros are stored."""
+
+    @abstractmethod
+    def _carry_out(
+        self, architecture: Architecture, tokens: Tensor | None, progress: Progress | None
+    ) -> Outcome:
+        """Change the model in place; `tokens` are there where the plan `asks`."""
+
+    @property
+    @final
+    def looks(self) -> bool:
+        """Whether calibration windows are needed."""
+        return bool(self.asks)
+
+    @final
+    def run(
+        self, architecture: Architecture, tokens: Tensor | None, progress: Progress | None = None
+    ) -> Report:
+        """Prune the model in place, block after block, each seeing what the pruned blocks before it produce.
+
+        Args:
+            architecture: that the plan was made for.
+            tokens: (W, L) int64 calibration windows; may be None where nothing looks at them.
+            progress: called as (stage, done, total).
+
+        Raises:
+            ValueError: no windows where they are needed; a target whose scores, Hessian or activations are
+                not finite, by name.
+        """
+        began = time.perf_counter()
+        if self.looks and tokens is None:
+            raise ValueError(f"{self.asks} needs calibration windows, none were given")
+        done = self._carry_out(architecture, tokens if self.looks else None, progress)
+        sha256 = fingerprint(tokens) if tokens is not None and self.looks else ""
+        return Report(
+            self.recipe.model_dump(),
+            done.rows,
+            sha256,
+            time.perf_counter() - began,
+            parameters=done.parameters,
+            shape=done.shape,
+            trials=done.trials,
+            text=edition(self.recipe.data, "calibration") if sha256 else {},
+        )

@@ -1,0 +1,108 @@
+"""Which matrix loses how much: a survey of the dense model, and what each budget's allocation makes of it.
+
+Place in the flow: before the loop of entries.py. The arithmetic is in methods/allocation.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from sparsessm.architectures import Architecture, Target
+from sparsessm.calibration.walk import Progress, survey
+from sparsessm.methods import Rule
+from sparsessm.methods.base import Member
+from sparsessm.methods.observers import Moments
+from sparsessm.recipe.rules import Assignment
+
+SURVEY_TOKENS = 32_768  # of the calibration windows: shares need less than masks (docs/methods.md)
+
+
+@contextmanager
+def naming(target: Target) -> Iterator[None]:
+    """What is wrong is said of this target."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{target.name}: {error}") from None
+
+
+def starved(target: Target, seen: Any) -> bool:
+    """Whether an expert saw fewer tokens than it has inputs: too few to say what its weights are good for."""
+    few = target.matrix.shape[1]
+    return target.routed and isinstance(seen, Moments) and seen.tokens is not None and seen.tokens < few
+
+
+def surveyed(
+    architecture: Architecture, assignment: Assignment, tokens: Tensor | None, progress: Progress | None
+) -> dict[str, Rule]:
+    """The rules, each with the sparsity that it gets after one pass over the dense model.
+
+    Args:
+        tokens: (W, L) int64; may be None where no allocation looks at anything.
+    """
+    rules = unequal(assignment)
+
+    def watch(target: Target) -> Any | None:
+        rule = rules.get(target.name)
+        look = rule and rule.allocation[0].watch
+        # the dense model needs no second stream
+        return look(target.matrix, replace(rule, repair="none")) if rule and look else None
+
+    targets = {target.name: target for target in architecture.targets if target.name in rules}
+    unseen = dict(targets)
+    seen: dict[str, Any] = {}
+    if any(watch(target) is not None for target in targets.values()):
+        assert tokens is not None
+        few = tokens[: max(1, SURVEY_TOKENS // tokens.shape[1])]
+        for target, what in survey(architecture, few, watch, progress):
+            del unseen[target.name]
+            if not starved(target, what):  # an expert of which nothing is known keeps the rule's own share
+                seen[target.name] = reduced(target, rules[target.name], what)
+    seen |= {name: reduced(target, rules[name], None) for name, target in unseen.items()}
+    return allocated(assignment, seen)
+
+
+def unequal(assignment: Assignment) -> dict[str, Rule]:
+    """The rules whose targets do not all get the overall sparsity."""
+    return {name: rule for name, rule in assignment.rules.items() if rule.allocation[0].share}
+
+
+def reduced(target: Target, rule: Rule, seen: Any) -> Any:
+    """What a target's allocation keeps of what was seen of it."""
+    keep = rule.allocation[0].reduce
+    with naming(target):
+        return keep and keep(target.matrix, seen, rule, target.matrix == target.removed[rule.removed])
+
+
+def allocated(assignment: Assignment, seen: Mapping[str, Any]) -> dict[str, Rule]:
+    """The rules, each with the sparsity that its budget's allocation gives to its target.
+
+    Args:
+        seen: what is `reduced` of every target whose allocation is not even.
+    """
+    rules = dict(assignment.rules)
+    for targets in assignment.budgets:
+        for part in _alike([target for target in targets if target.name in seen], rules):
+            members = [
+                Member(target.layer, target.kind, target.matrix.numel(), seen[target.name]) for target in part
+            ]
+            rule = rules[part[0].name]
+            row, number = rule.allocation
+            assert row.share is not None, "an even allocation has nothing to compare"
+            for target, share in zip(part, row.share(members, rule.sparsity, number), strict=True):
+                rules[target.name] = replace(rules[target.name], sparsity=share)
+    return rules
+
+
+def _alike(targets: Sequence[Target], rules: Mapping[str, Rule]) -> list[list[Target]]:
+    """Targets of one budget whose scores compare: those of one method and allocation."""
+    parts: dict[Any, list[Target]] = {}
+    for target in targets:
+        rule = rules[target.name]
+        parts.setdefault((rule.method.name, rule.allocation, rule.sparsity), []).append(target)
+    return list(parts.values())

@@ -1,0 +1,106 @@
+"""A method, of entries or of units, and an allocation are rows: a made-up one runs from the command line, and
+no other file is touched."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pico import TEXT, pico_mamba, pico_tokenizer
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from sparsessm import cli
+from sparsessm.methods import METHODS, EntryMethod, Method, Rule, UnitMethod
+from sparsessm.methods.allocation import ALLOCATIONS
+from sparsessm.methods.base import Allocation, Member
+from sparsessm.methods.structured import Units
+
+PLACE = "backbone.layers.{}.mixer.{}.weight"
+
+
+@pytest.fixture
+def dense(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    model = pico_mamba()
+    monkeypatch.chdir(tmp_path)
+    model.save_pretrained("dense")
+    pico_tokenizer().save_pretrained("dense")
+    Path("text.txt").write_text(TEXT * 20)
+    return model
+
+
+def prune(*options: str) -> dict[str, Any]:
+    """The record of a run from the command line, saved to "out"."""
+    line = ["prune", "dense", "-o", "out", "--data", "text.txt", "--samples", "2", "--length", "32"]
+    outcome = CliRunner().invoke(cli.app, [*line, "--no-eval", "--json", "--quiet", *options])
+    assert outcome.exit_code == 0, outcome.output
+    return json.loads(outcome.stdout)
+
+
+def last_columns(weight: Tensor, seen: Any, rule: Rule, columns: slice) -> Tensor:
+    return -torch.arange(weight.shape[1], dtype=torch.float64)[columns].expand(len(weight), -1)
+
+
+def test_a_made_up_method_for_entries(dense: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = EntryMethod(
+        "from-the-right", "made up", "the last columns go", ("projections",), None, last_columns
+    )
+    monkeypatch.setitem(METHODS, row.name, Method(row))
+    record = prune("--method", row.name, "--target", "projections", "--sparsity", "0.25")
+    assert {target["method"] for target in record["targets"]} == {row.name}
+    got = AutoModelForCausalLM.from_pretrained("out").state_dict()
+    for layer in range(2):
+        was = dense.state_dict()[PLACE.format(layer, "in_proj")]
+        stays = was.shape[1] * 3 // 4
+        assert torch.equal(got[PLACE.format(layer, "in_proj")][:, :stays], was[:, :stays])
+        assert not got[PLACE.format(layer, "in_proj")][:, stays:].any()
+
+
+def last_units(units: Units) -> Sequence[Tensor]:
+    return [-torch.arange(size, dtype=torch.float64) for size in units.sizes]
+
+
+def test_a_made_up_method_for_units(dense: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = UnitMethod("last-units", "made up", "the last units go", ("state", "channel"), {}, last_units)
+    monkeypatch.setitem(METHODS, row.name, Method(units=row))
+    given = ("--pattern", "structured:state", "--sparsity", "0.5", "--repair", "none")
+    record = prune("--method", row.name, *given)
+    assert {target["method"] for target in record["targets"]} == {row.name}
+    got, was = AutoModelForCausalLM.from_pretrained("out").state_dict(), dense.state_dict()
+    for layer in range(2):
+        name = f"backbone.layers.{layer}.mixer.A_log"
+        assert torch.equal(got[name], was[name][:, : was[name].shape[1] // 2])
+
+
+def deeper_is_sparser(members: Sequence[Member], sparsity: float, number: float) -> list[float]:
+    return [sparsity + (number if member.layer else -number) for member in members]
+
+
+def test_a_made_up_allocation(dense: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = Allocation(
+        "by-depth", "made up", "deeper is sparser", deeper_is_sparser, letter="STEP", default=0.125
+    )
+    monkeypatch.setitem(ALLOCATIONS, row.name, row)
+    given = ("--method", "magnitude", "--target", "projections", "--sparsity", "0.5")
+    for option, step in (("by-depth", 0.125), ("by-depth:0.25", 0.25)):
+        record = prune("--allocation", option, *given, "--force")
+        assert {target["allocation"] for target in record["targets"]} == {f"by-depth:{step:g}"}
+        for target in record["targets"]:
+            wanted = 0.5 + (step if target["layer"] else -step)
+            assert target["sparsity"] == pytest.approx(wanted, abs=0.5 / 16)
+    monkeypatch.delitem(ALLOCATIONS, row.name)
+    line = ["prune", "dense", "-o", "out", "--allocation", "by-depth", "--force"]
+    assert "unknown allocation 'by-depth'" in CliRunner().invoke(cli.app, line).stderr
+
+
+def test_the_sides_of_a_row_have_one_name() -> None:
+    entries = EntryMethod("a", "", "", ("ssm",), None, last_columns)
+    with pytest.raises(ValueError, match="one name"):
+        Method(entries, UnitMethod("b", "", "", ("state",), {}, last_units))
+    with pytest.raises(ValueError, match="no side"):
+        Method()
