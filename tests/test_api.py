@@ -197,12 +197,11 @@ def test_python_measures_as_the_command_does(dense: Checkpoint) -> None:
     line = ["prune", "dense", "-o", "from-command", "--target", "ssm", "--data", "text.txt", "--samples", "2"]
     outcome = CliRunner().invoke(cli.app, [*line, "--length", "32", "--quiet"])
     assert outcome.exit_code == 0, outcome.stderr
-    records = [
-        json.loads(Path(folder, "pruning.json").read_text()) for folder in ("from-python", "from-command")
-    ]
+    folders = "from-python", "from-command"
+    records = [json.loads(Path(folder, "pruning.json").read_text()) for folder in folders]
     assert records[0]["perplexity"] == records[1]["perplexity"] and records[0]["perplexity"]["difference"]
     assert records[0]["targets"] == records[1]["targets"]
-    cards = [Path(folder, "README.md").read_text() for folder in ("from-python", "from-command")]
+    cards = [Path(folder, "README.md").read_text() for folder in folders]
     assert cards[0] == cards[1] and "perplexity" in cards[0].lower()
     again = sparsessm.load("dense")
     assert not sparsessm.prune(

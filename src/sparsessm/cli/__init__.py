@@ -36,7 +36,10 @@ def _command() -> int:
 
 
 def __getattr__(name: str) -> Any:
-    """The app and its commands, imported when somebody asks for one."""
+    """The app, its commands and the files of this folder, imported when somebody asks for one."""
     from importlib import import_module
+    from importlib.util import find_spec
 
+    if find_spec(f"{__name__}.{name}"):
+        return import_module(f"{__name__}.{name}")
     return getattr(import_module(f"{__name__}.commands"), name)

@@ -6,13 +6,16 @@ and errors to stderr.
 
 from __future__ import annotations
 
+import inspect
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
+from rich.markup import escape
 
 from .. import kernels
 from ..recipe.recipe import Recipe
@@ -21,28 +24,110 @@ from . import ending, tables
 
 app = typer.Typer(
     name="sparsessm",
-    help="One-shot pruning of state space language models: a dense Mamba goes in, a pruned one comes out.",
+    help="Make a Mamba-family language model smaller and faster, without training, and measure the cost.",
+    epilog="Try it offline: sparsessm demo\n\n"
+    "Prune half of a model: sparsessm prune MODEL -o OUT\n\n"
+    "Help for one command: sparsessm prune --help",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+    rich_markup_mode="rich",
 )
+# Groups of `sparsessm --help`, by what one wants to do, in the order in which they are shown.
+GROUPS = START, SMALLER, LOOK, RUN = "Start here", "Make a model smaller", "See what it costs", "Run a model"
+# Groups of `prune --help`: the fields of a recipe by what they say. What matters first is in no group.
+PANELS = {
+    "What is pruned": ("target", "ignore"),
+    "How much": ("pattern", "allocation"),
+    "How": ("method", "repair", "price", "removed", "diagonal", "time_weights"),
+    "Calibration data": ("data", "column", "samples", "length", "seed", "tokenizer"),
+    "Output": ("force", "no_eval", "as_json", "quiet"),
+}
+PANEL_OF = {name: panel for panel, names in PANELS.items() for name in names}
 
 
-def field(name: str, *flags: str) -> Any:
+def option(*flags: str, help: str, **more: Any) -> Any:
+    """An option whose help is text and no markup."""
+    return typer.Option(*flags, help=escape(help), **more)
+
+
+def argument(*, help: str, **more: Any) -> Any:
+    """An argument whose help is text and no markup."""
+    return typer.Argument(help=escape(help), **more)
+
+
+def field(name: str, *, panel: str | None = None) -> Any:
     """The option of a recipe field. Its default is None (not given): it must not override a recipe file."""
     known = Recipe.model_fields[name]
     default = f" [default: {str(known.default).lower()}]" if known.default not in (None, ()) else ""
-    return typer.Option(*flags, help=f"{known.description}{default}", show_default=False)
+    flag = f"--{name.replace('_', '-')}"
+    flags = (f"{flag}/--no-{flag[2:]}",) if _kind(known.annotation) is bool else (flag,)
+    return option(*flags, help=f"{known.description}{default}", show_default=False, rich_help_panel=panel)
 
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
-Quiet = Annotated[
-    bool, typer.Option("--quiet", "-q", help="Print nothing but errors (and the JSON, if asked for).")
+def takes_recipe(but: Sequence[str] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command an option for every field of a recipe, beside its own parameters.
+
+    What was given arrives as keyword arguments; what was not does not.
+
+    Args:
+        but: fields that are no options.
+    """
+
+    def decorated(command: Callable[..., None]) -> Callable[..., None]:
+        def run(**given: Any) -> None:
+            absent = {name for name in names if given[name] in (None, [], ())}
+            command(**{name: value for name, value in given.items() if name not in absent})
+
+        own = inspect.signature(command, eval_str=True).parameters.values()
+        names = [name for name in Recipe.model_fields if name not in but]
+        added = [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None,
+                annotation=Annotated[
+                    _kind(Recipe.model_fields[name].annotation) | None, field(name, panel=PANEL_OF.get(name))
+                ],
+            )
+            for name in names
+        ]
+        kept = [part.replace(kind=part.KEYWORD_ONLY) for part in own if part.kind is not part.VAR_KEYWORD]
+        order = ["", *PANELS]  # panels are shown in the order of their first options
+        parts = sorted([*kept, *added], key=lambda part: order.index(PANEL_OF.get(part.name, "")))
+        run.__signature__ = inspect.Signature(parts)  # type: ignore[attr-defined]
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        return run
+
+    return decorated
+
+
+def _kind(annotation: Any) -> Any:
+    """What the command line takes for a field; of several types or words the recipe checks which it is."""
+    if get_origin(annotation) is Annotated:
+        return _kind(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        kinds = {_kind(part) for part in get_args(annotation) if part is not type(None)}
+        return kinds.pop() if len(kinds) == 1 else str
+    if get_origin(annotation) is tuple:
+        return list[str]
+    return str if get_origin(annotation) is Literal else annotation
+
+
+Json = Annotated[
+    bool, option("--json", help="Print one JSON document instead of tables.", rich_help_panel="Output")
 ]
-Force = Annotated[bool, typer.Option("--force", help="Replace an existing directory.")]
+Quiet = Annotated[
+    bool,
+    option(
+        "--quiet",
+        "-q",
+        help="Print nothing but errors (and the JSON, if asked for).",
+        rich_help_panel="Output",
+    ),
+]
+Force = Annotated[bool, option("--force", help="Replace an existing directory.", rich_help_panel="Output")]
 Length = Annotated[
-    int | None, typer.Option(min=2, help="Tokens in a window [default: 2048, or the model's own].")
+    int | None, option("--length", min=2, help="Tokens in a window [default: 2048, or the model's own].")
 ]
 Tokenizer = Annotated[str | None, field("tokenizer")]
 

@@ -16,7 +16,7 @@ import sparsessm
 
 from .. import kernels
 from . import looking, measuring, pruning, running, tables
-from .answering import app
+from .answering import GROUPS, app
 from .ending import TRACEBACK
 from .looking import evaluate, inspect, list_
 from .measuring import bench
@@ -46,6 +46,7 @@ ABORTED = (
     f"error: a library ended the process, as it does where memory is short; {TRACEBACK}=1 in the environment "
     "lets it dump core\n"
 )
+app.registered_commands.sort(key=lambda command: GROUPS.index(str(command.rich_help_panel)))
 _Mistake: type[BaseException] = typer.BadParameter.__mro__[2]  # ClickException, of whichever click typer uses
 
 

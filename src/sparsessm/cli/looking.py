@@ -8,31 +8,44 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
 import sparsessm
 
 from ..data.texts import DATASETS
 from ..methods import entry_methods, unit_methods
+from ..methods.allocation import ALLOCATIONS
 from ..methods.patterns import NofM, Structured, Unstructured
 from ..recipe.recipe import Recipe, window_length
 from ..report.record import checked
 from . import tables
-from .answering import Json, Length, Quiet, Tokenizer, answering, app, field, print_json, tell
+from .answering import (
+    LOOK,
+    START,
+    Json,
+    Length,
+    Quiet,
+    Tokenizer,
+    answering,
+    app,
+    argument,
+    field,
+    option,
+    print_json,
+    tell,
+)
 
-Models = Annotated[list[str], typer.Argument(help="Models; all others are compared with the first.")]
+Models = Annotated[list[str], argument(help="Models; all others are compared with the first.")]
 TEXT_HELP = str(Recipe.model_fields["data"].description).replace("Calibration", "Evaluation")
-Text = Annotated[str | None, typer.Option(help=f"{TEXT_HELP} [default: stdlib]")]
+Text = Annotated[str | None, option(help=f"{TEXT_HELP} [default: stdlib]")]
 Limit = Annotated[
-    int | None, typer.Option(min=1, help="So many windows, evenly spaced; of --tasks the first documents.")
+    int | None, option(min=1, help="So many windows, evenly spaced; of --tasks the first documents.")
 ]
 Tasks = Annotated[
-    str | None, typer.Option(help="Zero-shot tasks of lm-evaluation-harness instead: piqa,arc_easy,...")
+    str | None, option(help="Zero-shot tasks of lm-evaluation-harness instead: piqa,arc_easy,...")
 ]
-IncludePath = Annotated[Path | None, typer.Option(help="A directory of task files (YAML) for --tasks.")]
+IncludePath = Annotated[Path | None, option(help="A directory of task files (YAML) for --tasks.")]
 
 
-@app.command(name="eval")
+@app.command(name="eval", rich_help_panel=LOOK)
 def evaluate(
     models: Models,
     data: Text = None,
@@ -45,7 +58,7 @@ def evaluate(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure perplexity and bits per byte, or zero-shot tasks; models after the first with their change."""
+    """Measure perplexity and bits per byte, or zero-shot tasks, of one or several models."""
     perplexities, zero_shots = {}, {}
     with answering(quiet) as progress:
         from ..evaluation import comparison
@@ -76,14 +89,14 @@ def evaluate(
         tables.show(tables.table(result.title, result.columns, result.cells, result.words), *result.notes)
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def inspect(
-    directory: Annotated[str, typer.Argument(help="A result of `prune`, or any model.")],
+    directory: Annotated[str, argument(help="A result of `prune`, or any model.")],
     tokenizer: Tokenizer = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Say what is in a result: its record, and what its tensors themselves say."""
+    """Show what a result contains: its record, its recipe, and the zeros counted in its tensors."""
     with answering(quiet) as progress:
         from ..checkpoint import read_record
         from ..report.contents import inspection, inspection_tables
@@ -100,9 +113,9 @@ def inspect(
             tables.show("It has no pruning.json: not a result of `sparsessm prune`.")
 
 
-@app.command(name="list")
+@app.command(name="list", rich_help_panel=START)
 def list_() -> None:
-    """List the methods, architectures, patterns and data sets."""
+    """List methods, allocations, architectures, patterns and data sets."""
     from ..architectures import MODEL_TYPES
 
     methods = [
@@ -114,6 +127,7 @@ def list_() -> None:
         [name, str(kind.__doc__).splitlines()[0]]
         for name, kind in (("unstructured", Unstructured), ("N:M", NofM), ("structured:AXIS", Structured))
     ]
+    shares = [[row.name, row.summary, row.paper] for row in ALLOCATIONS.values()]
     models = [
         [name, str(kind.__doc__).splitlines()[0], ", ".join(kind.structure)]
         for name, kind in MODEL_TYPES.items()
@@ -123,6 +137,7 @@ def list_() -> None:
         tables.table(
             "Methods for whole units (--method)", ["name", "axes", "summary", "source"], units, left=4
         ),
+        tables.table("Allocations (--allocation)", ["name", "summary", "source"], shares, left=3),
         tables.table("Patterns (--pattern)", ["name", "meaning"], patterns, left=2),
         tables.table("Data (--data)", ["name", "calibration", "evaluation", "summary"], texts, left=4),
         tables.table(

@@ -8,11 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-import typer
-
 from ..report.record import percent
 from . import tables
-from .answering import Json, Quiet, answering, app, print_json
+from .answering import LOOK, Json, Quiet, answering, app, argument, option, print_json
 
 Table = tuple[str, list[str], list[list[str]]]
 Record = Mapping[str, Any]
@@ -27,17 +25,17 @@ BYTES = {
 }
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def bench(
-    model: Annotated[str, typer.Argument(metavar="DIR", help="A packed directory, or any model.")],
+    model: Annotated[str, argument(metavar="DIR", help="A packed directory, or any model.")],
     against: Annotated[
-        str | None, typer.Option(metavar="DENSE", help="A model to compare with, such as the dense one.")
+        str | None, option(metavar="DENSE", help="A model to compare with, such as the dense one.")
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads [default: as many as torch uses].")] = None,
+    threads: Annotated[int | None, option(help="Number of threads [default: as many as torch uses].")] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure bytes, tokens per second and the bandwidth they use; with --against both models in turn."""
+    """Measure bytes, tokens per second and memory bandwidth of a model, or of two side by side."""
     with answering(quiet) as progress:
         from ..evaluation.speed import measure
 

@@ -1,7 +1,7 @@
 """Commands that change a model or find out what it tolerates: prune, demo, analyze.
 
-Place in the flow: parses, seeds and prints; the work is behind `sparsessm.*`. Every option that says what is
-pruned is a field of `recipe.Recipe`, which gives its help text and default.
+Place in the flow: parses, seeds and prints; the work is behind `sparsessm.*`. Every field of `recipe.Recipe`
+is an option of `prune`, with the field's own help text.
 """
 
 from __future__ import annotations
@@ -20,71 +20,92 @@ from ..recipe.recipe import Recipe
 from ..report import machine
 from ..report.record import percent, perplexity_table, removed_table
 from . import tables
-from .answering import Force, Json, Length, Quiet, Tokenizer, answering, app, field, print_json, tell
+from .answering import (
+    LOOK,
+    SMALLER,
+    START,
+    Force,
+    Json,
+    Length,
+    Quiet,
+    Tokenizer,
+    answering,
+    app,
+    argument,
+    field,
+    option,
+    print_json,
+    takes_recipe,
+    tell,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ..report.record import Report
 
-DryRun = Annotated[
-    bool,
-    typer.Option("--dry-run", help="Say what every rule hits and the bytes; read no text, write nothing."),
-]
-NoEval = Annotated[bool, typer.Option("--no-eval", help="Do not measure perplexity before and after.")]
-Structured = Annotated[
+Out = Annotated[Path | None, option("--out", "-o", help="The directory to write.")]
+Sparsity = Annotated[float | None, field("sparsity")]
+Share = Annotated[
     float | None,
-    typer.Option(
-        help="Take out whole units until this share of all parameters is gone, in the mix of axes that costs "
-        "least: short for --pattern structured --sparsity SHARE.",
+    option(
+        "--structured",
+        help="Take out whole units (states, channels, heads, blocks) until this share of all parameters is "
+        "gone, in the mix that costs least. Short for --pattern structured --sparsity SHARE.",
         show_default=False,
     ),
 ]
 FromFile = Annotated[
     Path | None,
-    typer.Option(help="A recipe (YAML), or a result to repeat; options beside it replace its fields."),
+    option("--recipe", help="A recipe (YAML), or a result to repeat. Options beside it replace its fields."),
 ]
+DryRun = Annotated[
+    bool,
+    option(
+        "--dry-run", help="Say what would be pruned and how many bytes it is; read no text, write nothing."
+    ),
+]
+NoEval = Annotated[
+    bool,
+    option("--no-eval", help="Do not measure perplexity before and after.", rich_help_panel="Output"),
+]
+EXAMPLES = """Examples:
+
+  sparsessm prune builtin:pycode -o out
+
+  sparsessm prune state-spaces/mamba-130m-hf -o out --sparsity 0.6 --data wikitext2
+
+  sparsessm prune builtin:pycode -o out --pattern 2:4
+
+  sparsessm prune builtin:pycode -o out --structured 0.25
+
+  sparsessm prune --recipe recipe.yaml --dry-run"""
 
 
-@app.command()
+@app.command(rich_help_panel=SMALLER, epilog=EXAMPLES)
+@takes_recipe(but=("model", "rules", "sparsity"))
 def prune(
-    context: typer.Context,
-    model: Annotated[str | None, typer.Argument(help=Recipe.model_fields["model"].description)] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="The directory to write.")] = None,
-    sparsity: Annotated[float | None, field("sparsity")] = None,
-    target: Annotated[str | None, field("target")] = None,
-    ignore: Annotated[list[str] | None, field("ignore")] = None,
-    method: Annotated[str | None, field("method")] = None,
-    pattern: Annotated[str | None, field("pattern")] = None,
-    structured: Structured = None,
-    repair: Annotated[str | None, field("repair")] = None,
-    price: Annotated[str | None, field("price")] = None,
-    allocation: Annotated[str | None, field("allocation")] = None,
-    removed: Annotated[str | None, field("removed")] = None,
-    diagonal: Annotated[bool | None, field("diagonal", "--diagonal/--no-diagonal")] = None,
-    time_weights: Annotated[str | None, field("time_weights")] = None,
-    data: Annotated[str | None, field("data")] = None,
-    column: Annotated[str | None, field("column")] = None,
-    samples: Annotated[str | None, field("samples")] = None,
-    length: Annotated[int | None, field("length")] = None,
-    seed: Annotated[int | None, field("seed")] = None,
-    tokenizer: Annotated[str | None, field("tokenizer")] = None,
+    model: Annotated[str | None, argument(help=str(Recipe.model_fields["model"].description))] = None,
+    out: Out = None,
+    sparsity: Sparsity = None,
+    structured: Share = None,
     recipe: FromFile = None,
     dry_run: DryRun = False,
-    no_eval: NoEval = False,
     force: Force = False,
+    no_eval: NoEval = False,
     as_json: Json = False,
     quiet: Quiet = False,
+    **given: Any,
 ) -> None:
-    """Prune MODEL and write the result: a stock checkpoint, or a packed one where none can hold it."""
+    """Remove weights from MODEL, measure what it costs, and write the result.
+
+    The result is a checkpoint that transformers loads, or a packed directory where it cannot hold the result.
+    """
     if out is None and not dry_run:
         raise typer.BadParameter(
             "missing; name the directory to write, or --dry-run", param_hint="--out / -o"
         )
-    options = context.params.items()
-    given = {
-        name: value for name, value in options if name in Recipe.model_fields and value not in (None, [], ())
-    }
+    given |= {name: value for name, value in (("model", model), ("sparsity", sparsity)) if value is not None}
     with answering(quiet, None if dry_run else out) as progress:
         run = _planned(given, structured, recipe, out, force, progress)
         report = None if dry_run or out is None else _pruned(run, out, recipe, not no_eval, force, progress)
@@ -184,18 +205,18 @@ def _show(report: Report, out: Path | None) -> None:
     tables.show(*filter(None, notes), f"Saved to {out}; pruning took {report.seconds:.0f} s.")
 
 
-@app.command()
+@app.command(rich_help_panel=START)
 def demo(
-    out: Annotated[
-        Path, typer.Option("--out", "-o", help="For the pruned model; an older demo is replaced.")
-    ] = (Path("demo-out")),
-    sparsity: Annotated[float, typer.Option(help="Share removed.")] = 0.5,
-    samples: Annotated[int, typer.Option(min=1, help="Number of calibration windows.")] = 32,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of everything drawn.")] = 0,
+    out: Annotated[Path, option("--out", "-o", help="For the pruned model; an older demo is replaced.")] = (
+        Path("demo-out")
+    ),
+    sparsity: Annotated[float, option("--sparsity", help="Share removed.")] = 0.5,
+    samples: Annotated[int, option("--samples", min=1, help="Number of calibration windows.")] = 32,
+    seed: Annotated[int, option("--seed", min=0, help="Seed of everything drawn.")] = 0,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Prune the built-in model by the main methods, compare them on held-out text, and run the default's."""
+    """Prune the built-in model by the main methods, compare them on held-out text, and run a result."""
     from . import demonstration as demos
 
     with answering(quiet, out, *(demos.packed_folder(out, kind) for kind in demos.PACKED)) as progress:
@@ -231,24 +252,26 @@ def demo(
         )
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def analyze(
-    model: Annotated[str, typer.Argument(help=Recipe.model_fields["model"].description)],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="For analysis.json and a PNG.")] = None,
-    sparsities: Annotated[str, typer.Option(help="Shares removed, of each matrix alone.")] = "0.3,0.5,0.7",
+    model: Annotated[str, argument(help=str(Recipe.model_fields["model"].description))],
+    out: Annotated[Path | None, option("--out", "-o", help="For analysis.json and a PNG.")] = None,
+    sparsities: Annotated[
+        str, option("--sparsities", help="Shares removed, of each matrix alone.")
+    ] = "0.3,0.5,0.7",
     price: Annotated[str | None, field("price")] = None,
     data: Annotated[str, field("data")] = "stdlib",
     column: Annotated[str | None, field("column")] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Number of calibration windows.")] = 16,
-    windows: Annotated[int, typer.Option(min=1, help="Number of held-out windows.")] = 8,
+    samples: Annotated[int, option("--samples", min=1, help="Number of calibration windows.")] = 16,
+    windows: Annotated[int, option("--windows", min=1, help="Number of held-out windows.")] = 8,
     length: Length = None,
     seed: Annotated[int, field("seed")] = 0,
     tokenizer: Tokenizer = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace another analysis in --out.")] = False,
+    force: Annotated[bool, option("--force", help="Replace another analysis in --out.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Say which parts of MODEL tolerate how much: every matrix pruned alone, measured on the logits."""
+    """Find out which matrices of MODEL tolerate pruning: prune each alone and compare the predictions."""
     from ..studies import findings, tolerance
 
     with answering(quiet, out and out / tolerance.FILE, grown=True) as progress:

@@ -9,44 +9,56 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from ..report.record import kind_of, percent
 from . import tables
-from .answering import Force, Json, Quiet, Tokenizer, answering, app, print_json, tell
+from .answering import (
+    RUN,
+    SMALLER,
+    Force,
+    Json,
+    Quiet,
+    Tokenizer,
+    answering,
+    app,
+    argument,
+    option,
+    print_json,
+    tell,
+)
 
 if TYPE_CHECKING:
     from ..checkpoint import Encoded
 
 Generating = Annotated[
-    bool, typer.Option("--quiet", "-q", help="Print nothing but the text (or the JSON) and errors.")
+    bool, option("--quiet", "-q", help="Print nothing but the text (or the JSON) and errors.")
 ]
 
 
-@app.command()
+@app.command(rich_help_panel=RUN)
 def generate(
-    model: Annotated[str, typer.Argument(help="A packed directory, or any model.")],
-    prompt: Annotated[str, typer.Argument(help="The text to continue; - reads it from stdin.")],
+    model: Annotated[str, argument(help="A packed directory, or any model.")],
+    prompt: Annotated[str, argument(help="The text to continue, or - to read it from stdin.")],
     max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", "-n", min=0, help="At most so many tokens.")
+        int, option("--max-new-tokens", "-n", min=0, help="Generate at most so many tokens.")
     ] = 128,
     temperature: Annotated[
-        float, typer.Option(help="Divides the logits; 0 takes the most probable token.")
+        float,
+        option(help="Randomness: divides the logits; 0 always takes the most probable token."),
     ] = 0.0,
-    top_k: Annotated[int | None, typer.Option(help="Draw from so many of the most probable tokens.")] = None,
+    top_k: Annotated[int | None, option(help="Draw from this many of the most probable tokens.")] = None,
     top_p: Annotated[
-        float | None, typer.Option(help="Draw from the fewest tokens whose probabilities reach this sum.")
+        float | None, option(help="Draw from the most probable tokens that together have this probability.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    seed: Annotated[int, option(help="Seed of the draws.")] = 0,
     stop: Annotated[
-        list[str] | None, typer.Option(help="End before this text; may be given several times.")
+        list[str] | None, option(help="Stop before this text; may be given several times.")
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads [default: as many as torch uses].")] = None,
+    threads: Annotated[int | None, option(help="Number of threads [default: as many as torch uses].")] = None,
     tokenizer: Tokenizer = None,
     as_json: Json = False,
     quiet: Generating = False,
 ) -> None:
-    """Continue a text: the continuation streams to stdout, the speed is said on stderr."""
+    """Continue a text on the CPU. The text streams to stdout; the speed is printed on stderr."""
     with answering(quiet, streaming=True):
         from ..runtime import load
 
@@ -99,21 +111,21 @@ def _speed(tokens: int, steps: int, seconds: float) -> str:
     return f"{tokens} {'token' if tokens == 1 else 'tokens'}{rate}"
 
 
-@app.command()
+@app.command(rich_help_panel=SMALLER)
 def pack(
-    model: Annotated[str, typer.Argument(help="A result of `prune`, or any model.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The directory to write.")],
+    model: Annotated[str, argument(help="A result of `prune`, or any model.")],
+    out: Annotated[Path, option("--out", "-o", help="The directory to write.")],
     dtype: Annotated[
         str | None,
-        typer.Option(help="fp32, bf16 or int8 of the large matrices [default: as they are, lossless]."),
+        option(help="Store the large matrices as fp32, bf16 or int8 [default: unchanged, lossless]."),
     ] = None,
-    head: Annotated[str | None, typer.Option(help="int8: the embedding and the head too.")] = None,
+    head: Annotated[str | None, option(help="int8: store the embedding and the head as int8, too.")] = None,
     tokenizer: Tokenizer = None,
     force: Force = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write MODEL without its zeros: a directory that is smaller, and faster to run."""
+    """Store a pruned model without its zeros, so that it is smaller and runs faster here."""
     with answering(quiet, out) as progress:
         from ..checkpoint import pack as packing
 
@@ -144,16 +156,16 @@ def pack(
         tables.show(tables.table(f"{model}, packed", columns, cells, left=2), f"Saved to {out}.")
 
 
-@app.command()
+@app.command(rich_help_panel=SMALLER)
 def unpack(
-    model: Annotated[str, typer.Argument(help="A result of `pack`.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The directory to write.")],
+    model: Annotated[str, argument(help="A result of `pack`.")],
+    out: Annotated[Path, option("--out", "-o", help="The directory to write.")],
     tokenizer: Tokenizer = None,
     force: Force = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write a packed model as the stock checkpoint that it was made from."""
+    """Turn a packed directory back into the checkpoint that it was made from."""
     with answering(quiet, out) as progress:
         from ..checkpoint import unpack as unpacking
 

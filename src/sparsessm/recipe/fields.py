@@ -50,48 +50,50 @@ class Choice(BaseModel):
 
     method: str | None = Field(
         None,
-        description=f"How entries are scored: {', '.join(entry_methods())}. Default, also for families that "
-        "the one named does not know: "
-        f"{', '.join(f'{DEFAULTS[name]} ({name})' for name in ('ssm', 'projections'))}. "
-        f"Of whole units: {', '.join(unit_methods())}; {UNITS_DEFAULT}.",
+        description=f"How entries are scored: {', '.join(entry_methods())}. By default "
+        f"{DEFAULTS['ssm']} for A_log and {DEFAULTS['projections']} for matrices, also where the method "
+        f"named does not apply. For whole units: {', '.join(unit_methods())}; by default {UNITS_DEFAULT}.",
     )
     sparsity: float | None = Field(
         None,
-        description="Share removed, in [0, 1); 0.5, or what an N:M pattern says. Structured: of the units.",
+        description="Share to remove, from 0 to below 1. By default 0.5, or what an N:M pattern says. With "
+        "whole units: the share of the units.",
     )
     pattern: str | None = Field(
         None,
-        description="unstructured (the default); N:M: N entries KEPT of every M inputs or states; "
-        f"structured:AXIS ({', '.join(AXES)}): whole units, as many in every layer; structured: a "
-        "mix of axes for a share of all parameters.",
+        description="unstructured (the default); N:M (keep N of every M inputs or states); structured:AXIS "
+        f"(whole units of one axis, the same number in every layer; axes: {', '.join(AXES)}); structured "
+        "(the mix of axes that costs least).",
     )
     removed: Literal["memoryless", "unit"] | None = Field(
         None,
-        description="What a removed entry of A_log becomes: memoryless (decay 0; the default) or "
-        "unit (A = -1).",
+        description="What a removed entry of A_log becomes: memoryless (its state forgets at once; the "
+        "default) or unit (A = -1). A removed weight of a matrix is 0.",
     )
     repair: str | None = Field(
         None,
-        description="What survivors restore: none; self (the layer's own output); dense-target[:STRENGTH] "
-        "(its output in the dense model). Default: the method's.",
+        description="What the remaining weights restore: none; self (the layer's own output); "
+        "dense-target[:STRENGTH] (its output in the dense model). By default what the method does.",
     )
     price: Literal["none", "fisher", "norms"] | None = Field(
         None,
-        description="What an error in an output row costs: none (all the same), fisher (what the loss says, "
-        "from one backward pass), norms (a guess from the weights behind it). Default: the method's.",
+        description="What an error in an output row costs: none (all rows the same), fisher (its effect on "
+        "the loss, from one backward pass), norms (estimated from the weights that read the row). By default "
+        "what the method takes.",
     )
     allocation: str | None = Field(
         None,
-        description=f"Who is pruned how much: {listed()}. "
-        "Default: the method's. structured:channel of Mamba-1: uniform, or loss for layers of different "
-        "widths (a packed result).",
+        description=f"How the sparsity is shared among matrices: {listed()}. By default what the method "
+        "takes. With structured:channel on Mamba-1: uniform, or loss (each layer keeps as many channels as "
+        "it needs; the result is a packed directory).",
     )
     diagonal: bool | None = Field(
-        None, description="Method exact: leave out the off-diagonal Gram (cheaper)."
+        None, description="Method exact: use only the diagonal of the Gram matrix (cheaper, less exact)."
     )
     time_weights: str | None = Field(
         None,
-        description="Method sparsessm: uniform, linear, power:P (default, P = 1), discount:G, window:SHARE.",
+        description="Method sparsessm: how time steps count. uniform, linear, power:P (the default, P = 1), "
+        "discount:G or window:SHARE.",
     )
 
     def __init__(self, **fields: Any) -> None:

@@ -59,32 +59,32 @@ class Recipe(Choice):
         ValueError: one line that names the field, what was given and what is allowed.
     """
 
-    model: str | None = Field(None, description="Hub id, local directory or builtin:NAME.")
+    model: str | None = Field(None, description="A hub id, a local directory or builtin:NAME.")
     tokenizer: str | None = Field(
         None, description="Tokenizer to use instead of the model's own: hub id, directory or tokenizer.json."
     )
     target: str | None = Field(
         None,
-        description=f"What is pruned: {', '.join(TARGETS)}. all (the default) is projections (the linear "
-        "layers) and ssm (A_log); conv1d and head only when asked for.",
+        description=f"What to prune: {', '.join(TARGETS)}. all (the default) is projections (the linear "
+        "layers) and ssm (A_log); conv1d and head must be asked for.",
     )
     ignore: tuple[str, ...] = Field(
-        (), description="Selectors of targets to leave dense: names, class names, layer:N, or re:REGEX."
+        (), description="What to leave dense: names, class names, layer:N or re:REGEX."
     )
     rules: tuple[RuleFields, ...] = Field(
         (), description="Different rules for different targets, instead of `target`; see below."
     )
     data: str = Field("stdlib", description=f"Calibration text: {', '.join(DATASETS)}, or {FILES}.")
     column: str | None = Field(
-        None, description="Field or column of `data` that holds the text; text, of a named data set its own."
+        None, description="Field or column of the data that holds the text. By default text."
     )
     samples: Annotated[int, Field(ge=1, le=MOST_SAMPLES)] | Literal["auto"] = Field(
-        64, description="Number of calibration windows, or auto: double it until the masks agree."
+        64, description="Number of calibration windows, or auto (double it until the masks agree)."
     )
     length: int | None = Field(
-        None, ge=2, description="Tokens in a window; 2048, or the model's own length if shorter."
+        None, ge=2, description="Tokens in a window. By default 2048, or the model's length if shorter."
     )
-    seed: int = Field(0, ge=0, lt=2**63, description="Seed of everything drawn: windows, random scores.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of everything random: windows, random scores.")
 
     _listed = field_validator("ignore", mode="before")(_listed)
 
