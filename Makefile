@@ -28,10 +28,11 @@ test-portable: $(DEVELOPED) ## the numerically sensitive part, as on other proce
 	if $(BIN)/python -c $(HAS_AVX2); then \
 		OMP_NUM_THREADS=2 SPARSESSM_TEST_THREADS=2 $(OLDER) $(BIN)/python -m pytest $(wordlist 1,5,$(NUMERIC)); fi
 
-lint: $(DEVELOPED) ## style and types
+lint: $(DEVELOPED) ## style, types, and who imports whom
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/python tools/rooms.py
 
 bench: $(INSTALLED) ## the kernels, the calibration and the runtime, in time and memory
 	$(BIN)/python bench/bench.py
