@@ -16,9 +16,12 @@ test: $(DEVELOPED) ## the whole suite, two workers, coverage of src
 
 # Tests whose outcome could hang on one processor: on the code of older ones, of ours and of the BLAS alike, and
 # with other numbers of threads.
-NUMERIC := $(addprefix tests/,$(addsuffix .py,$(addprefix methods/test_,degenerate repair hessian \
-	transcription_linear structured_methods) $(addprefix runtime/test_,engine engine_mamba2 engine_widths \
-	reference) pruning/test_projection pruning/test_entries calibration/test_prices architectures/test_family))
+NUMERIC := $(addprefix tests/,$(addsuffix .py,$(addprefix methods/test_,balanced degenerate dense_target hessian \
+	readouts refit removed_before repair structured_methods transcription_linear transcription_sweep) \
+	$(addprefix runtime/test_,engine engine_mamba2 engine_projected engine_widths reference) \
+	$(addprefix architectures/test_,family projected) $(addprefix pruning/test_,projection entries) \
+	calibration/test_prices))
+NUMERIC_METHODS := $(filter tests/methods/%,$(NUMERIC))
 OLDEST := MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41 ATEN_CPU_CAPABILITY=default SPARSESSM_KERNELS=portable
 OLDER := MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 SPARSESSM_KERNELS=avx2
 HAS_AVX2 := "import sys; from sparsessm.kernels import LEVELS; sys.exit('avx2' not in LEVELS)"
@@ -26,7 +29,7 @@ HAS_AVX2 := "import sys; from sparsessm.kernels import LEVELS; sys.exit('avx2' n
 test-portable: $(DEVELOPED) ## the numerically sensitive part, as on other processors
 	$(OLDEST) $(BIN)/python -m pytest -n 2 $(NUMERIC)
 	if $(BIN)/python -c $(HAS_AVX2); then \
-		OMP_NUM_THREADS=2 SPARSESSM_TEST_THREADS=2 $(OLDER) $(BIN)/python -m pytest $(wordlist 1,5,$(NUMERIC)); fi
+		OMP_NUM_THREADS=2 SPARSESSM_TEST_THREADS=2 $(OLDER) $(BIN)/python -m pytest $(NUMERIC_METHODS); fi
 
 lint: $(DEVELOPED) ## style, types, and who imports whom
 	$(BIN)/ruff check .

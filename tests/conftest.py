@@ -1,7 +1,43 @@
-"""One torch thread a worker, as two processes run on two cores; or as SPARSESSM_TEST_THREADS says."""
+"""One torch thread a worker, as two processes run on two cores; or as SPARSESSM_TEST_THREADS says. And
+fixtures for tests of any folder."""
 
 import os
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
 
+import pytest
 import torch
+from directories import write_stock
+from pico import TEXT
+
+from sparsessm import kernels
 
 torch.set_num_threads(int(os.environ.get("SPARSESSM_TEST_THREADS") or 1))
+
+
+@pytest.fixture(autouse=True)
+def as_before() -> Iterator[None]:
+    """What a test sets for the whole process is as it was when it ends."""
+    threads, level = torch.get_num_threads(), kernels.LEVEL
+    yield
+    torch.set_num_threads(threads)
+    kernels.LEVEL = level
+
+
+@pytest.fixture(scope="session")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense model and a text of ten thousand words."""
+    folder = tmp_path_factory.mktemp("shelf")
+    write_stock(folder / "dense")
+    (folder / "text.txt").write_text(" ".join(random.Random(0).choices(TEXT.split(), k=10_000)))
+    return folder
+
+
+@pytest.fixture
+def here(tmp_path: Path, shelf: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, fresh, with all that is on the shelf: `dense` and `text.txt`."""
+    shutil.copytree(shelf, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

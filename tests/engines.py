@@ -29,7 +29,13 @@ def native(model: Any) -> Engine:
     return NativeEngine(model.config, packed.of(held(model)).tensors)
 
 
+needs_native = pytest.mark.skipif(kernels.LEVEL == "reference", reason="no native kernels run")
 both = pytest.mark.parametrize("make", [reference, native])
+
+
+def stepped(engine: Engine, ids: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+    """Logits of one sequence, token by token."""
+    return torch.cat([engine.step(token[None], state) for token in ids])
 
 
 def last_bits(model: Any, ids: torch.Tensor) -> float:

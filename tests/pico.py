@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from transformers import (
     MambaForCausalLM,
     PreTrainedTokenizerFast,
 )
+
+import sparsessm
 
 TEXT = (
     "the state of the model forgets the rest; a scan reads token after token, and what it keeps is small.\n"
@@ -61,3 +64,9 @@ def pico_tokenizer(vocab_size: int = 64) -> PreTrainedTokenizerFast:
     tokenizer.train_from_iterator([TEXT], trainer)
     end = "<|endoftext|>"
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=end, eos_token=end)
+
+
+def builtin_tokenizer() -> PreTrainedTokenizerFast:
+    """That of the built-in model, which has every byte."""
+    file = Path(sparsessm.__file__).parent / "builtin/pycode/tokenizer.json"
+    return PreTrainedTokenizerFast(tokenizer_file=str(file), eos_token="<|endoftext|>")

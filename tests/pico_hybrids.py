@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+NEW = int(transformers.__version__.split(".")[0]) >= 5  # the first release whose hybrids are these
 COMMON = {
     "vocab_size": 64,
     "hidden_size": 16,

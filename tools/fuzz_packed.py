@@ -5,7 +5,7 @@
         build/inputs tests/golden tests/corpus/packed -max_total_time=120 -max_len=8192
 
 Whatever the bytes are, reading them must end in a ValueError or in tensors that keep every promise of
-`docs/sparse-format.md`. `one` is that check; `tests/checkpoint/test_packed.py` replays the inputs of
+`docs/sparse-format.md`. `one` is that check; `tests/checkpoint/test_packed_fuzz.py` replays the inputs of
 `tests/corpus/packed` with it, and does not need atheris.
 """
 

@@ -8,23 +8,13 @@ import pytest
 import torch
 from pico import pico_falcon_mamba, pico_mamba, pico_mamba2
 from pico_hybrids import pico_hybrid
+from stock import TOKENS, assert_same, stock_logits
 from torch import Tensor
 from transcription import normalise, trace
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from sparsessm import architectures, kernels
 from sparsessm.architectures import MODEL_TYPES, Block, Target, adapt
-
-TOKENS = torch.randint(0, 64, (3, 37), generator=torch.Generator().manual_seed(0))
-
-
-def stock_logits(model: torch.nn.Module, tokens: Tensor) -> Tensor:
-    with torch.inference_mode():
-        return model(tokens, use_cache=False).logits
-
-
-def assert_same(got: Tensor, want: Tensor, tolerance: float = 1e-5) -> None:
-    assert (got - want).abs().max() <= tolerance * want.abs().max()
 
 
 @pytest.mark.parametrize("level", kernels.LEVELS)

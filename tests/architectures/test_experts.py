@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from hybrids import MIXTURES, MORE_TOKENS, hybrid, one_sided
 from pico_hybrids import FAMILIES, VARIANTS, pico_hybrid
 from planned import prune
-from test_hybrid import MIXTURES, MORE_TOKENS, assert_same, hybrid, one_sided, stock_logits
+from stock import assert_same, stock_logits
 from torch import Tensor
 from transformers import PreTrainedModel
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from pico import pico_falcon_mamba, pico_mamba2
 from planned import prune
-from test_architectures import TOKENS, assert_same, stock_logits
+from stock import TOKENS, assert_same, stock_logits
 from torch import Tensor
 from torch.nn import functional as F
 

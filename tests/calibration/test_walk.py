@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from pico import pico_mamba
+from stock import stock_inputs
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from sparsessm.architectures import Target, adapt
 from sparsessm.architectures.stack import StackBlock
@@ -20,40 +20,6 @@ from sparsessm.methods.observers import InputGram, InputNorm, Moments, StateErro
 
 TOKENS = torch.randint(0, 64, (3, 50), generator=torch.Generator().manual_seed(0))
 LINEAR = ["in_proj", "x_proj", "dt_proj", "out_proj"]
-Inputs = dict[tuple[int, str], Tensor]
-
-
-def stock_inputs(model: Any, tokens: Tensor = TOKENS) -> Inputs:
-    """(layer, kind) -> float64 inputs (W, L, in), conv1d (W, L, D, K), by hooks on transformers' modules.
-
-    The stock forward calls neither dt_proj nor conv1d as a module: their inputs are rows of what x_proj and
-    in_proj put out. (layer, "block") is what enters a block, the head is in layer -1."""
-    seen: Inputs = {}
-    hooks = []
-
-    def watch(module: nn.Module, key: tuple[int, str], output: bool = False) -> None:
-        def keep(_: Any, given: Any, made: Any) -> None:
-            seen[key] = (made if output else given[0]).double()
-
-        hooks.append(module.register_forward_hook(keep))
-
-    for i, layer in enumerate(model.backbone.layers):
-        watch(layer, (i, "block"))
-        for kind in ("in_proj", "x_proj", "out_proj"):
-            watch(getattr(layer.mixer, kind), (i, kind))
-        watch(layer.mixer.in_proj, (i, "conv1d"), output=True)
-        watch(layer.mixer.x_proj, (i, "dt_proj"), output=True)
-    watch(model.lm_head, (-1, "lm_head"))
-    with torch.inference_mode():
-        model(tokens, use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    for i, layer in enumerate(model.backbone.layers):
-        channels, width = layer.mixer.intermediate_size, layer.mixer.conv_kernel_size
-        padded = F.pad(seen[i, "conv1d"][..., :channels], (0, 0, width - 1, 0))
-        seen[i, "conv1d"] = torch.stack([padded[:, k : k + tokens.shape[1]] for k in range(width)], -1)
-        seen[i, "dt_proj"] = seen[i, "dt_proj"][..., : layer.mixer.time_step_rank]
-    return seen
 
 
 def second_moments(x: Tensor, other: Tensor | None = None) -> Tensor:
@@ -109,19 +75,22 @@ def test_inputs_are_those_of_the_model_as_pruned_so_far(overrides: dict[str, Any
     """Each target sees what the stock forward feeds it with every target before it pruned, in layers before
     and in its own, A_log's removed value and D's change included; it starts from the embedding stream."""
     model = pico_mamba(**overrides)
-    dense = {key: second_moments(x) for key, x in stock_inputs(model).items()}
+    dense = {key: second_moments(x) for key, x in stock_inputs(model, TOKENS).items()}
     moved: dict[str, list[float]] = {}
     for stop in walk(adapt(model), TOKENS, passes=5, tail=True):
         if stop.block.index == 0:
             assert torch.equal(stop.hidden, model.backbone.embeddings.weight[TOKENS])
         if stop.block.index < len(model.backbone.layers):
             torch.testing.assert_close(
-                stop.hidden.double(), stock_inputs(model)[stop.block.index, "block"], rtol=1e-5, atol=1e-6
+                stop.hidden.double(),
+                stock_inputs(model, TOKENS)[stop.block.index, "block"],
+                rtol=1e-5,
+                atol=1e-6,
             )
         for target in stop.block.targets:
             if target.kind != "A_log":
                 key = (-1 if target.family == "head" else target.layer, target.kind)
-                want = second_moments(stock_inputs(model)[key])
+                want = second_moments(stock_inputs(model, TOKENS)[key])
                 assert_same(stop.seen(target, InputGram()).gram, want)
                 assert_same(stop.seen(target, InputNorm()).power, want.diagonal(dim1=-2, dim2=-1))
                 difference = (want - dense[key]).abs().max() / dense[key].abs().max()
@@ -150,7 +119,7 @@ def test_the_head_sees_the_final_norm_behind_the_pruned_layers() -> None:
             seen.append(stop.seen(stop.block.targets[0], InputGram(paired=True)))
         else:
             halve(of_kind(stop, "out_proj"))
-    dense, now = (stock_inputs(one)[-1, "lm_head"] for one in (pico_mamba(), model))
+    dense, now = (stock_inputs(one, TOKENS)[-1, "lm_head"] for one in (pico_mamba(), model))
     assert_same(seen[0].gram, second_moments(now))
     assert_same(seen[0].cross, second_moments(now, dense))
     assert (seen[0].gram - second_moments(dense)).abs().max() > 1e-2
@@ -167,14 +136,14 @@ def test_cross_moments_equal_two_stock_models(
     monkeypatch.setattr(calibrate, "ROWS", rows)
     monkeypatch.setattr(calibrate, "LONGEST", longest)
     model = pico_mamba(time_step_rank=3).double()
-    dense = stock_inputs(model)
+    dense = stock_inputs(model, TOKENS)
     for stop in walk(adapt(model), TOKENS, passes=5, dense=embedded(model), tail=True):
         if stop.block.index < 2:
             assert_same(stop.dense_hidden, dense[stop.block.index, "block"], 1e-6)
         for target in stop.block.targets:
             if target.kind != "A_log":
                 key = (-1 if target.family == "head" else target.layer, target.kind)
-                now = stock_inputs(model)[key]
+                now = stock_inputs(model, TOKENS)[key]
                 got = stop.seen(target, InputGram(paired=True))
                 assert_same(got.gram, second_moments(now), 1e-6)  # the stock norm computes in float32
                 assert_same(got.cross, second_moments(now, dense[key]), 1e-6)
@@ -396,7 +365,7 @@ def test_a_survey_sees_the_dense_model_in_one_pass(passes: list[Any]) -> None:
     assert calls[0] == ("survey", 1, 2) and calls[-1] == ("survey", 2, 2)
     targets = [target for target in adapt(model).targets if (target.layer, target.kind) != (0, "A_log")]
     assert [target.name for target, _ in found] == [target.name for target in targets]
-    stock = stock_inputs(model)
+    stock = stock_inputs(model, TOKENS)
     for target, got in found:
         if target.kind != "A_log":
             x = stock[-1 if target.family == "head" else target.layer, target.kind]

@@ -3,101 +3,36 @@
 from __future__ import annotations
 
 import json
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from command import python
+from directories import (
+    FLOAT32_NAMES,
+    NEOX,
+    TOKENS,
+    dtypes,
+    logits,
+    names,
+    stock_logits,
+    write_mixed,
+    write_original,
+    write_stock,
+)
 from pico import TEXT, pico_mamba, pico_tokenizer
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, MambaForCausalLM, PreTrainedModel
+from transformers import AutoTokenizer, MambaForCausalLM
 
 import sparsessm
 from sparsessm import checkpoint
 from sparsessm.architectures import REMOVED_A_LOG, adapt
 from sparsessm.checkpoint import files
 
-NEOX = Path(__file__).parents[3] / "shared/data/tokenizers/gpt-neox-20b/tokenizer.json"
-TOKENS = torch.arange(40).reshape(2, 20) % 64
 EMBEDDING, HEAD = "backbone.embeddings.weight", "lm_head.weight"
 ORIGINAL_EMBEDDING = "backbone.embedding.weight"
-FLOAT32_NAMES = re.compile(r"A_log|\.D$|norm")
-
-
-def write_stock(folder: Path, dtype: torch.dtype = torch.float32, **overrides: object) -> MambaForCausalLM:
-    """A pico model written by transformers itself."""
-    model = pico_mamba(**overrides).to(dtype)
-    model.save_pretrained(folder)
-    pico_tokenizer().save_pretrained(folder)
-    return model.float()
-
-
-def write_mixed(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The same with A_log, D and norms in float32, at values that `dtype` does not have."""
-    write_stock(folder, dtype)
-    file = folder / "model.safetensors"
-    mixed = {k: v.float() * 1.0001 if FLOAT32_NAMES.search(k) else v for k, v in load_file(file).items()}
-    for name in mixed:  # long steps, large B and C: in a fresh model the states hardly reach the logits
-        if name.endswith("dt_proj.bias"):
-            mixed[name] += 3
-        elif name.endswith(("x_proj.weight", "in_proj.weight")):
-            mixed[name] *= 8
-    save_file(mixed, file, {"format": "pt"})
-    return mixed
-
-
-def write_original(
-    folder: Path, model: PreTrainedModel, dtype: torch.dtype = torch.float32, **fields: object
-) -> None:
-    """The same model as its authors' code would have stored it."""
-    config = model.config
-    settings = {
-        "d_model": config.hidden_size,
-        "n_layer": config.num_hidden_layers,
-        "vocab_size": config.vocab_size - 3,
-        "ssm_cfg": {"d_state": config.state_size, "layer": "Mamba1"},
-        "rms_norm": True,
-        "residual_in_fp32": True,
-        "fused_add_norm": True,
-        "pad_vocab_size_multiple": 8,
-        "tie_embeddings": config.tie_word_embeddings,
-    }
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(settings | fields))
-    renamed = {name.replace("embeddings", "embedding"): value for name, value in model.state_dict().items()}
-    for name, value in renamed.items():
-        if not FLOAT32_NAMES.search(name):
-            renamed[name] = value.to(dtype)
-    if config.tie_word_embeddings:
-        renamed["lm_head.weight"] = renamed["backbone.embedding.weight"]
-    torch.save(renamed, folder / "pytorch_model.bin")
-
-
-def dtypes(folder: Path) -> dict[str, str]:
-    found = {}
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, "pt") as content:
-            found |= {name: content.get_slice(name).get_dtype() for name in content.keys()}
-    return found
-
-
-def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
-
-
-@torch.no_grad()
-def logits(model: PreTrainedModel) -> Tensor:
-    return model(TOKENS).logits
-
-
-def stock_logits(folder: Path) -> Tensor:
-    return logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
 
 
 def test_stock_there_and_back(tmp_path: Path) -> None:
@@ -358,11 +293,6 @@ def test_record_and_card(tmp_path: Path) -> None:
     assert names(tmp_path) == {"in", "out"}
 
 
-def run(code: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, check=False)
-
-
 def test_nothing_is_said(tmp_path: Path) -> None:
     write_stock(tmp_path / "in")
     code = (
@@ -370,7 +300,7 @@ def test_nothing_is_said(tmp_path: Path) -> None:
         "checkpoint.save(checkpoint.load(sys.argv[1]), sys.argv[2])\n"
         "assert transformers.utils.logging.is_progress_bar_enabled()\n"
     )
-    done = run(code, tmp_path / "in", tmp_path / "out")
+    done = python(code, tmp_path / "in", tmp_path / "out")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
@@ -394,7 +324,7 @@ def test_a_hub_id_without_a_network(tmp_path: Path) -> None:
         "except ValueError as error: print(error)\n"
     )
     offline = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    told = run(code, "some/mamba", "some/other", tmp_path / "original", **offline).stdout.splitlines()
+    told = python(code, "some/mamba", "some/other", tmp_path / "original", **offline).stdout.splitlines()
     assert told[0] == "transformers"
     assert told[1].startswith("'some/other' is no directory here, and the hub did not give it: ")
     assert told[2].startswith(
@@ -442,7 +372,7 @@ def test_a_pruned_model_is_the_same_in_stock_code(tmp_path: Path) -> None:
             assert (ours - dense).abs().max() > 1e-3 * dense.abs().max()
             cases[out] = ours, f"{dtype}, {removed}"
     save_file({"tokens": TOKENS}, tmp_path / "tokens")
-    done = run(STOCK_LOGITS, tmp_path / "tokens", *cases)
+    done = python(STOCK_LOGITS, tmp_path / "tokens", *cases)
     assert done.returncode == 0, done.stderr
     for out, (ours, case) in cases.items():
         stock = load_file(f"{out}.logits")["logits"]

@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from command import refused
+from directories import edit, logits
 from pico import pico_mamba, pico_mamba2, pico_tokenizer
-from pico_hybrids import pico_hybrid
+from pico_hybrids import NEW, pico_hybrid
 from safetensors.torch import load_file, save_file
-from test_checkpoint import logits
-from test_cli import refused
-from test_foreign_fields import NEW, edit
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -22,13 +21,6 @@ from sparsessm import checkpoint, runtime
 from sparsessm.checkpoint import companions, files
 
 MODULE = "from transformers import {0}\n\n\nclass Mine({0}):\n    pass\n"
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    pico_mamba().save_pretrained(tmp_path / "in")
-    pico_tokenizer().save_pretrained(tmp_path / "in")
-    return tmp_path / "in"
 
 
 def put(folder: Path, *names: str, content: str = "some bytes\n") -> dict[str, bytes]:

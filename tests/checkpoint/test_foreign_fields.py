@@ -14,18 +14,17 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from directories import changed, edit, logits
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pico import pico_falcon_mamba, pico_mamba, pico_mamba2, pico_tokenizer
-from pico_hybrids import pico_hybrid
-from test_checkpoint import logits
+from pico_hybrids import NEW, pico_hybrid
 
 from sparsessm import checkpoint, runtime
 from sparsessm.checkpoint import known_fields, reading, tokenizing
 
 MAKERS = {"mamba": pico_mamba, "falcon_mamba": pico_falcon_mamba, "mamba2": pico_mamba2}
 HYBRIDS = ("bamba", "falcon_h1", "granitemoehybrid", "jamba", "nemotron_h", "zamba2")
-NEW = int(transformers.__version__.split(".")[0]) >= 5
 KINDS = (*MAKERS, *(HYBRIDS if NEW else ()))
 NUMBERS = st.one_of(
     st.integers(-3, 9),
@@ -70,32 +69,6 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         model.save_pretrained(root / kind)
         pico_tokenizer().save_pretrained(root / kind)
     return {kind: root / kind for kind in KINDS}
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    pico_mamba().save_pretrained(tmp_path / "in")
-    pico_tokenizer().save_pretrained(tmp_path / "in")
-    return tmp_path / "in"
-
-
-class changed:
-    """A JSON file with other fields, as long as the block runs."""
-
-    def __init__(self, file: Path, fields: Any) -> None:
-        self.file, self.before = file, file.read_bytes()
-        whole = json.loads(self.before) | fields if isinstance(fields, dict) else fields
-        file.write_text(json.dumps(whole))
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        self.file.write_bytes(self.before)
-
-
-def edit(file: Path, **fields: object) -> None:
-    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
 def within_bounds(work: Any) -> Any:

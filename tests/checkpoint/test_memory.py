@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from directories import write_original
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pico import pico_mamba, pico_mamba2, pico_tokenizer
 from safetensors.torch import load_file, save_file
-from test_checkpoint import write_original
 
 import sparsessm
 from sparsessm import kernels, runtime

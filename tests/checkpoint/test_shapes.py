@@ -12,9 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from directories import TOKENS, dtypes, logits, names, stock_logits, write_original
 from pico import pico_falcon_mamba, pico_mamba, pico_mamba2, pico_tokenizer
 from safetensors.torch import load_file
-from test_checkpoint import TOKENS, dtypes, logits, names, stock_logits, write_original
 from torch import Tensor
 from transformers import PreTrainedModel
 

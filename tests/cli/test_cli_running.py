@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from command import COMMAND, refused, run
 from pico import pico_mamba, pico_tokenizer
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
-from sparsessm import cli, kernels, runtime
+from sparsessm import kernels, runtime
 
-COMMAND = [sys.executable, "-m", "sparsessm.cli"]
+pytestmark = pytest.mark.usefixtures("here")
 
 
 @pytest.fixture(scope="module")
@@ -33,28 +31,6 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model.save_pretrained(folder / name)
         pico_tokenizer().save_pretrained(folder / name)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, shelf: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for path in shelf.iterdir():
-        (tmp_path / path.name).symlink_to(path)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def run(*arguments: str, code: int = 0, stdin: str | None = None) -> Any:
-    outcome = CliRunner().invoke(cli.app, list(arguments), input=stdin)
-    assert outcome.exit_code == code, (outcome.stdout, outcome.stderr, outcome.exception)
-    return outcome
-
-
-def refused(*arguments: str) -> str:
-    outcome = run(*arguments, "--quiet", code=1)
-    assert outcome.stdout == ""
-    (line,) = outcome.stderr.splitlines()
-    assert line.startswith("error: ")
-    return line
 
 
 def test_generate_prints_the_text_and_says_the_speed_elsewhere() -> None:

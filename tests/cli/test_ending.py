@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -15,7 +14,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from pico import TEXT, pico_mamba, pico_tokenizer
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -29,16 +27,6 @@ from sparsessm.runtime.threads import MOST_THREADS, checked_threads
 PROGRAM = [sys.executable, "-m", "sparsessm"]
 ALONE = {**os.environ, "OMP_NUM_THREADS": "1"}
 PRUNE = ["prune", "dense", "--data", "text.txt", "--samples", "2", "--length", "16", "--no-eval"]
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A directory with a dense model and a text."""
-    pico_mamba().save_pretrained(tmp_path / "dense")
-    pico_tokenizer().save_pretrained(tmp_path / "dense")
-    (tmp_path / "text.txt").write_text(" ".join(random.Random(0).choices(TEXT.split(), k=2000)))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def ran(*words: Any, **options: Any) -> subprocess.CompletedProcess[str]:

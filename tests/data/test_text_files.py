@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pico import builtin_tokenizer
 
 from sparsessm.data import text_files
 from sparsessm.data import texts as data
@@ -72,11 +73,9 @@ def test_records_are_the_same_however_they_were_written(
 
 
 def test_a_windows_text_gives_the_tokens_of_the_same_text(folder: Path) -> None:
-    from test_texts import TOKENIZER
-
     text = "def größe(x):\n    return x + 1\n" * 20
     windows = [
-        data.evaluation_windows(written(folder / "w.txt", text, *how), TOKENIZER, length=16)
+        data.evaluation_windows(written(folder / "w.txt", text, *how), builtin_tokenizer(), length=16)
         for how in (("UTF-8", "\n"), ("UTF-8 with a mark", "\r\n"), ("UTF-16 little", "\r\n"))
     ]
     assert all(tokens.equal(windows[0][0]) and size == windows[0][1] for tokens, size in windows)

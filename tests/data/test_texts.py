@@ -13,14 +13,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pico import builtin_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-import sparsessm
 from sparsessm.data import texts as data
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
-BUILTIN = Path(sparsessm.__file__).parent / "builtin" / "pycode" / "tokenizer.json"
-TOKENIZER = PreTrainedTokenizerFast(tokenizer_file=str(BUILTIN), eos_token="<|endoftext|>")
+TOKENIZER = builtin_tokenizer()
 
 LINES = "".join(f"def f{i}(x):\n    return x + {i * i}\n\n" for i in range(60))
 

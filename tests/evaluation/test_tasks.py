@@ -15,65 +15,18 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from pico import TEXT, pico_mamba, pico_tokenizer
+from pico import pico_tokenizer
 
-import sparsessm
-from sparsessm.checkpoint import Checkpoint
 from sparsessm.evaluation import comparison
 from sparsessm.evaluation.comparison import MEAN, PAPER, Metric, Score, ZeroShot
 from sparsessm.evaluation.tasks import batches, language_model, zero_shot
 
 pytest.importorskip("lm_eval")
-
 import datasets  # noqa: E402
 import lm_eval.tasks  # noqa: E402
 from lm_eval import evaluator  # noqa: E402
 from lm_eval.api.metrics import mean_stderr  # noqa: E402
-from lm_eval.models.huggingface import HFLM  # noqa: E402
-from lm_eval.tasks._yaml_loader import load_yaml  # noqa: E402
-
-ROOT = Path(__file__).parents[2]
-FILES = ROOT / "bench/tasks"
-SHARED = Path(__file__).parents[3] / "shared/data/tasks"
-MODULE = sys.modules[zero_shot.__module__]
-LENGTH = 24  # tokens
-WORDS = TEXT.split()
-ROWS = [
-    {"question": "the state of the", "choices": ["model", "rest", "a scan reads"], "answer": 0},
-    {"question": "", "choices": ["the model", "small"], "answer": 1},  # no context at all
-    {"question": TEXT, "choices": ["token", "keeps is small"], "answer": 0},  # longer than the model's length
-    {"question": "a scan reads token after token ", "choices": ["a", "b", "c", "d"], "answer": 2},
-    {
-        "question": "what it keeps",
-        "choices": ["is small", "forgets the rest; a scan reads token"],
-        "answer": 1,
-    },
-]
-CHOICE = {
-    "output_type": "multiple_choice",
-    "doc_to_text": "{{question}}",
-    "doc_to_choice": "{{choices}}",
-    "doc_to_target": "answer",
-    "metric_list": [{"metric": metric, "aggregation": "mean", "higher_is_better": True}
-                    for metric in ("acc", "acc_norm")],
-}  # fmt: skip
-CLOZE = {
-    "output_type": "loglikelihood",
-    "doc_to_text": "{{question}}",
-    "doc_to_target": " {{choices[0]}}",
-    "metric_list": [
-        {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False},
-        {"metric": "acc", "aggregation": "mean", "higher_is_better": True},
-    ],
-}
-ROLLING = {
-    "output_type": "loglikelihood_rolling",
-    "doc_to_text": "",
-    "doc_to_target": "{{question}} {{choices[0]}}",
-    "metric_list": [
-        {"metric": "bits_per_byte", "aggregation": "bits_per_byte", "higher_is_better": False},
-    ],
-}
+from questions import CHOICE, CLOZE, LENGTH, MODULE, ROLLING, ROWS, noise, pico, stock, write_task
 
 
 @pytest.fixture(autouse=True)
@@ -82,41 +35,6 @@ def no_catalogue(monkeypatch: pytest.MonkeyPatch) -> None:
     own = [Path(lm_eval.tasks.__file__).parent / name for name in ("piqa", "arc", "gsm8k")]
     manager = lm_eval.tasks.TaskManager(include_path=[str(path) for path in own], include_defaults=False)
     monkeypatch.setattr(MODULE, "_catalogue", lambda: manager)
-
-
-def pico(**overrides: Any) -> Checkpoint:
-    """A checkpoint in memory, of a short trained length."""
-    model: Any = pico_mamba(**overrides)
-    tokenizer: Any = pico_tokenizer()
-    return Checkpoint(model, tokenizer, "pico", "transformers", {}, trained_length=LENGTH)
-
-
-def write_task(
-    folder: Path, name: str, fields: dict[str, Any], rows: list[dict[str, Any]] | None = None
-) -> None:
-    """A user's own task: a YAML file, and its data in a .jsonl file."""
-    data = folder / f"{name}.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows or ROWS))
-    files = {"data_files": {"test": str(data)}, "cache_dir": str(folder / "cache")}
-    own = {"task": name, "dataset_path": "json", "dataset_kwargs": files, "test_split": "test"}
-    metadata = {"metadata": {"version": 2}}
-    (folder / f"{name}.yaml").write_text(yaml.safe_dump({**own, **metadata, **fields}))
-
-
-def noise(count: int) -> list[dict[str, Any]]:
-    draw = random.Random(0)
-    rows = []
-    for _ in range(count):
-        choices = [" ".join(draw.choices(WORDS, k=draw.randint(1, 5))) for _ in range(4)]
-        question = " ".join(draw.choices(WORDS, k=draw.randint(1, 12)))
-        rows.append({"question": question, "choices": choices, "answer": draw.randrange(4)})
-    return rows
-
-
-def stock(checkpoint: Checkpoint) -> HFLM:
-    """lm_eval's own model type `hf`: the stock forward of transformers."""
-    tokenizer: Any = pico_tokenizer()
-    return HFLM(checkpoint.model, backend="causal", tokenizer=tokenizer, max_length=LENGTH, batch_size=3)
 
 
 @pytest.mark.parametrize("room", [1, 70, 2048])  # alone, a few together, all together
@@ -381,55 +299,3 @@ def test_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", None)
     with pytest.raises(ValueError, match=r'pip install "sparsessm\[eval\]"'):
         zero_shot(pico(), ["piqa"])
-
-
-@pytest.mark.parametrize("file", sorted(FILES.glob("*.yaml")), ids=lambda file: file.stem)
-def test_local_task_files_ask_what_those_of_the_harness_ask(file: Path) -> None:
-    ours = load_yaml(file, resolve_func=False)
-    own = {"dataset_path", "dataset_name", "dataset_kwargs", "custom_dataset", "tag", "training_split"}
-    own |= {"should_decontaminate", "doc_to_decontamination_query"}
-    (theirs,) = [
-        config
-        for folder in ("arc", "lambada", "openbookqa", "piqa", "winogrande")
-        for path in (Path(lm_eval.tasks.__file__).parent / folder).glob("*.yaml")
-        if (config := load_yaml(path, resolve_func=False)).get("task") == ours["task"]
-    ]
-
-    def asked(config: dict[str, Any]) -> dict[str, Any]:
-        kept = {key: value for key, value in config.items() if key not in own and value is not None}
-        if "test_split" in kept:
-            kept.pop("validation_split", None)  # documents come from the test split where there is one
-        return {key: plain(value) for key, value in kept.items()}
-
-    def plain(value: Any) -> Any:  # a function by its name: "…/preprocess_winogrande.doc_to_text"
-        return (
-            value.rpartition("/")[2].replace("lm_eval.tasks.winogrande.", "") if is_function(value) else value
-        )
-
-    def is_function(value: Any) -> bool:
-        return isinstance(value, str) and "preprocess_winogrande." in value
-
-    assert asked(ours) == asked(theirs)
-
-
-@pytest.mark.skipif(
-    not SHARED.is_dir(), reason="no ../shared/data with the data of the tasks beside this project"
-)
-def test_local_task_files_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SPARSESSM_TASK_DATA", str(SHARED))
-    found = zero_shot(
-        sparsessm.load("builtin:pycode"), [*PAPER, "lambada_openai"], include_path=FILES, limit=2
-    )
-    assert {score.task: score.documents for score in found.scores} == dict.fromkeys(
-        [*PAPER, "lambada_openai"], 2
-    )
-    assert 0 <= found.metrics[MEAN][MEAN].value <= 1
-    assert found.metrics["lambada_openai"]["perplexity"].value > 1
-
-
-def test_local_task_files_without_their_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SPARSESSM_TASK_DATA", str(tmp_path))
-    with pytest.raises(
-        ValueError, match=r"^task 'piqa' cannot be loaded: FileNotFoundError: .*piqa_validation"
-    ):
-        zero_shot(pico(), ["piqa"], include_path=FILES)

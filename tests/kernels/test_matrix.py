@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -22,19 +21,6 @@ VALUES = [torch.float32, torch.bfloat16, torch.int8]
 KINDS = [*VALUES, torch.float16]
 COLUMNS = [1, 3, 63, 64, 65, 130, 769]
 LENGTHS = [1, 2, 3, 4, 5, 15, 16, 31, 32, 33, 64, 65, 130]
-
-
-@pytest.fixture(params=kernels.LEVELS[1:])
-def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(kernels, "LEVEL", request.param)
-    return request.param
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:

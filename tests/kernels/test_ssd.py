@@ -24,12 +24,6 @@ SHAPES: list[Shape] = [
 ]
 
 
-@pytest.fixture(params=kernels.LEVELS)
-def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(kernels, "LEVEL", request.param)
-    return request.param
-
-
 def inputs(shape: Shape, seed: int = 0) -> list[Any]:
     """u, delta, A, B, C, D, initial_state in float32; u, B and C are slices of one tensor as in the model."""
     W, T, H, P, G, N = shape
@@ -81,7 +75,7 @@ def assert_scans(x: list[Any], every: int) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("every", [0, 1, 5, 16, 100])
-def test_scan(level: str, shape: Shape, every: int) -> None:
+def test_scan(any_level: str, shape: Shape, every: int) -> None:
     assert_scans(inputs(shape), every)
 
 
@@ -124,7 +118,7 @@ def test_hostile_shapes(
         assert_scans(x, every)
 
 
-def test_memoryless_heads_forget_exactly(level: str) -> None:
+def test_memoryless_heads_forget_exactly(any_level: str) -> None:
     x = inputs((2, 37, 4, 9, 2, 5))
     x[2][1] = -3e16
     x[1][:, 20, 1] = 0.0  # a step of no length keeps all
@@ -136,7 +130,7 @@ def test_memoryless_heads_forget_exactly(level: str) -> None:
     torch.testing.assert_close(states[:, 21, 1], states[:, 20, 1] * torch.exp(torch.tensor(-0.3)))
 
 
-def test_extremes_stay_finite_and_nan_shows(level: str) -> None:
+def test_extremes_stay_finite_and_nan_shows(any_level: str) -> None:
     x = inputs((1, 40, 2, 18, 1, 3))
     x[1][0, 3], x[1][0, 4] = 0.0, 80.0
     assert_scans(x, 0)
@@ -150,7 +144,7 @@ def test_extremes_stay_finite_and_nan_shows(level: str) -> None:
     assert not ssd_scan(*x)[0][0, :, :, 3].isnan().any()
 
 
-def test_slabs_of_time_equal_one_pass(level: str) -> None:
+def test_slabs_of_time_equal_one_pass(any_level: str) -> None:
     x = inputs((2, 50, 4, 20, 2, 11))
     whole, end, states = ssd_scan(*x, every=2)
     for split in (1, 16, 32, 34, 49):
@@ -162,11 +156,11 @@ def test_slabs_of_time_equal_one_pass(level: str) -> None:
         assert_close(last, end.double())
         if split % 2 == 0:
             assert_close(torch.cat([a, b], 1), states.double())
-        if split % 16 == 0 and level != "reference":  # whole chunks: not a bit changes
+        if split % 16 == 0 and any_level != "reference":  # whole chunks: not a bit changes
             assert torch.equal(torch.cat([y, z], 1), whole) and torch.equal(last, end)
 
 
-def test_sampling_changes_no_other_bit(level: str) -> None:
+def test_sampling_changes_no_other_bit(any_level: str) -> None:
     x = inputs((2, 50, 4, 20, 2, 11))
     want = ssd_scan(*x)
     for every in (1, 7, 16, 51):
@@ -174,7 +168,7 @@ def test_sampling_changes_no_other_bit(level: str) -> None:
 
 
 @pytest.mark.parametrize("threads", [2, 3])
-def test_threads_change_no_bit(level: str, threads: int) -> None:
+def test_threads_change_no_bit(any_level: str, threads: int) -> None:
     x = inputs((2, 100, 6, 33, 2, 40))
     before = torch.get_num_threads()
     try:
@@ -186,7 +180,7 @@ def test_threads_change_no_bit(level: str, threads: int) -> None:
         torch.set_num_threads(before)
 
 
-def test_views_and_half_precision(level: str) -> None:
+def test_views_and_half_precision(any_level: str) -> None:
     x = inputs((2, 19, 4, 24, 2, 6))
     want = ssd_scan(*x)[0]
     assert not x[0].is_contiguous() and not x[1].is_contiguous()
@@ -278,7 +272,7 @@ def test_the_binding_checks_shapes_itself() -> None:
 
 
 @pytest.mark.parametrize("index", range(6))
-def test_gradients_flow(level: str, index: int) -> None:
+def test_gradients_flow(any_level: str, index: int) -> None:
     x = inputs((2, 21, 4, 5, 2, 6))
     dy = torch.randn(x[0].shape, generator=torch.Generator().manual_seed(1))
     grads = []
@@ -290,7 +284,7 @@ def test_gradients_flow(level: str, index: int) -> None:
     assert_close(*grads, tolerance=2e-5)
 
 
-def test_where_no_gradient_flows(level: str) -> None:
+def test_where_no_gradient_flows(any_level: str) -> None:
     x = inputs((2, 21, 4, 5, 2, 6))
     assert ssd_scan(*x)[0].grad_fn is None
     x[0] = x[0].clone().requires_grad_()

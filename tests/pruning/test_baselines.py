@@ -15,8 +15,8 @@ import pytest
 import torch
 import transcription
 import transcription_linear as paper
+from lively import loss, norms, without
 from planned import prune
-from test_units import loss, norms, without
 from torch import Tensor
 from transcription import (
     Trace,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import yaml
-from test_record import DENSE, PRUNED, matrix, report, row
+from records import DENSE, PRUNED, matrix, report, row
 
 from sparsessm.recipe.recipe import Recipe
 from sparsessm.report.card import card

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +20,9 @@ from sparsessm.recipe.recipe import Recipe
 from sparsessm.report import machine
 from sparsessm.report.record import Report
 
+pytestmark = pytest.mark.usefixtures("here")
 
-@pytest.fixture(autouse=True)
-def as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    threads, level = torch.get_num_threads(), kernels.LEVEL
-    monkeypatch.chdir(tmp_path)
-    yield
-    torch.set_num_threads(threads)
-    kernels.LEVEL = level
+pytestmark = pytest.mark.usefixtures("here")
 
 
 def test_the_same_machine_says_the_same_twice() -> None:

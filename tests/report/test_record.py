@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any
 
 import pytest
 import torch
+from records import DENSE, PRUNED, matrix, report, row
 
 from sparsessm.recipe.recipe import Recipe
 from sparsessm.report.card import card
 from sparsessm.report.contents import contents
 from sparsessm.report.record import (
-    Report,
-    Row,
     checked,
     finite,
     kind_of,
@@ -25,28 +23,6 @@ from sparsessm.report.record import (
     removed_table,
     targets_table,
 )
-
-MEASURED = {"data": "stdlib", "windows": 4, "length": 8, "bits_per_byte": 1.5, "nll": 2.0}
-DENSE = {**MEASURED, "perplexity": 10.0, "low": 9.0, "high": 11.0}
-PRUNED = {**MEASURED, "perplexity": 10.5, "low": 9.5, "high": 11.5}
-
-
-def row(layer: int = 0, **fields: Any) -> Row:
-    name = f"backbone.layers.{layer}.mixer.A_log"
-    facts: dict[str, Any] = {"family": "ssm", "method": "exact", "pattern": "2:4", "removed": "memoryless"}
-    return Row(**{"target": name, "layer": layer, "total": 100, "pruned": 40, **facts, **fields})
-
-
-def matrix(kind: str, layer: int = 0, **fields: Any) -> Row:
-    facts = {"family": "projections", "method": "absorb", "pattern": "unstructured", "removed": "zero"}
-    return row(layer, **{"target": f"backbone.layers.{layer}.mixer.{kind}.weight", **facts, **fields})
-
-
-def report(*rows: Row, **fields: Any) -> Report:
-    recipe = {"model": "m", "method": "exact", "sparsity": 0.4, "tokenizer": None}
-    return Report(
-        **{"recipe": recipe, "rows": list(rows), "fingerprint": "ab" * 32, "seconds": 1.23456, **fields}
-    )
 
 
 def test_totals_count_entries_and_average_relative_errors() -> None:

@@ -28,14 +28,6 @@ LINEAR = ("in_proj.weight", "x_proj.weight", "dt_proj.weight", "out_proj.weight"
 Change = Callable[[Any], None]
 
 
-@pytest.fixture(autouse=True)
-def as_before() -> Iterator[None]:
-    threads, level = torch.get_num_threads(), kernels.LEVEL
-    yield
-    torch.set_num_threads(threads)
-    kernels.LEVEL = level
-
-
 def encoded(model: Any, *, dtype: str = "fp32", head: str = "") -> dict[str, Encoded]:
     """As `packed.pack` encodes: the fewest bytes."""
     made = {}

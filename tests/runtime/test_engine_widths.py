@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from engines import Make, both, last_bits, native
+from engines import Make, both, last_bits, native, needs_native
 from pico import pico_falcon_mamba, pico_mamba, pico_mamba2
 from torch import Tensor
 
@@ -19,7 +18,6 @@ from sparsessm.runtime.engine import NativeEngine
 from sparsessm.runtime.mixer import LANES
 from sparsessm.runtime.reference import ReferenceEngine, expected_shapes
 
-needs_native = pytest.mark.skipif(kernels.LEVEL == "reference", reason="no native kernels run")
 LINEAR = ("in_proj.weight", "x_proj.weight", "dt_proj.weight", "out_proj.weight")
 # kind, channels by layer, fields, whether half of the states forget
 CASES: dict[str, tuple[Any, list[int], dict[str, Any], bool]] = {
@@ -37,14 +35,6 @@ CASES: dict[str, tuple[Any, list[int], dict[str, Any], bool]] = {
         True,
     ),
 }
-
-
-@pytest.fixture(autouse=True)
-def as_before() -> Iterator[None]:
-    threads, level = torch.get_num_threads(), kernels.LEVEL
-    yield
-    torch.set_num_threads(threads)
-    kernels.LEVEL = level
 
 
 def widened(kind: Any, widths: list[int], forget: bool = False, **fields: Any) -> Any:

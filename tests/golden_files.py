@@ -1,0 +1,143 @@
+"""The golden packed files, a model of one layer by a formula, and what tests of packed files share.
+
+`python tests/golden_files.py` writes the golden files anew; only a new version of the format may change them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+import tempfile
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pico import pico_mamba, pico_tokenizer
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sparsessm import checkpoint
+from sparsessm.checkpoint import container
+from sparsessm.checkpoint.encoding import bits_of
+
+HERE = Path(__file__).parent
+GOLDEN, CORPUS, TOOLS = HERE / "golden", HERE / "corpus/packed", HERE.parent / "tools"
+LAYER = "backbone.layers.0.mixer"
+IN, X, DT, OUT = (f"{LAYER}.{kind}.weight" for kind in ("in_proj", "x_proj", "dt_proj", "out_proj"))
+A, CONV, EMBEDDING = f"{LAYER}.A_log", f"{LAYER}.conv1d.weight", "backbone.embeddings.weight"
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def same(left: Tensor, right: Tensor) -> bool:
+    """Equal to the bit."""
+    if left.dtype != right.dtype or left.shape != right.shape:
+        return False
+    return np.array_equal(bits_of(left.detach()), bits_of(right.detach()))
+
+
+def random(*shape: int, kept: float = 0.5, dtype: torch.dtype = torch.float32, fill: float = 0.0) -> Tensor:
+    draw = torch.Generator().manual_seed(math.prod(shape))
+    tensor = torch.randn(shape, generator=draw).to(dtype)
+    tensor[torch.rand(shape, generator=draw) >= kept] = fill
+    return tensor
+
+
+def thinned(tensor: Tensor, n: int, m: int, fill: float = 0.0) -> Tensor:
+    """The same with N of every M kept, at places that differ from group to group."""
+    order = torch.rand(tensor.unflatten(1, (-1, m)).shape, generator=torch.Generator().manual_seed(1))
+    rank = order.argsort(-1).argsort(-1)
+    return tensor.unflatten(1, (-1, m)).masked_fill(rank >= n, fill).flatten(1)
+
+
+def changed(array: Tensor | None, at: Any, value: float) -> Tensor:
+    assert array is not None
+    array = array.clone()
+    array[at] = value
+    return array
+
+
+def golden_tensors() -> dict[str, Tensor]:
+    """A model of one layer, its weights small fractions by a formula, every kind of encoding among them."""
+    fields = {"hidden_size": 8, "state_size": 4, "num_hidden_layers": 1, "vocab_size": 64}
+    tensors = {}
+    for number, (name, tensor) in enumerate(pico_mamba(**fields).state_dict().items()):
+        if name == "lm_head.weight":
+            continue
+        steps = torch.arange(tensor.numel()) * 37 + 11 * number
+        tensors[name] = ((steps % 61 - 30.5) / 32).reshape(tensor.shape)
+    column = torch.arange(16)
+    tensors[IN] = torch.where(torch.arange(8) % 4 < 2, tensors[IN], 0.0).bfloat16()  # 2:4
+    row = torch.arange(9)[:, None]
+    tensors[X] = torch.where((row * 5 + column * 3) % 7 < 3, tensors[X], 0.0).bfloat16()
+    tensors[X][2, 5] = -0.0
+    tensors[OUT] = torch.where(column % 4 == torch.arange(8)[:, None] % 4, tensors[OUT], 0.0).half()  # 1:4
+    tensors[A] = torch.where((column[:, None] + torch.arange(4)) % 4 == 1, tensors[A], 38.0)
+    tensors[EMBEDDING] = tensors[EMBEDDING].bfloat16()
+    return tensors
+
+
+def write_golden_source(folder: Path) -> dict[str, Tensor]:
+    folder.mkdir()
+    tensors = golden_tensors()
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    for name in ("config.json", "pruning.json"):
+        (folder / name).write_bytes((GOLDEN / "lossless" / name).read_bytes())
+    pico_tokenizer().save_pretrained(folder)
+    return tensors
+
+
+def write_golden() -> None:
+    """The committed files; only a new version of the format may change them."""
+    for name in GOLDENS:
+        (GOLDEN / name).mkdir(parents=True, exist_ok=True)
+    fields = {"hidden_size": 8, "state_size": 4, "num_hidden_layers": 1, "vocab_size": 64}
+    config = json.dumps({"model_type": "mamba", "architectures": ["MambaForCausalLM"]} | fields, indent=2)
+    record = json.dumps({"targets": [{"target": OUT, "pattern": "1:4"}]}, indent=2)
+    (GOLDEN / "lossless/config.json").write_text(config + "\n")
+    (GOLDEN / "lossless/pruning.json").write_text(record + "\n")
+    with tempfile.TemporaryDirectory() as scratch:
+        write_golden_source(Path(scratch) / "in")
+        for name, options in GOLDENS.items():
+            checkpoint.pack(Path(scratch) / "in", Path(scratch) / name, **options)
+            for file in (container.PACKED, "config.json", "pruning.json"):
+                (GOLDEN / name / file).write_bytes((Path(scratch) / name / file).read_bytes())
+
+
+GOLDENS: dict[str, dict[str, str]] = {"lossless": {}, "int8": {"dtype": "int8", "head": "int8"}}
+LABELS = {IN: "2:4", X: "bitmask", OUT: "1:4", A: "bitmask", DT: "dense", CONV: "dense", EMBEDDING: "dense"}
+
+
+def opened(content: bytes) -> tuple[dict[str, Any], int, bytes]:
+    """(header, where the arrays begin, the arrays)."""
+    (length,) = struct.unpack_from("<Q", content)
+    return json.loads(content[8 : 8 + length]), 8 + length, content[8 + length :]
+
+
+@cache
+def fuzz() -> ModuleType:
+    if not TOOLS.is_dir():
+        pytest.skip("no tools/ beside the tests (an installed package)")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(TOOLS))
+        import fuzz_packed
+
+        return fuzz_packed
+
+
+def closed(header: Any, arrays: bytes) -> bytes:
+    head = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(head)) + head + arrays
+
+
+@cache
+def expected() -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in golden_tensors().items()}
+
+
+if __name__ == "__main__":
+    write_golden()
