@@ -1,39 +1,42 @@
-"""The rules of the package as a whole: who may import whom, what lives where, what is light and declared."""
+"""The laws of the package as a whole: who may import whom, what lives where, what is light and declared.
+
+The laws inside its files: test_laws.py and test_nothing_idle.py."""
 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterable, Mapping
 from importlib.metadata import entry_points, version
 from pathlib import Path
 
 import pytest
+from sources import OURS, ROOT, SOURCE, TESTS, TREES, place, rooms
 
 import sparsessm
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
-import rooms  # noqa: E402
-from rooms import room  # noqa: E402
-
-SOURCE = ROOT / "src/sparsessm"
-FILES = sorted(SOURCE.rglob("*.py"))
-TREES = {file: ast.parse(file.read_text(encoding="utf-8")) for file in FILES}
+room = rooms.room
+FILES = [*OURS]
 
 FORBIDDEN_NAMES = {"utils", "helpers", "common", "misc", "manager", "factory", "session"}
-HOMES = {  # module -> the only units that may import it
-    "transformers": {"architectures", "checkpoint", "runtime"},
+HOMES = {  # library -> the only rooms, or files of rooms, that may import it
+    "transformers": {"architectures", "checkpoint", "runtime/causal_lm.py"},
     "huggingface_hub": {"checkpoint"},
     "safetensors": {"checkpoint"},
-    "datasets": {"data"},
-    "pyarrow": {"data"},
-    "lm_eval": {"evaluation"},
+    "datasets": {"data/texts.py"},
+    "pyarrow": {"data/text_files.py"},
+    "yaml": {"data/foreign.py", "cli"},
+    "pydantic": {"recipe"},
+    "lm_eval": {"evaluation/tasks.py"},
+    "matplotlib": {"studies/findings.py"},
     "typer": {"cli"},
     "rich": {"cli"},
-    "yaml": {"data", "cli"},
 }
+LONGEST = 400  # lines of a file
+LONGER_TO_DO = {"tests/pruning/test_entries.py", "tests/studies/test_tolerance.py"}
 
 
 def imported(file: Path) -> set[str]:
@@ -82,9 +85,22 @@ def test_an_arrow_upwards_and_a_circle_are_found() -> None:
     ],
 )
 def test_who_never_meets(above: str, never: set[str]) -> None:
-    for file, others in rooms.graph().items():
-        if room(file) == above:
-            assert not {room(other) for other in others} & (set(never) - {above}), file
+    assert not meetings(rooms.graph(), above, never)
+
+
+def meetings(drawn: Mapping[Path, set[Path]], above: str, never: Iterable[str]) -> set[str]:
+    """Files of a room that import from rooms that they may not know."""
+    below = set(never) - {above}
+    return {
+        file.name for file, others in drawn.items() if room(file) == above and {*map(room, others)} & below
+    }
+
+
+def test_a_meeting_is_found() -> None:
+    entries, units, files = (
+        SOURCE / name for name in ("pruning/entries.py", "pruning/units.py", "checkpoint/files.py")
+    )
+    assert meetings({entries: {units}, units: {files}}, "pruning", {"runtime", "checkpoint"}) == {"units.py"}
 
 
 def test_only_the_kernels_door_imports_the_extension() -> None:
@@ -92,20 +108,20 @@ def test_only_the_kernels_door_imports_the_extension() -> None:
     assert users == [SOURCE / "kernels/__init__.py"]
 
 
+def strangers(module: str, users: list[Path]) -> set[str]:
+    """Those of the files that use a library that is not at home there."""
+    return {place(file) for file in users if not {room(file), place(file)} & HOMES[module]}
+
+
 @pytest.mark.parametrize("module", HOMES)
 def test_a_library_is_imported_only_in_its_home(module: str) -> None:
-    users = {room(file) for file in FILES if any(name.split(".")[0] == module for name in imported(file))}
-    assert users <= HOMES[module]
+    users = [file for file in FILES if any(name.split(".")[0] == module for name in imported(file))]
+    assert users and not strangers(module, users)
 
 
-def test_in_the_runtime_one_file_speaks_transformers() -> None:
-    users = {file.name for file in FILES if room(file) == "runtime" and "transformers" in roots(file)}
-    assert users == {"causal_lm.py"}
-
-
-def roots(file: Path) -> set[str]:
-    """The top-level modules that a file imports."""
-    return {name.split(".")[0] for name in imported(file)}
+def test_a_library_away_from_home_is_found() -> None:
+    wrong, right = SOURCE / "runtime/base.py", SOURCE / "runtime/causal_lm.py"
+    assert strangers("transformers", [wrong, right]) == {"runtime/base.py"}
 
 
 def test_no_star_imports() -> None:
@@ -153,9 +169,51 @@ def test_forbidden_names() -> None:
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SOURCE)))
-def test_every_file_says_what_it_is_and_stays_short(file: Path) -> None:
+def test_every_file_says_what_it_is(file: Path) -> None:
     assert ast.get_docstring(TREES[file])
-    assert len(file.read_text(encoding="utf-8").splitlines()) <= 400
+
+
+def too_long(lines: Mapping[str, int]) -> set[str]:
+    return {name for name, count in lines.items() if count > LONGEST}
+
+
+def test_files_stay_short() -> None:
+    files = {file.relative_to(ROOT).as_posix(): file for file in (*TREES, *TESTS)}
+    lines = {name: len(file.read_text(encoding="utf-8").splitlines()) for name, file in files.items()}
+    assert len(lines) > 200 and too_long(lines) <= LONGER_TO_DO
+    assert too_long({"short.py": LONGEST, "long.py": LONGEST + 1}) == {"long.py"}
+
+
+def test_no_test_file_needs_another() -> None:
+    """What they share lies in modules directly in tests/, and each runs alone, from any folder."""
+    names = [file.stem for file in TESTS if file.stem.startswith("test_")]
+    assert len(names) == len({*names})
+    for file, tree in TESTS.items():
+        needed = {name.partition(".")[0] for name in rooms.imports(tree, ())}
+        assert not needed & {*names}, file
+    assert not [
+        file for file in TESTS if file.parent.name != "tests" and file.stem[:5] not in ("test_", "conft")
+    ]
+
+
+def test_tests_have_the_folders_of_the_package() -> None:
+    inner = {file.parent.name for file in TESTS if file.parent.name != "tests"}
+    assert inner <= {path.name for path in SOURCE.iterdir() if path.is_dir()}
+
+
+def tree_of(page: str) -> list[str]:
+    """The names in the first column of the README's tree."""
+    (drawn,) = re.findall(r"^    src/sparsessm/\n((?:      .*\n)+)", page, flags=re.MULTILINE)
+    return [line.split()[0].rstrip("/") for line in drawn.splitlines()]
+
+
+def test_the_readme_draws_the_tree() -> None:
+    drawn = tree_of((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert len(drawn) <= 18
+    assert sorted(name.removesuffix(".py") for name in drawn) == sorted(
+        {room(f) for f in FILES} - {"__main__"} | {"builtin"}
+    )
+    assert tree_of("    src/sparsessm/\n      a.py   one\n      b/  two\nother\n") == ["a.py", "b"]
 
 
 def test_importing_is_light() -> None:
