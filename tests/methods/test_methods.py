@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pico import pico_mamba
+from planned import prune
 from torch import Tensor
 from transcription import Trace, errors, normalise, remove_smallest, trace, vote_mask, weighted_score
 
@@ -20,7 +21,6 @@ from sparsessm.methods import DEFAULTS, entry_methods, sparsessm
 from sparsessm.methods.exact import elimination_scores
 from sparsessm.methods.observers import ErrorSums
 from sparsessm.methods.repair import SKIP_DAMPING, error_of, refit_skip
-from sparsessm.pruning.entries import prune
 from sparsessm.recipe.recipe import Recipe
 
 METHODS = entry_methods()

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transcription_linear as paper
 from pico import pico_mamba
+from planned import prune
 from stock import stock_inputs
 from torch import Tensor
 
@@ -21,7 +22,6 @@ from sparsessm.methods.observers import InputGram
 from sparsessm.methods.patterns import Unstructured
 from sparsessm.methods.repair import refit, sweep
 from sparsessm.pruning import entries
-from sparsessm.pruning.entries import prune
 from sparsessm.recipe.recipe import Recipe
 from sparsessm.report.record import Report
 

@@ -6,13 +6,14 @@ from __future__ import annotations
 import pytest
 import torch
 from lively import TOKENS, mamba
+from planned import prune
 
 from sparsessm.architectures import adapt
-from sparsessm.methods import METHODS
+from sparsessm.methods import entry_methods
 from sparsessm.methods.allocation import ALLOCATIONS
-from sparsessm.pruning.entries import prune
 from sparsessm.recipe.recipe import Recipe
 
+METHODS = entry_methods()
 ROWS = [(method, family) for method, row in METHODS.items() for family in row.families]
 
 
