@@ -63,9 +63,6 @@ def name_of(value: Any) -> str:
     return getattr(value, "__name__", str(value))
 
 
-# shrink
-
-
 def ordered(architecture: Architecture, **recipe: Any) -> Any:
     return order(Recipe(**recipe), architecture)
 
@@ -102,9 +99,6 @@ def heard(model: Any, layer: int, module: str = "out_proj", tokens: Tensor = TOK
     stock(model, tokens)
     hook.remove()
     return inputs[0].flatten(0, 1).double()
-
-
-# blocks
 
 
 def loss(model: Any, tokens: Tensor) -> float:

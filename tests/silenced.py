@@ -15,9 +15,6 @@ from sparsessm.architectures.base import cut
 Keeps = list[list[Tensor]]  # of each layer, of each of its axes of one name
 
 
-# the reference: the full model, its units without any influence
-
-
 class KeptNorm(nn.Module):
     """RMS norm without weights that counts the kept entries only."""
 

@@ -58,26 +58,35 @@ def test_every_option_of_a_command_is_read() -> None:
 
 
 def tables(trees: list[ast.Module]) -> set[str]:
-    """Names of tables: constants of a file that map names to rows."""
-    return {
-        node.target.id
-        for tree in trees
-        for node in tree.body
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id.isupper()
-        if ast.unparse(node.annotation).startswith(("Mapping[str,", "dict[str,"))
-    }
+    """Names of tables: constants that map names to rows, and functions without arguments that do."""
+    found = set()
+    for node in (node for tree in trees for node in tree.body):
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id.isupper():
+            name, kind = node.target.id, node.annotation
+        elif isinstance(node, ast.FunctionDef) and node.returns and not node.args.args:
+            name, kind = node.name, node.returns
+        else:
+            continue
+        if not name.startswith("_") and ast.unparse(kind).startswith(("Mapping[str,", "dict[str,")):
+            found.add(name)
+    return found
 
 
-def gone_through(tree: ast.AST) -> set[str]:
-    """Names that tests go through: all rows in a loop, or as parameters."""
+def gone_through(tree: ast.Module) -> set[str]:
+    """Names that tests go through: all rows in a loop, or as parameters; and what constants are made of."""
+
+    def names(*nodes: ast.AST) -> set[str]:
+        return {part.id for node in nodes for part in ast.walk(node) if isinstance(part, ast.Name)}
+
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.For | ast.comprehension):
-            found |= {part.id for part in ast.walk(node.iter) if isinstance(part, ast.Name)}
+            found |= names(node.iter)
         elif isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.mark.parametrize":
-            found |= {
-                part.id for value in node.args[1:] for part in ast.walk(value) if isinstance(part, ast.Name)
-            }
+            found |= names(*node.args[1:])
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and names(*node.targets) & found:
+            found |= names(node.value)
     return found
 
 
@@ -88,8 +97,12 @@ def test_every_table_is_gone_through_by_a_test() -> None:
         *(gone_through(tree) for file, tree in TESTS.items() if file != Path(__file__))
     )
     assert tables([code("GRIDS: Mapping[str, Grid] = {}\nLIMIT: int = 3")]) == {"GRIDS"}
+    assert tables([code("def grids() -> dict[str, Grid]: ...\ndef one(name) -> dict[str, int]: ...")]) == {
+        "grids"
+    }
     assert gone_through(code("GRIDS['nf4'].round(x)")) == set()
-    assert gone_through(code("@pytest.mark.parametrize('grid', GRIDS)\ndef test(grid): ...")) == {"GRIDS"}
+    assert gone_through(code("@pytest.mark.parametrize('grid', GRIDS)\ndef f(grid): ...")) == {"GRIDS"}
+    assert "grids" in gone_through(code("OURS = grids()\nfor grid in OURS.values(): ..."))
 
 
 # A name that others use says what it is.
@@ -151,7 +164,8 @@ def test_names_used_in_another_room_say_what_they_are() -> None:
 
 
 def test_names_are_followed_to_where_they_are_defined() -> None:
-    assert defined("sparsessm.checkpoint.load") == defined("sparsessm.checkpoint.reading.load") != None  # noqa: E711
+    handed_on = defined("sparsessm.checkpoint.load")
+    assert handed_on and handed_on == defined("sparsessm.checkpoint.reading.load")
     assert defined("sparsessm.checkpoint.no_such_name") is None
     found = defined("sparsessm.kernels.reference.selective_scan")
     assert found and not ast.get_docstring(found[1])  # pyright: ignore[reportArgumentType]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import threading
 import warnings
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from pico import TEXT, pico_mamba, pico_tokenizer
+from pico import pico_mamba
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils import prune as pruning
@@ -20,6 +19,8 @@ from torch.nn.utils import prune as pruning
 import sparsessm
 from sparsessm.checkpoint import Checkpoint
 from sparsessm.runtime.threads import MOST_THREADS
+
+pytestmark = pytest.mark.usefixtures("here")
 
 untyped: Any = sparsessm  # what a type checker would refuse
 FAST: dict[str, Any] = {"data": "text.txt", "samples": 2, "length": 16}
@@ -30,23 +31,6 @@ DOORS: dict[str, Callable[[Any], Any]] = {
     "save": lambda checkpoint: sparsessm.save(checkpoint, "out"),
     "runtime.of": lambda checkpoint: sparsessm.runtime.of(checkpoint),
 }
-
-
-@pytest.fixture(scope="module")
-def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dense model and a text."""
-    folder = tmp_path_factory.mktemp("shelf")
-    pico_mamba(num_hidden_layers=2).save_pretrained(folder / "dense")
-    pico_tokenizer().save_pretrained(folder / "dense")
-    (folder / "text.txt").write_text(" ".join(random.Random(0).choices(TEXT.split(), k=500)))
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for path in shelf.iterdir():
-        (tmp_path / path.name).symlink_to(path)
-    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture

@@ -14,8 +14,6 @@ from sparsessm.methods.hessian import factorise
 from sparsessm.methods.observers import Moments
 from sparsessm.methods.repair import dense_target
 
-# dense-target
-
 
 def streams(seed: int, rows: int, columns: int, tokens: int, dead: int = 0) -> tuple[Array, Array, Array]:
     """W, the inputs X in the dense model and those in the pruned one (columns, tokens)."""

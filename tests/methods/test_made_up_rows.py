@@ -10,12 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from pico import TEXT, pico_mamba, pico_tokenizer
+from command import FAST, refused, run
 from torch import Tensor
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
 
-from sparsessm import cli
 from sparsessm.methods import METHODS, EntryMethod, Method, Rule, UnitMethod
 from sparsessm.methods.allocation import ALLOCATIONS
 from sparsessm.methods.base import Allocation, Member
@@ -25,21 +23,14 @@ PLACE = "backbone.layers.{}.mixer.{}.weight"
 
 
 @pytest.fixture
-def dense(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    model = pico_mamba()
-    monkeypatch.chdir(tmp_path)
-    model.save_pretrained("dense")
-    pico_tokenizer().save_pretrained("dense")
-    Path("text.txt").write_text(TEXT * 20)
-    return model
+def dense(here: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(here / "dense")
 
 
 def prune(*options: str) -> dict[str, Any]:
     """The record of a run from the command line, saved to "out"."""
-    line = ["prune", "dense", "-o", "out", "--data", "text.txt", "--samples", "2", "--length", "32"]
-    outcome = CliRunner().invoke(cli.app, [*line, "--no-eval", "--json", "--quiet", *options])
-    assert outcome.exit_code == 0, outcome.output
-    return json.loads(outcome.stdout)
+    line = ["prune", "dense", "-o", "out", *FAST, "--no-eval", "--json", "--quiet"]
+    return json.loads(run(*line, *options).stdout)
 
 
 def last_columns(weight: Tensor, seen: Any, rule: Rule, columns: slice) -> Tensor:
@@ -94,8 +85,9 @@ def test_a_made_up_allocation(dense: Any, monkeypatch: pytest.MonkeyPatch) -> No
             wanted = 0.5 + (step if target["layer"] else -step)
             assert target["sparsity"] == pytest.approx(wanted, abs=0.5 / 16)
     monkeypatch.delitem(ALLOCATIONS, row.name)
-    line = ["prune", "dense", "-o", "out", "--allocation", "by-depth", "--force"]
-    assert "unknown allocation 'by-depth'" in CliRunner().invoke(cli.app, line).stderr
+    assert "unknown allocation 'by-depth'" in refused(
+        "prune", "dense", "-o", "out", "--allocation", "by-depth"
+    )
 
 
 def test_the_sides_of_a_row_have_one_name() -> None:

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from sparsessm.methods.repair import readout, readout_error, remix
 
-# readouts of states
-
 
 def states_and_readouts(seed: int, steps: int, channels: int, states: int) -> tuple[Array, Array]:
     """C (S, N) and h (S, D, N), states alike as neighbours are."""

@@ -14,8 +14,6 @@ from torch import Tensor
 from sparsessm.methods.hessian import Factor, factorise
 from sparsessm.methods.repair import output_error, refit, sweep
 
-# refit
-
 
 def state_before_refit(
     seed: int, rows: int, columns: int, share: float

@@ -14,8 +14,6 @@ from sparsessm.methods.hessian import factorise
 from sparsessm.methods.patterns import Unstructured
 from sparsessm.methods.repair import sweep
 
-# what was removed before
-
 
 @settings(deadline=None, max_examples=40)
 @given(

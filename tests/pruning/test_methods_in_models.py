@@ -32,8 +32,6 @@ def windows(count: int, length: int = 48, seed: int = 0) -> Tensor:
     return torch.randint(0, 64, (count, length), generator=torch.Generator().manual_seed(seed))
 
 
-# linear layers in a whole model
-
 ORDER = ["in_proj", "conv1d", "x_proj", "dt_proj", "A_log", "out_proj"]
 A_LOG = {"targets": ["A_log"], "method": "exact", "allocation": "uniform", "sparsity": 0.5}
 

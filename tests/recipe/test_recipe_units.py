@@ -23,9 +23,6 @@ def result(**fields: Any) -> Recipe:
     return Recipe(**recipe.model_dump())
 
 
-# whole units
-
-
 @pytest.mark.parametrize(
     ("fields", "words"),
     [

@@ -8,19 +8,19 @@ import math
 import random
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import command
 import pytest
 import torch
 from pico import TEXT, pico_mamba, pico_tokenizer
 from planned import prune
 from torch import Tensor, nn
 from torch.nn import functional as F
-from typer.testing import CliRunner
 
 import sparsessm
-from sparsessm import cli
 from sparsessm.architectures import adapt
 from sparsessm.pruning import entries
 from sparsessm.recipe.recipe import Recipe
@@ -28,6 +28,8 @@ from sparsessm.recipe.rules import assign
 from sparsessm.studies import findings, tolerance, trials
 from sparsessm.studies.tolerance import Analysis, analyze
 from sparsessm.studies.trials import Cell, measure
+
+pytestmark = pytest.mark.usefixtures("here")
 
 SPARSITIES = [0.25, 0.6]
 SMALL: dict[str, Any] = {"data": "text.txt", "samples": 3, "windows": 3, "length": 16}
@@ -48,14 +50,6 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pico_tokenizer().save_pretrained(folder / name)
     (folder / "text.txt").write_text(" ".join(random.Random(0).choices(TEXT.split(), k=4000)))
     return folder
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, shelf: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for path in shelf.iterdir():
-        (tmp_path / path.name).symlink_to(path)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def tokens(windows: int, seed: int) -> Tensor:
@@ -354,10 +348,7 @@ def test_kinds_that_a_layer_lacks_stay_empty() -> None:
     assert Path("picture.png").read_bytes().startswith(b"\x89PNG")
 
 
-def run(*arguments: str, code: int = 0) -> Any:
-    outcome = CliRunner().invoke(cli.app, ["analyze", *arguments])
-    assert outcome.exit_code == code, (outcome.stdout, outcome.stderr, outcome.exception)
-    return outcome
+run = partial(command.run, "analyze")
 
 
 def test_the_command_prints_maps_and_tables(here: Path) -> None:
