@@ -13,6 +13,7 @@ from directories import write_stock
 from pico import TEXT
 
 from sparsessm import kernels
+from sparsessm.calibration import walk
 
 torch.set_num_threads(int(os.environ.get("SPARSESSM_TEST_THREADS") or 1))
 
@@ -41,3 +42,9 @@ def here(tmp_path: Path, shelf: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(shelf, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def slabs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seven tokens a slab at most, so that a window of 48 takes several."""
+    monkeypatch.setattr(walk, "LONGEST", 7)

@@ -16,7 +16,6 @@ from transcription import Trace, errors, normalise, remove_smallest, trace, vote
 
 from sparsessm import kernels
 from sparsessm.architectures import adapt
-from sparsessm.calibration import walk as calibrate
 from sparsessm.methods import DEFAULTS, entry_methods, sparsessm
 from sparsessm.methods.exact import elimination_scores
 from sparsessm.methods.observers import ErrorSums
@@ -54,12 +53,6 @@ def traces(model: Any, tokens: Tensor, layer: int) -> list[Trace]:
         block = model.backbone.layers[layer]
         out.append(trace(block.mixer, normalise(block.norm, hidden)))
     return out
-
-
-@pytest.fixture
-def slabs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Seven tokens a slab at most, so that 48 tokens take several."""
-    monkeypatch.setattr(calibrate, "LONGEST", 7)
 
 
 @pytest.mark.usefixtures("slabs")
