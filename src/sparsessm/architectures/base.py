@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -65,10 +66,17 @@ class Tap(Protocol):
 
     The tap of a linear layer is fed its inputs, `add(x)` with x (W, T, in). That of `A_log` is fed what the
     scan summed, `add(stats, out_proj, y)`, with the weight (d_model, D) that its output y (W, T, D) meets
-    next; `options` go to `selective_scan_stats`.
+    next.
+
+    Attributes:
+        options: of `A_log`, go to `selective_scan_stats`.
+        paired: it wants the inputs in both models, the pruned and the dense one, `add(x, dense)`.
+        routed: of an expert, it wants to know which of the slab's tokens it is fed, `add(x, rows=rows)`.
     """
 
     options: Mapping[str, Any]
+    paired: bool
+    routed: bool
 
     def add(self, *what: Any, **how: Any) -> None: ...
 
@@ -200,13 +208,34 @@ def cut(tensors: Mapping[str, Tensor], axes: Sequence[Axis], keeps: Sequence[Ten
 
 
 class Block(ABC):
-    """One layer of the model: residual stream in, residual stream out."""
+    """One layer of the model: residual stream in, residual stream out.
+
+    Attributes:
+        targets: in the order in which data meets them.
+        axes: what can be taken out of it whole.
+        layer: the stock layer. mixer: name of the Mamba mixer inside it, None if it has none.
+        attends: whether it has attention.
+    """
 
     index: int
     name: str
-    targets: tuple[Target, ...]  # in the order in which data meets them
-    axes: tuple[Axis, ...] = ()  # what can be taken out of it whole
-    layer: nn.Module  # the stock layer
+    targets: tuple[Target, ...]
+    axes: tuple[Axis, ...] = ()
+    layer: nn.Module
+    mixer: str | None = None
+    attends: bool = False
+
+    def target(self, kind: str) -> Target:
+        """Its target of a kind.
+
+        Raises:
+            ValueError: it has none of that kind; those that it has are listed.
+        """
+        for target in self.targets:
+            if target.kind == kind:
+                return target
+        known = ", ".join(target.kind for target in self.targets) or "none"
+        raise ValueError(f"{self.name} has no target {kind!r}; it has: {known}")
 
     @abstractmethod
     def forward(
@@ -221,6 +250,14 @@ class Block(ABC):
         Args:
             taps: a target's kind -> what watches it.
             until: stop once the tap of this kind was fed; the output is then None.
+        """
+
+    @abstractmethod
+    def outputs(self) -> AbstractContextManager[dict[str, Tensor]]:
+        """Yields what holds the outputs of its linear layers and experts, by target name, after a forward.
+
+        Linear layers that are targets of an earlier block are among them, the head is not. Linear layers:
+        (W, T, out); experts: (tokens sent to it, out).
         """
 
     @abstractmethod
@@ -249,6 +286,9 @@ class Tail(Block):
         if tap := (taps or {}).get("lm_head"):
             tap.add(self._norm(hidden))
         return hidden, None
+
+    def outputs(self) -> AbstractContextManager[dict[str, Tensor]]:
+        return nullcontext({})
 
     def copy(self) -> Tail:
         return self  # the norm is never pruned
@@ -316,13 +356,25 @@ class Architecture(ABC):
         """
 
     def may_go(self, gone: Collection[int]) -> list[int]:
-        """The blocks that can be taken out beside those that go already, so that stock code runs the rest."""
-        return [block.index for block in self.blocks if block.index not in gone]
+        """The blocks that can be taken out beside those that go already, so that stock code runs the rest.
+
+        Stock caches want a layer of attention where there were some, and the rest a mixer.
+        """
+        left = [block for block in self.blocks if block.index not in gone]
+        mixers = [block for block in left if block.mixer is not None]
+        attending = [block for block in left if block.attends]
+        last = [kind[0] for kind in (mixers, attending) if len(kind) == 1]
+        return [block.index for block in left if block not in last]
 
     @abstractmethod
     def drop(self, index: int) -> None:
-        """Take a whole block out of the model; those behind it move up, config and `stored` follow."""
+        """Take a whole block out of the model; those behind it move up, config and `stored` follow.
 
+        Raises:
+            ValueError: "block" is not in `structure`.
+        """
+
+    @abstractmethod
     def project(self, block: Block, B: Tensor, C: Tensor) -> Block:
         """Put projections of B and C (G, r, N) behind the convolution of a block's mixer (projected.py).
 
@@ -330,9 +382,8 @@ class Architecture(ABC):
             The new block, which also takes its place in `blocks`.
 
         Raises:
-            ValueError: there are none of this architecture.
+            ValueError: not `projects`.
         """
-        raise ValueError(f"the states of a {type(self).__name__} model cannot be projected")
 
     def settle(self, fields: Mapping[str, Any]) -> None:
         """Write fields into the model's own configuration, when all layers have their new shapes."""

@@ -84,7 +84,7 @@ class Stop:
         """
         windows, length, _ = self.hidden.shape
         width = slab_width(windows, length)
-        pairs = {kind: Pair(tap) for kind, tap in taps.items() if getattr(tap, "paired", False)}
+        pairs = {kind: Pair(tap) for kind, tap in taps.items() if tap.paired}
         recorders = {kind: pair.dense for kind, pair in pairs.items()}
         dense_until = None if until in pairs and until == self.block.targets[-1].kind else until
         both = (pairs or until is None) and not self._dense_is_through
@@ -111,7 +111,7 @@ class Recorder:
     """A tap that keeps what it was fed last, of an expert with the tokens that it is of."""
 
     options: Mapping[str, Any] = {}
-    routed = True
+    paired, routed = False, True
 
     def __init__(self) -> None:
         self._last: tuple[Tensor, Tensor | None] | None = None
@@ -132,7 +132,7 @@ class Pair:
     """
 
     options: Mapping[str, Any] = {}
-    routed = True
+    paired, routed = False, True
 
     def __init__(self, observer: Any) -> None:
         self._observer, self.dense = observer, Recorder()
