@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sparsessm import checkpoint
-from sparsessm.architectures import Block, SharedTarget, Target, adapt, seen_by_all_uses
+from sparsessm.architectures import Block, Target, adapt, seen_by_all_uses
 from sparsessm.architectures.experts import is_experts
 from sparsessm.architectures.hybrid import Hybrid
 from sparsessm.architectures.hybrid_block import HybridBlock
@@ -498,8 +498,8 @@ def test_a_copy_keeps_the_weights_of_before(name: str) -> None:
 # --- the shared blocks of Zamba2 ---
 
 
-def shared_targets(architecture: Hybrid) -> list[SharedTarget]:
-    return [target for target in architecture.targets if isinstance(target, SharedTarget)]
+def shared_targets(architecture: Hybrid) -> list[Target]:
+    return [target for target in architecture.targets if target.uses]
 
 
 def test_a_shared_matrix_is_one_target_and_says_who_uses_it() -> None:

@@ -18,7 +18,7 @@ from transcription import block_influence
 from transformers import AutoModelForCausalLM
 
 from sparsessm.architectures import Architecture, adapt
-from sparsessm.architectures.base import cut
+from sparsessm.architectures.axes import cut
 from sparsessm.methods import unit_methods
 from sparsessm.pruning import blocks
 from sparsessm.pruning import units as structure

@@ -18,7 +18,7 @@ from pico_hybrids import pico_hybrid
 from torch import Tensor
 
 from sparsessm import architectures, kernels, runtime
-from sparsessm.architectures.base import REMOVED_A_LOG
+from sparsessm.architectures import REMOVED_A_LOG
 from sparsessm.checkpoint import packed
 from sparsessm.evaluation.speed import Subject, measure, storage
 from sparsessm.kernels.matrix import Decoder

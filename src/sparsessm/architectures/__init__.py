@@ -9,21 +9,18 @@ import torch
 import transformers
 from torch import nn
 
-from sparsessm.architectures.base import (
+from sparsessm.architectures.axes import Axis, Part
+from sparsessm.architectures.base import Architecture, Block, Tail, Tap
+from sparsessm.architectures.hybrid import Bamba, FalconH1, GraniteMoeHybrid, Hybrid, Jamba, NemotronH, Zamba2
+from sparsessm.architectures.hybrid_block import seen_by_all_uses
+from sparsessm.architectures.stack import FalconMamba, Mamba, Mamba2, Stack
+from sparsessm.architectures.target import (
     REMOVED_A_LOG,
     REMOVED_A_LOG_FLOAT16,
-    Architecture,
-    Axis,
-    Block,
-    Part,
-    Tail,
-    Tap,
+    REMOVED_WEIGHT,
     Target,
     removed_a_log,
 )
-from sparsessm.architectures.hybrid import Bamba, FalconH1, GraniteMoeHybrid, Hybrid, Jamba, NemotronH, Zamba2
-from sparsessm.architectures.hybrid_block import SharedTarget, seen_by_all_uses
-from sparsessm.architectures.stack import FalconMamba, Mamba, Mamba2, Stack
 
 MODEL_TYPES: Mapping[str, type[Stack | Hybrid]] = {
     "mamba": Mamba,
@@ -41,11 +38,11 @@ __all__ = [
     "MODEL_TYPES",
     "REMOVED_A_LOG",
     "REMOVED_A_LOG_FLOAT16",
+    "REMOVED_WEIGHT",
     "Architecture",
     "Axis",
     "Block",
     "Part",
-    "SharedTarget",
     "Tail",
     "Tap",
     "Target",

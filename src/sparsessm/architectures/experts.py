@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsessm.architectures.base import Target
+from sparsessm.architectures.target import Target
 
 # (kind, inputs (1, n, in), which tokens of the slab they are (n,)): before an expert's product is made.
 Fed = Callable[[str, Tensor, Tensor], None]

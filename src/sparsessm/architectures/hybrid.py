@@ -276,7 +276,7 @@ class Zamba2(Hybrid):
     """Mamba-2 layers, some behind a transformer block that they share (`Zamba2ForCausalLM`).
 
     The shared block reads the embedding beside the stream, so `embed` gives both, one behind the other, and
-    blocks pass the second on. Its matrices are targets of the first layer that uses it (`SharedTarget`); the
+    blocks pass the second on. Its matrices are targets of the first layer that uses it (`Target.uses`); the
     adapters that each use adds to them are no targets.
     """
 

@@ -12,8 +12,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,24 +19,10 @@ from torch import Tensor, nn
 
 from sparsessm.architectures import experts
 from sparsessm.architectures.attention import Keys, causal_mask, positions
-from sparsessm.architectures.base import Architecture, Block, Tap, Target
+from sparsessm.architectures.base import Architecture, Block, Tap
 from sparsessm.architectures.mixer import MixerKind
 from sparsessm.architectures.outputs import kept_outputs
-
-
-@dataclass(frozen=True)
-class SharedTarget(Target):
-    """A matrix that several blocks have in common; it is a target of the first of them.
-
-    Attributes:
-        uses: indices of all blocks whose data meets it, ascending. `seen_by_all_uses` looks at all.
-    """
-
-    uses: tuple[int, ...] = ()
-
-    @property
-    def plain(self) -> bool:
-        return False
+from sparsessm.architectures.target import Target
 
 
 class HybridState(NamedTuple):
@@ -120,8 +104,8 @@ class HybridBlock(Block):
         dtype = self._setting.stored.get(name, module.weight.dtype)
         if uses[0] != self.index:
             return None
-        make = Target if len(uses) == 1 else partial(SharedTarget, uses=uses)
-        return make(name, "projections", kind, self.index, module.weight, dtype)
+        shared = uses if len(uses) > 1 else ()
+        return Target(name, "projections", kind, self.index, module.weight, dtype, uses=shared)
 
     def forward(
         self,
@@ -236,7 +220,7 @@ def _instead(module: Any, forward: Callable[..., Tensor]) -> Iterator[None]:
 
 
 def seen_by_all_uses(
-    architecture: Architecture, target: SharedTarget, observer: Any, hidden: Tensor, width: int
+    architecture: Architecture, target: Target, observer: Any, hidden: Tensor, width: int
 ) -> Any:
     """Look at a shared matrix in all blocks that use it, in the model as it is.
 

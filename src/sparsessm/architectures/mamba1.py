@@ -16,8 +16,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsessm import kernels
-from sparsessm.architectures.base import Axis, Part, Tap, Target
+from sparsessm.architectures.axes import Axis, Part
+from sparsessm.architectures.base import Tap
 from sparsessm.architectures.mixer import MixerKind, convolve, matrices, precise, windows
+from sparsessm.architectures.target import Target
 
 
 class MixerState(NamedTuple):

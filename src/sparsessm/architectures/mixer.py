@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from sparsessm import kernels
-from sparsessm.architectures.base import Axis, Tap, Target, removed_a_log
+from sparsessm.architectures.axes import Axis
+from sparsessm.architectures.base import Tap
+from sparsessm.architectures.target import Target, removed_a_log
 
 
 @dataclass(frozen=True)

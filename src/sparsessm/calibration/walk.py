@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsessm.architectures import Architecture, Block, SharedTarget, Tap, Target
+from sparsessm.architectures import Architecture, Block, Tap, Target
 from sparsessm.architectures.experts import abreast
 from sparsessm.methods.observers import InputGram, Moments
 
@@ -205,7 +205,7 @@ def survey(
     with torch.inference_mode():
         hidden = architecture.embed(tokens)
     blocks = (*architecture.blocks, architecture.tail)
-    shared: list[tuple[SharedTarget, Any]] = []  # whose later uses are still to come
+    shared: list[tuple[Target, Any]] = []  # whose later uses are still to come
     tick = _counter("survey", slab_count(*tokens.shape) * len(architecture.blocks), progress)
     for block in blocks:
         watched = [(target, observer) for target in block.targets if (observer := watch(target)) is not None]
@@ -215,9 +215,9 @@ def survey(
             Stop(block, hidden, tick).run(taps)
         elif watched:  # next to no work, and not counted
             Stop(block, hidden, lambda: None).run(taps)
-        shared += [(target, observer) for target, observer in watched if isinstance(target, SharedTarget)]
+        shared += [(target, observer) for target, observer in watched if target.uses]
         for target, observer in (*watched, *again):
-            if not isinstance(target, SharedTarget) or target.uses[-1] == block.index:
+            if not target.uses or target.uses[-1] == block.index:
                 yield target, observer.result()
 
 

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from sparsessm.architectures import Architecture, Axis, Block, Part, Target
-from sparsessm.architectures.base import cut, rounded
+from sparsessm.architectures.axes import cut
 from sparsessm.architectures.own import guard, level
+from sparsessm.architectures.target import rounded
 from sparsessm.calibration import prices
 from sparsessm.calibration.walk import LONGEST, Progress, Stop, slab_width
 from sparsessm.kernels import MAX_STATES
