@@ -53,8 +53,9 @@ def cut(tensors: Mapping[str, Tensor], axes: Sequence[Axis], keeps: Sequence[Ten
     kept: dict[tuple[str, int], Tensor] = {}
     for axis, keep in zip(axes, keeps, strict=True):
         for part in axis.parts:
-            length = tensors[part.tensor].shape[part.dim]
-            mask = kept.setdefault((part.tensor, part.dim), torch.ones(length, dtype=torch.bool))
+            tensor = tensors[part.tensor]
+            everything = tensor.new_ones(tensor.shape[part.dim], dtype=torch.bool)
+            mask = kept.setdefault((part.tensor, part.dim), everything)
             mask[part.start : part.start + axis.size * part.width] &= keep.repeat_interleave(part.width)
     smaller = dict(tensors)
     for (name, dim), mask in kept.items():

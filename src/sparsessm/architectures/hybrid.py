@@ -155,7 +155,8 @@ class Hybrid(Architecture):
         for name, value in fields.items():
             setattr(config, name, value)
         old, prefix = layer.get_submodule(block.mixer), f"{block.mixer}."
-        new = self._new_mixer(type(old), config, block.index)
+        with torch.device(next(old.parameters()).device):
+            new = self._new_mixer(type(old), config, block.index)
         mixed = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
         new.load_state_dict(mixed, assign=True)
         new.requires_grad_(next(old.parameters()).requires_grad).eval()

@@ -92,7 +92,8 @@ class Stack(Architecture):
         config = copy.deepcopy(self._backbone.config)
         for name, value in fields.items():
             setattr(config, name, value)
-        with torch.random.fork_rng([]):  # the start values, which are all replaced, are drawn from it
+        # the start values, which are all replaced, are drawn from it; buffers stay
+        with torch.random.fork_rng([]), torch.device(next(layer.parameters()).device):
             new = type(layer)(config, layer_idx=block.index)
         new.load_state_dict(dict(tensors), assign=True)
         new.requires_grad_(next(layer.parameters()).requires_grad).eval()

@@ -65,7 +65,7 @@ class Moments:
         unit = float(near(self.power.double().mean(-1).max())) if self.gram.numel() else 1.0
 
         def cast(sums: Tensor) -> Tensor:
-            return torch.div(sums, unit, out=torch.empty(sums.shape, dtype=dtype))
+            return torch.div(sums, unit, out=sums.new_empty(sums.shape, dtype=dtype))
 
         cross = None if self.cross is None else cast(self.cross)
         return Moments(cast(self.gram), cross, self.diagonal, self.tokens), unit
@@ -353,7 +353,7 @@ class StateVote(Observer):
 
     def __init__(self, a_log: Tensor, pattern: Pattern, sparsity: float) -> None:
         self._weight, self._pattern, self._sparsity = a_log.float().square(), pattern, sparsity
-        self._votes = torch.zeros(a_log.shape, dtype=torch.int64)
+        self._votes = torch.zeros_like(a_log, dtype=torch.int64)
 
     def add(self, stats: ScanStats, out_proj: Tensor, output: Tensor) -> None:
         assert stats.energy is not None
@@ -376,7 +376,7 @@ class ColumnVote(Observer):
 
     def __init__(self, a_log: Tensor, removing: int) -> None:
         self._weight, self._removing = a_log.double().square(), removing
-        self._votes = torch.zeros(a_log.shape[1], dtype=torch.int64)
+        self._votes = a_log.new_zeros(a_log.shape[1], dtype=torch.int64)
 
     def add(self, stats: ScanStats, out_proj: Tensor, output: Tensor) -> None:
         assert stats.energy is not None
