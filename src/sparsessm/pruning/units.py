@@ -243,6 +243,7 @@ def look(
         weights=[_entries(tensors, a) for a in axes] if selection.weighs else (),
         mixable=order.strength > 0 and axis == "state" and mixable(axes),
         seed=seed_of(order.seed, f"{block.name}.{axis}"),
+        device=next(block.layer.parameters()).device,
     )
     looks = selection.looks.get(axis, "")
     linear = _linear(block)
@@ -264,9 +265,9 @@ def look(
                 continue
             target = linear[kind]
             name = _tensor(block, target)
-            columns = [_columns(a, name) for a in axes]
+            columns = torch.cat([_columns(a, name) for a in axes]).to(target.matrix.device)
             seen = _seen(stop, kind, InputGram())
-            readers.append(Reader(target.matrix, costs.get(target.name), seen, torch.cat(columns)))
+            readers.append(Reader(target.matrix, costs.get(target.name), seen, columns))
         units = replace(units, readers=readers)
     return units
 
@@ -287,7 +288,7 @@ def _mixes(
     if pairs > MAX_STATES:
         return {axis.read: read.T}
     decays = torch.cat([kept.repeat_interleave(axis.size), gone])
-    inputs = torch.cat([torch.arange(axis.size).repeat(len(kept)), gone])
+    inputs = torch.cat([torch.arange(axis.size, device=keep.device).repeat(len(kept)), gone])
     cost = costs.get(_linear(stop.block)["out_proj"].name)
     pairs_seen = _states(stop, lambda every: PairMoments(every, decays, inputs, cost))
     write, read = remix(pairs_seen, keep, read)
