@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import planned
 import pytest
 import torch
 from elsewhere import DEVICE, Remote, elsewhere, moved
@@ -17,10 +18,9 @@ from pico_hybrids import FAMILIES, pico_hybrid
 from sparsessm import kernels
 from sparsessm.architectures import adapt
 from sparsessm.evaluation.perplexity import perplexity
-from sparsessm.methods import METHODS, allocation
-from sparsessm.pruning import entries
-from sparsessm.recipe import plan
+from sparsessm.methods import allocation, entry_methods
 from sparsessm.recipe.recipe import Recipe
+from sparsessm.recipe.rules import assign
 from sparsessm.studies import trials, windows
 
 LENGTH = 6
@@ -64,19 +64,19 @@ def recipe(**asked: Any) -> Recipe:
 def assert_same_there(name: str, **asked: Any) -> None:
     """Pruning gives the same model, but for the order in which an einsum multiplies."""
     here = adapt(MODELS[name]())
-    report = entries.prune(here, recipe(**asked), TOKENS)
+    report = planned.prune(here, recipe(**asked), TOKENS)
     with elsewhere():
         there = adapt(moved(MODELS[name]()))
-        again = entries.prune(there, recipe(**asked), TOKENS.to(DEVICE))
+        again = planned.prune(there, recipe(**asked), TOKENS.to(DEVICE))
         assert [row.pruned for row in again.rows] == [row.pruned for row in report.rows]
         for tensor, want in zip(there.model.parameters(), here.model.parameters(), strict=True):
             assert tensor.device == DEVICE
             torch.testing.assert_close(tensor.to("cpu"), want, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", entry_methods())
 def test_every_method(method: str) -> None:
-    families = METHODS[method].families
+    families = entry_methods()[method].families
     target = "all" if {"ssm", "projections"} <= set(families) else families[0]
     assert_same_there("mamba", method=method, target=target)
     if target == "ssm":
@@ -137,7 +137,7 @@ def test_studies() -> None:
     """How many windows are enough, and what each matrix tolerates."""
 
     def asked(architecture: Any, tokens: torch.Tensor, held_out: torch.Tensor) -> list[float]:
-        order = plan.make(recipe(method="absorb", target="projections"), architecture.targets)
+        order = assign(recipe(method="absorb", target="projections"), architecture.targets)
         curve = windows.steps(architecture, order, tokens)
         found = [number for step in curve for number in (step.agreement, step.error)]
         rules = {name: replace(rule, repair="self") for name, rule in list(order.rules.items())[:3]}
