@@ -75,7 +75,7 @@ def _look(
     every = min(EVERY, enough, slab_width(*tokens.shape))
     sums = []
     for block in architecture.blocks:
-        out_proj = next(target for target in block.targets if target.kind == "out_proj")
+        out_proj = block.target("out_proj")
         moments = StateMoments(every, costs.get(out_proj.name))
         Stop(block, hidden, lambda: None).run({"states": moments})
         try:

@@ -254,7 +254,7 @@ def look(
         channels = linear["out_proj"].matrix.shape[1]
         units = replace(units, energy=_energy(stop, HELD // (4 * channels * axes[0].size)))
     if looks == "votes":
-        a_log = next(target for target in block.targets if target.kind == "A_log").matrix
+        a_log = block.target("A_log").matrix
         observer = ColumnVote(a_log, removing)
         stop.run({"A_log": observer}, until="A_log")
         units = replace(units, votes=observer.result())
