@@ -166,7 +166,7 @@ def calibration(rounds: int, windows: int) -> dict[str, Any]:
     rows = [torch.randn(LENGTH, width) for width in (WIDTH, CHANNELS, RANK, CHANNELS)]
     products = [mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj]
     stop = next(walk(architecture, tokens, passes=1))
-    target = next(target for target in stop.block.targets if target.kind == "A_log")
+    target = stop.block.target("A_log")
 
     def multiply() -> None:
         for _ in range(windows):

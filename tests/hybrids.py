@@ -9,7 +9,7 @@ import torch
 from pico_hybrids import pico_hybrid
 from torch import Tensor
 
-from sparsessm.architectures import Block, SharedTarget, Target, adapt
+from sparsessm.architectures import Block, Target, adapt
 from sparsessm.architectures.hybrid import Hybrid
 from sparsessm.architectures.hybrid_block import HybridBlock
 
@@ -36,6 +36,7 @@ class Listener:
     """A tap that keeps all it hears."""
 
     options: Mapping[str, Any] = {"gram": "full"}
+    paired = routed = False
 
     def __init__(self, kind: str = "", heard: list[str] | None = None) -> None:
         self.kind, self.heard = kind, [] if heard is None else heard
@@ -77,5 +78,5 @@ def one_sided(name: str) -> Hybrid:
     return architecture
 
 
-def shared_targets(architecture: Hybrid) -> list[SharedTarget]:
-    return [target for target in architecture.targets if isinstance(target, SharedTarget)]
+def shared_targets(architecture: Hybrid) -> list[Target]:
+    return [target for target in architecture.targets if target.uses]

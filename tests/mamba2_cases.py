@@ -10,7 +10,7 @@ from engines import held
 from pico import pico_falcon_mamba, pico_mamba, pico_mamba2
 from torch import Tensor
 
-from sparsessm.architectures.base import REMOVED_A_LOG
+from sparsessm.architectures import REMOVED_A_LOG
 from sparsessm.checkpoint import packed
 from sparsessm.runtime.engine import NativeEngine
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsessm.architectures import Architecture
-from sparsessm.architectures.base import cut
+from sparsessm.architectures.axes import cut
 
 Keeps = list[list[Tensor]]  # of each layer, of each of its axes of one name
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsessm.architectures import adapt
-from sparsessm.architectures.mamba2 import output_gain
+from sparsessm.architectures.mamba2 import Mamba2Kind
 from sparsessm.calibration.walk import Stop
 from sparsessm.methods import entry_methods
 from sparsessm.methods.observers import StateEnergy, StateError
@@ -99,7 +99,7 @@ def test_what_a_head_s_memory_is_worth(
         else:
             other = (B * C).sum(-1, keepdim=True) * delta[..., None] * u
         y = (whole + mixer.D[:, None] * u).flatten(2)
-        gain = output_gain(mixer, y, z).unflatten(2, (4, -1))
+        gain = Mamba2Kind().output_gain(mixer, y, z).unflatten(2, (4, -1))
         omega = (cost @ mixer.out_proj.weight.square()).view(4, -1)
         error, passed = (whole - other) * gain, u * gain
         want = [
@@ -118,7 +118,7 @@ def test_the_gain_is_how_the_norm_passes_a_small_change_on() -> None:
     gated = y * F.silu(z)
     groups = gated.unflatten(-1, (mixer.n_groups, -1))
     scale = torch.rsqrt(groups.square().mean(-1, keepdim=True) + mixer.norm.variance_epsilon)
-    assert_same(output_gain(mixer, y, z) * y, mixer.norm(y, z))
+    assert_same(Mamba2Kind().output_gain(mixer, y, z) * y, mixer.norm(y, z))
     assert_same(
         (gated.unflatten(-1, (mixer.n_groups, -1)) * scale).flatten(-2) * mixer.norm.weight, mixer.norm(y, z)
     )

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 import sparsessm
 from sparsessm import checkpoint, kernels, runtime
 from sparsessm.architectures import REMOVED_A_LOG_FLOAT16, adapt, removed_a_log
-from sparsessm.architectures.base import rounded
+from sparsessm.architectures.target import rounded
 from sparsessm.cli import app
 
 DTYPES = ["int64", "int32", "uint8", "bool", "complex64", "float64", "float8_e4m3fn", "float8_e5m2"]

@@ -16,7 +16,7 @@ from transcription import normalise, steps_of_mamba1, steps_of_mamba2, trace
 from transcription_linear import conv1d_hessians
 
 from sparsessm.architectures import Target, adapt
-from sparsessm.architectures.mamba1 import windows
+from sparsessm.architectures.mixer import windows
 from sparsessm.calibration import walk as calibrate
 from sparsessm.calibration.walk import Stop, walk
 from sparsessm.methods.observers import (

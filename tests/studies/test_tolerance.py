@@ -149,7 +149,7 @@ def test_errors_are_those_of_the_outputs() -> None:
         change = pruned.state_dict()[cell.target] - weight
         energy = (seen @ change.T).square().mean((0, 1))  # (out,)
         assert cell.error == pytest.approx(float(energy.sum()), rel=1e-3)
-        assert cell.cost == pytest.approx(float(energy @ rules[cell.target].cost), rel=1e-3)
+        assert cell.cost == pytest.approx(float(energy @ rules[cell.target].prices), rel=1e-3)
         signal = (seen @ weight.T).square().mean((0, 1)).sum()
         assert cell.signal == pytest.approx(float(signal), rel=1e-3)
 

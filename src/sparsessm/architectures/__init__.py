@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import transformers
 from torch import nn
 
-from sparsessm.architectures.base import (
+from sparsessm.architectures.axes import Axis, Part
+from sparsessm.architectures.base import Architecture, Block, Tail, Tap
+from sparsessm.architectures.hybrid import Bamba, FalconH1, GraniteMoeHybrid, Hybrid, Jamba, NemotronH, Zamba2
+from sparsessm.architectures.hybrid_block import seen_by_all_uses
+from sparsessm.architectures.stack import FalconMamba, Mamba, Mamba2, Stack
+from sparsessm.architectures.target import (
     REMOVED_A_LOG,
     REMOVED_A_LOG_FLOAT16,
-    Architecture,
-    Axis,
-    Block,
-    Part,
-    Tail,
-    Tap,
+    REMOVED_WEIGHT,
     Target,
     removed_a_log,
 )
-from sparsessm.architectures.hybrid import Bamba, FalconH1, GraniteMoeHybrid, Hybrid, Jamba, NemotronH, Zamba2
-from sparsessm.architectures.hybrid_block import SharedTarget, seen_by_all_uses
-from sparsessm.architectures.stack import FalconMamba, Mamba, Mamba2, Stack
 
 MODEL_TYPES: Mapping[str, type[Stack | Hybrid]] = {
     "mamba": Mamba,
@@ -40,11 +38,11 @@ __all__ = [
     "MODEL_TYPES",
     "REMOVED_A_LOG",
     "REMOVED_A_LOG_FLOAT16",
+    "REMOVED_WEIGHT",
     "Architecture",
     "Axis",
     "Block",
     "Part",
-    "SharedTarget",
     "Tail",
     "Tap",
     "Target",
@@ -55,15 +53,25 @@ __all__ = [
 ]
 
 
-def refuse_older(model_type: str) -> None:
-    """Refuse hybrids where their stock code is older than our adapters for it.
+def refuse_older(model_type: str, groups: int = 1) -> None:
+    """Refuse what stock code older than our adapters computes otherwise.
+
+    Args:
+        groups: of heads in a Mamba-2.
 
     Raises:
-        ValueError: transformers before 5.
+        ValueError: transformers before 5 for a hybrid, or for a Mamba-2 of several groups.
     """
-    if issubclass(MODEL_TYPES[model_type], Hybrid) and int(transformers.__version__.split(".")[0]) < 5:
+    if int(transformers.__version__.split(".")[0]) >= 5:
+        return
+    if issubclass(MODEL_TYPES[model_type], Hybrid):
         raise ValueError(
             f"model type {model_type!r} needs transformers 5 or newer, here is {transformers.__version__}"
+        )
+    if groups > 1:
+        raise ValueError(
+            f"n_groups is {groups}: transformers before 5 norms the groups of a Mamba-2 together, which is "
+            "not what such models compute; install transformers 5"
         )
 
 
@@ -78,12 +86,13 @@ def adapt(model: nn.Module, stored: Mapping[str, torch.dtype] | None = None) -> 
     Raises:
         ValueError: the model type has no adapter; the supported ones are listed. Or as `refuse_older`.
     """
-    config = getattr(model, "config", None)
-    model_type = getattr(config, "model_type", type(model).__name__)
+    stock = isinstance(model, transformers.PreTrainedModel)
+    model_type = model.config.model_type if stock else type(model).__name__
     if model_type not in MODEL_TYPES:
         raise ValueError(
             f"model type {model_type!r} has no adapter; supported: {', '.join(sorted(MODEL_TYPES))}"
         )
-    refuse_older(model_type)
+    config: Any = model.config
+    refuse_older(model_type, config.n_groups if model_type == "mamba2" else 1)
     model.eval()
     return MODEL_TYPES[model_type](model, stored or {})

@@ -1,9 +1,9 @@
 """WHAT can be pruned in a model: the words every adapter speaks.
 
-An adapter wraps a stock transformers model. It declares the prunable matrices (`Target`) of each layer
-(`Block`) and computes the layer's forward with the model's own weights around our kernels, in slabs of time,
-so that calibration can advance all windows together. It knows nothing of methods: what is measured comes in
-as a `Tap`.
+An adapter wraps a stock transformers model. It declares what each layer (`Block`) has to be pruned, matrices
+(target.py) and whole units (axes.py), and computes the layer's forward with the model's own weights around
+our kernels, in slabs of time, so that calibration can advance all windows together. It knows nothing of
+methods: what is measured comes in as a `Tap`.
 
 Letters used in formulas, here and in the kernels (Gu & Dao, arXiv 2312.00752):
 
@@ -19,45 +19,15 @@ and C for each of G groups of heads; its A_log is a matrix of one column here.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-# What a removed entry of A_log becomes, by the name of what it then computes. 38 is exact in bfloat16 and
-# float32 and makes exp(Δ·A) exactly 0 for every Δ > 0 that occurs (A = -3e16), with no infinity that stock
-# code could turn into NaN.
-REMOVED_A_LOG: Mapping[str, float] = {"memoryless": 38.0, "unit": 0.0}
-# In float16 -exp(38) is -Inf, and converters compute A in the dtype of the file. 11 leaves A = -59872 there,
-# with room for an exp that is not rounded to the nearest (the largest float16 is 65504).
-REMOVED_A_LOG_FLOAT16: Mapping[str, float] = {"memoryless": 11.0, "unit": 0.0}
-# A removed entry of a linear layer is a missing connection.
-REMOVED_WEIGHT: Mapping[str, float] = {"zero": 0.0}
-
-
-def removed_a_log(stored: torch.dtype) -> Mapping[str, float]:
-    """What a removed entry of an A_log becomes that a checkpoint holds in this dtype: name -> number."""
-    return REMOVED_A_LOG_FLOAT16 if stored == torch.float16 else REMOVED_A_LOG
-
-
-def rounded(values: Tensor, stored: torch.dtype) -> Tensor:
-    """Values as a checkpoint holds them.
-
-    Raises:
-        ValueError: they do not fit the dtype. Nobody could write the result, so it is said where it arises.
-    """
-    held = values.to(stored)
-    if stored.itemsize < values.element_size() and not torch.isfinite(held).all():
-        if torch.isfinite(values).all():
-            name, most = str(stored).removeprefix("torch."), torch.finfo(stored).max
-            raise ValueError(
-                f"a new value of {float(values.abs().max()):.3g} does not fit {name}, in which the "
-                f"checkpoint holds it (largest: {most:.6g}); store the model in bfloat16 or float32 first, "
-                "or use repair 'none'"
-            )
-    return held
+from sparsessm.architectures.axes import Axis
+from sparsessm.architectures.target import Target
 
 
 class Tap(Protocol):
@@ -65,148 +35,50 @@ class Tap(Protocol):
 
     The tap of a linear layer is fed its inputs, `add(x)` with x (W, T, in). That of `A_log` is fed what the
     scan summed, `add(stats, out_proj, y)`, with the weight (d_model, D) that its output y (W, T, D) meets
-    next; `options` go to `selective_scan_stats`.
+    next.
+
+    Attributes:
+        options: of `A_log`, go to `selective_scan_stats`.
+        paired: it wants the inputs in both models, the pruned and the dense one, `add(x, dense)`.
+        routed: of an expert, it wants to know which of the slab's tokens it is fed, `add(x, rows=rows)`.
     """
 
     options: Mapping[str, Any]
+    paired: bool
+    routed: bool
 
     def add(self, *what: Any, **how: Any) -> None: ...
 
 
-@dataclass(frozen=True)
-class Target:
-    """One prunable matrix and what it means.
-
-    Attributes:
-        name: full parameter name, e.g. "backbone.layers.0.mixer.A_log".
-        family: "ssm" (A_log), "projections" (linear layers), "conv1d" or "head".
-        kind: the parameter's own name inside its layer, e.g. "A_log", "in_proj".
-        layer: index of its block.
-        parameter: the live parameter or a view of it, [out, in] after flattening; for A_log [channel, state],
-            in Mamba-2 [head, 1].
-        stored: dtype in which the checkpoint holds it; values are rounded to it, so that what we measure is
-            what gets saved.
-        removed: name of a removed value -> the number stored for it.
-        module_class: class name of the module that owns the parameter, for selectors.
-        companions: parameters that a repair of this target may change, by name, with their stored dtype.
-        fed_by: (kind, rows): its inputs are these output rows of that target, with nothing in between.
-        depthwise: every row has inputs of its own (a depthwise convolution's taps).
-    """
-
-    name: str
-    family: str
-    kind: str
-    layer: int
-    parameter: Tensor
-    stored: torch.dtype
-    removed: Mapping[str, float] = field(default_factory=lambda: REMOVED_WEIGHT)
-    module_class: str = "Linear"
-    companions: Mapping[str, tuple[nn.Parameter, torch.dtype]] = field(default_factory=dict)
-    fed_by: tuple[str, int] | None = None
-    depthwise: bool = False
-
-    @property
-    def module(self) -> str:
-        """The name that selectors match: that of the module for a weight, the parameter's for A_log."""
-        return self.name.removesuffix(".weight")
-
-    @property
-    def routed(self) -> bool:
-        """Whether it sees only the tokens that a router sends it: a matrix of an expert."""
-        return self.kind.startswith("experts.")
-
-    @property
-    def plain(self) -> bool:
-        """Whether all tokens meet it, in its own block only: no expert's and not shared by blocks."""
-        return not self.routed
-
-    @property
-    def matrix(self) -> Tensor:
-        """The weight as a detached view [out, in]; a vector is one column."""
-        parameter = self.parameter.detach()
-        return parameter[:, None] if parameter.ndim == 1 else parameter.flatten(1)
-
-    def replace(self, weight: Tensor) -> None:
-        """Write a new weight [out, in], rounded to the stored dtype.
-
-        Raises:
-            ValueError: as `rounded`.
-        """
-        with torch.no_grad():
-            self.parameter.copy_(rounded(weight, self.stored).view_as(self.parameter))
-
-    def shift(self, companion: str, change: Tensor) -> None:
-        """Add `change` to a companion parameter, rounded to its stored dtype.
-
-        Raises:
-            ValueError: as `rounded`.
-        """
-        parameter, stored = self.companions[companion]
-        with torch.no_grad():
-            parameter.copy_(rounded(parameter.double() + change.double(), stored))
-
-
-@dataclass(frozen=True)
-class Part:
-    """Where the units of an axis lie in one tensor: unit i is start + i * width and the `width - 1` after it.
-
-    Attributes:
-        tensor: name inside the layer, e.g. "mixer.in_proj.weight". dim: the dimension they lie along.
-    """
-
-    tensor: str
-    dim: int
-    start: int = 0
-    width: int = 1
-
-
-@dataclass(frozen=True)
-class Axis:
-    """Units of a layer that can be taken out whole, in every tensor that has a place for them.
-
-    A layer may have several axes of one name (the heads of each group, the states of each group): they choose
-    their units apart and lose the same number.
-
-    Attributes:
-        name: "state", "channel" or "head". size: number of units. parts: all tensors that share the axis.
-        write, read: rows that make what states take in, and what reads them, linearly: those of the kept ones
-            may be replaced by any mixture of all. None where something that is not linear comes behind them
-            (a norm, a SiLU).
-    """
-
-    name: str
-    size: int
-    parts: tuple[Part, ...]
-    write: Part | None = None
-    read: Part | None = None
-
-
-def cut(tensors: Mapping[str, Tensor], axes: Sequence[Axis], keeps: Sequence[Tensor]) -> dict[str, Tensor]:
-    """A layer's tensors without the units that are not kept: every tensor that shares an axis gets smaller.
-
-    Args:
-        tensors: by name inside the layer. keeps: for each axis (units,) bool, True = kept.
-    """
-    kept: dict[tuple[str, int], Tensor] = {}
-    for axis, keep in zip(axes, keeps, strict=True):
-        for part in axis.parts:
-            length = tensors[part.tensor].shape[part.dim]
-            mask = kept.setdefault((part.tensor, part.dim), torch.ones(length, dtype=torch.bool))
-            mask[part.start : part.start + axis.size * part.width] &= keep.repeat_interleave(part.width)
-    smaller = dict(tensors)
-    for (name, dim), mask in kept.items():
-        smaller[name] = smaller[name].index_select(dim, mask.nonzero()[:, 0])
-    return smaller
-
-
 class Block(ABC):
-    """One layer of the model: residual stream in, residual stream out."""
+    """One layer of the model: residual stream in, residual stream out.
+
+    Attributes:
+        targets: in the order in which data meets them.
+        axes: what can be taken out of it whole.
+        layer: the stock layer. mixer: name of the Mamba mixer inside it, None if it has none.
+        attends: whether it has attention.
+    """
 
     index: int
     name: str
-    targets: tuple[Target, ...]  # in the order in which data meets them
-    axes: tuple[Axis, ...] = ()  # what can be taken out of it whole
-    layer: nn.Module  # the stock layer
+    targets: tuple[Target, ...]
+    axes: tuple[Axis, ...] = ()
+    layer: nn.Module
+    mixer: str | None = None
+    attends: bool = False
+
+    def target(self, kind: str) -> Target:
+        """Its target of a kind.
+
+        Raises:
+            ValueError: it has none of that kind; those that it has are listed.
+        """
+        for target in self.targets:
+            if target.kind == kind:
+                return target
+        known = ", ".join(target.kind for target in self.targets) or "none"
+        raise ValueError(f"{self.name} has no target {kind!r}; it has: {known}")
 
     @abstractmethod
     def forward(
@@ -221,6 +93,14 @@ class Block(ABC):
         Args:
             taps: a target's kind -> what watches it.
             until: stop once the tap of this kind was fed; the output is then None.
+        """
+
+    @abstractmethod
+    def outputs(self) -> AbstractContextManager[dict[str, Tensor]]:
+        """Yields what holds the outputs of its linear layers and experts, by target name, after a forward.
+
+        Linear layers that are targets of an earlier block are among them, the head is not. Linear layers:
+        (W, T, out); experts: (tokens sent to it, out).
         """
 
     @abstractmethod
@@ -249,6 +129,9 @@ class Tail(Block):
         if tap := (taps or {}).get("lm_head"):
             tap.add(self._norm(hidden))
         return hidden, None
+
+    def outputs(self) -> AbstractContextManager[dict[str, Tensor]]:
+        return nullcontext({})
 
     def copy(self) -> Tail:
         return self  # the norm is never pruned
@@ -316,13 +199,25 @@ class Architecture(ABC):
         """
 
     def may_go(self, gone: Collection[int]) -> list[int]:
-        """The blocks that can be taken out beside those that go already, so that stock code runs the rest."""
-        return [block.index for block in self.blocks if block.index not in gone]
+        """The blocks that can be taken out beside those that go already, so that stock code runs the rest.
+
+        Stock caches want a layer of attention where there were some, and the rest a mixer.
+        """
+        left = [block for block in self.blocks if block.index not in gone]
+        mixers = [block for block in left if block.mixer is not None]
+        attending = [block for block in left if block.attends]
+        last = [kind[0] for kind in (mixers, attending) if len(kind) == 1]
+        return [block.index for block in left if block not in last]
 
     @abstractmethod
     def drop(self, index: int) -> None:
-        """Take a whole block out of the model; those behind it move up, config and `stored` follow."""
+        """Take a whole block out of the model; those behind it move up, config and `stored` follow.
 
+        Raises:
+            ValueError: "block" is not in `structure`.
+        """
+
+    @abstractmethod
     def project(self, block: Block, B: Tensor, C: Tensor) -> Block:
         """Put projections of B and C (G, r, N) behind the convolution of a block's mixer (projected.py).
 
@@ -330,9 +225,8 @@ class Architecture(ABC):
             The new block, which also takes its place in `blocks`.
 
         Raises:
-            ValueError: there are none of this architecture.
+            ValueError: not `projects`.
         """
-        raise ValueError(f"the states of a {type(self).__name__} model cannot be projected")
 
     def settle(self, fields: Mapping[str, Any]) -> None:
         """Write fields into the model's own configuration, when all layers have their new shapes."""

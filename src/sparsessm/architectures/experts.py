@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsessm.architectures.base import Target
+from sparsessm.architectures.target import Target
 
 # (kind, inputs (1, n, in), which tokens of the slab they are (n,)): before an expert's product is made.
 Fed = Callable[[str, Tensor, Tensor], None]
@@ -22,15 +22,15 @@ Fed = Callable[[str, Tensor, Tensor], None]
 Made = Callable[[str, Tensor], None]
 
 
-def is_experts(module: Any) -> bool:
+def is_experts(module: nn.Module) -> bool:
     """Whether this is a stock module of stacked experts."""
-    weight = getattr(module, "down_proj", None)
-    return isinstance(weight, nn.Parameter) and weight.ndim == 3
+    weight = dict(module.named_parameters(recurse=False)).get("down_proj")
+    return weight is not None and weight.ndim == 3
 
 
 def groups(experts: Any) -> bool:
     """Whether torch's grouped product takes these experts: rows must be multiples of 16 bytes."""
-    matrices = (getattr(experts, _first(experts)), experts.down_proj)
+    matrices = (experts.get_parameter(_first(experts)), experts.down_proj)
     return all(m.shape[-1] * m.element_size() % 16 == 0 for m in matrices)
 
 
@@ -47,7 +47,7 @@ def targets(
     """(kind, target) of each expert's matrices; `prefix` is the full name of the module and a dot."""
     for kind in kinds(experts):
         _, name, number = kind.split(".")
-        parameter = getattr(experts, name)
+        parameter = experts.get_parameter(name)
         # A view that shares memory with the parameter, outside of any graph: it is written through.
         yield (
             kind,
@@ -87,7 +87,7 @@ def run(experts: Any, hidden: Tensor, index: Tensor, weights: Tensor, fed: Fed, 
         rows, place = torch.where(index == e)
         x = hidden[rows]
         fed(f"experts.{first}.{e}", x[None], rows)
-        inside = F.linear(x, getattr(experts, first)[e])
+        inside = F.linear(x, experts.get_parameter(first)[e])
         made(f"experts.{first}.{e}", inside)
         inside = experts._apply_gate(inside) if experts.has_gate else experts.act_fn(inside)
         fed(f"experts.down_proj.{e}", inside[None], rows)

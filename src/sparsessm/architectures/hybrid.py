@@ -7,19 +7,19 @@ differs.
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Callable, Collection, Mapping
-from types import ModuleType
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparsessm.architectures import mamba1, mamba2
 from sparsessm.architectures.attention import IMPLEMENTATIONS
 from sparsessm.architectures.base import Architecture, Block, Tail, renumbered
 from sparsessm.architectures.embedding import embedded
-from sparsessm.architectures.hybrid_block import HybridBlock, Setting, Zamba2Block, inside
+from sparsessm.architectures.hybrid_block import HybridBlock, Setting, inside
+from sparsessm.architectures.mamba1 import Mamba1Kind
+from sparsessm.architectures.mamba2 import Mamba2Kind
+from sparsessm.architectures.mixer import MixerKind
 
 ATTENTION = tuple(f"self_attn.{name}_proj" for name in "qkvo")
 EXPANDED = {
@@ -34,20 +34,26 @@ class Hybrid(Architecture):
     """What the hybrids have in common.
 
     Attributes:
-        kind, order: as in `Setting`. block: how a layer is run.
+        kind, order, carries_embedding: as in `Setting`.
         embedding, norm: names of the embedding and the final norm.
+        embedding_multiplier, logits_multiplier, logits_divisor: fields of the stock configuration by which
+            the embedding and the logits are scaled, "" if they are not.
         words: what the stock configuration calls the numbers of states, heads and channels of a head, and the
             channels of all heads: `inner`, or `expand` as a multiple of the model's width.
-        lists: fields with an entry for each layer.
+        lists: fields with an entry for each layer. numbers: fields that list layers by number.
+        numbered: paths inside a layer of what knows the layer's number, "" is the layer.
     """
 
-    kind: ModuleType = mamba2
+    kind: MixerKind = Mamba2Kind()
     order: tuple[str, ...]
-    block: type[HybridBlock] = HybridBlock
+    carries_embedding = False
     embedding = "embed_tokens"
     norm = "final_layernorm"
+    embedding_multiplier = logits_multiplier = logits_divisor = ""
     words: Mapping[str, str]
     lists: tuple[str, ...] = ()
+    numbers: tuple[str, ...] = ()
+    numbered: tuple[str, ...] = ("mamba", "self_attn")
     structure = ("state", "head", "channel", "block")
 
     def __init__(self, model: nn.Module, stored: Mapping[str, torch.dtype]) -> None:
@@ -55,18 +61,23 @@ class Hybrid(Architecture):
         self._backbone: Any = model.model
         self._lm_head: Any = model.lm_head
         self._config: Any = model.config
-        self._embedding: Any = getattr(self._backbone, self.embedding)
-        self._normed = self._reading(getattr(self._backbone, self.norm))
+        self._embedding: Any = self._backbone.get_submodule(self.embedding)
+        norm, width = self._backbone.get_submodule(self.norm), self._config.hidden_size
+        self._normed = lambda hidden: norm(hidden[..., :width])  # what the head reads of the stream
         if self._config._attn_implementation not in IMPLEMENTATIONS:
             raise ValueError(
                 f"attention is {self._config._attn_implementation!r}; supported: {', '.join(IMPLEMENTATIONS)}"
             )
-        self.states = int(getattr(self._config, self.words["state"]))
+        self.states = int(self._said(self.words["state"]))
         self.tied = self._lm_head.weight is self._embedding.weight
         self._refresh()
         for mixer in self._mixers():
             if mixer.activation not in ("silu", "swish"):
                 raise ValueError(f"hidden_act is {mixer.activation!r}; one with 'silu' is supported")
+
+    def _said(self, field: str) -> Any:
+        """What the stock configuration says; what its fields are called differs between the families."""
+        return getattr(self._config, field)
 
     def _refresh(self) -> None:
         """Blocks and tail for the model as it is now."""
@@ -77,49 +88,55 @@ class Hybrid(Architecture):
         self.tail = Tail(self._normed, self._lm_head, name, len(layers), self.stored)
 
     def _block(self, index: int) -> HybridBlock:
-        rotary = getattr(self._backbone, "rotary_emb", None)
-        setting = Setting(self.kind, self.order, rotary, self.stored)
-        return self.block(setting, self._backbone.layers[index], index, self._shared(index))
+        rotary = inside(self._backbone, "rotary_emb")
+        setting = Setting(self.kind, self.order, rotary, self.stored, self.carries_embedding)
+        return HybridBlock(setting, self._backbone.layers[index], index, self._shared(index))
 
     def _shared(self, index: int) -> dict[str, tuple[int, ...]]:
         """Paths of a layer's linear layers whose weight other layers have too -> all that have it."""
         found = {}
         layers = list(self._backbone.layers)
         for path in self.order:
-            weights = [getattr(inside(layer, path), "weight", None) for layer in layers]
+            modules = [inside(layer, path) for layer in layers]
+            weights = [module.weight if isinstance(module, nn.Linear) else None for module in modules]
             uses = tuple(i for i, w in enumerate(weights) if w is not None and w is weights[index])
             if len(uses) > 1:
                 found[path] = uses
         return found
 
     def _mixers(self) -> list[Any]:
-        found = (inside(b.layer, b.mixer) for b in self.blocks if isinstance(b, HybridBlock) and b.mixer)
-        return list(found)
+        return [block.layer.get_submodule(block.mixer) for block in self.blocks if block.mixer is not None]
 
     def embed(self, tokens: Tensor) -> Tensor:
-        return embedded(self._embedding, tokens) * getattr(self._backbone, "embedding_multiplier", 1.0)
-
-    def _reading(self, norm: Any) -> Callable[[Tensor], Tensor]:
-        """What makes of the stream what the head reads; does not hold on to this object."""
-        return norm
+        hidden = embedded(self._embedding, tokens)
+        if self.embedding_multiplier:
+            hidden = hidden * self._said(self.embedding_multiplier)
+        return torch.cat([hidden, hidden], -1) if self.carries_embedding else hidden
 
     def head(self, hidden: Tensor) -> Tensor:
-        return self._lm_head(self._normed(hidden))
+        logits = self._lm_head(self._normed(hidden))
+        if self.logits_multiplier:
+            logits = logits * self._said(self.logits_multiplier)
+        return logits / self._said(self.logits_divisor) if self.logits_divisor else logits
 
     def fields(self, sizes: Mapping[str, int]) -> dict[str, Any]:
-        words, config = self.words, self._config
+        words = self.words
         found = {words["state"]: sizes["state"]} if "state" in sizes else {}
         if "head" not in sizes and "channel" not in sizes:
             return found
-        heads, channels = getattr(config, words["head"]), getattr(config, words["channel"])
-        if "head" in sizes:  # of each group
-            heads = sizes["head"] * self._mixers()[0].n_groups
-        channels = sizes.get("channel", channels)  # of each head
-        found |= {words["head"]: heads, words["channel"]: channels}
+        if "head" in words:
+            heads, channels = self._said(words["head"]), self._said(words["channel"])
+            if "head" in sizes:  # of each group
+                heads = sizes["head"] * self._mixers()[0].n_groups
+            channels = sizes.get("channel", channels)  # of each head
+            found |= {words["head"]: heads, words["channel"]: channels}
+            inner = heads * channels
+        else:
+            inner = sizes["channel"]
         if "inner" in words:
-            found[words["inner"]] = heads * channels
+            found[words["inner"]] = inner
         if "expand" in words:
-            found[words["expand"]] = self._expand(heads * channels)
+            found[words["expand"]] = self._expand(inner)
         return found
 
     def _expand(self, inner: int) -> int:
@@ -132,13 +149,14 @@ class Hybrid(Architecture):
         return inner // width
 
     def resize(self, block: Block, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Block:
-        assert isinstance(block, HybridBlock) and block.mixer is not None, "no mixer, no axes"
+        assert block.mixer is not None, "no mixer, no axes"
         layer = self._backbone.layers[block.index]
         config = copy.deepcopy(self._config)
         for name, value in fields.items():
             setattr(config, name, value)
-        old, prefix = inside(layer, block.mixer), f"{block.mixer}."
-        new = self._new_mixer(type(old), config, block.index)
+        old, prefix = layer.get_submodule(block.mixer), f"{block.mixer}."
+        with torch.device(next(old.parameters()).device):
+            new = self._new_mixer(type(old), config, block.index)
         mixed = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
         new.load_state_dict(mixed, assign=True)
         new.requires_grad_(next(old.parameters()).requires_grad).eval()
@@ -151,64 +169,44 @@ class Hybrid(Architecture):
 
     def _new_mixer(self, of: type[nn.Module], config: Any, index: int) -> nn.Module:
         with torch.random.fork_rng([]):  # the start values, which are all replaced, are drawn from it
-            return of(config, layer_idx=index)  # type: ignore[call-arg]
+            mixer = of(config, layer_idx=index)  # type: ignore[call-arg]
+        if self.kind.multiplied:  # the model gives it to its mixers
+            from transformers.models.falcon_h1.modeling_falcon_h1 import compute_mup_vector
 
-    def may_go(self, gone: Collection[int]) -> list[int]:
-        """As `Architecture.may_go`: stock caches want a layer of attention, and the rest a mixer."""
-        left = [b for b in self.blocks if isinstance(b, HybridBlock) and b.index not in gone]
-        kinds = [{"mixer": block.mixer is not None, "attention": block.attends} for block in left]
-        last = [kind for kind in ("mixer", "attention") if sum(has[kind] for has in kinds) == 1]
-        return [
-            block.index for block, has in zip(left, kinds, strict=True) if not any(has[kind] for kind in last)
-        ]
+            mixer.register_buffer("mup_vector", compute_mup_vector(config), persistent=False)
+        return mixer
+
+    def project(self, block: Block, B: Tensor, C: Tensor) -> Block:
+        raise ValueError(f"the states of a {type(self).__name__} model cannot be projected")
 
     def drop(self, index: int) -> None:
-        """As `Architecture.drop`.
-
-        Raises:
-            ValueError: the stock configuration has no words for the layers that would be left.
-        """
-        shorter = self._without(index)
+        if "block" not in self.structure:
+            raise ValueError(f"no layer of a {type(self).__name__} model can be left out")
+        shorter = self._shorter(index)
         del self._backbone.layers[index]
         self.stored = renumbered(self.stored, "model.layers.", index)
         for name, value in shorter.items():
             setattr(self._config, name, value)
         for i, layer in enumerate(self._backbone.layers):
-            for module in layer.modules():
-                if getattr(module, "layer_idx", -1) >= 0:  # shared modules say -1
-                    module.layer_idx = i
+            for path in self.numbered:
+                if (module := inside(layer, path)) is not None:
+                    module.layer_idx = i  # type: ignore[assignment]
         self._refresh()
 
-    def _without(self, index: int) -> dict[str, Any]:
-        """The configuration's fields when a layer is gone."""
-        config = copy.deepcopy(self._config)
-        kept = [kind for i, kind in enumerate(self._layout(config)) if i != index]
-        found = self._shorter(index)
-        for name, value in found.items():
-            setattr(config, name, value)
-        if self._layout(config) != kept:
-            raise ValueError(
-                f"layer {index} cannot be left out: stock {config.model_type} computes from its number what "
-                "a layer is"
-            )
-        return found
-
     def _shorter(self, index: int) -> dict[str, Any]:
-        found: dict[str, Any] = {
-            name: [kind for i, kind in enumerate(getattr(self._config, name)) if i != index]
-            for name in self.lists
-        }
+        """The configuration's fields when a layer is gone."""
+        found: dict[str, Any] = {}
+        for name in self.lists:
+            found[name] = [kind for i, kind in enumerate(self._said(name)) if i != index]
+        for name in self.numbers:
+            found[name] = [i - (i > index) for i in self._said(name) or [] if i != index]
         return found | {"num_hidden_layers": len(self.blocks) - 1}
-
-    def _layout(self, config: Any) -> list[Any]:
-        """What each layer is, according to a configuration."""
-        return list(config.layers_block_type)
 
 
 class Jamba(Hybrid):
     """Mamba-1 with norms, attention without positions, MLPs or experts (`JambaForCausalLM`)."""
 
-    kind = mamba1
+    kind = Mamba1Kind(norms="weighted")
     order = (
         "mamba",
         *ATTENTION,
@@ -218,31 +216,19 @@ class Jamba(Hybrid):
     words = {"state": "mamba_d_state", "expand": "mamba_expand"}
     structure = ("state", "channel")  # what a layer is follows from its number, so none can be left out
 
-    def fields(self, sizes: Mapping[str, int]) -> dict[str, Any]:
-        found = super().fields({axis: size for axis, size in sizes.items() if axis != "channel"})
-        if "channel" in sizes:
-            found[self.words["expand"]] = self._expand(sizes["channel"])
-        return found
-
-    def _layout(self, config: Any) -> list[Any]:
-        return list(zip(config.layers_block_type, config.layers_num_experts, strict=True))
-
 
 class Bamba(Hybrid):
     """Mamba-2 or attention, then an MLP (`BambaForCausalLM`)."""
 
     order = ("mamba", *ATTENTION, *(f"feed_forward.{name}_proj" for name in ("gate", "up", "down")))
     words = EXPANDED
-
-    def _shorter(self, index: int) -> dict[str, Any]:
-        attention = [i for i in self._config.attn_layer_indices or [] if i != index]
-        moved = [i - (i > index) for i in attention]
-        return super()._shorter(index) | {"attn_layer_indices": moved}
+    numbers = ("attn_layer_indices",)
 
 
 class FalconH1(Hybrid):
     """Mamba-2 and attention side by side, then an MLP; multipliers everywhere (`FalconH1ForCausalLM`)."""
 
+    kind = Mamba2Kind(multiplied=True, norm_by_config=True)
     order = ("mamba", *ATTENTION, *(f"feed_forward.{name}_proj" for name in ("up", "gate", "down")))
     words = {
         "state": "mamba_d_state",
@@ -250,16 +236,7 @@ class FalconH1(Hybrid):
         "channel": "mamba_d_head",
         "inner": "mamba_d_ssm",
     }
-
-    def head(self, hidden: Tensor) -> Tensor:
-        return super().head(hidden) * self._backbone.lm_head_multiplier
-
-    def _new_mixer(self, of: type[nn.Module], config: Any, index: int) -> nn.Module:
-        from transformers.models.falcon_h1.modeling_falcon_h1 import compute_mup_vector
-
-        mixer = super()._new_mixer(of, config, index)
-        mixer.register_buffer("mup_vector", compute_mup_vector(config), persistent=False)  # the model does it
-        return mixer
+    embedding_multiplier, logits_multiplier = "embedding_multiplier", "lm_head_multiplier"
 
 
 class NemotronH(Hybrid):
@@ -277,6 +254,7 @@ class NemotronH(Hybrid):
     embedding, norm = "embeddings", "norm_f"
     words = {"state": "ssm_state_size", "head": "mamba_num_heads", "channel": "mamba_head_dim"}
     lists = ("layers_block_type",)
+    numbered = ("", "mixer")
 
 
 class GraniteMoeHybrid(Hybrid):
@@ -292,21 +270,19 @@ class GraniteMoeHybrid(Hybrid):
     norm = "norm"
     words = EXPANDED
     lists = ("layer_types",)
-
-    def head(self, hidden: Tensor) -> Tensor:
-        return super().head(hidden) / self._config.logits_scaling
+    embedding_multiplier, logits_divisor = "embedding_multiplier", "logits_scaling"
 
 
 class Zamba2(Hybrid):
     """Mamba-2 layers, some behind a transformer block that they share (`Zamba2ForCausalLM`).
 
     The shared block reads the embedding beside the stream, so `embed` gives both, one behind the other, and
-    blocks pass the second on. Its matrices are targets of the first layer that uses it (`SharedTarget`); the
+    blocks pass the second on. Its matrices are targets of the first layer that uses it (`Target.uses`); the
     adapters that each use adds to them are no targets.
     """
 
-    block = Zamba2Block
-    structure = ("state", "head", "channel")  # `drop` takes plain Mamba layers only
+    carries_embedding = True
+    structure = ("state", "head", "channel")  # layers share their transformer block, so none can be left out
     order = (
         *(f"shared_transformer.{name}" for name in ATTENTION),
         *(f"shared_transformer.feed_forward.{name}_proj" for name in ("gate_up", "down")),
@@ -320,48 +296,3 @@ class Zamba2(Hybrid):
         "channel": "mamba_headdim",
         "expand": "mamba_expand",
     }
-    lists = ("layers_block_type",)
-
-    def embed(self, tokens: Tensor) -> Tensor:
-        hidden = super().embed(tokens)
-        return torch.cat([hidden, hidden], -1)
-
-    def _reading(self, norm: Any) -> Callable[[Tensor], Tensor]:
-        width = self._config.hidden_size
-        return lambda hidden: norm(hidden[..., :width])
-
-    def _shorter(self, index: int) -> dict[str, Any]:
-        kinds = self._config.layers_block_type
-        if kinds[index] == "hybrid":
-            raise ValueError(f"layer {index} cannot be left out: other layers share its transformer block")
-        found = super()._shorter(index)
-        left = [i for i, kind in enumerate(found["layers_block_type"]) if kind == "hybrid"]
-        return found | {"hybrid_layer_ids": left}
-
-    def may_go(self, gone: Collection[int]) -> list[int]:
-        """As `Architecture.may_go`: stock caches want a layer of attention, and the rest a mixer."""
-        left = [b for b in self.blocks if isinstance(b, HybridBlock) and b.index not in gone]
-        kinds = [{"mixer": block.mixer is not None, "attention": block.attends} for block in left]
-        last = [kind for kind in ("mixer", "attention") if sum(has[kind] for has in kinds) == 1]
-        return [
-            block.index for block, has in zip(left, kinds, strict=True) if not any(has[kind] for kind in last)
-        ]
-
-    def drop(self, index: int) -> None:
-        super().drop(index)
-        slots = {layer: slot for slot, layer in enumerate(self._config.hybrid_layer_ids)}
-        for module in self._backbone.modules():  # which adapter belongs to which layer
-            if hasattr(module, "layer_dic"):
-                module.layer_dic = slots
-        for module in (self._backbone, self.model):  # which weights are one
-            for name in ("_tied_weights_keys", "all_tied_weights_keys"):
-                setattr(module, name, _renumbered(getattr(module, name), index))
-
-
-def _renumbered(ties: Mapping[str, str], gone: int) -> dict[str, str]:
-    """Names of layers behind the one that is gone move up."""
-
-    def moved(name: str) -> str:
-        return re.sub(r"(layers\.)(\d+)", lambda m: f"{m[1]}{int(m[2]) - (int(m[2]) > gone)}", name)
-
-    return {moved(copy): moved(source) for copy, source in ties.items()}

@@ -12,8 +12,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -21,22 +19,10 @@ from torch import Tensor, nn
 
 from sparsessm.architectures import experts
 from sparsessm.architectures.attention import Keys, causal_mask, positions
-from sparsessm.architectures.base import Architecture, Block, Tap, Target
-
-
-@dataclass(frozen=True)
-class SharedTarget(Target):
-    """A matrix that several blocks have in common; it is a target of the first of them.
-
-    Attributes:
-        uses: indices of all blocks whose data meets it, ascending. `seen_by_all_uses` looks at all.
-    """
-
-    uses: tuple[int, ...] = ()
-
-    @property
-    def plain(self) -> bool:
-        return False
+from sparsessm.architectures.base import Architecture, Block, Tap
+from sparsessm.architectures.mixer import MixerKind
+from sparsessm.architectures.outputs import kept_outputs
+from sparsessm.architectures.target import Target
 
 
 class HybridState(NamedTuple):
@@ -51,16 +37,19 @@ class Setting(NamedTuple):
     """What the blocks of a model have in common.
 
     Attributes:
-        kind: `mamba1` or `mamba2`.
+        kind: of the Mamba mixers.
         order: paths inside a layer where a mixer, linear layers and experts may be, in the order of the data.
         rotary: stock module that makes position embeddings, None if the model has none.
         stored: parameter name -> dtype of its checkpoint.
+        carries_embedding: the stream is twice as wide, with the embedding behind, which attention reads too
+            (Zamba2).
     """
 
-    kind: ModuleType
+    kind: MixerKind
     order: tuple[str, ...]
     rotary: Any
     stored: Mapping[str, torch.dtype]
+    carries_embedding: bool = False
 
 
 class _Reached(Exception):
@@ -68,18 +57,12 @@ class _Reached(Exception):
 
 
 class HybridBlock(Block):
-    """One stock layer, whatever is in it.
-
-    Attributes:
-        layer: the stock module.
-        mixer: name of the Mamba mixer inside it, None if it has none.
-    """
+    """One stock layer, whatever is in it."""
 
     def __init__(self, setting: Setting, layer: Any, index: int, uses: Mapping[str, tuple[int, ...]]) -> None:
         """uses: path of a linear layer inside this one -> the blocks that share its weight, if there are."""
         self.index, self.name, self.layer = index, f"model.layers.{index}", layer
         self._setting, self._uses = setting, uses
-        self.mixer: str | None = None
         self._mixer: Any = None
         self._experts: Any = None
         self._expert_kinds: set[str] = set()
@@ -88,18 +71,16 @@ class HybridBlock(Block):
         self._captured: dict[str, Tensor] | None = None
         self.targets = tuple(self._found())
         self.axes = () if self.mixer is None else setting.kind.axes(self._mixer, f"{self.mixer}.")
-
-    @property
-    def attends(self) -> bool:
-        """Whether it has attention."""
-        return "q_proj" in self._linear
+        self.attends = "q_proj" in self._linear
 
     def _found(self) -> Iterator[Target]:
         """The targets in the order of the data, noting where they are."""
-        kind, order, _, stored = self._setting
+        kind, order, stored = self._setting.kind, self._setting.order, self._setting.stored
         for path in order:
             module, full = inside(self.layer, path), f"{self.name}.{path}."
-            if hasattr(module, "A_log"):
+            if module is None:
+                continue
+            if "A_log" in dict(module.named_parameters(recurse=False)):
                 self.mixer, self._mixer = path, module
                 mixed = kind.targets(module, full, self.index, stored)
                 self._names |= {target.kind: target.name for target in mixed}
@@ -123,10 +104,8 @@ class HybridBlock(Block):
         dtype = self._setting.stored.get(name, module.weight.dtype)
         if uses[0] != self.index:
             return None
-        plain = Target(name, "projections", kind, self.index, module.weight, dtype)
-        if len(uses) == 1:
-            return plain
-        return SharedTarget(**{f.name: getattr(plain, f.name) for f in fields(plain)}, uses=uses)
+        shared = uses if len(uses) > 1 else ()
+        return Target(name, "projections", kind, self.index, module.weight, dtype, uses=shared)
 
     def forward(
         self,
@@ -141,7 +120,7 @@ class HybridBlock(Block):
         def fed(kind: str, x: Tensor, rows: Tensor | None = None) -> None:
             if (tap := watched.get(kind)) and x.shape[1]:
                 # Of an expert's tokens somebody may want to know which they are.
-                tap.add(x, rows=rows) if getattr(tap, "routed", False) else tap.add(x)
+                tap.add(x, rows=rows) if tap.routed else tap.add(x)
             if kind == until:
                 raise _Reached
 
@@ -179,6 +158,11 @@ class HybridBlock(Block):
 
     def _through(self, hidden: Tensor, start: int, keys: Keys) -> Tensor:
         """The stock layer on a slab that comes after `start` tokens."""
+        if self._setting.carries_embedding:
+            stream, embedded = hidden.chunk(2, -1)
+            beside = self._beside(stream, start, keys, "causal_mask")
+            out = self.layer(stream, original_hidden_states=embedded, layer_idx=self.index, **beside)
+            return torch.cat([out, embedded], -1)
         out = self.layer(hidden, **self._beside(hidden, start, keys))
         return out[0] if isinstance(out, tuple) else out
 
@@ -193,19 +177,11 @@ class HybridBlock(Block):
 
     @contextmanager
     def outputs(self) -> Iterator[dict[str, Tensor]]:
-        """Yields what holds the outputs of all linear layers and experts, by target name, after a forward.
-
-        Linear layers that are targets of an earlier block are among them. Experts: (tokens sent to it, out).
-        """
-        captured: dict[str, Tensor] = {}
-        linear: dict[str, Any] = dict(self._linear)
+        linear: dict[str, nn.Module] = {self._names[kind]: module for kind, module in self._linear.items()}
         if self._mixer is not None:
-            parts = {kind: getattr(self._mixer, kind, None) for kind in self._names}
-            linear |= {kind: module for kind, module in parts.items() if isinstance(module, nn.Linear)}
-        with ExitStack() as stack:
-            for kind, module in linear.items():
-                hook = module.register_forward_hook(_keeping(captured, self._names[kind]))
-                stack.callback(hook.remove)
+            parts = {name: inside(self._mixer, kind) for kind, name in self._names.items()}
+            linear |= {name: part for name, part in parts.items() if isinstance(part, nn.Linear)}
+        with kept_outputs(linear) as captured:
             self._captured = captured if self._experts is not None else None
             try:
                 yield captured
@@ -213,33 +189,20 @@ class HybridBlock(Block):
                 self._captured = None
 
     def copy(self) -> HybridBlock:
-        return type(self)(self._setting, copy.deepcopy(self.layer), self.index, self._uses)
+        return HybridBlock(self._setting, copy.deepcopy(self.layer), self.index, self._uses)
 
 
-class Zamba2Block(HybridBlock):
-    """A layer of Zamba2. The shared transformer also reads the embedding, which the stream carries along."""
-
-    def _through(self, hidden: Tensor, start: int, keys: Keys) -> Tensor:
-        stream, embedded = hidden.chunk(2, -1)
-        beside = self._beside(stream, start, keys, "causal_mask")
-        out = self.layer(stream, original_hidden_states=embedded, layer_idx=self.index, **beside)
-        return torch.cat([out, embedded], -1)
-
-
-def inside(layer: Any, path: str) -> Any:
-    """What a dotted path leads to, None if it leads nowhere."""
-    for name in path.split("."):
-        layer = getattr(layer, name, None)
-    return layer
+def inside(module: nn.Module, path: str) -> nn.Module | None:
+    """The module that a dotted path leads to, None if it leads nowhere."""
+    try:
+        return module.get_submodule(path)
+    except AttributeError:
+        return None
 
 
 def _feeding(fed: Callable[[str, Tensor], None], kind: str, slab: Tensor) -> Callable[..., None]:
     """A hook that feeds a tap (W, T, in), also where stock code puts windows and time into one dimension."""
     return lambda module, inputs: fed(kind, inputs[0].reshape(*slab.shape[:2], -1))
-
-
-def _keeping(captured: dict[str, Tensor], name: str) -> Callable[..., None]:
-    return lambda module, inputs, output: captured.__setitem__(name, output)
 
 
 @contextmanager
@@ -257,7 +220,7 @@ def _instead(module: Any, forward: Callable[..., Tensor]) -> Iterator[None]:
 
 
 def seen_by_all_uses(
-    architecture: Architecture, target: SharedTarget, observer: Any, hidden: Tensor, width: int
+    architecture: Architecture, target: Target, observer: Any, hidden: Tensor, width: int
 ) -> Any:
     """Look at a shared matrix in all blocks that use it, in the model as it is.
 
@@ -271,7 +234,7 @@ def seen_by_all_uses(
     Returns:
         The observer's result.
     """
-    tap: Any = _Twice(observer) if getattr(observer, "paired", False) else observer
+    tap: Any = _Twice(observer) if observer.paired else observer
     with torch.inference_mode():
         stream = hidden.clone()
         for block in architecture.blocks[target.uses[0] : target.uses[-1] + 1]:
@@ -290,6 +253,7 @@ class _Twice:
     """A tap that hands a paired observer its inputs as those of the dense model too."""
 
     options: Mapping[str, Any] = {}
+    paired = routed = False
 
     def __init__(self, observer: Any) -> None:
         self._observer = observer

@@ -7,15 +7,19 @@ is around them, say `stack.py` and `hybrid.py`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from sparsessm import kernels
-from sparsessm.architectures.base import Axis, Part, Tap, Target, removed_a_log
+from sparsessm.architectures.axes import Axis, Part
+from sparsessm.architectures.base import Tap
+from sparsessm.architectures.mixer import MixerKind, convolve, matrices, precise, windows
+from sparsessm.architectures.target import Target
 
 
 class MixerState(NamedTuple):
@@ -29,119 +33,120 @@ class MixerState(NamedTuple):
 KINDS = ("in_proj", "conv1d", "x_proj", "dt_proj", "A_log", "out_proj")  # in the order of the data
 
 
-def targets(mixer: Any, prefix: str, layer: int, stored: Mapping[str, torch.dtype]) -> tuple[Target, ...]:
-    """The matrices of a mixer in the order of the data; `prefix` is its full name and a dot."""
-    plain = mixer.x_proj.bias is None and not _normed(mixer)
-    fed_by = {"dt_proj": ("x_proj", mixer.time_step_rank)} if plain else {}
-    return matrices(mixer, prefix, layer, stored, KINDS, fed_by)
+@dataclass(frozen=True)
+class Mamba1Kind(MixerKind):
+    """Mamba-1 mixers.
 
+    Attributes:
+        norms: what follows x_proj, on Δ, B and C each: "none", "weightless" (FalconMamba) or "weighted"
+            (Jamba).
+    """
 
-def matrices(
-    mixer: Any,
-    prefix: str,
-    layer: int,
-    stored: Mapping[str, torch.dtype],
-    kinds: Sequence[str],
-    fed_by: Mapping[str, tuple[str, int]],
-) -> tuple[Target, ...]:
-    """A target for each of these parts of a mixer, of either kind."""
-    found = []
-    for kind in kinds:
-        part = getattr(mixer, kind)
-        state = kind == "A_log"
-        name, parameter = (prefix + kind, part) if state else (f"{prefix}{kind}.weight", part.weight)
-        what: dict[str, Any] = {"module_class": type(mixer if state else part).__name__}
-        dtype = stored.get(name, parameter.dtype)
-        if state:
-            skip = mixer.D, stored.get(f"{prefix}D", mixer.D.dtype)
-            what |= {"removed": removed_a_log(dtype), "companions": {"D": skip}}
-        family = {"A_log": "ssm", "conv1d": "conv1d"}.get(kind, "projections")
-        what |= {"fed_by": fed_by.get(kind), "depthwise": kind == "conv1d"}
-        found.append(Target(name, family, kind, layer, parameter, dtype, **what))
-    return tuple(found)
+    norms: str = "none"
 
+    def targets(
+        self, mixer: Any, prefix: str, layer: int, stored: Mapping[str, torch.dtype]
+    ) -> tuple[Target, ...]:
+        plain = mixer.x_proj.bias is None and self.norms == "none"
+        fed_by = {"dt_proj": ("x_proj", mixer.time_step_rank)} if plain else {}
+        return matrices(mixer, prefix, layer, stored, KINDS, fed_by)
 
-def axes(mixer: Any, prefix: str) -> tuple[Axis, ...]:
-    """Its states and channels; `prefix` is its name inside the layer and a dot."""
-    channels, states = mixer.A_log.shape
-    rank = mixer.time_step_rank
-    state = [Part("x_proj.weight", 0, rank), Part("x_proj.weight", 0, rank + states), Part("A_log", 1)]
-    channel = [
-        Part("in_proj.weight", 0),
-        Part("in_proj.weight", 0, channels),
-        Part("conv1d.weight", 0),
-        Part("x_proj.weight", 1),
-        Part("dt_proj.weight", 0),
-        Part("dt_proj.bias", 0),
-        Part("A_log", 0),
-        Part("D", 0),
-        Part("out_proj.weight", 1),
-    ]
-    if mixer.in_proj.bias is not None:
-        channel += [Part("in_proj.bias", 0), Part("in_proj.bias", 0, channels)]
-    if mixer.conv1d.bias is not None:
-        channel.append(Part("conv1d.bias", 0))
-    for norm in ("b_layernorm", "c_layernorm"):  # Jamba's have weights, FalconMamba's have none
-        if isinstance(getattr(getattr(mixer, norm, None), "weight", None), nn.Parameter):
-            state.append(Part(f"{norm}.weight", 0))
-    linear = not _normed(mixer) and mixer.x_proj.bias is None
+    def axes(self, mixer: Any, prefix: str) -> tuple[Axis, ...]:
+        """As `MixerKind.axes`: its states and channels."""
+        channels, states = mixer.A_log.shape
+        rank = mixer.time_step_rank
+        state = [Part("x_proj.weight", 0, rank), Part("x_proj.weight", 0, rank + states), Part("A_log", 1)]
+        channel = [
+            Part("in_proj.weight", 0),
+            Part("in_proj.weight", 0, channels),
+            Part("conv1d.weight", 0),
+            Part("x_proj.weight", 1),
+            Part("dt_proj.weight", 0),
+            Part("dt_proj.bias", 0),
+            Part("A_log", 0),
+            Part("D", 0),
+            Part("out_proj.weight", 1),
+        ]
+        if mixer.in_proj.bias is not None:
+            channel += [Part("in_proj.bias", 0), Part("in_proj.bias", 0, channels)]
+        if mixer.conv1d.bias is not None:
+            channel.append(Part("conv1d.bias", 0))
+        if self.norms == "weighted":
+            state += [Part(f"{norm}.weight", 0) for norm in ("b_layernorm", "c_layernorm")]
+        linear = self.norms == "none" and mixer.x_proj.bias is None
 
-    def prefixed(parts: list[Part]) -> tuple[Part, ...]:
-        return tuple(Part(prefix + p.tensor, p.dim, p.start, p.width) for p in parts)
+        def prefixed(parts: list[Part]) -> tuple[Part, ...]:
+            return tuple(Part(prefix + p.tensor, p.dim, p.start, p.width) for p in parts)
 
-    own = prefixed(state)
-    return (
-        Axis("state", states, own, *(own[:2] if linear else ())),
-        Axis("channel", channels, prefixed(channel)),
-    )
-
-
-def forward(
-    mixer: Any, x: Tensor, state: MixerState | None, taps: Mapping[str, Tap], until: str | None = None
-) -> tuple[Tensor | None, MixerState | None]:
-    """The mixer over one slab: x (W, T, d_model), normalised -> (W, T, d_model) and the state after it."""
-
-    def fed(kind: str, what: Tensor) -> bool:
-        if tap := taps.get(kind):
-            tap.add(what)
-        return kind == until
-
-    channels = mixer.A_log.shape[0]
-    before, scan_state, removed_state = (None, None, None) if state is None else state
-    if fed("in_proj", x):
-        return None, None
-    if until in ("conv1d", "x_proj", "dt_proj"):  # they need no gate: half of in_proj
-        bias = mixer.in_proj.bias
-        conv_input = F.linear(x, mixer.in_proj.weight[:channels], None if bias is None else bias[:channels])
-        z = None
-    else:
-        conv_input, z = mixer.in_proj(x).chunk(2, dim=-1)  # views, (W, T, D) each
-    if tap := taps.get("conv1d"):
-        tap.add(windows(mixer, conv_input, before))
-    u, before = convolve(mixer, conv_input, before)
-    if until == "conv1d" or fed("x_proj", u):
-        return None, MixerState(before, None, None)
-    step, B, C = readings(mixer, u)
-    if fed("dt_proj", step):
-        return None, MixerState(before, None, None)
-    delta = F.softplus(mixer.dt_proj(step))  # (W, T, D)
-    A = -torch.exp(precise(mixer.A_log))  # (D, N)
-    skip = precise(mixer.D)
-    if tap := taps.get("states"):
-        y, scan_state = _sampled(tap, mixer, (u, delta, A, B, C, skip, z), scan_state)
-    elif tap := taps.get("A_log"):
-        y, scan_state, stats = kernels.selective_scan_stats(
-            u, delta, A, B, C, skip, z, scan_state, removed_state=removed_state, **tap.options
+        own = prefixed(state)
+        return (
+            Axis("state", states, own, *(own[:2] if linear else ())),
+            Axis("channel", channels, prefixed(channel)),
         )
-        removed_state = stats.removed_state
-        tap.add(stats, mixer.out_proj.weight.detach(), y)
-    else:
-        y, scan_state = kernels.selective_scan(u, delta, A, B, C, skip, z, scan_state)
-        removed_state = None
-    state = MixerState(before, scan_state, removed_state)
-    if until in ("A_log", "states") or fed("out_proj", y):
-        return None, state
-    return mixer.out_proj(y), state
+
+    def forward(
+        self,
+        mixer: Any,
+        x: Tensor,
+        state: MixerState | None,
+        taps: Mapping[str, Tap],
+        until: str | None = None,
+    ) -> tuple[Tensor | None, MixerState | None]:
+
+        def fed(kind: str, what: Tensor) -> bool:
+            if tap := taps.get(kind):
+                tap.add(what)
+            return kind == until
+
+        channels = mixer.A_log.shape[0]
+        before, scan_state, removed_state = (None, None, None) if state is None else state
+        if fed("in_proj", x):
+            return None, None
+        if until in ("conv1d", "x_proj", "dt_proj"):  # they need no gate: half of in_proj
+            bias = mixer.in_proj.bias
+            conv_input = F.linear(
+                x, mixer.in_proj.weight[:channels], None if bias is None else bias[:channels]
+            )
+            z = None
+        else:
+            conv_input, z = mixer.in_proj(x).chunk(2, dim=-1)  # views, (W, T, D) each
+        if tap := taps.get("conv1d"):
+            tap.add(windows(mixer, conv_input, before))
+        u, before = convolve(mixer, conv_input, before)
+        if until == "conv1d" or fed("x_proj", u):
+            return None, MixerState(before, None, None)
+        step, B, C = self._readings(mixer, u)
+        if fed("dt_proj", step):
+            return None, MixerState(before, None, None)
+        delta = F.softplus(mixer.dt_proj(step))  # (W, T, D)
+        A = -torch.exp(precise(mixer.A_log))  # (D, N)
+        skip = precise(mixer.D)
+        if tap := taps.get("states"):
+            y, scan_state = _sampled(tap, mixer, (u, delta, A, B, C, skip, z), scan_state)
+        elif tap := taps.get("A_log"):
+            y, scan_state, stats = kernels.selective_scan_stats(
+                u, delta, A, B, C, skip, z, scan_state, removed_state=removed_state, **tap.options
+            )
+            removed_state = stats.removed_state
+            tap.add(stats, mixer.out_proj.weight.detach(), y)
+        else:
+            y, scan_state = kernels.selective_scan(u, delta, A, B, C, skip, z, scan_state)
+            removed_state = None
+        state = MixerState(before, scan_state, removed_state)
+        if until in ("A_log", "states") or fed("out_proj", y):
+            return None, state
+        return mixer.out_proj(y), state
+
+    def _readings(self, mixer: Any, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """u (W, T, D) -> inputs of dt_proj (W, T, rank), B and C (W, T, N), after norms if there are."""
+        step, B, C = mixer.x_proj(u).split(
+            [mixer.time_step_rank, mixer.ssm_state_size, mixer.ssm_state_size], dim=-1
+        )
+        if self.norms == "weighted":
+            return mixer.dt_layernorm(step), mixer.b_layernorm(B), mixer.c_layernorm(C)
+        if self.norms == "weightless":  # modules, in transformers 4.57 a function
+            step, B, C = (_normed(part, mixer.rms_eps) for part in (step, B, C))
+        return step, B, C
 
 
 def _sampled(tap: Tap, mixer: Any, inputs: tuple[Any, ...], state: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -168,40 +173,6 @@ def _sampled(tap: Tap, mixer: Any, inputs: tuple[Any, ...], state: Tensor | None
     return torch.cat(parts, 1), state
 
 
-def readings(mixer: Any, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """u (W, T, D) -> inputs of dt_proj (W, T, rank), B and C (W, T, N), after the norms where there are."""
-    step, B, C = mixer.x_proj(u).split(
-        [mixer.time_step_rank, mixer.ssm_state_size, mixer.ssm_state_size], dim=-1
-    )
-    if hasattr(mixer, "dt_layernorm"):
-        return mixer.dt_layernorm(step), mixer.b_layernorm(B), mixer.c_layernorm(C)
-    if _normed(mixer):
-        step, B, C = (F.rms_norm(part, part.shape[-1:], None, mixer.rms_eps) for part in (step, B, C))
-    return step, B, C
-
-
-def windows(mixer: Any, x: Tensor, before: Tensor | None) -> Tensor:
-    """What each step's convolution sees: x (W, T, D) -> (W, T, D, K), the last tap first in time last."""
-    past = mixer.conv_kernel_size - 1
-    if before is None:
-        before = x.new_zeros(x.shape[0], past, x.shape[2])
-    return torch.cat([before, x], 1).unfold(1, past + 1, 1)
-
-
-def convolve(mixer: Any, x: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Convolution and activation of x (W, T, D) after `before` (W, K-1, D) -> result and next `before`."""
-    past = mixer.conv_kernel_size - 1
-    u = kernels.causal_conv1d(x, mixer.conv1d.weight[:, 0], mixer.conv1d.bias, before, silu=True)
-    if before is None:
-        before = x.new_zeros(x.shape[0], past, x.shape[2])
-    return u, torch.cat([before, x[:, -past:]], 1)[:, -past:] if past else before
-
-
-def precise(parameter: Tensor) -> Tensor:
-    """float32 as in the stock forward, or float64 in a float64 model."""
-    return parameter if parameter.dtype == torch.float64 else parameter.float()
-
-
-def _normed(mixer: Any) -> bool:
-    """Whether norms follow x_proj: Jamba's and FalconMamba's modules, in transformers 4.57 a function."""
-    return hasattr(mixer, "dt_layernorm") or hasattr(mixer, "rms_eps")
+def _normed(part: Tensor, epsilon: float) -> Tensor:
+    """RMSNorm without weights, as stock code computes it."""
+    return part * torch.rsqrt(part.square().mean(-1, keepdim=True) + epsilon)

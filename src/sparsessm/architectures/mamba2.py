@@ -8,15 +8,18 @@ mixers of Bamba, FalconH1, GraniteMoeHybrid, NemotronH and Zamba2 are the same b
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from sparsessm import kernels
-from sparsessm.architectures.base import Axis, Part, Tap, Target
-from sparsessm.architectures.mamba1 import convolve, matrices, precise, windows
+from sparsessm.architectures.axes import Axis, Part
+from sparsessm.architectures.base import Tap
+from sparsessm.architectures.mixer import MixerKind, convolve, matrices, precise, windows
+from sparsessm.architectures.target import Target
 from sparsessm.kernels.ssd import ssd_scan
 
 KINDS = ("in_proj", "conv1d", "A_log", "out_proj")  # in the order of the data
@@ -55,131 +58,145 @@ class Sizes(NamedTuple):
         return self.inner + 2 * self.groups * self.states
 
 
-def targets(mixer: Any, prefix: str, layer: int, stored: Mapping[str, torch.dtype]) -> tuple[Target, ...]:
-    """The matrices of a mixer in the order of the data; `prefix` is its full name and a dot."""
-    return matrices(mixer, prefix, layer, stored, KINDS, {})
+@dataclass(frozen=True)
+class Mamba2Kind(MixerKind):
+    """Mamba-2 mixers.
 
-
-def axes(mixer: Any, prefix: str) -> tuple[Axis, ...]:
-    """States of each group, heads of each group, channels of each head; `prefix`: its name in the layer."""
-    size = Sizes.of(mixer)
-    biased = [name for name in ("in_proj", "conv1d") if getattr(mixer, name).bias is not None]
-    normed = isinstance(getattr(mixer.norm, "weight", None), nn.Parameter)
-
-    def part(tensor: str, dim: int, start: int, width: int = 1) -> Part:
-        return Part(prefix + tensor, dim, start, width)
-
-    def mixed(start: int, width: int = 1) -> list[Part]:
-        """Channels of the convolution: rows of in_proj behind the gate, and of conv1d."""
-        shifted = size.inner + start
-        parts = [part("in_proj.weight", 0, shifted, width), part("conv1d.weight", 0, start, width)]
-        shifts = {"in_proj": shifted, "conv1d": start}
-        return parts + [part(f"{name}.bias", 0, shifts[name], width) for name in biased]
-
-    def inner(start: int, width: int) -> list[Part]:
-        """Channels of the scan: the gate's rows, the convolution's, the norm's and out_proj's."""
-        parts = [part("in_proj.weight", 0, start, width), *mixed(start, width)]
-        parts += [part("in_proj.bias", 0, start, width)] if "in_proj" in biased else []
-        parts += [part("norm.weight", 0, start, width)] if normed else []
-        return [*parts, part("out_proj.weight", 1, start, width)]
-
-    found = []
-    for group in range(size.groups):
-        b = size.inner + group * size.states
-        found.append(Axis("state", size.states, tuple(mixed(b) + mixed(b + size.groups * size.states))))
-    of_group = size.heads // size.groups
-    for group in range(size.groups):
-        first = group * of_group
-        step = size.inner + size.mixed + first
-        parts = [part("in_proj.weight", 0, step), *inner(first * size.channels, size.channels)]
-        parts += [part("in_proj.bias", 0, step)] if "in_proj" in biased else []
-        parts += [part(name, 0, first) for name in ("A_log", "D", "dt_bias")]
-        found.append(Axis("head", of_group, tuple(parts)))
-    for head in range(size.heads):
-        found.append(Axis("channel", size.channels, tuple(inner(head * size.channels, 1))))
-    return tuple(found)
-
-
-def forward(
-    mixer: Any, x: Tensor, state: MixerState | None, taps: Mapping[str, Tap], until: str | None = None
-) -> tuple[Tensor | None, MixerState | None]:
-    """The mixer over one slab: x (W, T, d_model), normalised -> (W, T, d_model) and the state after it."""
-
-    def fed(kind: str, what: Tensor) -> bool:
-        if tap := taps.get(kind):
-            tap.add(what)
-        return kind == until
-
-    size = Sizes.of(mixer)
-    before, scan_state, removed_state = (None, None, None) if state is None else state
-    if (scale := getattr(mixer, "ssm_in_multiplier", None)) is not None:  # FalconH1
-        x = x * scale
-    if fed("in_proj", x):
-        return None, None
-    projected = mixer.in_proj(x)
-    if hasattr(mixer, "mup_vector"):
-        projected = projected * mixer.mup_vector
-    z, mixed, step = projected.split([size.inner, size.mixed, size.heads], dim=-1)
-    if tap := taps.get("conv1d"):
-        tap.add(windows(mixer, mixed, before))
-    mixed, before = convolve(mixer, mixed, before)
-    if until == "conv1d":
-        return None, MixerState(before, None, None)
-    u, B, C = mixed.split([size.inner, size.groups * size.states, size.groups * size.states], dim=-1)
-    u = u.unflatten(-1, (size.heads, size.channels))  # (W, T, H, P)
-    B, C = (part.unflatten(-1, (size.groups, size.states)) for part in (B, C))  # (W, T, G, N)
-    if hasattr(mixer, "B_projection"):  # projected.py: B and C (W, T, G, r)
-        B = torch.einsum("wtgn,grn->wtgr", B, mixer.B_projection)
-        C = torch.einsum("wtgn,grn->wtgr", C, mixer.C_projection)
-    low, high = mixer.time_step_limit
-    delta = F.softplus(step + mixer.dt_bias).clamp(low, high)  # (W, T, H)
-    inputs = u, delta, -torch.exp(precise(mixer.A_log)), B, C, precise(mixer.D)
-    if tap := taps.get("states"):
-        every = tap.options["every"]
-        y, scan_next, states = ssd_scan(*inputs, scan_state, every=every)
-        y = y.flatten(-2)  # (W, T, D)
-        last = slice(every - 1, None, every)
-        gain = output_gain(mixer, y, z)[:, last]
-        tap.add(states.flatten(2, 3), C[:, last], gain, mixer.out_proj.weight.detach())
-    else:
-        y, scan_next = ssd_scan(*inputs, scan_state)
-        y = y.flatten(-2)
-    if tap := taps.get("A_log"):
-        gain = output_gain(mixer, y, z)
-        stats, removed_state = statistics(tap.options, inputs, y, gain, scan_state, removed_state)
-        tap.add(stats, mixer.out_proj.weight.detach(), y * gain)
-    state = MixerState(before, scan_next, removed_state)
-    if until in ("A_log", "states"):
-        return None, state
-    y = gated(mixer, y, z)
-    if fed("out_proj", y):
-        return None, state
-    return mixer.out_proj(y), state
-
-
-def gated(mixer: Any, y: Tensor, z: Tensor) -> Tensor:
-    """Gate and norm of the scan's output y (W, T, D), in the model's order."""
-    if getattr(mixer, "mamba_rms_norm", True):
-        return mixer.norm(y, z)
-    return y * F.silu(z)
-
-
-def output_gain(mixer: Any, y: Tensor, z: Tensor) -> Tensor:
-    """(W, T, D): by how much out_proj's input changes with the scan's output y, the norm's scale held fixed.
-
-    The norm divides a group's channels by their root mean square, which a small error hardly moves; what it
-    does move is left out (docs/methods.md).
+    Attributes:
+        norm_by_config: the norm behind the scan may be missing or come before the gate (FalconH1).
+        projected: B and C are projected to fewer directions behind the convolution (projected.py).
     """
-    gate = F.silu(z)
-    norm = getattr(mixer, "norm", None)
-    if not getattr(mixer, "mamba_rms_norm", True) or norm is None:
-        return gate
-    # transformers 4.57 norms all channels of a Mamba-2 together
-    groups = getattr(norm, "n_groups", None) or y.shape[-1] // getattr(norm, "group_size", y.shape[-1])
-    before_gate = getattr(norm, "norm_before_gate", False)
-    seen = (y if before_gate else y * gate).unflatten(-1, (groups, -1))
-    scale = torch.rsqrt(seen.square().mean(-1, keepdim=True) + norm.variance_epsilon)
-    return (scale * gate.unflatten(-1, (groups, -1))).flatten(-2) * norm.weight
+
+    norm_by_config: bool = False
+    projected: bool = False
+
+    def targets(
+        self, mixer: Any, prefix: str, layer: int, stored: Mapping[str, torch.dtype]
+    ) -> tuple[Target, ...]:
+        return matrices(mixer, prefix, layer, stored, KINDS, {})
+
+    def axes(self, mixer: Any, prefix: str) -> tuple[Axis, ...]:
+        """As `MixerKind.axes`: states of each group, heads of each group, channels of each head."""
+        size = Sizes.of(mixer)
+        biased = [name for name in ("in_proj", "conv1d") if mixer.get_submodule(name).bias is not None]
+        normed = self._normed(mixer)
+
+        def part(tensor: str, dim: int, start: int, width: int = 1) -> Part:
+            return Part(prefix + tensor, dim, start, width)
+
+        def mixed(start: int, width: int = 1) -> list[Part]:
+            """Channels of the convolution: rows of in_proj behind the gate, and of conv1d."""
+            shifted = size.inner + start
+            parts = [part("in_proj.weight", 0, shifted, width), part("conv1d.weight", 0, start, width)]
+            shifts = {"in_proj": shifted, "conv1d": start}
+            return parts + [part(f"{name}.bias", 0, shifts[name], width) for name in biased]
+
+        def inner(start: int, width: int) -> list[Part]:
+            """Channels of the scan: the gate's rows, the convolution's, the norm's and out_proj's."""
+            parts = [part("in_proj.weight", 0, start, width), *mixed(start, width)]
+            parts += [part("in_proj.bias", 0, start, width)] if "in_proj" in biased else []
+            parts += [part("norm.weight", 0, start, width)] if normed else []
+            return [*parts, part("out_proj.weight", 1, start, width)]
+
+        found = []
+        for group in range(size.groups):
+            b = size.inner + group * size.states
+            found.append(Axis("state", size.states, tuple(mixed(b) + mixed(b + size.groups * size.states))))
+        of_group = size.heads // size.groups
+        for group in range(size.groups):
+            first = group * of_group
+            step = size.inner + size.mixed + first
+            parts = [part("in_proj.weight", 0, step), *inner(first * size.channels, size.channels)]
+            parts += [part("in_proj.bias", 0, step)] if "in_proj" in biased else []
+            parts += [part(name, 0, first) for name in ("A_log", "D", "dt_bias")]
+            found.append(Axis("head", of_group, tuple(parts)))
+        for head in range(size.heads):
+            found.append(Axis("channel", size.channels, tuple(inner(head * size.channels, 1))))
+        return tuple(found)
+
+    def forward(
+        self,
+        mixer: Any,
+        x: Tensor,
+        state: MixerState | None,
+        taps: Mapping[str, Tap],
+        until: str | None = None,
+    ) -> tuple[Tensor | None, MixerState | None]:
+
+        def fed(kind: str, what: Tensor) -> bool:
+            if tap := taps.get(kind):
+                tap.add(what)
+            return kind == until
+
+        size = Sizes.of(mixer)
+        before, scan_state, removed_state = (None, None, None) if state is None else state
+        if self.multiplied:
+            x = x * mixer.ssm_in_multiplier
+        if fed("in_proj", x):
+            return None, None
+        projected = mixer.in_proj(x)
+        if self.multiplied:
+            projected = projected * mixer.mup_vector
+        z, mixed, step = projected.split([size.inner, size.mixed, size.heads], dim=-1)
+        if tap := taps.get("conv1d"):
+            tap.add(windows(mixer, mixed, before))
+        mixed, before = convolve(mixer, mixed, before)
+        if until == "conv1d":
+            return None, MixerState(before, None, None)
+        u, B, C = mixed.split([size.inner, size.groups * size.states, size.groups * size.states], dim=-1)
+        u = u.unflatten(-1, (size.heads, size.channels))  # (W, T, H, P)
+        B, C = (part.unflatten(-1, (size.groups, size.states)) for part in (B, C))  # (W, T, G, N)
+        if self.projected:  # B and C (W, T, G, r)
+            B = torch.einsum("wtgn,grn->wtgr", B, mixer.B_projection)
+            C = torch.einsum("wtgn,grn->wtgr", C, mixer.C_projection)
+        low, high = mixer.time_step_limit
+        delta = F.softplus(step + mixer.dt_bias).clamp(low, high)  # (W, T, H)
+        inputs = u, delta, -torch.exp(precise(mixer.A_log)), B, C, precise(mixer.D)
+        if tap := taps.get("states"):
+            every = tap.options["every"]
+            y, scan_next, states = ssd_scan(*inputs, scan_state, every=every)
+            y = y.flatten(-2)  # (W, T, D)
+            last = slice(every - 1, None, every)
+            gain = self.output_gain(mixer, y, z)[:, last]
+            tap.add(states.flatten(2, 3), C[:, last], gain, mixer.out_proj.weight.detach())
+        else:
+            y, scan_next = ssd_scan(*inputs, scan_state)
+            y = y.flatten(-2)
+        if tap := taps.get("A_log"):
+            gain = self.output_gain(mixer, y, z)
+            stats, removed_state = statistics(tap.options, inputs, y, gain, scan_state, removed_state)
+            tap.add(stats, mixer.out_proj.weight.detach(), y * gain)
+        state = MixerState(before, scan_next, removed_state)
+        if until in ("A_log", "states"):
+            return None, state
+        y = self._gated(mixer, y, z)
+        if fed("out_proj", y):
+            return None, state
+        return mixer.out_proj(y), state
+
+    def _normed(self, mixer: Any) -> bool:
+        return not self.norm_by_config or mixer.mamba_rms_norm
+
+    def _gated(self, mixer: Any, y: Tensor, z: Tensor) -> Tensor:
+        """Gate and norm of the scan's output y (W, T, D), in the model's order."""
+        if self._normed(mixer):
+            return mixer.norm(y, z)
+        return y * F.silu(z)
+
+    def output_gain(self, mixer: Any, y: Tensor, z: Tensor) -> Tensor:
+        """(W, T, D): by how much out_proj's input changes with the scan's output y, the norm's scale fixed.
+
+        The norm divides a group's channels by their root mean square, which a small error hardly moves; what
+        it does move is left out (docs/methods.md).
+        """
+        gate = F.silu(z)
+        if not self._normed(mixer):
+            return gate
+        norm, groups = mixer.norm, mixer.n_groups
+        before_gate = self.norm_by_config and norm.norm_before_gate
+        seen = (y if before_gate else y * gate).unflatten(-1, (groups, -1))
+        scale = torch.rsqrt(seen.square().mean(-1, keepdim=True) + norm.variance_epsilon)
+        return (scale * gate.unflatten(-1, (groups, -1))).flatten(-2) * norm.weight
 
 
 def statistics(

@@ -67,6 +67,8 @@ def guard(model: Any) -> None:
 
 def level(model: Any) -> None:
     """After layers of a Mamba-1 got other widths, or left: a stock model again where all are alike."""
+    if model.config.model_type not in WIDE:
+        return
     widths, own = {len(layer.mixer.D) for layer in model.backbone.layers}, vars(model)
     if len(widths) == 1:
         model.config.intermediate_size = widths.pop()
@@ -84,7 +86,7 @@ def _vectors(model: Any) -> list[tuple[str, torch.Tensor]]:
 
 
 def _widths(shapes: Mapping[str, tuple[int, ...]], config: Any) -> dict[int, int]:
-    if getattr(config, "model_type", None) not in WIDE:
+    if config.model_type not in WIDE:
         return {}
     found = {}
     for name, shape in shapes.items():

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
-from sparsessm.architectures import mamba2
+from sparsessm.architectures.mamba2 import Mamba2Kind
 
+KIND = Mamba2Kind(projected=True)
 MATRICES = ("B_projection", "C_projection")
 _NAME = re.compile(r"backbone\.layers\.(\d{1,9})\.mixer\.[BC]_projection", re.ASCII)
 
@@ -47,7 +48,7 @@ class ProjectedMixer(Mamba2Mixer):
             )
         if attention_mask is not None and not bool(attention_mask.all()):
             raise ValueError("a model with projected states takes no padding")
-        out, _ = mamba2.forward(self, hidden_states, None, {})
+        out, _ = KIND.forward(self, hidden_states, None, {})
         assert out is not None
         return out
 
@@ -82,11 +83,9 @@ def refuse_to_save(*args: Any, **kwargs: Any) -> None:
 
 def directions_of(model: Any) -> dict[int, int]:
     """Layer -> r, of the layers that are projected."""
-    layers = getattr(getattr(model, "backbone", None), "layers", ())
-    mixers = {index: getattr(layer, "mixer", None) for index, layer in enumerate(layers)}
     return {
-        index: mixer.B_projection.shape[1]
-        for index, mixer in mixers.items()
+        int(name.split(".")[2]): mixer.B_projection.shape[1]  # backbone.layers.0.mixer
+        for name, mixer in model.named_modules()
         if isinstance(mixer, ProjectedMixer)
     }
 
@@ -96,7 +95,7 @@ def directions_in(shapes: Mapping[str, tuple[int, ...]], config: Any) -> dict[in
 
     What does not fit the configuration is left to whoever compares the tensors with the model.
     """
-    if getattr(config, "model_type", None) != "mamba2":
+    if config.model_type != "mamba2":
         return {}
     found = {}
     for name in named_in(shapes):

@@ -7,23 +7,29 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparsessm.architectures import mamba1, mamba2, projected
+from sparsessm.architectures import projected
 from sparsessm.architectures.base import Architecture, Block, Tail, Tap, renumbered
 from sparsessm.architectures.embedding import embedded
+from sparsessm.architectures.mamba1 import Mamba1Kind
+from sparsessm.architectures.mamba2 import Mamba2Kind
+from sparsessm.architectures.mixer import MixerKind
+from sparsessm.architectures.outputs import kept_outputs
 from sparsessm.architectures.own import Own, level
 
 
 class StackBlock(Block):
     """One layer: hidden + mixer(norm(hidden))."""
 
-    def __init__(self, kind: ModuleType, layer: Any, index: int, stored: Mapping[str, torch.dtype]) -> None:
+    mixer = "mixer"
+
+    def __init__(self, kind: MixerKind, layer: Any, index: int, stored: Mapping[str, torch.dtype]) -> None:
         self.index, self.name = index, f"backbone.layers.{index}"
         self.layer, self._kind, self._stored = layer, kind, stored
         self.targets = kind.targets(layer.mixer, f"{self.name}.mixer.", index, stored)
@@ -40,20 +46,27 @@ class StackBlock(Block):
         out, state = self._kind.forward(layer.mixer, layer.norm(hidden), state, taps or {}, until)
         return out if out is None else hidden + out, state
 
+    def outputs(self) -> AbstractContextManager[dict[str, Tensor]]:
+        linear = [target for target in self.targets if target.module_class == "Linear"]
+        mixer: Any = self.layer.mixer
+        return kept_outputs({target.name: mixer.get_submodule(target.kind) for target in linear})
+
     def copy(self) -> StackBlock:
         return StackBlock(self._kind, copy.deepcopy(self.layer), self.index, self._stored)
 
 
 class Stack(Architecture):
-    """`MambaForCausalLM`, `FalconMambaForCausalLM` or `Mamba2ForCausalLM` of transformers."""
+    """What these models have in common. `kind`: of their mixers."""
 
-    kind: ModuleType
+    kind: MixerKind
 
     def __init__(self, model: nn.Module, stored: Mapping[str, torch.dtype]) -> None:
         self.model, self.stored = model, stored
         self._backbone: Any = model.backbone
         self._lm_head: Any = model.lm_head
         config = self._backbone.config
+        if Own.of(model):  # a stock layer of another shape has no place for what it has
+            self.structure, self.projects, self.widens = ("block",), False, False
         if config.hidden_act not in ("silu", "swish"):
             raise ValueError(f"hidden_act is {config.hidden_act!r}; one with 'silu' is supported")
         self.states = int(config.state_size)
@@ -65,7 +78,8 @@ class Stack(Architecture):
         self.tail = Tail(self._backbone.norm_f, self._lm_head, name, len(self.blocks), stored)
 
     def _block(self, index: int, layer: Any) -> StackBlock:
-        return StackBlock(self.kind, layer, index, self.stored)
+        own = isinstance(layer.mixer, projected.ProjectedMixer)
+        return StackBlock(projected.KIND if own else self.kind, layer, index, self.stored)
 
     def embed(self, tokens: Tensor) -> Tensor:
         return embedded(self._backbone.embeddings, tokens)
@@ -78,7 +92,8 @@ class Stack(Architecture):
         config = copy.deepcopy(self._backbone.config)
         for name, value in fields.items():
             setattr(config, name, value)
-        with torch.random.fork_rng([]):  # the start values, which are all replaced, are drawn from it
+        # the start values, which are all replaced, are drawn from it; buffers stay
+        with torch.random.fork_rng([]), torch.device(next(layer.parameters()).device):
             new = type(layer)(config, layer_idx=block.index)
         new.load_state_dict(dict(tensors), assign=True)
         new.requires_grad_(next(layer.parameters()).requires_grad).eval()
@@ -101,23 +116,26 @@ class Stack(Architecture):
         self.blocks = tuple(self._block(i, layer) for i, layer in enumerate(layers))
         self.tail.index = len(layers)
         self.tail.targets = tuple(replace(target, layer=len(layers)) for target in self.tail.targets)
+        level(self.model)
+
+    def project(self, block: Block, B: Tensor, C: Tensor) -> Block:
+        if not self.projects:
+            raise ValueError(f"the states of a {type(self).__name__} model cannot be projected")
+        projected.attach(self.model, {block.index: B.shape[1]})
+        layer: Any = block.layer
+        with torch.no_grad():
+            for name, matrix in zip(projected.MATRICES, (B, C), strict=True):
+                parameter = layer.mixer.get_parameter(name)
+                parameter.copy_(matrix)
+                self.stored = {**self.stored, f"{block.name}.mixer.{name}": parameter.dtype}
+        return self._replaced(self._block(block.index, block.layer))
 
 
-class Mamba(Stack):
-    """Mamba, Mamba-1 layers (`MambaForCausalLM`)."""
+class Mamba1Stack(Stack):
+    """Of Mamba-1 layers."""
 
-    kind = mamba1
     structure = ("state", "channel", "block")
     widens = True
-
-    def __init__(self, model: nn.Module, stored: Mapping[str, torch.dtype]) -> None:
-        super().__init__(model, stored)
-        if Own.of(model):
-            self.structure, self.widens = ("block",), False  # the rest cannot be said any more
-
-    def drop(self, index: int) -> None:
-        super().drop(index)
-        level(self.model)
 
     def fields(self, sizes: Mapping[str, int]) -> dict[str, Any]:
         # Newer releases want a whole `expand`, but take the product of it if it stands in the file.
@@ -125,38 +143,24 @@ class Mamba(Stack):
         return {words[axis]: size for axis, size in sizes.items() if axis in words}
 
 
-class FalconMamba(Mamba):
+class Mamba(Mamba1Stack):
+    """Mamba, Mamba-1 layers (`MambaForCausalLM`)."""
+
+    kind = Mamba1Kind()
+
+
+class FalconMamba(Mamba1Stack):
     """FalconMamba, Mamba-1 layers with norms on B, C and step size (`FalconMambaForCausalLM`)."""
+
+    kind = Mamba1Kind(norms="weightless")
 
 
 class Mamba2(Stack):
     """Mamba-2, heads with one decay each (`Mamba2ForCausalLM`)."""
 
-    kind = mamba2
+    kind = Mamba2Kind()
     structure = ("state", "head", "channel", "block")
     projects = True
-
-    def __init__(self, model: nn.Module, stored: Mapping[str, torch.dtype]) -> None:
-        super().__init__(model, stored)
-        config: Any = self._backbone.config
-        norm = self._backbone.layers[0].mixer.norm if len(self._backbone.layers) else None
-        if config.n_groups > 1 and norm is not None and not hasattr(norm, "group_size"):
-            raise ValueError(
-                f"n_groups is {config.n_groups}: transformers before 5 norms the groups of a Mamba-2 "
-                "together, which is not what such models compute; install transformers 5"
-            )
-        if projected.directions_of(model):  # a stock layer of another shape has no place for projections
-            self.structure, self.projects = ("block",), False
-
-    def project(self, block: Block, B: Tensor, C: Tensor) -> Block:
-        projected.attach(self.model, {block.index: B.shape[1]})
-        mixer: Any = block.layer.mixer
-        with torch.no_grad():
-            for name, matrix in zip(projected.MATRICES, (B, C), strict=True):
-                parameter = getattr(mixer, name)
-                parameter.copy_(matrix)
-                self.stored = {**self.stored, f"{block.name}.mixer.{name}": parameter.dtype}
-        return self._replaced(self._block(block.index, block.layer))
 
     def fields(self, sizes: Mapping[str, int]) -> dict[str, Any]:
         config: Any = self.model.config

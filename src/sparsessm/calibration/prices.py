@@ -10,15 +10,14 @@ Nothing is trained: gradients flow through activations only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsessm.architectures import Architecture, Block, Target
+from sparsessm.architectures import Architecture, Block
 from sparsessm.calibration.loss import ROWS as HEAD_ROWS
 
 Progress = Callable[[str, int, int], None]
@@ -129,15 +128,12 @@ def _block_backward(
     architecture: Architecture, block: Block, hidden: Tensor, back: Tensor, add: Callable[[str, Tensor], None]
 ) -> Tensor:
     """d loss / d the block's input, from `back`, that of its output; both (W, L, d_model)."""
-    linear = [target for target in block.targets if target.module_class == "Linear"]
-    outputs_of = getattr(block, "outputs", None)  # of hybrids: shared matrices and experts too
     for target in block.targets:
         if target.kind == "A_log":  # the mixer writes the first part of the stream, in Zamba2 not all
-            width = next(t for t in block.targets if t.kind == "out_proj").matrix.shape[0]
+            width = block.target("out_proj").matrix.shape[0]
             add(target.name, back[..., :width])
     hidden = hidden.detach().requires_grad_()
-    watching = outputs_of() if outputs_of else _captured(architecture.model, linear)
-    with torch.enable_grad(), watching as outputs:
+    with torch.enable_grad(), block.outputs() as outputs:
         out, _ = block.forward(hidden)
     assert out is not None
     before, *grads = torch.autograd.grad(out, [hidden, *outputs.values()], back, allow_unused=True)
@@ -166,25 +162,6 @@ def _frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in learning:
             parameter.requires_grad_(True)
-
-
-@contextmanager
-def _captured(model: nn.Module, targets: Sequence[Target]) -> Iterator[dict[str, Tensor]]:
-    """Yields what will hold the outputs of these linear layers, by target name, once the block has run."""
-    outputs: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            outputs[name] = output
-
-        return hook
-
-    hooks = [model.get_submodule(t.module).register_forward_hook(keep(t.name)) for t in targets]
-    try:
-        yield outputs
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def output_norms(architecture: Architecture) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsessm.architectures import Architecture, Block, SharedTarget, Tap, Target
+from sparsessm.architectures import Architecture, Block, Tap, Target
 from sparsessm.architectures.experts import abreast
 from sparsessm.methods.observers import InputGram, Moments
 
@@ -84,7 +84,7 @@ class Stop:
         """
         windows, length, _ = self.hidden.shape
         width = slab_width(windows, length)
-        pairs = {kind: Pair(tap) for kind, tap in taps.items() if getattr(tap, "paired", False)}
+        pairs = {kind: Pair(tap) for kind, tap in taps.items() if tap.paired}
         recorders = {kind: pair.dense for kind, pair in pairs.items()}
         dense_until = None if until in pairs and until == self.block.targets[-1].kind else until
         both = (pairs or until is None) and not self._dense_is_through
@@ -111,7 +111,7 @@ class Recorder:
     """A tap that keeps what it was fed last, of an expert with the tokens that it is of."""
 
     options: Mapping[str, Any] = {}
-    routed = True
+    paired, routed = False, True
 
     def __init__(self) -> None:
         self._last: tuple[Tensor, Tensor | None] | None = None
@@ -132,7 +132,7 @@ class Pair:
     """
 
     options: Mapping[str, Any] = {}
-    routed = True
+    paired, routed = False, True
 
     def __init__(self, observer: Any) -> None:
         self._observer, self.dense = observer, Recorder()
@@ -205,7 +205,7 @@ def survey(
     with torch.inference_mode():
         hidden = architecture.embed(tokens)
     blocks = (*architecture.blocks, architecture.tail)
-    shared: list[tuple[SharedTarget, Any]] = []  # whose later uses are still to come
+    shared: list[tuple[Target, Any]] = []  # whose later uses are still to come
     tick = _counter("survey", slab_count(*tokens.shape) * len(architecture.blocks), progress)
     for block in blocks:
         watched = [(target, observer) for target in block.targets if (observer := watch(target)) is not None]
@@ -215,9 +215,9 @@ def survey(
             Stop(block, hidden, tick).run(taps)
         elif watched:  # next to no work, and not counted
             Stop(block, hidden, lambda: None).run(taps)
-        shared += [(target, observer) for target, observer in watched if isinstance(target, SharedTarget)]
+        shared += [(target, observer) for target, observer in watched if target.uses]
         for target, observer in (*watched, *again):
-            if not isinstance(target, SharedTarget) or target.uses[-1] == block.index:
+            if not target.uses or target.uses[-1] == block.index:
                 yield target, observer.result()
 
 

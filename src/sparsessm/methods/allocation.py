@@ -65,7 +65,7 @@ class Profile:
         """score: any shape. unit: what a score of 1 is worth."""
         ordered = score.flatten().sort().values
         if (total := ordered.numel()) > SAMPLE:
-            ordered = ordered[torch.arange(SAMPLE) * total // SAMPLE]
+            ordered = ordered[torch.arange(SAMPLE, device=score.device) * total // SAMPLE]
         return cls(ordered.double() * unit, total)  # in float64: the units of matrices may lie far apart
 
 
@@ -85,13 +85,13 @@ def by_threshold(profiles: Sequence[Profile], sparsity: float, clip: float) -> l
         low, high = round(max(sparsity - clip, 0) * size), round(min(sparsity + clip, 1) * size)
         lowest.append(low * profile.total / size)
         open_.append(profile.scores[low:high])
-        weights.append(torch.full((high - low,), profile.total / size, dtype=torch.float64))
-        owners.append(torch.full((high - low,), number))
+        weights.append(profile.scores.new_full((high - low,), profile.total / size, dtype=torch.float64))
+        owners.append(profile.scores.new_full((high - low,), number, dtype=torch.int64))
     order = torch.cat(open_).sort(stable=True).indices
     weight, owner = torch.cat(weights)[order], torch.cat(owners)[order]
     wanted = sparsity * sum(profile.total for profile in profiles) - sum(lowest)
     chosen = weight.cumsum(0) - weight / 2 < wanted  # to the nearest
-    removed = torch.zeros(len(profiles), dtype=torch.float64).index_add_(0, owner[chosen], weight[chosen])
+    removed = weight.new_zeros(len(profiles)).index_add_(0, owner[chosen], weight[chosen])
     return [
         min((low + float(more)) / profile.total, 1.0)
         for low, more, profile in zip(lowest, removed, profiles, strict=True)
@@ -109,8 +109,8 @@ def hessian_trace(powers: Sequence[Tensor], sparsity: float, alpha: float) -> li
     sensitivity = torch.stack([power.double().square().mean() for power in powers])
     rank = sensitivity.argsort(stable=True).argsort().double()  # 0: the least sensitive
     last = max(len(powers) - 1, 1)
-    ramp = alpha * (1 - 2 * rank / last) if len(powers) > 1 else torch.zeros(1)
-    return _shifted(ramp, torch.ones(len(powers), dtype=torch.float64), sparsity)
+    ramp = alpha * (1 - 2 * rank / last) if len(powers) > 1 else torch.zeros_like(rank)
+    return _shifted(ramp, torch.ones_like(ramp), sparsity)
 
 
 def owl(ratios: Sequence[float], entries: Sequence[int], sparsity: float, width: float) -> list[float]:

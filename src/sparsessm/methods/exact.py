@@ -36,12 +36,12 @@ def elimination_scores(gram: Tensor, group: int, removable: int) -> Tensor:
         (D, N) float64; infinite where an entry may not be removed.
     """
     channels, states, _ = gram.shape
-    rows = torch.arange(channels)
+    device, rows = gram.device, torch.arange(channels, device=gram.device)
     increase = gram.diagonal(dim1=1, dim2=2).clone()
-    scores = torch.full((channels, states), torch.inf, dtype=torch.float64)
-    open_ = torch.ones(channels, states, dtype=torch.bool)
-    left = torch.full((channels, states // group), removable)
-    highest = torch.full((channels,), -torch.inf, dtype=torch.float64)
+    scores = torch.full((channels, states), torch.inf, dtype=torch.float64, device=device)
+    open_ = torch.ones(channels, states, dtype=torch.bool, device=device)
+    left = torch.full((channels, states // group), removable, device=device)
+    highest = torch.full((channels,), -torch.inf, dtype=torch.float64, device=device)
     for _ in range(states // group * removable):
         best = increase.masked_fill(~open_, torch.inf).argmin(1)  # (D,)
         highest = torch.maximum(highest, increase[rows, best])

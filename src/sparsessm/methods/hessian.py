@@ -78,7 +78,7 @@ def factorise(gram: Tensor, damping: float = DAMPING) -> Factor:
         if not failed.any():
             root = lower.flip(-1, -2)
             del lower
-            eye = torch.eye(gram.shape[-1], dtype=gram.dtype).expand_as(gram)
+            eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
             upper = torch.linalg.solve_triangular(root, eye, upper=True).div_(unit.sqrt()[..., None])
             if torch.isfinite(upper).all():
                 return Factor(upper, damping, added * unit, dead)

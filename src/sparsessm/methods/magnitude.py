@@ -17,7 +17,8 @@ def _magnitude(weight: Tensor, seen: Any, rule: Rule, columns: slice) -> Tensor:
 
 def _random(weight: Tensor, seen: Any, rule: Rule, columns: slice) -> Tensor:
     generator = torch.Generator().manual_seed(rule.seed)
-    return torch.rand(weight.shape, generator=generator)
+    # Drawn on the CPU: the same choice on every device.
+    return torch.rand(weight.shape, generator=generator).to(weight.device)
 
 
 magnitude = EntryMethod(

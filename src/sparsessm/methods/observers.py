@@ -8,6 +8,7 @@ formulas in docs/methods.md.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -64,7 +65,7 @@ class Moments:
         unit = float(near(self.power.double().mean(-1).max())) if self.gram.numel() else 1.0
 
         def cast(sums: Tensor) -> Tensor:
-            return torch.div(sums, unit, out=torch.empty(sums.shape, dtype=dtype))
+            return torch.div(sums, unit, out=sums.new_empty(sums.shape, dtype=dtype))
 
         cross = None if self.cross is None else cast(self.cross)
         return Moments(cast(self.gram), cross, self.diagonal, self.tokens), unit
@@ -77,11 +78,29 @@ class Moments:
         )
 
 
-class InputNorm:
-    """Mean squares of a linear layer's inputs (Wanda)."""
+class Observer(ABC):
+    """What is fed while the blocks run. A block sees it as a `Tap` (architectures/base.py).
+
+    Attributes:
+        options: what the kernel sums for it. paired: it sees the inputs in both models.
+        routed: it is told which of the slab's tokens an expert gets.
+    """
 
     options: Mapping[str, Any] = {}
-    paired = False
+    paired: bool = False
+    routed: bool = False
+
+    @abstractmethod
+    def add(self, *args: Any, **kwargs: Any) -> None:
+        """What a slab gave: inputs of a linear layer, or sums and states of the scan."""
+
+    @abstractmethod
+    def result(self) -> Any:
+        """What was seen; raises ValueError where it is not finite."""
+
+
+class InputNorm(Observer):
+    """Mean squares of a linear layer's inputs (Wanda)."""
 
     def __init__(self) -> None:
         self._sum: Tensor | float = 0.0
@@ -99,11 +118,9 @@ class InputNorm:
         return Moments(self._sum / self._tokens, diagonal=True, tokens=self._tokens)
 
 
-class InputGram:
+class InputGram(Observer):
     """The Gram of a linear layer's inputs (the Hessian of SparseGPT), if `paired` also that of the dense
     model's inputs against them. Products of a slab in the model's dtype, sums in float64."""
-
-    options: Mapping[str, Any] = {}
 
     def __init__(self, paired: bool = False) -> None:
         self.paired = paired
@@ -134,10 +151,8 @@ def _added(total: Tensor | None, part: Tensor) -> Tensor:
     return part.double() if total is None else total.add_(part)
 
 
-class StateError:
+class StateError(Observer):
     """The Gram of output errors per channel (method `exact`)."""
-
-    paired = False
 
     def __init__(
         self, removed: str, diagonal: bool, weight: Tensor | None = None, rows: int | None = None
@@ -195,10 +210,9 @@ class StateSums:
     full: Tensor | None
 
 
-class StateMoments:
+class StateMoments(Observer):
     """Sums what removing whole states costs, and what other readouts of the kept ones could restore."""
 
-    paired = False
     MOST_FULL = 32
 
     def __init__(self, every: int, weight: Tensor | None = None) -> None:
@@ -239,11 +253,10 @@ class StateMoments:
         return StateSums(gram, energy, pairs, readouts, full[0].view(-1, *[states] * 4) if full else None)
 
 
-class StateReadout:
+class StateReadout(Observer):
     """What each state puts out: the sum of GHOST (arXiv 2602.11408), C_n^2 sum_d h_dn^2 over all steps."""
 
     options: Mapping[str, Any] = {"every": 1}
-    paired = False
 
     def __init__(self) -> None:
         self._sum: Tensor | None = None
@@ -262,11 +275,10 @@ class StateReadout:
         return self._sum
 
 
-class PairMoments:
+class PairMoments(Observer):
     """Sums what states with the decay of one and the input of another would do, for every such pair: all that
     a least squares over inputs and readouts of the kept states needs."""
 
-    paired = False
     TOGETHER = 256  # steps summed in one product
 
     def __init__(self, every: int, decays: Tensor, inputs: Tensor, weight: Tensor | None = None) -> None:
@@ -306,11 +318,10 @@ class PairMoments:
         return self._sum.view(states, states, pairs, pairs)
 
 
-class StateEnergy:
+class StateEnergy(Observer):
     """sum_t w_t (mean_b a_t)^2 S_t, S_t = sum_b h_{t-1}^2 (method `sparsessm`): a (D, N) float64 sum."""
 
     options: Mapping[str, Any] = {"energy": True}
-    paired = False
 
     def __init__(self, weights: Tensor) -> None:
         """weights: (L,) w_t, one for each token position."""
@@ -331,7 +342,7 @@ class StateEnergy:
         return self._sum
 
 
-class StateVote:
+class StateVote(Observer):
     """How often an entry is among the smallest A_log^2 S_t of its step (method `sparsessm-vote`): a (D, N)
     count.
 
@@ -339,11 +350,10 @@ class StateVote:
     """
 
     options: Mapping[str, Any] = {"energy": True}
-    paired = False
 
     def __init__(self, a_log: Tensor, pattern: Pattern, sparsity: float) -> None:
         self._weight, self._pattern, self._sparsity = a_log.float().square(), pattern, sparsity
-        self._votes = torch.zeros(a_log.shape, dtype=torch.int64)
+        self._votes = torch.zeros_like(a_log, dtype=torch.int64)
 
     def add(self, stats: ScanStats, out_proj: Tensor, output: Tensor) -> None:
         assert stats.energy is not None
@@ -353,7 +363,7 @@ class StateVote:
         return self._votes
 
 
-class ColumnVote:
+class ColumnVote(Observer):
     """How often a state is among the `removing` least important of its step (`sparsessm-vote`, whole states):
     an (N,) count.
 
@@ -363,11 +373,10 @@ class ColumnVote:
     """
 
     options: Mapping[str, Any] = {"energy": True}
-    paired = False
 
     def __init__(self, a_log: Tensor, removing: int) -> None:
         self._weight, self._removing = a_log.double().square(), removing
-        self._votes = torch.zeros(a_log.shape[1], dtype=torch.int64)
+        self._votes = a_log.new_zeros(a_log.shape[1], dtype=torch.int64)
 
     def add(self, stats: ScanStats, out_proj: Tensor, output: Tensor) -> None:
         assert stats.energy is not None

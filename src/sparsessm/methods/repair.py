@@ -63,7 +63,7 @@ def sweep(
         chosen = pattern.m if isinstance(pattern, NofM) else width
         batch = max(WIDTH // chosen, 1) * chosen
     lanes = weight.T.clone(memory_format=torch.contiguous_format)  # (in, out): a column is contiguous
-    keep = torch.empty(out, columns, dtype=torch.bool)
+    keep = torch.empty(out, columns, dtype=torch.bool, device=weight.device)
     for start in range(0, columns, batch):
         block = slice(start, min(start + batch, columns))
         errors = torch.zeros_like(lanes[block])
@@ -150,7 +150,7 @@ def readout(full: Tensor, keep: Tensor, damping: float = READOUT_DAMPING) -> Ten
     some = full[:, :, kept][..., kept]  # [n, n', k, k']
     products = some.permute(0, 2, 1, 3).flatten(0, 1).flatten(1)  # [(n, k), (n', k')]
     wanted = torch.einsum("apak->pk", full[..., kept]).flatten()  # sum_n full[n, n', n, k'], [(n', k')]
-    start = torch.eye(states, dtype=torch.float64)[:, kept].flatten()
+    start = torch.eye(states, dtype=torch.float64, device=full.device)[:, kept].flatten()
     return _ridge(products, wanted, start, damping).view(states, len(kept))
 
 
@@ -174,13 +174,13 @@ def remix(
     states, kept, gone = len(keep), keep.nonzero()[:, 0], (~keep).nonzero()[:, 0]
     r = len(kept)
     # the whole output: C_n of every n with the pair (n, n)
-    own = torch.empty(states, dtype=torch.int64)
-    own[kept] = torch.arange(r) * states + kept
-    own[gone] = r * states + torch.arange(len(gone))
+    own = torch.empty_like(keep, dtype=torch.int64)
+    own[kept] = torch.arange(r, device=keep.device) * states + kept
+    own[gone] = r * states + torch.arange(len(gone), device=keep.device)
     made = full[:, :, : r * states, : r * states].unflatten(2, (r, states)).unflatten(4, (r, states))
     crossed = torch.stack([full[n, :, own[n], : r * states] for n in range(states)]).sum(0)
     crossed = crossed.unflatten(1, (r, states))  # [n', k, m]: whole output against C_n' h_km
-    start = torch.eye(states, dtype=torch.float64)
+    start = torch.eye(states, dtype=torch.float64, device=full.device)
     write, read_start = start[kept], start[:, kept]
     for _ in range(rounds):
         products = torch.einsum("abkmln,ak,bl->kmln", made, read, read).flatten(0, 1).flatten(1)

@@ -65,7 +65,7 @@ def _watch_vote(weight: Tensor, rule: Rule) -> Any:
 
 
 def _watch_energy(weight: Tensor, rule: Rule) -> Any:
-    return StateEnergy(time_weights(rule.time_weights, rule.length))
+    return StateEnergy(time_weights(rule.time_weights, rule.length).to(weight.device))
 
 
 vote = EntryMethod(

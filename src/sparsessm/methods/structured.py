@@ -46,7 +46,7 @@ class Units:
             votes: (N,) votes that each got, `ColumnVote`. readers: matrices that read the units, for
             "channel" and "head".
         mixable: the readouts of the kept states can be replaced by any mixture of all.
-        seed: of this layer.
+        seed: of this layer. device: where scores are made.
     """
 
     sizes: Sequence[int]
@@ -58,6 +58,7 @@ class Units:
     readers: Sequence[Reader] = ()
     mixable: bool = False
     seed: int = 0
+    device: torch.device = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,8 @@ class UnitMethod:
 
 def _random(units: Units) -> Sequence[Tensor]:
     random = torch.Generator().manual_seed(units.seed)
-    return [torch.rand(size, generator=random, dtype=torch.float64) for size in units.sizes]
+    # Drawn on the CPU: the same choice on every device.
+    return [torch.rand(n, generator=random, dtype=torch.float64).to(units.device) for n in units.sizes]
 
 
 def _magnitude(units: Units) -> Sequence[Tensor]:
@@ -129,10 +131,10 @@ def mixed_elimination(full: Tensor, removing: int) -> Tensor:
         (N,) float64: the order in which they go; infinite for those that stay.
     """
     states = full.shape[0]
-    keep = torch.ones(states, dtype=torch.bool)
-    scores = torch.full((states,), torch.inf, dtype=torch.float64)
+    keep = torch.ones(states, dtype=torch.bool, device=full.device)
+    scores = torch.full((states,), torch.inf, dtype=torch.float64, device=full.device)
     for turn in range(removing):
-        errors = torch.full((states,), torch.inf, dtype=torch.float64)
+        errors = torch.full_like(scores, torch.inf)
         for state in keep.nonzero()[:, 0].tolist():
             keep[state] = False
             errors[state] = readout_error(full, keep, readout(full, keep))
@@ -157,8 +159,8 @@ def eliminate(units: Units) -> Sequence[Tensor]:
 
 def elimination(units: Units) -> tuple[Sequence[Tensor], Tensor]:
     """As `eliminate`, and beside it what each step costs, in the order in which they are taken."""
-    sizes = torch.tensor(units.sizes)
-    owner = torch.repeat_interleave(torch.arange(len(sizes)), sizes)  # (units,): axis of each
+    sizes = torch.tensor(units.sizes, device=units.device)
+    owner = torch.arange(len(sizes), device=units.device).repeat_interleave(sizes)  # (units,): axis of each
     total = len(owner)
     problems = []
     for reader in units.readers:
@@ -168,13 +170,13 @@ def elimination(units: Units) -> tuple[Sequence[Tensor], Tensor]:
         upper = factorise(reader.seen.gram.double()).upper
         problems.append((weight.clone(), upper.mT @ upper, reader.columns))
         del upper  # as large as the inverse
-    scores = torch.full((total,), torch.inf, dtype=torch.float64)
-    left = torch.full((len(sizes),), units.removing)
-    open_ = torch.ones(total, dtype=torch.bool)
+    scores = torch.full((total,), torch.inf, dtype=torch.float64, device=units.device)
+    left = torch.full_like(sizes, units.removing)
+    open_ = torch.ones(total, dtype=torch.bool, device=units.device)
     several = max(1, total // ROUNDS)
     steps: list[float] = []
     while bool((left > 0).any()):
-        costs = sum((_costs(*problem) for problem in problems), torch.zeros(total, dtype=torch.float64))
+        costs = sum((_costs(*problem) for problem in problems), torch.zeros_like(scores))
         costs[~open_ | (left[owner] == 0)] = torch.inf
         chosen = []
         for unit in costs.argsort()[:several].tolist():
@@ -195,7 +197,7 @@ def elimination(units: Units) -> tuple[Sequence[Tensor], Tensor]:
             inverse[gone] = 0.0
             inverse[:, gone] = 0.0
             inverse[gone, gone] = 1.0  # so that what is gone stays solvable; it is never chosen again
-    return scores.split(units.sizes), torch.tensor(steps, dtype=torch.float64)
+    return scores.split(units.sizes), scores.new_tensor(steps)
 
 
 def _costs(weight: Tensor, inverse: Tensor, columns: Tensor) -> Tensor:

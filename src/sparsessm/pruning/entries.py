@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparsessm.architectures import Architecture, SharedTarget, Target, seen_by_all_uses
+from sparsessm.architectures import Architecture, Target, seen_by_all_uses
 from sparsessm.calibration import prices
 from sparsessm.calibration.walk import Progress, Stop, slab_width, together, walk
 from sparsessm.methods import WITHOUT_DATA, Rule
@@ -169,7 +169,7 @@ def _visit(
     dense = any(rule.repair == "dense-target" for rule in rules.values())
     parts = (part for block in architecture.blocks for part in together(block.targets, watch))
     # looks at what blocks share are not counted by `Stop`
-    looks = sum(any(t.name in watched and not isinstance(t, SharedTarget) for t in part) for part in parts)
+    looks = sum(any(t.name in watched and not t.uses for t in part) for part in parts)
     passes = 1 + looks / len(architecture.blocks)
     for stop in walk(architecture, tokens, passes, progress, dense=hidden if dense else None, tail=behind):
         for part in together(stop.block.targets, watch):
@@ -189,7 +189,7 @@ def _looking(architecture: Architecture, stop: Stop, part: Sequence[Target], wat
         if target.routed:
             return experts.pop(target.kind).result()  # handed over, not kept
         observer = watch(target)
-        if isinstance(target, SharedTarget):
+        if target.uses:
             width = slab_width(*stop.hidden.shape[:2])
             return seen_by_all_uses(architecture, target, observer, stop.hidden, width)
         return stop.seen(target, observer)

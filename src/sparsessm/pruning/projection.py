@@ -75,7 +75,7 @@ def _look(
     every = min(EVERY, enough, slab_width(*tokens.shape))
     sums = []
     for block in architecture.blocks:
-        out_proj = next(target for target in block.targets if target.kind == "out_proj")
+        out_proj = block.target("out_proj")
         moments = StateMoments(every, costs.get(out_proj.name))
         Stop(block, hidden, lambda: None).run({"states": moments})
         try:
@@ -95,7 +95,7 @@ def allot(energies: list[Tensor], mean: int) -> list[int]:
     """
     table = torch.stack(energies)  # a copy
     table[:, 0] = torch.inf
-    kept = torch.zeros(table.numel(), dtype=torch.bool)
+    kept = table.new_zeros(table.numel(), dtype=torch.bool)
     # stable: of equal energies (zeros, where directions are fewer) the first layers' stay
     kept[table.flatten().argsort(descending=True, stable=True)[: len(table) * mean]] = True
     return kept.view_as(table).sum(1).tolist()

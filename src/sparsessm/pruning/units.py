@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from sparsessm.architectures import Architecture, Axis, Block, Part, Target
-from sparsessm.architectures.base import cut, rounded
+from sparsessm.architectures.axes import cut
 from sparsessm.architectures.own import guard, level
+from sparsessm.architectures.target import rounded
 from sparsessm.calibration import prices
 from sparsessm.calibration.walk import LONGEST, Progress, Stop, slab_width
 from sparsessm.kernels import MAX_STATES
@@ -242,6 +243,7 @@ def look(
         weights=[_entries(tensors, a) for a in axes] if selection.weighs else (),
         mixable=order.strength > 0 and axis == "state" and mixable(axes),
         seed=seed_of(order.seed, f"{block.name}.{axis}"),
+        device=next(block.layer.parameters()).device,
     )
     looks = selection.looks.get(axis, "")
     linear = _linear(block)
@@ -252,7 +254,7 @@ def look(
         channels = linear["out_proj"].matrix.shape[1]
         units = replace(units, energy=_energy(stop, HELD // (4 * channels * axes[0].size)))
     if looks == "votes":
-        a_log = next(target for target in block.targets if target.kind == "A_log").matrix
+        a_log = block.target("A_log").matrix
         observer = ColumnVote(a_log, removing)
         stop.run({"A_log": observer}, until="A_log")
         units = replace(units, votes=observer.result())
@@ -263,9 +265,9 @@ def look(
                 continue
             target = linear[kind]
             name = _tensor(block, target)
-            columns = [_columns(a, name) for a in axes]
+            columns = torch.cat([_columns(a, name) for a in axes]).to(target.matrix.device)
             seen = _seen(stop, kind, InputGram())
-            readers.append(Reader(target.matrix, costs.get(target.name), seen, torch.cat(columns)))
+            readers.append(Reader(target.matrix, costs.get(target.name), seen, columns))
         units = replace(units, readers=readers)
     return units
 
@@ -286,7 +288,7 @@ def _mixes(
     if pairs > MAX_STATES:
         return {axis.read: read.T}
     decays = torch.cat([kept.repeat_interleave(axis.size), gone])
-    inputs = torch.cat([torch.arange(axis.size).repeat(len(kept)), gone])
+    inputs = torch.cat([torch.arange(axis.size, device=keep.device).repeat(len(kept)), gone])
     cost = costs.get(_linear(stop.block)["out_proj"].name)
     pairs_seen = _states(stop, lambda every: PairMoments(every, decays, inputs, cost))
     write, read = remix(pairs_seen, keep, read)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, dtype
 
-from sparsessm.architectures.base import REMOVED_A_LOG, REMOVED_A_LOG_FLOAT16, REMOVED_WEIGHT
+from sparsessm.architectures import REMOVED_A_LOG, REMOVED_A_LOG_FLOAT16, REMOVED_WEIGHT
 from sparsessm.report.record import kind_of, percent, recipe_table, removed_table, targets_table
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsessm import kernels
-from sparsessm.architectures.base import REMOVED_A_LOG, removed_a_log
+from sparsessm.architectures import REMOVED_A_LOG, removed_a_log
 from sparsessm.runtime.base import channels_of, mixer_epsilon, scan_shapes
 from sparsessm.runtime.mixer import LANES, Mixer, Weights, matrix, padded
 

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsessm.architectures import projected
-from sparsessm.architectures.base import removed_a_log
+from sparsessm.architectures import projected, removed_a_log
 from sparsessm.kernels.ssd import ssd_scan
 from sparsessm.runtime.base import heads, limits
 from sparsessm.runtime.mixer import LANES, Mixer, Weights, matrix, padded

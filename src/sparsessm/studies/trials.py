@@ -180,7 +180,7 @@ def _pruned(block: Block, target: Target, rule: Rule, seen: Any) -> tuple[Block,
     """A copy of the block with one matrix pruned, and its cell but for what must be measured."""
     method, solution = rule.method, solve(target, rule, seen)
     trial = block.copy()
-    own = next(other for other in trial.targets if other.kind == target.kind)
+    own = trial.target(target.kind)
     own.replace(solution.weight.masked_fill(~solution.keep, own.removed[rule.removed]))
     changes = method.companions(solution.seen, solution.keep, rule) if method.companions else {}
     for companion, change in changes.items():

@@ -1,0 +1,152 @@
+"""A tensor is made on the device of its input: whole runs on a second device (elsewhere.py) give what they
+give on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import planned
+import pytest
+import torch
+from elsewhere import DEVICE, Remote, elsewhere, moved
+from pico import pico_falcon_mamba, pico_mamba, pico_mamba2
+from pico_hybrids import FAMILIES, pico_hybrid
+
+from sparsessm import kernels
+from sparsessm.architectures import adapt
+from sparsessm.evaluation.perplexity import perplexity
+from sparsessm.methods import allocation, entry_methods
+from sparsessm.recipe.recipe import Recipe
+from sparsessm.recipe.rules import assign
+from sparsessm.studies import trials, windows
+
+LENGTH = 6
+TOKENS = torch.randint(0, 64, (3, LENGTH), generator=torch.Generator().manual_seed(0))
+MODELS: Mapping[str, Callable[[], Any]] = {
+    "mamba": pico_mamba,
+    "falcon_mamba": pico_falcon_mamba,
+    "mamba2": pico_mamba2,
+    # Stock code groups tokens of experts by an operation that the CPU has for floats alone.
+    **{name: partial(pico_hybrid, name, experts_implementation="eager") for name in FAMILIES},
+}
+
+
+@pytest.fixture(autouse=True)
+def no_native_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "LEVEL", "reference")  # as on every other device
+
+
+def test_a_tensor_made_on_the_wrong_device_is_found() -> None:
+    def shifted(x: torch.Tensor, device: Any = None) -> torch.Tensor:
+        return x + torch.arange(len(x), device=device)
+
+    with elsewhere():
+        x = torch.ones(3, device=DEVICE)
+        assert shifted(x, x.device).device == DEVICE and shifted(x, DEVICE).tolist() == [1, 2, 3]
+        with pytest.raises(
+            RuntimeError, match=r"aten\.add\.Tensor of tensors on two devices, lazy:0 and cpu"
+        ):
+            shifted(x)
+        with pytest.raises(RuntimeError, match="two devices"):
+            x[torch.arange(2)]
+        with pytest.raises(TypeError, match="numpy cannot read"):
+            x.numpy()
+        assert isinstance(x, Remote) and not isinstance(x.to("cpu"), Remote)
+
+
+def recipe(**asked: Any) -> Recipe:
+    return Recipe(**asked).resolved(model="m", trained_length=LENGTH)
+
+
+def assert_same_there(name: str, **asked: Any) -> None:
+    """Pruning gives the same model, but for the order in which an einsum multiplies."""
+    here = adapt(MODELS[name]())
+    report = planned.prune(here, recipe(**asked), TOKENS)
+    with elsewhere():
+        there = adapt(moved(MODELS[name]()))
+        again = planned.prune(there, recipe(**asked), TOKENS.to(DEVICE))
+        assert [row.pruned for row in again.rows] == [row.pruned for row in report.rows]
+        for tensor, want in zip(there.model.parameters(), here.model.parameters(), strict=True):
+            assert tensor.device == DEVICE
+            torch.testing.assert_close(tensor.to("cpu"), want, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", entry_methods())
+def test_every_method(method: str) -> None:
+    families = entry_methods()[method].families
+    target = "all" if {"ssm", "projections"} <= set(families) else families[0]
+    assert_same_there("mamba", method=method, target=target)
+    if target == "ssm":
+        assert_same_there("mamba2", method=method, target=target)
+
+
+@pytest.mark.parametrize("asked", [
+    {"target": "ssm", "pattern": "4:8", "method": "exact"},
+    {"target": "ssm", "pattern": "4:8", "method": "sparsessm-vote"},
+    {"target": "projections", "pattern": "2:4", "method": "sparsegpt", "ignore": ["dt_proj"]},
+    {"target": "projections", "method": "sparsegpt", "allocation": "hessian-trace"},
+    {"target": "projections", "method": "sparsegpt", "allocation": "owl"},
+    {"target": "projections", "method": "sparsegpt", "allocation": "loss"},
+    {"target": "projections", "method": "sparsegpt", "price": "norms"},
+], ids=str)  # fmt: skip
+def test_patterns_allocations_and_prices(asked: Mapping[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(allocation, "SAMPLE", 100)  # most matrices are thinned out
+    assert_same_there("mamba", **asked)
+
+
+@pytest.mark.parametrize(("name", "asked"), [
+    ("mamba", {"pattern": "structured:state"}),
+    ("mamba", {"pattern": "structured:state", "method": "random"}),
+    ("mamba", {"pattern": "structured:state", "method": "magnitude"}),
+    ("mamba", {"pattern": "structured:state", "method": "ghost"}),
+    ("mamba", {"pattern": "structured:state", "method": "sparsessm-vote"}),
+    ("mamba", {"pattern": "structured:channel"}),
+    ("mamba", {"pattern": "structured:channel", "allocation": "loss"}),
+    ("mamba", {"pattern": "structured:state=0.5,block=0.5", "method": "random"}),
+    ("falcon_mamba", {"pattern": "structured:channel", "method": "magnitude"}),
+    ("mamba2", {"pattern": "structured:state"}),
+    ("mamba2", {"pattern": "structured:state", "method": "balanced"}),
+    ("mamba2", {"pattern": "structured:head"}),
+    ("mamba2", {"pattern": "structured:channel"}),
+    ("mamba2", {"pattern": "structured:block"}),
+    ("mamba2", {"pattern": "structured:block", "method": "cosine"}),
+    ("mamba2", {"pattern": "structured:block", "method": "random"}),
+    ("mamba", {"pattern": "structured", "method": "random"}),
+], ids=str)  # fmt: skip
+def test_whole_units(name: str, asked: Mapping[str, Any]) -> None:
+    assert_same_there(name, **asked)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_hybrids(name: str) -> None:
+    assert_same_there(name, target="projections", method="wanda")
+    assert_same_there(name, pattern="structured:state", method="random")
+
+
+def test_perplexity() -> None:
+    want = perplexity(pico_mamba2(), TOKENS, n_bytes=100)
+    with elsewhere():
+        got = perplexity(moved(pico_mamba2()), TOKENS.to(DEVICE), n_bytes=100)
+    assert got.window_nll == pytest.approx(want.window_nll, rel=1e-5)
+
+
+def test_studies() -> None:
+    """How many windows are enough, and what each matrix tolerates."""
+
+    def asked(architecture: Any, tokens: torch.Tensor, held_out: torch.Tensor) -> list[float]:
+        order = assign(recipe(method="absorb", target="projections"), architecture.targets)
+        curve = windows.steps(architecture, order, tokens)
+        found = [number for step in curve for number in (step.agreement, step.error)]
+        rules = {name: replace(rule, repair="self") for name, rule in list(order.rules.items())[:3]}
+        for cells in trials.measure(architecture, rules, [0.5], tokens, held_out, set(), None):
+            found += [cell.kl for cell in cells]
+        return found
+
+    tokens = torch.randint(0, 64, (6, LENGTH), generator=torch.Generator().manual_seed(1))
+    want = asked(adapt(pico_mamba()), tokens, TOKENS)
+    with elsewhere():
+        got = asked(adapt(moved(pico_mamba())), tokens.to(DEVICE), TOKENS.to(DEVICE))
+    assert len(got) == 5 and got == pytest.approx(want, rel=1e-3, abs=1e-6)
