@@ -26,7 +26,7 @@ from sparsessm.calibration import prices
 from sparsessm.methods.observers import InputGram, InputNorm
 from sparsessm.recipe.recipe import Recipe
 from sparsessm.recipe.rules import assign
-from sparsessm.studies import trials, windows
+from sparsessm.studies import cells, windows
 
 TOKENS = torch.randint(0, 64, (3, 37), generator=torch.Generator().manual_seed(0))
 MORE_TOKENS = torch.randint(0, 64, (6, 37), generator=torch.Generator().manual_seed(1))
@@ -837,6 +837,6 @@ def test_what_looks_at_single_matrices_leaves_out_experts_and_shared_ones(name: 
     assert {name for name in windows.watched(architecture, chosen)} <= plain
     rules = {name: rule for name, rule in chosen.rules.items() if name in plain}
     rules = {name: replace(rule, repair="self") for name, rule in rules.items()}
-    cells = list(trials.measure(architecture, rules, [0.5], MORE_TOKENS, TOKENS, set(), None))
-    assert {cell.target for found in cells for cell in found} == rules.keys()
-    assert all(cell.kl >= 0 and math.isfinite(cell.kl) for found in cells for cell in found)
+    found = list(cells.measure(architecture, rules, [0.5], MORE_TOKENS, TOKENS, set(), None))
+    assert {cell.target for one in found for cell in one} == rules.keys()
+    assert all(cell.kl >= 0 and math.isfinite(cell.kl) for one in found for cell in one)

@@ -20,7 +20,8 @@ from transcription import Trace, errors, normalise, remove_smallest, trace, vote
 from sparsessm import kernels
 from sparsessm.architectures import Target, adapt
 from sparsessm.calibration import walk as calibrate
-from sparsessm.calibration.walk import survey, walk
+from sparsessm.calibration.visit import survey
+from sparsessm.calibration.walk import walk
 from sparsessm.methods import DEFAULTS, Rule, entry_methods, sparsessm
 from sparsessm.methods.exact import elimination_scores
 from sparsessm.methods.hessian import factorise
@@ -469,14 +470,14 @@ def by_hand(model: Any, tokens: Tensor, order: list[str], dense_inputs: bool = F
         for target, seen in survey(adapt(pico_mamba(time_step_rank=6)), tokens, lambda target: InputGram()
                                    if target.family == "projections" else None)
     )  # fmt: skip
-    for stop in walk(architecture, tokens, passes=5):
+    for stop in walk(architecture, tokens):
         targets = {target.kind: target for target in stop.block.targets}
         for kind in order:
             target = targets[kind]
             if kind == "A_log":
                 target.replace(target.matrix.masked_fill(~pattern.keep(target.matrix.abs(), 0.5), 38.0))
                 continue
-            seen = dense[target.name] if dense_inputs else stop.seen(target, InputGram())
+            seen = dense[target.name] if dense_inputs else stop.look(target, InputGram())
             factor = factorise(seen.gram.float())
             new, _ = sweep(
                 target.matrix, lambda w, c, f=factor: method.score(w, f, rule, c), pattern, 0.5, factor

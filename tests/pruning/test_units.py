@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM
 
 from sparsessm.architectures import Architecture, adapt
 from sparsessm.architectures.base import cut
+from sparsessm.calibration.loss import losses
 from sparsessm.methods import unit_methods
 from sparsessm.pruning import blocks
 from sparsessm.pruning import units as structure
-from sparsessm.pruning.blocks import loss_of
 from sparsessm.pruning.units import shrink
 from sparsessm.recipe.recipe import Recipe
 from sparsessm.recipe.sizes import Order, order
@@ -725,7 +725,7 @@ def test_blocks_go_by_the_stock_loss_without_them(make: Callable[..., Any]) -> N
         assert blocks._loss_without(adapt(model), tokens, [gone[0], index]) == pytest.approx(cost, rel=1e-5)
     for index, cost in blocks._each_alone(adapt(model), tokens).items():
         assert cost == pytest.approx(loss(without(model, [index]), tokens), rel=1e-5)
-    assert loss_of(adapt(model), adapt(model).final(tokens), tokens) == pytest.approx(loss(model, tokens))
+    assert float(losses(adapt(model), tokens).mean()) == pytest.approx(loss(model, tokens))
 
 
 def test_a_block_that_cannot_win_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
