@@ -201,7 +201,9 @@ def _referee(target: Target, rules: Rules) -> Any | None:
     """What tells the output error of any pruning of the target, whatever its method."""
     if target.name not in rules:
         return None
-    return StateError(rules[target.name].removed, False) if target.family == "ssm" else InputGram()
+    if target.family != "ssm":
+        return InputGram()
+    return StateError(rules[target.name].removed, diagonal=False, rows=len(target.matrix))
 
 
 def _look(
