@@ -27,7 +27,7 @@ from torch import Tensor
 import sparsessm
 from sparsessm.architectures import adapt, mamba2
 from sparsessm.architectures.stack import StackBlock
-from sparsessm.calibration.walk import Stop, slab_width
+from sparsessm.calibration.walk import slab_width, walk
 from sparsessm.data.texts import evaluation_windows
 from sparsessm.evaluation.perplexity import difference, perplexity
 from sparsessm.methods.balanced import balanced_truncation, energies
@@ -105,12 +105,10 @@ def main() -> None:
     tokens = sparsessm.Run(checkpoint, samples=options.samples).windows()
     assert tokens is not None
     architecture = adapt(checkpoint.model, checkpoint.stored)
-    with torch.inference_mode():
-        hidden = architecture.embed(tokens)
     sums = []
-    for block in architecture.blocks:
+    for stop in walk(architecture, tokens):
         moments = StateMoments(min(16, slab_width(*tokens.shape)))
-        Stop(block, hidden, lambda: None).run({"states": moments})
+        stop.run({"states": moments})
         sums.append(moments.result())
     text = evaluation_windows("stdlib", checkpoint.tokenizer, length=length, limit=options.windows)
     dense = perplexity(checkpoint.model, *text)

@@ -30,6 +30,7 @@ from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
 
 from sparsessm import kernels
 from sparsessm.architectures import adapt
+from sparsessm.calibration import prices
 from sparsessm.calibration.walk import ROWS, walk
 from sparsessm.kernels.ssd import ssd_scan
 from sparsessm.methods import Rule, entry_methods
@@ -165,7 +166,8 @@ def calibration(rounds: int, windows: int) -> dict[str, Any]:
     mixer: Any = architecture.model.backbone.layers[0].mixer  # pyright: ignore[reportAttributeAccessIssue]
     rows = [torch.randn(LENGTH, width) for width in (WIDTH, CHANNELS, RANK, CHANNELS)]
     products = [mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj]
-    stop = next(walk(architecture, tokens, passes=1))
+    stops = walk(architecture, tokens)
+    stop = next(stops)
     target = stop.block.target("A_log")
 
     def multiply() -> None:
@@ -173,18 +175,22 @@ def calibration(rounds: int, windows: int) -> dict[str, Any]:
             for product, x in zip(products, rows, strict=True):
                 product(x)
 
+    def advance() -> None:
+        for here in walk(architecture, tokens):
+            here.advance()
+
     def look(method: str, diagonal: bool = False) -> Callable[[], Any]:
         row = METHODS[method]
         rule = Rule(row, Unstructured(), 0.5, "memoryless", diagonal=diagonal, length=LENGTH)
         watch = row.watch
         assert watch is not None
-        return lambda: stop.seen(target, watch(target.matrix, rule))
+        return lambda: stop.look(target, watch(target.matrix, rule))
 
     with torch.inference_mode():
         times = interleaved(
             rounds,
             products=multiply,
-            advance=stop.advance,
+            advance=advance,
             exact=look("exact"),
             exact_diagonal=look("exact", True),
             sparsessm=look("sparsessm"),
@@ -205,7 +211,7 @@ STAGES = {
     "target": (entries, "dense_target"),
     "sweep": (entries, "sweep"),
     "refit": (entries, "refit"),
-    "fisher": (entries.curvature, "output_fisher"),
+    "fisher": (prices, "output_fisher"),
     "survey": (entries, "_surveyed_and_allocated"),
 }
 PRUNED = {

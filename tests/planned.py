@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from sparsessm.architectures import Architecture
-from sparsessm.calibration.walk import Progress
+from sparsessm.calibration.progress import Progress
 from sparsessm.pruning import make_plan
 from sparsessm.recipe.recipe import Recipe
 from sparsessm.report.record import Report

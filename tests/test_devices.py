@@ -21,7 +21,8 @@ from sparsessm.evaluation.perplexity import perplexity
 from sparsessm.methods import allocation, entry_methods
 from sparsessm.recipe.recipe import Recipe
 from sparsessm.recipe.rules import assign
-from sparsessm.studies import trials, windows
+from sparsessm.studies import cells as study
+from sparsessm.studies import windows
 
 LENGTH = 6
 TOKENS = torch.randint(0, 64, (3, LENGTH), generator=torch.Generator().manual_seed(0))
@@ -141,7 +142,7 @@ def test_studies() -> None:
         curve = windows.steps(architecture, order, tokens)
         found = [number for step in curve for number in (step.agreement, step.error)]
         rules = {name: replace(rule, repair="self") for name, rule in list(order.rules.items())[:3]}
-        for cells in trials.measure(architecture, rules, [0.5], tokens, held_out, set(), None):
+        for cells in study.measure(architecture, rules, [0.5], tokens, held_out, set(), None):
             found += [cell.kl for cell in cells]
         return found
 

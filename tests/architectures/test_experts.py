@@ -20,11 +20,11 @@ from transformers import PreTrainedModel
 from sparsessm.architectures import Target, adapt
 from sparsessm.architectures.experts import abreast
 from sparsessm.architectures.hybrid import Hybrid
-from sparsessm.calibration import walk
-from sparsessm.calibration.walk import HELD, Stop, together
+from sparsessm.calibration import visit, walk
+from sparsessm.calibration.visit import HELD, together
+from sparsessm.calibration.walk import Stop
 from sparsessm.methods import entry_methods
 from sparsessm.methods.observers import InputGram, InputNorm
-from sparsessm.pruning import entries
 from sparsessm.recipe.recipe import Recipe
 
 METHODS = entry_methods()
@@ -58,9 +58,9 @@ class Watcher:
         self.steps: list[tuple[int, int]] = []
         run = Stop.run
 
-        def watched(stop: Stop, taps: Any, *, until: str | None = None) -> None:
+        def watched(stop: Stop, taps: Any, *, until: str | None = None, **how: Any) -> None:
             self.passes.append((stop.block.index, until))
-            run(stop, taps, until=until)
+            run(stop, taps, until=until, **how)
 
         monkeypatch.setattr(Stop, "run", watched)
 
@@ -107,9 +107,9 @@ def test_one_pass_for_all_experts_changes_nothing(
     architectures = [one_sided("jamba") if name == "one-sided" else hybrid(name) for _ in range(3)]
     rows, weights = run(architectures[0], RECIPES[recipe])
     with monkeypatch.context() as narrow:
-        narrow.setattr(walk, "HELD", 8192)
+        narrow.setattr(visit, "HELD", 8192)
         results = [run(architectures[1], RECIPES[recipe])]
-    monkeypatch.setattr(entries, "together", one_by_one)
+    monkeypatch.setattr(visit, "together", one_by_one)
     results.append(run(architectures[2], RECIPES[recipe]))
     assert any(row.tokens for row in rows)
     assert any(row.tokens == 0 for row in rows) == (name == "one-sided")
@@ -135,7 +135,7 @@ def test_experts_of_a_layer_take_two_passes(name: str, recipe: str, monkeypatch:
 
 def test_no_more_hessians_than_fit_are_held_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of paired Hessians of 16 inputs two fit, of 24 inputs none; mean squares take next to nothing."""
-    monkeypatch.setattr(walk, "HELD", 2 * (2 * 8 * 16**2))
+    monkeypatch.setattr(visit, "HELD", 2 * (2 * 8 * 16**2))
     watcher = Watcher(monkeypatch)
     run(hybrid("jamba"), RECIPES["paired"], told=watcher)
     narrow = [f"experts.gate_up_proj.{e}" for e in (1, 3)] + [f"experts.down_proj.{e}" for e in range(4)]

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from sparsessm.architectures import adapt
 from sparsessm.architectures.mamba2 import Mamba2Kind
-from sparsessm.calibration.walk import Stop
+from sparsessm.calibration.walk import walk
 from sparsessm.methods import entry_methods
 from sparsessm.methods.observers import StateEnergy, StateError
 from sparsessm.recipe.recipe import Recipe
@@ -88,9 +88,10 @@ def test_what_a_head_s_memory_is_worth(
     mixer: Any = layer.mixer
     cost = torch.rand(16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     with torch.inference_mode():
-        hidden = architecture.embed(MORE_TOKENS)
-        stop = Stop(architecture.blocks[0], hidden, lambda: None)
-        seen = stop.seen(architecture.blocks[0].targets[2], StateError(removed, False, cost, 4))
+        stops = walk(architecture, MORE_TOKENS)
+        stop = next(stops)
+        hidden = stop.hidden
+        seen = stop.look(architecture.blocks[0].targets[2], StateError(removed, False, cost, 4))
         u, delta, B, C, z = parts(mixer, layer.norm(hidden).double())
         A = -torch.exp(mixer.A_log)
         whole, _ = recurrence(u, delta, A, B, C)
@@ -129,10 +130,11 @@ def test_energy_of_a_head_s_states() -> None:
     architecture, layer = adapt(model), model.backbone.layers[0]
     mixer: Any = layer.mixer
     with torch.inference_mode():
-        hidden = architecture.embed(MORE_TOKENS)
-        stop = Stop(architecture.blocks[0], hidden, lambda: None)
+        stops = walk(architecture, MORE_TOKENS)
+        stop = next(stops)
+        hidden = stop.hidden
         weights = torch.rand(37, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        got = stop.seen(architecture.blocks[0].targets[2], StateEnergy(weights))
+        got = stop.look(architecture.blocks[0].targets[2], StateEnergy(weights))
         u, delta, B, C, _ = parts(mixer, layer.norm(hidden).double())
         A = -torch.exp(mixer.A_log)
         _, before = recurrence(u, delta, A, B, C)

@@ -14,8 +14,10 @@ from stock import TOKENS, assert_same, stock_logits
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from sparsessm.architectures import Block, seen_by_all_uses
+from sparsessm.architectures import Block
 from sparsessm.architectures.hybrid import Hybrid
+from sparsessm.calibration import walk as walking
+from sparsessm.calibration.walk import walk
 from sparsessm.methods.observers import InputGram, InputNorm
 
 
@@ -34,7 +36,8 @@ def test_a_shared_matrix_is_one_target_and_says_who_uses_it() -> None:
 
 @pytest.mark.parametrize("name", ["zamba2", "zamba2-two-blocks"])
 @pytest.mark.parametrize("width", [7, 37])
-def test_all_uses_of_a_shared_matrix_are_seen(name: str, width: int) -> None:
+def test_all_uses_of_a_shared_matrix_are_seen(name: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(walking, "LONGEST", width)
     architecture = hybrid(name)
     inputs: dict[str, list[Tensor]] = {}
     handles = []
@@ -48,25 +51,20 @@ def test_all_uses_of_a_shared_matrix_are_seen(name: str, width: int) -> None:
     stock_logits(architecture.model)
     for handle in handles:
         handle.remove()
-    with torch.inference_mode():
-        entering = [architecture.embed(TOKENS)]
-        for block in architecture.blocks:
-            out, _ = block.forward(entering[-1])
-            assert out is not None
-            entering.append(out)
-    for target in shared_targets(architecture):
-        hidden = entering[target.uses[0]]
-        before = hidden.clone()
-        x = inputs[str(target.parameter.data_ptr())]
-        assert len(x) == len(target.uses)
-        rows = torch.cat(x)
-        for observer in (InputGram(), InputGram(paired=True), InputNorm()):
-            seen = seen_by_all_uses(architecture, target, observer, hidden, width)
-            want = rows.mT @ rows / len(rows)
-            assert_same(seen.gram, want.diagonal() if seen.diagonal else want)
-            if seen.cross is not None:
-                assert_same(seen.cross, want)
-        assert torch.equal(hidden, before)
+    shared = shared_targets(architecture)
+    for stop in walk(architecture, TOKENS):
+        for target in (target for target in shared if target.uses[0] == stop.block.index):
+            before = stop.hidden.clone()
+            x = inputs[str(target.parameter.data_ptr())]
+            assert len(x) == len(target.uses)
+            rows = torch.cat(x)
+            for observer in (InputGram(), InputGram(paired=True), InputNorm()):
+                seen = stop.look(target, observer)
+                want = rows.mT @ rows / len(rows)
+                assert_same(seen.gram, want.diagonal() if seen.diagonal else want)
+                if seen.cross is not None:
+                    assert_same(seen.cross, want)
+            assert torch.equal(stop.hidden, before)
 
 
 def stock_again(model: PreTrainedModel, folder: Path) -> nn.Module:

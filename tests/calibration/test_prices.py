@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from sparsessm import kernels
 from sparsessm.architectures import adapt
-from sparsessm.calibration import prices
+from sparsessm.calibration import loss, prices
 from sparsessm.calibration.prices import output_fisher, output_norms
 
 TOKENS = torch.randint(0, 64, (3, 17), generator=torch.Generator().manual_seed(0))
@@ -94,7 +94,7 @@ def test_groups_and_rows_of_logits_do_not_matter(monkeypatch: pytest.MonkeyPatch
     mean = {name: torch.stack([one[name] for one in alone]).mean(0) for name in want}
     assert_same(mean, want, 1e-6)  # the stock norm computes in float32
     monkeypatch.setattr(prices, "ROWS", 34)  # two windows, then one
-    monkeypatch.setattr(prices, "HEAD_ROWS", 5)
+    monkeypatch.setattr(loss, "ROWS", 5)
     assert_same(output_fisher(architecture, TOKENS, head=True), want, 1e-6)
 
 

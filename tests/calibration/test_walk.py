@@ -3,7 +3,6 @@ width, in as few passes as it says; what is not finite is named."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +14,10 @@ from torch import Tensor, nn
 from sparsessm.architectures import Target, adapt
 from sparsessm.architectures.stack import StackBlock
 from sparsessm.calibration import walk as calibrate
-from sparsessm.calibration.walk import Pair, Recorder, Stop, slab_width, survey, walk
+from sparsessm.calibration.paired import Pair, Recorder
+from sparsessm.calibration.progress import Steps
+from sparsessm.calibration.visit import survey
+from sparsessm.calibration.walk import Stop, slab_width, walk
 from sparsessm.methods.observers import InputGram, InputNorm, Moments, StateError
 
 TOKENS = torch.randint(0, 64, (3, 50), generator=torch.Generator().manual_seed(0))
@@ -77,7 +79,7 @@ def test_inputs_are_those_of_the_model_as_pruned_so_far(overrides: dict[str, Any
     model = pico_mamba(**overrides)
     dense = {key: second_moments(x) for key, x in stock_inputs(model, TOKENS).items()}
     moved: dict[str, list[float]] = {}
-    for stop in walk(adapt(model), TOKENS, passes=5, tail=True):
+    for stop in walk(adapt(model), TOKENS, tail=True):
         if stop.block.index == 0:
             assert torch.equal(stop.hidden, model.backbone.embeddings.weight[TOKENS])
         if stop.block.index < len(model.backbone.layers):
@@ -91,8 +93,8 @@ def test_inputs_are_those_of_the_model_as_pruned_so_far(overrides: dict[str, Any
             if target.kind != "A_log":
                 key = (-1 if target.family == "head" else target.layer, target.kind)
                 want = second_moments(stock_inputs(model, TOKENS)[key])
-                assert_same(stop.seen(target, InputGram()).gram, want)
-                assert_same(stop.seen(target, InputNorm()).power, want.diagonal(dim1=-2, dim2=-1))
+                assert_same(stop.look(target, InputGram()).gram, want)
+                assert_same(stop.look(target, InputNorm()).power, want.diagonal(dim1=-2, dim2=-1))
                 difference = (want - dense[key]).abs().max() / dense[key].abs().max()
                 moved.setdefault(target.kind, []).append(float(difference))
             halve(target, target.layer)
@@ -104,19 +106,20 @@ def test_inputs_are_those_of_the_model_as_pruned_so_far(overrides: dict[str, Any
 def test_another_order_shows_other_inputs(kind: str, before: str) -> None:
     moments = []
     for first in (before, None):
-        stop = next(walk(adapt(pico_mamba(time_step_rank=3)), TOKENS, passes=2))
+        stops = walk(adapt(pico_mamba(time_step_rank=3)), TOKENS)
+        stop = next(stops)
         if first:
             halve(of_kind(stop, first))
-        moments.append(stop.seen(of_kind(stop, kind), InputGram()).gram)
+        moments.append(stop.look(of_kind(stop, kind), InputGram()).gram)
     assert (moments[0] - moments[1]).abs().max() > 1e-2 * moments[0].abs().max()
 
 
 def test_the_head_sees_the_final_norm_behind_the_pruned_layers() -> None:
     model = pico_mamba()
     seen = []
-    for stop in walk(adapt(model), TOKENS, passes=1, dense=embedded(model), tail=True):
+    for stop in walk(adapt(model), TOKENS, dense=embedded(model), tail=True):
         if stop.block.index == 2:
-            seen.append(stop.seen(stop.block.targets[0], InputGram(paired=True)))
+            seen.append(stop.look(stop.block.targets[0], InputGram(paired=True)))
         else:
             halve(of_kind(stop, "out_proj"))
     dense, now = (stock_inputs(one, TOKENS)[-1, "lm_head"] for one in (pico_mamba(), model))
@@ -137,14 +140,14 @@ def test_cross_moments_equal_two_stock_models(
     monkeypatch.setattr(calibrate, "LONGEST", longest)
     model = pico_mamba(time_step_rank=3).double()
     dense = stock_inputs(model, TOKENS)
-    for stop in walk(adapt(model), TOKENS, passes=5, dense=embedded(model), tail=True):
+    for stop in walk(adapt(model), TOKENS, dense=embedded(model), tail=True):
         if stop.block.index < 2:
             assert_same(stop.dense_hidden, dense[stop.block.index, "block"], 1e-6)
         for target in stop.block.targets:
             if target.kind != "A_log":
                 key = (-1 if target.family == "head" else target.layer, target.kind)
                 now = stock_inputs(model, TOKENS)[key]
-                got = stop.seen(target, InputGram(paired=True))
+                got = stop.look(target, InputGram(paired=True))
                 assert_same(got.gram, second_moments(now), 1e-6)  # the stock norm computes in float32
                 assert_same(got.cross, second_moments(now, dense[key]), 1e-6)
                 if target.layer:
@@ -154,9 +157,11 @@ def test_cross_moments_equal_two_stock_models(
 
 def test_what_wants_one_stream_gets_one() -> None:
     model = pico_mamba()
-    stop = next(walk(adapt(model), TOKENS, passes=2, dense=embedded(model)))
-    assert stop.seen(stop.block.targets[0], InputGram()).cross is None
-    alone = next(walk(adapt(model), TOKENS, passes=2))
+    stops = walk(adapt(model), TOKENS, dense=embedded(model))
+    stop = next(stops)
+    assert stop.look(stop.block.targets[0], InputGram()).cross is None
+    stops = walk(adapt(model), TOKENS)
+    alone = next(stops)
     assert alone.dense is None and alone.dense_hidden is None
 
 
@@ -201,15 +206,17 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str | None]]:
 def test_moments_that_follow_equal_a_look(paired: bool, pruned: bool, passes: list[Any]) -> None:
     """dt_proj's from those of x_proj, in both streams, after x_proj was pruned."""
     model = pico_mamba(time_step_rank=3).double()
-    for stop in walk(adapt(model), TOKENS, passes=3, dense=embedded(model) if paired else None):
+    for stop in walk(adapt(model), TOKENS, dense=embedded(model) if paired else None):
         halve(of_kind(stop, "in_proj"))
-        stop.seen(of_kind(stop, "x_proj"), InputGram(paired))
+        stop.look(of_kind(stop, "x_proj"), InputGram(paired))
         if pruned:
             halve(of_kind(stop, "x_proj"), seed=1)
         passes.clear()
-        followed = stop.seen(of_kind(stop, "dt_proj"), InputGram(paired))
+        followed = stop.look(of_kind(stop, "dt_proj"), InputGram(paired))
         assert not passes
-        looked = replace(stop, _last=None).seen(of_kind(stop, "dt_proj"), InputGram(paired))
+        observer = InputGram(paired)
+        stop.run({"dt_proj": observer}, until="dt_proj")
+        looked = observer.result()
         assert len(passes) == 1 + paired
         assert_same(followed.gram, looked.gram, 1e-10)
         if paired:
@@ -224,32 +231,24 @@ def test_moments_that_do_not_follow_are_looked_at(passes: list[Any]) -> None:
     with torch.no_grad():
         bias = model.backbone.layers[1].mixer.x_proj
         bias.bias = nn.Parameter(torch.ones(bias.out_features))
-    architecture = adapt(model)
-    first, second = walk_and_keep(architecture, embedded(model))
 
     def looks(stop: Stop, before: str, watched: Any, observer: Any) -> int:
-        stop = replace(stop, _last=None)
-        stop.seen(of_kind(stop, before), watched)
+        stop.look(of_kind(stop, before), watched)
         passes.clear()
-        got = stop.seen(of_kind(stop, "dt_proj"), observer)
+        got = stop.look(of_kind(stop, "dt_proj"), observer)
         assert isinstance(got, Moments) and got.power.shape == (3,)
         return sum(until == "dt_proj" for _, until in passes)
 
-    assert looks(first, "x_proj", InputGram(), InputGram()) == 0
-    assert looks(first, "x_proj", InputGram(paired=True), InputGram()) == 0
-    assert looks(first, "x_proj", InputGram(), InputGram(paired=True)) == 2, "both streams"
-    assert looks(first, "x_proj", InputNorm(), InputGram()) == 1
-    assert looks(first, "x_proj", InputGram(), InputNorm()) == 1
-    assert looks(first, "in_proj", InputGram(), InputGram()) == 1
-    assert looks(second, "x_proj", InputGram(), InputGram()) == 1, "x_proj adds a bias"
-
-
-def walk_and_keep(architecture: Any, dense: Tensor) -> list[Stop]:
-    """All stops of a walk, each with windows of its own."""
-    return [
-        replace(stop, hidden=stop.hidden.clone(), dense_hidden=dense.clone())
-        for stop in walk(architecture, TOKENS, passes=1, dense=dense)
-    ]
+    first, second = walk(adapt(model), TOKENS, dense=embedded(model)), walk(adapt(model), TOKENS)
+    stop = next(first)
+    assert looks(stop, "x_proj", InputGram(), InputGram()) == 0
+    assert looks(stop, "x_proj", InputGram(paired=True), InputGram()) == 0
+    assert looks(stop, "x_proj", InputGram(), InputGram(paired=True)) == 2, "both streams"
+    assert looks(stop, "x_proj", InputNorm(), InputGram()) == 1
+    assert looks(stop, "x_proj", InputGram(), InputNorm()) == 1
+    assert looks(stop, "in_proj", InputGram(), InputGram()) == 1
+    next(second)
+    assert looks(next(second), "x_proj", InputGram(), InputGram()) == 1, "x_proj adds a bias"
 
 
 @pytest.mark.parametrize("paired", [False, True])
@@ -259,11 +258,12 @@ def test_each_target_costs_one_pass_up_to_it_and_one_through_the_block(
     """dt_proj costs none, the last block is not run again, the second stream runs where it is looked at."""
     model = pico_mamba()
     progress: list[tuple[str, int, int]] = []
+    told = lambda *call: progress.append(call)  # noqa: E731
     dense = embedded(model) if paired else None
-    for stop in walk(adapt(model), TOKENS, 6, lambda *call: progress.append(call), dense=dense):
+    for stop in walk(adapt(model), TOKENS, dense=dense, steps=Steps("calibrate", 11, told)):
         for kind in ["in_proj", "x_proj", "dt_proj", "A_log", "out_proj"]:
             state = StateError("unit", diagonal=True)
-            stop.seen(of_kind(stop, kind), state if kind == "A_log" else InputGram(paired))
+            stop.look(of_kind(stop, kind), state if kind == "A_log" else InputGram(paired))
             halve(of_kind(stop, kind))
     looks = ["in_proj", "x_proj", "A_log", "out_proj"]
     if paired:  # the look at out_proj takes the dense stream through the block
@@ -275,11 +275,12 @@ def test_each_target_costs_one_pass_up_to_it_and_one_through_the_block(
 def test_passes_are_cut_into_slabs(passes: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibrate, "LONGEST", 20)  # 20, 20 and 10
     progress: list[tuple[str, int, int]] = []
-    for stop in walk(adapt(pico_mamba()), TOKENS, 3, lambda *call: progress.append(call), tail=True):
+    told = lambda *call: progress.append(call)  # noqa: E731
+    for stop in walk(adapt(pico_mamba()), TOKENS, tail=True, steps=Steps("calibrate", 21, told)):
         if stop.block.index == 2:
-            stop.seen(stop.block.targets[0], InputGram())
+            stop.look(stop.block.targets[0], InputGram())
         else:
-            stop.seen(of_kind(stop, "x_proj"), InputGram()), stop.seen(of_kind(stop, "dt_proj"), InputGram())
+            stop.look(of_kind(stop, "x_proj"), InputGram()), stop.look(of_kind(stop, "dt_proj"), InputGram())
     assert passes == [(i, until) for i in range(2) for until in ["x_proj"] * 3 + [None] * 3]
     assert [call[1] for call in progress] == list(range(1, progress[-1][2] + 1)) and progress[-1][2] == 21
 
@@ -293,10 +294,10 @@ def test_slab_width_does_not_matter(rows: int, monkeypatch: pytest.MonkeyPatch) 
     for value in (calibrate.ROWS, rows):
         monkeypatch.setattr(calibrate, "ROWS", value)
         model = pico_mamba()
-        for stop in walk(adapt(model), TOKENS, passes=6, dense=embedded(model)):
-            results.append(stop.seen(a_log(stop), StateError("unit", diagonal=False)))
+        for stop in walk(adapt(model), TOKENS, dense=embedded(model)):
+            results.append(stop.look(a_log(stop), StateError("unit", diagonal=False)))
             for kind in ["in_proj", "conv1d", "x_proj", "dt_proj", "out_proj"]:
-                moments.append(stop.seen(of_kind(stop, kind), InputGram(paired=True)))
+                moments.append(stop.look(of_kind(stop, kind), InputGram(paired=True)))
             halve(of_kind(stop, "out_proj"))
     for one, other in zip(moments[:10], moments[10:], strict=True):
         assert_same(other.gram, one.gram)
@@ -310,11 +311,11 @@ def test_slab_width_does_not_matter(rows: int, monkeypatch: pytest.MonkeyPatch) 
 
 def test_looking_changes_nothing() -> None:
     architecture = adapt(pico_mamba())
-    for stop in walk(architecture, TOKENS, passes=2):
+    for stop in walk(architecture, TOKENS):
         before = stop.hidden.clone()
-        stop.seen(a_log(stop), StateError("memoryless", diagonal=True))
+        stop.look(a_log(stop), StateError("memoryless", diagonal=True))
         for kind in LINEAR:
-            stop.seen(of_kind(stop, kind), InputGram())
+            stop.look(of_kind(stop, kind), InputGram())
         assert torch.equal(stop.hidden, before)
 
 
@@ -338,14 +339,15 @@ def test_non_finite_activations_are_named(value: float) -> None:
         ValueError,
         match=rf"backbone.layers.0: output is not finite in calibration window {window} at token {position}",
     ):
-        for _ in walk(adapt(model), TOKENS, passes=1):
+        for _ in walk(adapt(model), TOKENS):
             pass
 
 
 def test_progress_reaches_the_end() -> None:
     calls: list[tuple[str, int, int]] = []
-    for stop in walk(adapt(pico_mamba()), TOKENS, passes=2, progress=lambda *call: calls.append(call)):
-        stop.seen(a_log(stop), StateError("memoryless", diagonal=True))
+    told = lambda *call: calls.append(call)  # noqa: E731
+    for stop in walk(adapt(pico_mamba()), TOKENS, steps=Steps("calibrate", 3, told)):
+        stop.look(a_log(stop), StateError("memoryless", diagonal=True))
     done = [call[1] for call in calls]
     assert done == list(range(1, calls[-1][2] + 1))
 
@@ -360,7 +362,7 @@ def test_a_survey_sees_the_dense_model_in_one_pass(passes: list[Any]) -> None:
         return InputNorm() if target.kind == "x_proj" else InputGram()
 
     model = pico_mamba()
-    found = list(survey(adapt(model), TOKENS, watch, progress=lambda *call: calls.append(call)))
+    found = list(survey(adapt(model), TOKENS, watch, Steps("survey", 2, lambda *call: calls.append(call))))
     assert passes == [(0, None), (1, None)]
     assert calls[0] == ("survey", 1, 2) and calls[-1] == ("survey", 2, 2)
     targets = [target for target in adapt(model).targets if (target.layer, target.kind) != (0, "A_log")]
@@ -371,8 +373,8 @@ def test_a_survey_sees_the_dense_model_in_one_pass(passes: list[Any]) -> None:
             x = stock[-1 if target.family == "head" else target.layer, target.kind]
             want = second_moments(x)
             assert_same(got.gram, want.diagonal() if target.kind == "x_proj" else want)
-    for stop in walk(adapt(pico_mamba()), TOKENS, passes=2):
-        want = stop.seen(a_log(stop), StateError("unit", diagonal=False))
+    for stop in walk(adapt(pico_mamba()), TOKENS):
+        want = stop.look(a_log(stop), StateError("unit", diagonal=False))
     got = next(got for target, got in found if target.kind == "A_log")
     torch.testing.assert_close(got.gram, want.gram)
 

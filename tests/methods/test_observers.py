@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -41,9 +42,10 @@ def a_log(stop: Stop) -> Target:
 
 def observe(make: Callable[[Tensor], Any], longest: int, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(calibrate, "LONGEST", longest)
-    stop = next(walk(adapt(pico_mamba()), TOKENS, passes=1))
+    stops = walk(adapt(pico_mamba()), TOKENS)
+    stop = next(stops)
     target = a_log(stop)
-    return stop.seen(target, make(target.matrix))
+    return stop.look(target, make(target.matrix))
 
 
 # linear layers
@@ -186,8 +188,9 @@ def test_error_is_in_units_of_the_residual_stream() -> None:
         model = pico_mamba()
         with torch.no_grad():
             model.backbone.layers[0].mixer.out_proj.weight.mul_(scale)
-        stop = next(walk(adapt(model), TOKENS, passes=1))
-        results.append(stop.seen(a_log(stop), StateError("memoryless", diagonal=False)))
+        stops = walk(adapt(model), TOKENS)
+        stop = next(stops)
+        results.append(stop.look(a_log(stop), StateError("memoryless", diagonal=False)))
     one, three = results
     for name in ("gram", "cross", "power"):
         torch.testing.assert_close(getattr(three, name), 9 * getattr(one, name))
@@ -199,14 +202,15 @@ def test_rows_of_the_output_cost_what_they_are_said_to() -> None:
     cost = torch.rand(16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     model = pico_mamba()
     got, plain = (
-        stop.seen(a_log(stop), StateError("unit", diagonal, cost))
+        stop.look(a_log(stop), StateError("unit", diagonal, cost))
         for diagonal in (False, True)
-        for stop in [next(walk(adapt(model), TOKENS, passes=1))]
+        for stop in itertools.islice(walk(adapt(model), TOKENS), 1)
     )
     with torch.no_grad():
         model.backbone.layers[0].mixer.out_proj.weight.mul_(cost.sqrt()[:, None])
-    stop = next(walk(adapt(model), TOKENS, passes=1))
-    want = stop.seen(a_log(stop), StateError("unit", diagonal=False))
+    stops = walk(adapt(model), TOKENS)
+    stop = next(stops)
+    want = stop.look(a_log(stop), StateError("unit", diagonal=False))
     for name in ("gram", "cross", "power"):
         torch.testing.assert_close(getattr(got, name), getattr(want, name), rtol=1e-5, atol=0)
     torch.testing.assert_close(plain.gram, want.gram.diagonal(dim1=1, dim2=2), rtol=1e-5, atol=0)
@@ -214,8 +218,9 @@ def test_rows_of_the_output_cost_what_they_are_said_to() -> None:
 
 
 def test_diagonal_is_the_diagonal() -> None:
-    stop = next(walk(adapt(pico_mamba()), TOKENS, passes=1))
-    full, diagonal = (stop.seen(a_log(stop), StateError("unit", d)) for d in (False, True))
+    stops = walk(adapt(pico_mamba()), TOKENS)
+    stop = next(stops)
+    full, diagonal = (stop.look(a_log(stop), StateError("unit", d)) for d in (False, True))
     torch.testing.assert_close(diagonal.gram, full.gram.diagonal(dim1=1, dim2=2), rtol=1e-6, atol=0)
 
 
@@ -280,7 +285,8 @@ def test_moments_of_states_by_an_explicit_loop(
     architecture = adapt(model)
     cost = draw(7, 16).square() if weighted else None
     moments = StateMoments(every, cost)
-    stop = next(walk(architecture, TOKENS, passes=1))
+    stops = walk(architecture, TOKENS)
+    stop = next(stops)
     before = stop.hidden.clone()
     stop.run({"states": moments}, until="states")
     assert torch.equal(stop.hidden, before)
@@ -298,7 +304,8 @@ def test_moments_of_states_by_an_explicit_loop(
 
 def test_many_states_have_no_full_moments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(StateMoments, "MOST_FULL", 7)
-    stop = next(walk(adapt(pico_mamba()), TOKENS, passes=1))
+    stops = walk(adapt(pico_mamba()), TOKENS)
+    stop = next(stops)
     moments = StateMoments(4)
     stop.run({"states": moments}, until="states")
     assert moments.result().full is None
@@ -323,7 +330,8 @@ def test_the_sums_say_what_removing_states_costs() -> None:
     mixer = model.backbone.layers[0].mixer
     with torch.no_grad():
         mixer.out_proj.weight.copy_(torch.eye(16, 32))
-    stop = next(walk(adapt(model), TOKENS, passes=1))
+    stops = walk(adapt(model), TOKENS)
+    stop = next(stops)
     moments = StateMoments(1)
     stop.run({"states": moments}, until="states")
     gone = [1, 4, 5]
@@ -352,7 +360,8 @@ def test_moments_of_pairs_by_an_explicit_loop(
     decays, inputs = torch.tensor([0, 0, 2, 2, 1, 3, 3]), torch.tensor([0, 1, 2, 0, 1, 3, 1])
     cost = draw(7, 16).square() if weighted else None
     observer = PairMoments(every, decays, inputs, cost)
-    stop = next(walk(adapt(model), TOKENS, passes=1))
+    stops = walk(adapt(model), TOKENS)
+    stop = next(stops)
     stop.run({"states": observer}, until="states")
     got = observer.result()
     out_proj = layer.mixer.out_proj.weight.detach().numpy()

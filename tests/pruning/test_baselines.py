@@ -218,7 +218,8 @@ def looked(model: Any, tokens: Tensor, axis: str, method: str) -> Units:
     architecture = adapt(model)
     how = {"pattern": f"structured:{axis}", "sparsity": 0.5, "method": method, "repair": "none"}
     wanted = order(Recipe(**how), architecture)
-    stop = next(walk(architecture, tokens, passes=1))
+    stops = walk(architecture, tokens)
+    stop = next(stops)
     axes = [part for part in stop.block.axes if part.name == axis]
     return structure.look(stop, axis, axes, axes[0].size // 2, wanted, {})
 

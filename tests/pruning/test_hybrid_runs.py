@@ -25,7 +25,7 @@ from sparsessm.architectures.hybrid_block import HybridBlock
 from sparsessm.calibration import prices
 from sparsessm.recipe.recipe import Recipe
 from sparsessm.recipe.rules import assign
-from sparsessm.studies import trials, windows
+from sparsessm.studies import cells, windows
 
 WHOLE: Mapping[str, Mapping[str, Any]] = {
     "default": {},
@@ -195,6 +195,6 @@ def test_what_looks_at_single_matrices_leaves_out_experts_and_shared_ones(name: 
     assert {name for name in windows.watched(architecture, chosen)} <= plain
     rules = {name: rule for name, rule in chosen.rules.items() if name in plain}
     rules = {name: replace(rule, repair="self") for name, rule in rules.items()}
-    cells = list(trials.measure(architecture, rules, [0.5], MORE_TOKENS, TOKENS, set(), None))
-    assert {cell.target for found in cells for cell in found} == rules.keys()
-    assert all(cell.kl >= 0 and math.isfinite(cell.kl) for found in cells for cell in found)
+    found = list(cells.measure(architecture, rules, [0.5], MORE_TOKENS, TOKENS, set(), None))
+    assert {cell.target for one in found for cell in one} == rules.keys()
+    assert all(cell.kl >= 0 and math.isfinite(cell.kl) for one in found for cell in one)

@@ -15,7 +15,8 @@ from stock import stock_inputs
 from torch import Tensor
 
 from sparsessm.architectures import Target, adapt
-from sparsessm.calibration.walk import survey, walk
+from sparsessm.calibration.visit import survey
+from sparsessm.calibration.walk import walk
 from sparsessm.methods import Rule, entry_methods
 from sparsessm.methods.hessian import factorise
 from sparsessm.methods.observers import InputGram
@@ -166,14 +167,14 @@ def by_hand(model: Any, tokens: Tensor, order: list[str], dense_inputs: bool = F
         for target, seen in survey(adapt(pico_mamba(time_step_rank=6)), tokens, lambda target: InputGram()
                                    if target.family == "projections" else None)
     )  # fmt: skip
-    for stop in walk(architecture, tokens, passes=5):
+    for stop in walk(architecture, tokens):
         targets = {target.kind: target for target in stop.block.targets}
         for kind in order:
             target = targets[kind]
             if kind == "A_log":
                 target.replace(target.matrix.masked_fill(~pattern.keep(target.matrix.abs(), 0.5), 38.0))
                 continue
-            seen = dense[target.name] if dense_inputs else stop.seen(target, InputGram())
+            seen = dense[target.name] if dense_inputs else stop.look(target, InputGram())
             factor = factorise(seen.gram.float())
             new, _ = sweep(
                 target.matrix, lambda w, c, f=factor: method.score(w, f, rule, c), pattern, 0.5, factor

@@ -264,13 +264,11 @@ def test_the_trials_are_measured_on_windows_that_they_did_not_see(monkeypatch: p
     architecture = adapt(mamba())
     wanted = order(Recipe(pattern="structured", sparsity=0.2), architecture)
     looked, measured = [], []
-    shrink_, loss_of_ = mixes.shrink, mixes.loss_of
+    shrink_, losses_ = mixes.shrink, mixes.losses
     monkeypatch.setattr(
         mixes, "shrink", lambda a, o, tokens, **r: (looked.append(tokens), shrink_(a, o, tokens, **r))[1]
     )
-    monkeypatch.setattr(
-        mixes, "loss_of", lambda a, h, tokens: (measured.append(tokens), loss_of_(a, h, tokens))[1]
-    )
+    monkeypatch.setattr(mixes, "losses", lambda a, tokens: (measured.append(tokens), losses_(a, tokens))[1])
     find(architecture, wanted, TOKENS)
     rows = {tuple(row) for tokens in looked for row in tokens.tolist()}
     held = {tuple(row) for tokens in measured for row in tokens.tolist()}

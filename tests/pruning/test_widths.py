@@ -20,6 +20,7 @@ import sparsessm
 from sparsessm import runtime
 from sparsessm.architectures import adapt
 from sparsessm.architectures.own import Own
+from sparsessm.calibration.prices import row_prices
 from sparsessm.checkpoint import container, pack, unpack
 from sparsessm.checkpoint.encoding import encode
 from sparsessm.pruning import preview, units, widths
@@ -119,7 +120,7 @@ def test_widths_are_asked_of_the_dense_model() -> None:
     before = {name: tensor.clone() for name, tensor in architecture.model.state_dict().items()}
     wanted = order(Recipe(**WORDS), architecture)
     assert wanted.by_layer and wanted.sizes == {"channel": 32}
-    costs = units.row_costs(architecture, TOKENS)
+    costs = row_prices(architecture, TOKENS)
     seen: list[tuple[str, int, int]] = []
     found = widths.find(architecture, wanted, TOKENS, costs, lambda *what: seen.append(what))
     assert found.keys() == {0, 1, 2} and sum(found.values()) == 96 and seen[-1] == ("widths", 3, 3)

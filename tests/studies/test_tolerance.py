@@ -25,9 +25,10 @@ from sparsessm.architectures import adapt
 from sparsessm.pruning import entries
 from sparsessm.recipe.recipe import Recipe
 from sparsessm.recipe.rules import assign
-from sparsessm.studies import findings, tolerance, trials
+from sparsessm.studies import cells as measuring
+from sparsessm.studies import findings, tolerance
+from sparsessm.studies.cells import Cell, measure
 from sparsessm.studies.tolerance import Analysis, analyze
-from sparsessm.studies.trials import Cell, measure
 
 pytestmark = pytest.mark.usefixtures("here")
 
@@ -91,8 +92,8 @@ def divergence(dense: Tensor, pruned: Tensor) -> float:
 def test_every_cell_is_what_a_stock_model_with_that_matrix_pruned_does(
     price: str, batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trials, "BATCH", batch)
-    monkeypatch.setattr(trials, "LOGITS", 7)
+    monkeypatch.setattr(measuring, "BATCH", batch)
+    monkeypatch.setattr(measuring, "LOGITS", 7)
     model, calibration, held_out = pico_mamba(), tokens(4, 1), tokens(3, 2)
     before = weights(model)
     rules = rules_of(model, calibration, price)
@@ -159,13 +160,12 @@ def test_nothing_removed_changes_nothing() -> None:
     assert len(found.cells) == 10
     assert {cell.kl for cell in found.cells} == {0.0}
     assert {cell.pruned for cell in found.cells} == {0}
-    assert tolerance.sensitivities(found) == {}
     assert findings.summary(found)["kinds"]["in_proj"]["tolerates"] == 0.0
     findings.draw(found, Path("zero.png"))
 
 
 def test_progress_ends_where_it_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trials, "BATCH", 16)
+    monkeypatch.setattr(measuring, "BATCH", 16)
     calls: list[tuple[str, int, int]] = []
     analyze(sparsessm.load("dense"), price="none", progress=lambda *call: calls.append(call), **SMALL)
     assert {stage for stage, _, _ in calls} == {"analyze"}
@@ -219,8 +219,8 @@ def test_an_interrupted_run_goes_on_where_it_stopped(at: int, monkeypatch: pytes
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Every matrix that is pruned from now on."""
     worked: list[Any] = []
-    solve = trials.solve
-    monkeypatch.setattr(trials, "solve", lambda *what: worked.append(what) or solve(*what))
+    solve = measuring.solve
+    monkeypatch.setattr(measuring, "solve", lambda *what: worked.append(what) or solve(*what))
     return worked
 
 
@@ -311,16 +311,9 @@ def test_the_file_is_the_old_one_or_the_new_one(monkeypatch: pytest.MonkeyPatch)
     assert [file.name for file in path.parent.iterdir()] == ["analysis.json"]
 
 
-def cell(kind: str, layer: int, sparsity: float, kl: float, cost: float = 1.0) -> Cell:
+def cell(kind: str, layer: int, sparsity: float, kl: float) -> Cell:
     what = (f"layers.{layer}.{kind}", layer, kind, "projections", sparsity, 100, round(100 * sparsity))
-    return Cell(*what, kl=kl, error=1.0, signal=2.0, cost=cost, seconds=0.1)
-
-
-def test_sensitivities_are_divergence_by_predicted_cost() -> None:
-    cells = [cell("a", 0, 0.3, 2.0, 1.0), cell("a", 0, 0.5, 32.0, 4.0), cell("a", 1, 0.3, 3.0, 6.0)]
-    cells += [cell("b", 0, 0.3, 0.0, 1.0), cell("b", 0, 0.5, 1.0, 0.0)]
-    kappas = tolerance.sensitivities(Analysis({}, 5, cells))
-    assert kappas == pytest.approx({"layers.0.a": 4.0, "layers.1.a": 0.5})
+    return Cell(*what, kl=kl, error=1.0, signal=2.0, cost=1.0, seconds=0.1)
 
 
 def test_the_summary() -> None:

@@ -12,7 +12,6 @@ from torch import nn
 from sparsessm.architectures.axes import Axis, Part
 from sparsessm.architectures.base import Architecture, Block, Tail, Tap
 from sparsessm.architectures.hybrid import Bamba, FalconH1, GraniteMoeHybrid, Hybrid, Jamba, NemotronH, Zamba2
-from sparsessm.architectures.hybrid_block import seen_by_all_uses
 from sparsessm.architectures.stack import FalconMamba, Mamba, Mamba2, Stack
 from sparsessm.architectures.target import (
     REMOVED_A_LOG,
@@ -49,7 +48,6 @@ __all__ = [
     "adapt",
     "refuse_older",
     "removed_a_log",
-    "seen_by_all_uses",
 ]
 
 

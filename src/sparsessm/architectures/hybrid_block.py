@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sparsessm.architectures import experts
 from sparsessm.architectures.attention import Keys, causal_mask, positions
-from sparsessm.architectures.base import Architecture, Block, Tap
+from sparsessm.architectures.base import Block, Tap
 from sparsessm.architectures.mixer import MixerKind
 from sparsessm.architectures.outputs import kept_outputs
 from sparsessm.architectures.target import Target
@@ -217,46 +217,3 @@ def _instead(module: Any, forward: Callable[..., Tensor]) -> Iterator[None]:
             del module.forward
         else:
             module.forward = had
-
-
-def seen_by_all_uses(
-    architecture: Architecture, target: Target, observer: Any, hidden: Tensor, width: int
-) -> Any:
-    """Look at a shared matrix in all blocks that use it, in the model as it is.
-
-    The blocks between the uses are as they are now: in a walk those not reached yet are dense. A `paired`
-    observer sees the same inputs as those of both models.
-
-    Args:
-        hidden: (W, L, ...) windows entering the first of the blocks; left as they are.
-        width: tokens a slab.
-
-    Returns:
-        The observer's result.
-    """
-    tap: Any = _Twice(observer) if observer.paired else observer
-    with torch.inference_mode():
-        stream = hidden.clone()
-        for block in architecture.blocks[target.uses[0] : target.uses[-1] + 1]:
-            taps = {target.kind: tap} if block.index in target.uses else {}
-            until = target.kind if block.index == target.uses[-1] else None
-            state = None
-            for start in range(0, stream.shape[1], width):
-                slab = stream[:, start : start + width]
-                out, state = block.forward(slab, state, taps, until)
-                if out is not None:
-                    slab.copy_(out)
-    return observer.result()
-
-
-class _Twice:
-    """A tap that hands a paired observer its inputs as those of the dense model too."""
-
-    options: Mapping[str, Any] = {}
-    paired = routed = False
-
-    def __init__(self, observer: Any) -> None:
-        self._observer = observer
-
-    def add(self, x: Tensor) -> None:
-        self._observer.add(x, x)

@@ -61,7 +61,7 @@ class Target:
         fed_by: (kind, rows): its inputs are these output rows of that target, with nothing in between.
         depthwise: every row has inputs of its own (a depthwise convolution's taps).
         uses: indices of all blocks whose data meets it, ascending, where several share it; it is a target of
-            the first of them. `seen_by_all_uses` looks at all.
+            the first of them. `Stop.look` sees them all.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""What an error of a layer's output costs: weights for its rows, from one backward pass of the dense model.
+"""Prices: what an error in an output row costs the loss, from one backward pass of the dense model.
 
 To second order the loss changes by 1/2 sum_i F_i mean_t (dW_i x_t)^2 when a linear layer's weight changes by
 dW: the Kronecker view of LLM Surgeon (van der Ouderaa et al., arXiv 2312.17244) with a diagonal G = diag(F),
@@ -18,11 +18,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsessm.architectures import Architecture, Block
-from sparsessm.calibration.loss import ROWS as HEAD_ROWS
-
-Progress = Callable[[str, int, int], None]
+from sparsessm.calibration.loss import nats, predictions
+from sparsessm.calibration.progress import Progress, Steps
+from sparsessm.calibration.walk import backwards, first_tokens, grouped, walk
 
 ROWS = 2048  # tokens that go through the model together: several short windows, or one long one
+PRICED_TOKENS = 16_384  # of the calibration windows that the backward pass looks at
+
+
+def row_prices(
+    architecture: Architecture, tokens: Tensor, progress: Progress | None = None, *, head: bool = False
+) -> dict[str, Tensor]:
+    """What an error in each output row of the dense model's matrices costs the loss, by target.
+
+    Args, Returns, Raises: as `output_fisher`, of the first of the calibration windows.
+    """
+    return output_fisher(architecture, first_tokens(tokens, PRICED_TOKENS), progress, head=head)
 
 
 def output_fisher(
@@ -36,7 +47,8 @@ def output_fisher(
     the mean of the layers' inputs.
 
     Memory: the residual stream of one group of windows (some `ROWS` tokens) once per layer, plus the graph of
-    one block and `loss.ROWS` rows of logits; whatever the number of windows.
+    one block and `loss.ROWS` rows of logits; whatever the number of windows. Every block is opened twice for
+    each group, on the way forward and on the way back.
 
     Args:
         tokens: (W, L) int64 calibration windows, L at least 2.
@@ -55,15 +67,9 @@ def output_fisher(
         raise ValueError(
             f"output_fisher needs windows of shape (at least 1, at least 2), got {tuple(tokens.shape)}"
         )
-    groups = tokens.split(max(1, ROWS // tokens.shape[1]))
+    groups = grouped(tokens, ROWS)
     sums: dict[str, Tensor] = {}
-    total, done = 2 * len(groups) * len(architecture.blocks), 0
-
-    def tick() -> None:
-        nonlocal done
-        done += 1
-        if progress:
-            progress("fisher", done, total)
+    steps = Steps("fisher", 2 * len(groups) * len(architecture.blocks), progress)
 
     def add(name: str, grad: Tensor) -> None:  # (..., out)
         # squares in float64: gradients of a model that is sure of itself have squares below float32's range
@@ -74,11 +80,14 @@ def output_fisher(
     with torch.inference_mode(False), _frozen(architecture.model):
         for group in groups:
             group = group.clone()
-            inputs, hidden = _forward(architecture, group, tick)
-            back = _head_backward(architecture, hidden, group, add if head else None)
-            for block, entering in zip(reversed(architecture.blocks), reversed(inputs), strict=True):
-                back = _block_backward(architecture, block, entering, back, add)
-                tick()
+            entering = _forward(architecture, group, steps)
+            back = torch.empty_like(entering[-1])
+            for stop in backwards(architecture):
+                if stop.block is architecture.tail:
+                    back = _head_backward(architecture, entering.pop(), group, add if head else None)
+                else:
+                    back = _block_backward(architecture, stop.block, entering.pop(), back, add)
+                    steps()
     return {
         target.name: sums[target.name] / tokens.numel()
         for target in architecture.targets
@@ -86,35 +95,28 @@ def output_fisher(
     }
 
 
-def _forward(
-    architecture: Architecture, tokens: Tensor, tick: Callable[[], None]
-) -> tuple[list[Tensor], Tensor]:
-    """The input of each block and the output of the last, (W, L, d_model) each."""
-    inputs: list[Tensor] = []
-    with torch.no_grad():
-        hidden = architecture.embed(tokens)
-        for block in architecture.blocks:
-            inputs.append(hidden)
-            out, _ = block.forward(hidden)
-            assert out is not None
-            _refuse_non_finite(out, f"{block.name}: the output")
-            hidden = out
-            tick()
-    return inputs, hidden
+def _forward(architecture: Architecture, tokens: Tensor, steps: Steps) -> list[Tensor]:
+    """The input of each block and of the tail, (W, L, d_model) each."""
+    entering: list[Tensor] = []
+    for stop in walk(architecture, None, tokens, tail=True):
+        entering.append(stop.groups[0].clone())  # a walk's own tensors are of inference mode
+        if stop.block is not architecture.tail:
+            stop.advance()
+            _refuse_non_finite(stop.groups[0], f"{stop.block.name}: the output")
+            steps()
+    return entering
 
 
 def _head_backward(
     architecture: Architecture, hidden: Tensor, tokens: Tensor, add: Callable[[str, Tensor], None] | None
 ) -> Tensor:
     """d loss / d hidden, (W, L, d_model), after the last block; `add` receives the gradient of the logits."""
-    rows, labels = hidden[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
     parts = []
-    for part, right in zip(rows.split(HEAD_ROWS), labels.split(HEAD_ROWS), strict=True):
-        part = part.detach().requires_grad_()
+    for rows, right in predictions(hidden, tokens):
+        part = rows.detach().requires_grad_()
         with torch.enable_grad():
             logits = architecture.head(part[None])[0]  # (rows, vocabulary)
-            precise = logits if logits.dtype == torch.float64 else logits.float()
-            loss = F.cross_entropy(precise, right, reduction="sum")
+            loss = nats(logits, right).sum()
         dpart, *dlogits = torch.autograd.grad(loss, [part] if add is None else [part, logits])
         _refuse_non_finite(dpart, f"{architecture.tail.name}: the gradient at its input")
         parts.append(dpart)
@@ -165,19 +167,19 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 def output_norms(architecture: Architecture) -> dict[str, Tensor]:
-    """The forward-only stand-in for `output_fisher`, from weights alone; see `readout` for what is crude.
+    """The forward-only stand-in for `output_fisher`, from weights alone; see `block_norms` for what is crude.
 
     Returns:
         Target name -> (out,) float64, relative: only ratios mean something, and those best within a matrix.
     """
     found = {}
-    for block in architecture.blocks:
-        weights = readout(block)
-        found |= {target.name: weights[target.kind] for target in block.targets if target.kind in weights}
+    for stop in walk(architecture, None):
+        norms = block_norms(stop.block)
+        found |= {target.name: norms[target.kind] for target in stop.block.targets if target.kind in norms}
     return found
 
 
-def readout(block: Block) -> dict[str, Tensor]:
+def block_norms(block: Block) -> dict[str, Tensor]:
     """How strongly each output row of a mixer's matrices is read by what follows it in the layer.
 
     What a unit error of a row writes into the residual stream, squared and summed, if everything in between

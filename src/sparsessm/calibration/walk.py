@@ -1,64 +1,210 @@
-"""Stage 1: walk the blocks once, feed the observers.
+"""The walk over the blocks of a model: every loop that looks at blocks, runs or changes them is this one.
+
+A walk opens a block, hands it out as a `Stop`, takes what it carries through the block as the caller left it,
+and closes it. It carries hidden states: windows that observers look at, beside them what the dense model
+makes of the same windows, and groups of windows that nobody looks into.
 
 All windows advance through a block together, one slab of time after the other, each carrying its state. That
 is what makes sums over the batch exact at every time step with one slab in memory (the paper's S_t needs all
 windows at once), and it bounds the memory of calibration by the residual stream of the windows plus one slab
-of one block, however many layers there are.
+of one block, however many layers there are. A group goes through in one piece.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparsessm.architectures import Architecture, Block, Tap, Target
-from sparsessm.architectures.experts import abreast
+from sparsessm.calibration.paired import Pair, Twice
+from sparsessm.calibration.progress import Steps
 from sparsessm.methods.observers import InputGram, Moments
-
-Progress = Callable[[str, int, int], None]
 
 # Rows (windows x tokens) of a slab: enough for full-speed matrix products, few enough to stay near the cache.
 ROWS = 2048
 # Most tokens a slab, where windows are few: bounds the (T, D, N) sums of the methods that look at every step.
 LONGEST = 128
-# Bytes of Hessians that one pass over experts may sum up: those of 64 matrices with 2048 inputs (of 32 if
-# paired); a matrix with 14336 inputs takes a pass of its own.
-HELD = 2 << 30
+ALL = slice(None)
 
 
 @dataclass
-class Stop:
-    """The walk stands before `block`; `hidden` (W, L, d_model) comes from the pruned blocks before it.
+class Streams:
+    """What a walk carries: hidden states (W, L, d_model) before the block at which it stands.
 
-    With a second stream, `dense` is the block with its weights of before and `dense_hidden` what the dense
-    blocks before it produce: observers that are `paired` see the inputs in both models. The pass that looks
-    at the block's last target in both models takes the dense windows through the whole block, so that target
-    can be looked at once.
+    Attributes:
+        hidden: of the windows that are looked at, None where nobody looks. They are overwritten.
+        dense: of the same windows in the dense model, None where nobody compares. They are overwritten.
+        groups: of windows that only go through; replaced by new tensors.
     """
 
-    block: Block
-    hidden: Tensor
-    _tick: Callable[[], None]
-    dense: Block | None = None
-    dense_hidden: Tensor | None = None
-    _last: tuple[str, Moments] | None = None  # what was seen last
-    _dense_is_through: bool = False
+    hidden: Tensor | None = None
+    dense: Tensor | None = None
+    groups: list[Tensor] = field(default_factory=list)
 
-    def seen(self, target: Target, observer: Any) -> Any:
-        """Run all windows up to `target` with `observer` watching; returns the observer's result."""
+
+class Stop:
+    """The walk stands before `block`, which is open; what can be done there. Made by `walk` alone.
+
+    With dense windows `dense` is the block with its weights of before: observers that are `paired` see the
+    inputs in both models; without, they see the same inputs as those of both. The pass that looks at the
+    block's last target in both models takes the dense windows through the whole block, so that target can be
+    looked at once.
+
+    All methods raise RuntimeError once the walk has gone on: the block is closed, the windows are elsewhere.
+    """
+
+    def __init__(
+        self, block: Block, dense: Block | None, streams: Streams, ahead: Sequence[Block], steps: Steps | None
+    ) -> None:
+        self._block, self._dense, self._streams = block, dense, streams
+        self._ahead, self._steps = ahead, steps
+        self._last: tuple[str, Moments] | None = None  # what was looked at last
+        self._windows_are_through = self._dense_is_through = self._advanced = self._closed = False
+
+    @property
+    def block(self) -> Block:
+        """The block; after `replace` the new one."""
+        return self._block
+
+    @property
+    def dense(self) -> Block | None:
+        """The block as it was when the walk came, None without dense windows."""
+        return self._dense
+
+    @property
+    def hidden(self) -> Tensor:
+        """(W, L, d_model), the windows that are looked at.
+
+        Raises:
+            ValueError: the walk carries none.
+        """
+        if self._streams.hidden is None:
+            raise ValueError(f"{self._block.name}: the walk carries no windows to look at")
+        return self._streams.hidden
+
+    @property
+    def dense_hidden(self) -> Tensor | None:
+        """(W, L, d_model), the same windows as the dense blocks before this one made them."""
+        return self._streams.dense
+
+    @property
+    def groups(self) -> list[Tensor]:
+        """(W, L, d_model) of each group; what is appended goes on from here as a group more."""
+        return self._streams.groups
+
+    def look(self, target: Target, observer: Any) -> Any:
+        """Run the windows up to `target` with `observer` watching; they stay before the block.
+
+        Moments that follow from those looked at just before take no pass. A matrix that blocks share is
+        looked at in all of them, in the model as it is now: those not reached yet are dense. That is not
+        counted.
+
+        Returns:
+            The observer's result.
+        """
+        if target.uses:
+            self._run_to_last_use(target, observer)
+            return observer.result()
         if isinstance(observer, InputGram) and (fed := self._fed(target, observer)):
             for _ in range(slab_count(*self.hidden.shape[:2])):
-                self._tick()  # a pass saved is a pass done
+                self._count()  # a pass saved is a pass done
             return fed
         self.run({target.kind: observer}, until=target.kind)
         result = observer.result()
-        feeds = any(other.fed_by and other.fed_by[0] == target.kind for other in self.block.targets)
+        feeds = any(other.fed_by and other.fed_by[0] == target.kind for other in self._block.targets)
         self._last = (target.kind, result) if feeds and isinstance(result, Moments) else None
         return result
+
+    def run(self, taps: Mapping[str, Tap], *, until: str | None = None, windows: slice = ALL) -> None:
+        """One pass of the windows, watched by `taps` (target kind -> observer), counted slab by slab.
+
+        Args:
+            until: go no further than this target and leave the windows as they are; None: through the block,
+                whose output replaces them, once.
+            windows: which of them; all, if they go through.
+
+        Raises:
+            ValueError: an output that is not finite; names the block, the first window and position.
+        """
+        self._refuse_closed()
+        if self._windows_are_through or (until is None and windows != ALL):
+            raise RuntimeError(f"{self._block.name}: windows go through a block once, and all together")
+        hidden, dense = self.hidden[windows], self._streams.dense
+        width = slab_width(*hidden.shape[:2])
+        paired = {kind: tap for kind, tap in taps.items() if tap.paired}
+        if self._dense is None or dense is None:
+            pairs: dict[str, Pair] = {}
+            taps = {**taps, **{kind: Twice(tap) for kind, tap in paired.items()}}
+        else:
+            dense = dense[windows]
+            pairs = {kind: Pair(tap) for kind, tap in paired.items()}
+        recorders = {kind: pair.dense for kind, pair in pairs.items()}
+        dense_until = None if until in pairs and until == self._block.targets[-1].kind else until
+        both = (pairs or until is None) and not self._dense_is_through
+        state = dense_state = None
+        with torch.inference_mode():
+            for start in range(0, hidden.shape[1], width):
+                slab = slice(start, start + width)
+                for recorder in recorders.values():
+                    recorder.take()  # an expert may get no token of this slab
+                if both and self._dense is not None and dense is not None:
+                    out, dense_state = self._dense.forward(
+                        dense[:, slab], dense_state, recorders, dense_until
+                    )
+                    if out is not None:
+                        dense[:, slab].copy_(out)
+                out, state = self._block.forward(hidden[:, slab], state, {**taps, **pairs}, until)
+                if out is not None:
+                    _refuse_non_finite(out, self._block.name, start)
+                    hidden[:, slab].copy_(out)
+                self._count()
+        self._dense_is_through |= bool(both) and dense_until is None
+        self._windows_are_through = until is None
+
+    def advance(self) -> None:
+        """Take all that the walk carries through the block as it is now, what is not through yet; the walk
+        does so when it goes on, but not at its last block, where nobody may need it."""
+        self._refuse_closed()
+        if self._advanced:
+            return
+        if self._streams.hidden is not None and not self._windows_are_through:
+            self.run({})
+        self._streams.groups[:] = [through(self._block, group) for group in self._streams.groups]
+        self._advanced = True
+
+    def replace(self, block: Block) -> None:
+        """Another block stands here from now on: the windows go through it, and it is closed in the end."""
+        self._refuse_closed()
+        self._block, self._last = block, None
+
+    def drop_windows(self) -> None:
+        """No block behind this one is to see any window: it is opened all the same."""
+        self._refuse_closed()
+        self._streams.hidden = self._streams.dense = None
+        self._streams.groups.clear()
+
+    def behind(self, *groups: Tensor) -> Iterator[Stop]:
+        """A walk of its own over the blocks behind this one, the tail too if this walk goes there.
+
+        Args:
+            groups: (W, L, d_model) hidden states that have left this block.
+        """
+        self._refuse_closed()
+        return _over(self._ahead, Streams(groups=list(groups)))
+
+    def _run_to_last_use(self, target: Target, observer: Any) -> None:
+        hidden = self.hidden.clone()
+        here = Stop(self._block, None, Streams(hidden), (), None)
+        here.run({target.kind: observer})
+        last = target.uses[-1]
+        for stop in _over([block for block in self._ahead if block.index <= last], Streams(hidden)):
+            if stop.block.index in target.uses:
+                stop.run({target.kind: observer}, until=target.kind if stop.block.index == last else None)
 
     def _fed(self, target: Target, observer: InputGram) -> Moments | None:
         """Moments that follow from those of the target whose outputs these inputs are: no pass is needed."""
@@ -68,89 +214,111 @@ class Stop:
         if moments.diagonal or (observer.paired and moments.cross is None):
             return None
         return moments.through(
-            *(_matrix(block, kind)[:rows] for block in (self.block, self.dense or self.block))
+            *(block.target(kind).matrix[:rows] for block in (self._block, self._dense or self._block))
         )
 
-    def advance(self) -> None:
-        """Replace the windows by the block's output, with the block as it is now."""
-        self.run({})
+    def _count(self) -> None:
+        if self._steps:
+            self._steps()
 
-    def run(self, taps: Mapping[str, Tap], *, until: str | None = None) -> None:
-        """One pass of all windows, watched by `taps` (target kind -> observer).
-
-        Args:
-            until: go no further than this target and leave the windows as they are; None: through the block,
-                whose output replaces them.
-        """
-        windows, length, _ = self.hidden.shape
-        width = slab_width(windows, length)
-        pairs = {kind: Pair(tap) for kind, tap in taps.items() if tap.paired}
-        recorders = {kind: pair.dense for kind, pair in pairs.items()}
-        dense_until = None if until in pairs and until == self.block.targets[-1].kind else until
-        both = (pairs or until is None) and not self._dense_is_through
-        state = dense_state = None
-        with torch.inference_mode():
-            for start in range(0, length, width):
-                slab = slice(start, start + width)
-                for recorder in recorders.values():
-                    recorder.take()  # an expert may get no token of this slab
-                if both and self.dense is not None and self.dense_hidden is not None:
-                    dense_slab = self.dense_hidden[:, slab]
-                    out, dense_state = self.dense.forward(dense_slab, dense_state, recorders, dense_until)
-                    if out is not None:
-                        dense_slab.copy_(out)
-                out, state = self.block.forward(self.hidden[:, slab], state, {**taps, **pairs}, until)
-                if out is not None:
-                    _refuse_non_finite(out, self.block.name, start)
-                    self.hidden[:, slab].copy_(out)
-                self._tick()
-        self._dense_is_through |= bool(both) and dense_until is None
+    def _refuse_closed(self) -> None:
+        if self._closed:
+            raise RuntimeError(f"{self._block.name}: the walk has gone on, the block is closed")
 
 
-class Recorder:
-    """A tap that keeps what it was fed last, of an expert with the tokens that it is of."""
+def walk(
+    architecture: Architecture,
+    tokens: Tensor | None,
+    *groups: Tensor,
+    dense: Tensor | None = None,
+    without: Collection[int] = (),
+    tail: bool = False,
+    steps: Steps | None = None,
+) -> Iterator[Stop]:
+    """Stop before each block in turn; afterwards what is carried goes through it as the caller left it.
 
-    options: Mapping[str, Any] = {}
-    paired, routed = False, True
+    Where nobody needs its output, the last block is not run.
 
-    def __init__(self) -> None:
-        self._last: tuple[Tensor, Tensor | None] | None = None
+    Args:
+        tokens: (W, L) int64 windows to look at, None for none.
+        groups: (W, L) int64 each, windows that go along in one piece; bound their tokens, see `grouped`.
+        dense: (W, L, d_model), `tokens` as the dense model embeds them, to be carried beside them.
+        without: indices of blocks that the windows pass by as if they were not there, the dense ones apart.
+        tail: stop before the head as well.
+        steps: counts the slabs of `tokens` in each pass.
 
-    def add(self, x: Tensor, rows: Tensor | None = None) -> None:
-        self._last = x, rows
-
-    def take(self) -> tuple[Tensor, Tensor | None] | None:
-        """What was kept, once: an expert may get no token of a slab."""
-        last, self._last = self._last, None
-        return last
-
-
-class Pair:
-    """A tap that hands an observer the inputs in both models; `dense` must be fed first.
-
-    Experts: the tokens that the routers of both models sent there.
+    Raises:
+        ValueError: an activation of `tokens` that is not finite; names the block, the first window and
+            position.
     """
-
-    options: Mapping[str, Any] = {}
-    paired, routed = False, True
-
-    def __init__(self, observer: Any) -> None:
-        self._observer, self.dense = observer, Recorder()
-
-    def add(self, x: Tensor, rows: Tensor | None = None) -> None:
-        last = self.dense.take()
-        if last is None:
-            return
-        dense, dense_rows = last
-        if rows is not None and dense_rows is not None:
-            x, dense = x[:, torch.isin(rows, dense_rows)], dense[:, torch.isin(dense_rows, rows)]
-            if not x.shape[1]:
-                return
-        self._observer.add(x, dense)
+    hidden = None if tokens is None else embedded(architecture, tokens)
+    streams = Streams(hidden, dense, [embedded(architecture, group) for group in groups])
+    blocks = (*architecture.blocks, architecture.tail) if tail else architecture.blocks
+    yield from _over(blocks, streams, without, steps)
 
 
-def _matrix(block: Block, kind: str) -> Tensor:
-    return next(target.matrix for target in block.targets if target.kind == kind)
+def backwards(architecture: Architecture) -> Iterator[Stop]:
+    """Stop at each block from the tail to the first; nothing is carried."""
+    return _over((architecture.tail, *reversed(architecture.blocks)), Streams())
+
+
+def _over(
+    blocks: Sequence[Block], streams: Streams, without: Collection[int] = (), steps: Steps | None = None
+) -> Iterator[Stop]:
+    """The one loop."""
+    for place, block in enumerate(blocks):
+        ahead = [later for later in blocks[place + 1 :] if later.index not in without]
+        if block.index not in without:
+            with opened(block, streams, ahead, steps) as stop:
+                yield stop
+                if ahead:
+                    stop.advance()
+        elif ahead and streams.dense is not None:
+            with opened(block, Streams(streams.dense), (), None) as stop:
+                stop.advance()
+
+
+@contextmanager
+def opened(block: Block, streams: Streams, ahead: Sequence[Block], steps: Steps | None) -> Iterator[Stop]:
+    """A block while a walk stands there: the only place where one is opened and closed, whoever walks."""
+    stop = Stop(block, None if streams.dense is None else block.copy(), streams, ahead, steps)
+    try:
+        yield stop
+    finally:
+        stop._closed, stop._dense = True, None
+
+
+def embedded(architecture: Architecture, tokens: Tensor) -> Tensor:
+    """(W, L) token ids -> (W, L, d_model), a new tensor."""
+    with torch.inference_mode():
+        return architecture.embed(tokens)
+
+
+def through(block: Block, hidden: Tensor) -> Tensor:
+    """What an open block puts out (W, L, d_model), a new tensor."""
+    with torch.inference_mode():
+        out, _ = block.forward(hidden)
+    assert out is not None
+    return out
+
+
+def final(architecture: Architecture, *groups: Tensor) -> list[Tensor]:
+    """(W, L, d_model) of each group of windows (W, L), behind the last block and before the final norm."""
+    found: list[Tensor] = []
+    for stop in walk(architecture, None, *groups):
+        stop.advance()
+        found = stop.groups
+    return found
+
+
+def first_tokens(windows: Tensor, most: int, least: int = 1) -> Tensor:
+    """The first windows (W, L) that have so many tokens together; `least` of them, however long."""
+    return windows[: max(least, most // windows.shape[1])]
+
+
+def grouped(windows: Tensor, most: int) -> tuple[Tensor, ...]:
+    """Windows (W, L) in groups of so many tokens; of one window where that is longer."""
+    return windows.split(max(1, most // windows.shape[1]))
 
 
 def slab_width(windows: int, length: int) -> int:
@@ -158,120 +326,9 @@ def slab_width(windows: int, length: int) -> int:
     return max(1, min(length, LONGEST, ROWS // windows))
 
 
-def together(targets: Sequence[Target], watch: Callable[[Target], Any | None]) -> Iterator[list[Target]]:
-    """The targets of a block in the order of the data, in parts that one pass can look at.
-
-    That is many only of experts, whose Hessians are then held together, up to `HELD` bytes of them.
-
-    Args:
-        watch: target -> its observer, or None to leave it out.
-    """
-    for part in abreast(targets):
-        some, held = [part[0]], _size(part[0], watch)
-        for target in part[1:]:
-            size = _size(target, watch)
-            if held + size > HELD:
-                yield some
-                some, held = [], 0
-            some, held = [*some, target], held + size
-        yield some
-
-
-def _size(target: Target, watch: Callable[[Target], Any | None]) -> int:
-    """Bytes of the Hessians that an expert's observer will hold; what others keep is next to nothing."""
-    observer = watch(target) if target.routed else None
-    return 8 * target.matrix.shape[1] ** 2 * (1 + observer.paired) if isinstance(observer, InputGram) else 0
-
-
-def survey(
-    architecture: Architecture,
-    tokens: Tensor,
-    watch: Callable[[Target], Any | None],
-    progress: Progress | None = None,
-) -> Iterator[tuple[Target, Any]]:
-    """Look at the model as it is, every target in one pass through each block.
-
-    Args:
-        tokens: (W, L) int64 calibration windows.
-        watch: target -> its observer, or None to leave it out.
-        progress: called with ("survey", slabs done, slabs in all).
-
-    Yields:
-        (target, the observer's result) in the order of the model.
-
-    Raises:
-        ValueError: as `walk`.
-    """
-    with torch.inference_mode():
-        hidden = architecture.embed(tokens)
-    blocks = (*architecture.blocks, architecture.tail)
-    shared: list[tuple[Target, Any]] = []  # whose later uses are still to come
-    tick = _counter("survey", slab_count(*tokens.shape) * len(architecture.blocks), progress)
-    for block in blocks:
-        watched = [(target, observer) for target in block.targets if (observer := watch(target)) is not None]
-        again = [(target, observer) for target, observer in shared if block.index in target.uses]
-        taps = {target.kind: observer for target, observer in (*watched, *again)}
-        if block is not architecture.tail:
-            Stop(block, hidden, tick).run(taps)
-        elif watched:  # next to no work, and not counted
-            Stop(block, hidden, lambda: None).run(taps)
-        shared += [(target, observer) for target, observer in watched if target.uses]
-        for target, observer in (*watched, *again):
-            if not target.uses or target.uses[-1] == block.index:
-                yield target, observer.result()
-
-
-def walk(
-    architecture: Architecture,
-    tokens: Tensor,
-    passes: float,
-    progress: Progress | None = None,
-    *,
-    dense: Tensor | None = None,
-    tail: bool = False,
-) -> Iterator[Stop]:
-    """Stop before each block in turn; afterwards the windows go through the block as the caller left it.
-
-    Where nobody needs its output, the last block is not run again.
-
-    Args:
-        tokens: (W, L) int64 calibration windows.
-        passes: runs through a block that the caller will make on average, the advancing one included; for the
-            progress bar.
-        progress: called with ("calibrate", slabs done, slabs in all).
-        dense: (W, L, d_model) windows as the dense model embeds them, to be carried beside the pruned ones.
-        tail: stop before the head as well.
-
-    Raises:
-        ValueError: an activation that is not finite; names the block, the first window and position.
-    """
-    with torch.inference_mode():
-        hidden = architecture.embed(tokens)
-    stops = (*architecture.blocks, *((architecture.tail,) if tail else ()))
-    runs = round(passes * len(architecture.blocks)) + (1 if tail else -1)
-    tick = _counter("calibrate", slab_count(*tokens.shape) * runs, progress)
-    for block in stops:
-        stop = Stop(block, hidden, tick, None if dense is None else block.copy(), dense)
-        yield stop
-        if block is not stops[-1]:
-            stop.advance()
-
-
 def slab_count(windows: int, length: int) -> int:
     """Slabs that one pass takes."""
     return -(-length // slab_width(windows, length))
-
-
-def _counter(stage: str, total: int, progress: Progress | None) -> Callable[[], None]:
-    done = 0
-
-    def tick() -> None:
-        nonlocal done
-        done += 1
-        if progress:
-            progress(stage, min(done, total), total)
-
-    return tick
 
 
 def _refuse_non_finite(out: Tensor, block: str, start: int) -> None:

@@ -10,18 +10,16 @@ tokens, however long those of the calibration are; `sparsessm eval` measures on 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor
 
+from sparsessm.calibration.progress import Progress
 from sparsessm.checkpoint import Checkpoint
 from sparsessm.data.texts import evaluation_windows
 from sparsessm.evaluation.perplexity import Perplexity, difference, perplexity
 from sparsessm.recipe.recipe import Recipe, window_length
-
-Progress = Callable[[str, int, int], None]
 
 WINDOWS = 16  # as few as an interval needs
 LONGEST = 1024  # tokens in a window

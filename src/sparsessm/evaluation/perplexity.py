@@ -11,21 +11,19 @@ the true mean in 80 % of cases with 4 windows, in 87 % with 8, in about 95 % fro
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparsessm.architectures import Architecture, adapt
-from sparsessm.calibration.loss import ROWS
+from sparsessm.architectures import adapt
+from sparsessm.calibration.loss import losses
+from sparsessm.calibration.progress import Progress, Steps
+from sparsessm.calibration.walk import grouped
 from sparsessm.data.edition import edition
 from sparsessm.data.texts import fingerprint
 from sparsessm.report.record import finite
-
-Progress = Callable[[str, int, int], None]
 
 BATCH = 2048  # tokens that go through the model together: several short windows, or one long one
 RESAMPLES = 4000
@@ -118,13 +116,13 @@ def perplexity(
             f"vocabulary of {config.vocab_size}"
         )
     nlls: list[float] = []
-    for batch in windows.split(max(1, BATCH // length)):
-        for nll in _window_nlls(architecture, batch):
+    steps = Steps("evaluate", count, progress)
+    for batch in grouped(windows, BATCH):
+        for nll in losses(architecture, batch).tolist():
             if not math.isfinite(nll):
                 raise ValueError(f"perplexity: the likelihood of window {len(nlls)} is not finite ({nll})")
             nlls.append(nll)
-        if progress is not None:
-            progress("evaluate", len(nlls), count)
+        steps(len(batch))
     nll = math.fsum(nlls) / count
     tokens = count * (length - 1)
     low, high = _interval(nlls)
@@ -159,17 +157,6 @@ def difference(dense: Perplexity, pruned: Perplexity) -> Difference:
     low, high = _interval(changes)
     mean = math.fsum(changes) / len(changes)
     return Difference(mean=_exp(mean) - 1, low=_exp(low) - 1, high=_exp(high) - 1)
-
-
-def _window_nlls(architecture: Architecture, windows: Tensor) -> list[float]:
-    """Mean nats per predicted token of each window (W, L), with the logits of `ROWS` positions at a time."""
-    hidden = architecture.final(windows)[:, :-1].flatten(0, 1)  # (W * (L - 1), d_model)
-    targets = windows[:, 1:].flatten()
-    losses = []
-    for rows, right in zip(hidden.split(ROWS), targets.split(ROWS), strict=True):
-        logits = architecture.head(rows[None])[0].float()  # (rows, vocabulary)
-        losses.append(F.cross_entropy(logits, right, reduction="none").double())
-    return torch.cat(losses).view(len(windows), -1).mean(dim=1).tolist()
 
 
 def _exp(value: float) -> float:

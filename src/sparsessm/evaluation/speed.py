@@ -22,10 +22,11 @@ from sparsessm.checkpoint.container import PACKED
 from sparsessm.checkpoint.files import weight_files
 from sparsessm.checkpoint.shelf import give_back
 
+from ..calibration.progress import Progress
 from ..runtime import engine_of, refuse_early
 from ..runtime.base import Engine, described
 from . import timing
-from .timing import BATCHES, PROMPT, ROUNDS, Bandwidth, Phase, Told
+from .timing import BATCHES, PROMPT, ROUNDS, Bandwidth, Phase
 
 PARTS = {  # the large matrices, by the last words of their names
     "linear layers": ("in_proj", "x_proj", "dt_proj", "out_proj"),
@@ -143,7 +144,7 @@ def measure(
     batches: Sequence[int] = BATCHES,
     rounds: int = ROUNDS,
     threads: int | None = None,
-    progress: Told | None = None,
+    progress: Progress | None = None,
 ) -> Measurement:
     """Measure a model on this machine, alone or round by round beside another one.
 

@@ -30,12 +30,13 @@ import torch
 from torch import Tensor
 
 from sparsessm.architectures import adapt
+from sparsessm.calibration.progress import Progress
+from sparsessm.calibration.walk import final
 from sparsessm.evaluation.comparison import PAPER, Metric, Score, ZeroShot, mean_error
 
 if TYPE_CHECKING:
     from sparsessm.checkpoint import Checkpoint
 
-Progress = Callable[[str, int, int], None]
 Request = tuple[Any, list[int], list[int]]  # (texts, tokens of the context, tokens of the continuation)
 
 MAX_LENGTH = 2048  # tokens of a request for a model that states no length of its own, as in the harness
@@ -133,7 +134,8 @@ def language_model(checkpoint: Checkpoint) -> Any:
             # (W, L) tokens padded on the right -> (W, L - unread, vocabulary): what is missing in front, HFLM
             # deducts (its "virtual tokens"). No padding reaches the logits before it.
             with torch.inference_mode():
-                return architecture.head(architecture.final(inps)[:, self._unread :])
+                (hidden,) = final(architecture, inps)
+                return architecture.head(hidden[:, self._unread :])
 
         def _loglikelihood_tokens(
             self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None

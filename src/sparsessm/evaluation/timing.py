@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from ..calibration.progress import Progress
 from ..runtime.base import Engine
 
 PROMPT, BATCHES, ROUNDS = 512, (1, 4, 16), 9
@@ -33,8 +34,6 @@ STATM = Path("/proc/self/statm")  # Linux: the size of this process, in pages
 TASKS = Path(
     "/proc/self/task"
 )  # Linux: a directory for each thread; second number of its schedstat: ns waited
-
-Told = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,7 @@ def timed(
     prompt: int = PROMPT,
     batches: Sequence[int] = BATCHES,
     rounds: int = ROUNDS,
-    progress: Told | None = None,
+    progress: Progress | None = None,
 ) -> list[Phase]:
     """Time engines side by side with torch's number of threads; all get the same tokens.
 

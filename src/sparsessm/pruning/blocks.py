@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsessm.architectures import Architecture, Block
-from sparsessm.calibration.loss import ROWS as HEAD_ROWS
-from sparsessm.calibration.walk import Progress
+from sparsessm.architectures import Architecture
+from sparsessm.calibration.loss import head_losses, losses
+from sparsessm.calibration.progress import Progress, Steps
+from sparsessm.calibration.walk import first_tokens, grouped, walk
 from sparsessm.methods.base import seed_of
 from sparsessm.recipe.sizes import Order
 
@@ -42,19 +43,18 @@ def chosen_blocks(
             gone.append(open_[int(torch.randint(len(open_), (1,), generator=random))])
         return gone
     assert tokens is not None
-    few = tokens[: max(1, BLOCK_TOKENS // tokens.shape[1])]
     choose = _by_change if selection.looks["block"] == "change" else _by_loss
-    return choose(architecture, few, count, progress)
+    return choose(architecture, first_tokens(tokens, BLOCK_TOKENS), count, Steps("blocks", count, progress))
 
 
-def _by_loss(architecture: Architecture, tokens: Tensor, count: int, progress: Progress | None) -> list[int]:
+def _by_loss(architecture: Architecture, tokens: Tensor, count: int, steps: Steps) -> list[int]:
     """Greedily, the block without which the loss is lowest.
 
     What a block costs is taken to grow as others go. So a block whose last known cost is above the best new
     one is not asked again (lazy greedy, Minoux 1978): after the first turn a few passes choose each.
     """
-    before = _loss_without(architecture, tokens, [])
-    costs = {index: loss - before for index, loss in _each_alone(architecture, tokens).items()}
+    before, alone = _each_alone(architecture, tokens)
+    costs = {index: loss - before for index, loss in alone.items()}
     gone: list[int] = []
     for turn in range(count):
         open_ = _may_go(architecture, gone)
@@ -70,24 +70,20 @@ def _by_loss(architecture: Architecture, tokens: Tensor, count: int, progress: P
             raise ValueError("the cost of removing a block is not finite, of whichever")
         gone.append(best)
         before += costs[best]
-        if progress:
-            progress("blocks", turn + 1, count)
+        steps()
     return gone
 
 
-def _by_change(
-    architecture: Architecture, tokens: Tensor, count: int, progress: Progress | None
-) -> list[int]:
+def _by_change(architecture: Architecture, tokens: Tensor, count: int, steps: Steps) -> list[int]:
     """The blocks that turn their input least in the dense model (Men et al., arXiv 2403.03853)."""
     costs = _change(architecture, tokens)
     gone: list[int] = []
-    for turn in range(count):
+    for _ in range(count):
         open_ = [index for index in _may_go(architecture, gone) if math.isfinite(costs[index])]
         if not open_:
             raise ValueError("the cost of removing a block is not finite, of whichever")
         gone.append(min(open_, key=lambda index: costs[index]))
-        if progress:
-            progress("blocks", turn + 1, count)
+        steps()
     return gone
 
 
@@ -99,41 +95,35 @@ def _may_go(architecture: Architecture, gone: Sequence[int]) -> list[int]:
 
 def _loss_without(architecture: Architecture, tokens: Tensor, gone: Sequence[int]) -> float:
     """Nats a token without these blocks."""
-    total = 0.0
-    for group in tokens.split(max(1, GROUP // tokens.shape[1])):
-        hidden = embedded(architecture, group)
-        for block in architecture.blocks:
-            if block.index not in gone:
-                hidden = _through(block, hidden)
-        total += loss_of(architecture, hidden, group) * len(group) / len(tokens)
-    return total
+    return float(losses(architecture, *grouped(tokens, GROUP), without=gone).mean())
 
 
-def _each_alone(architecture: Architecture, tokens: Tensor) -> dict[int, float]:
-    """Nats a token without each of the blocks, the others being there."""
-    blocks = architecture.blocks
-    losses = dict.fromkeys((block.index for block in blocks), 0.0)
-    for group in tokens.split(max(1, GROUP // tokens.shape[1])):
-        hidden = embedded(architecture, group)
-        for place, block in enumerate(blocks):
-            rest = hidden
-            for later in blocks[place + 1 :]:
-                rest = _through(later, rest)
-            losses[block.index] += loss_of(architecture, rest, group) * len(group) / len(tokens)
-            hidden = _through(block, hidden)
-    return losses
+def _each_alone(architecture: Architecture, tokens: Tensor) -> tuple[float, dict[int, float]]:
+    """Nats a token of the model, and by index without each of the blocks, the others being there.
+
+    Memory: hidden states of `GROUP` tokens for each block; so every block is opened once for each group.
+    """
+    found = []
+    for group in grouped(tokens, GROUP):
+        for stop in walk(architecture, None, group, tail=True):
+            if stop.block is architecture.tail:
+                found.append(torch.stack([head_losses(architecture, one, group) for one in stop.groups]))
+            else:
+                entering = stop.groups[0]
+                stop.advance()
+                stop.groups.append(entering)  # goes on as if this block were not there
+    whole, *alone = torch.cat(found, 1).mean(1).tolist()
+    return whole, {block.index: loss for block, loss in zip(architecture.blocks, alone, strict=True)}
 
 
 def _change(architecture: Architecture, tokens: Tensor) -> dict[int, float]:
     """1 - cosine between input and output of each block, mean over the tokens."""
-    costs = dict.fromkeys((block.index for block in architecture.blocks), 0.0)
-    for group in tokens.split(max(1, GROUP // tokens.shape[1])):
-        hidden = embedded(architecture, group)
-        for block in architecture.blocks:
-            out = _through(block, hidden)
-            alike = float(cosine(hidden, out).mean())
-            costs[block.index] += (1 - alike) * len(group) / len(tokens)
-            hidden = out
+    costs = {}
+    for stop in walk(architecture, None, *grouped(tokens, GROUP)):
+        entering = list(stop.groups)
+        stop.advance()
+        alike = [cosine(*pair).flatten() for pair in zip(entering, stop.groups, strict=True)]
+        costs[stop.block.index] = 1 - float(torch.cat(alike).mean())
     return costs
 
 
@@ -150,27 +140,3 @@ def _unit(vectors: Tensor) -> Tensor:
     vectors = vectors.double()
     most = vectors.abs().amax(-1, keepdim=True)
     return vectors / most.where(most > 0, 1.0)
-
-
-def _through(block: Block, hidden: Tensor) -> Tensor:
-    with torch.inference_mode():
-        out, _ = block.forward(hidden)
-    assert out is not None
-    return out
-
-
-def loss_of(architecture: Architecture, hidden: Tensor, tokens: Tensor) -> float:
-    """Mean nats of the next token, of what the last block put out (W, L, d_model)."""
-    rows, labels = hidden[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
-    total = 0.0
-    with torch.inference_mode():
-        for part, right in zip(rows.split(HEAD_ROWS), labels.split(HEAD_ROWS), strict=True):
-            logits = architecture.head(part[None])[0].float()
-            total += float(F.cross_entropy(logits, right, reduction="sum").double())
-    return total / len(labels)
-
-
-def embedded(architecture: Architecture, tokens: Tensor) -> Tensor:
-    """(W, L) token ids -> (W, L, d_model), a new tensor."""
-    with torch.inference_mode():
-        return architecture.embed(tokens)

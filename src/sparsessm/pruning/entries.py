@@ -6,16 +6,17 @@ and who can spare how much (one survey, shares.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sparsessm.architectures import Architecture, Target, seen_by_all_uses
-from sparsessm.calibration import prices
-from sparsessm.calibration.walk import Progress, Stop, slab_width, together, walk
+from sparsessm.architectures import Architecture, Target
+from sparsessm.calibration.prices import output_norms, row_prices
+from sparsessm.calibration.progress import Progress
+from sparsessm.calibration.visit import Look, Watch, visit
 from sparsessm.methods import WITHOUT_DATA, Rule
 from sparsessm.methods.base import scorer
 from sparsessm.methods.hessian import Factor, factorise
@@ -28,11 +29,7 @@ from sparsessm.recipe.recipe import Recipe
 from sparsessm.recipe.rules import Assignment, words
 from sparsessm.report.record import Row
 
-# Looks at a target of the walk: what the observer of its method saw.
-Look = Callable[[Target], Any]
 Rules = Mapping[str, Rule]
-
-COST_TOKENS = 16_384  # of the calibration windows that the backward pass looks at
 
 
 class EntryPlan(Plan):
@@ -77,7 +74,8 @@ class EntryPlan(Plan):
         rules = priced(architecture, self._assignment.rules, tokens, progress)
         rules = surveyed(architecture, replace(self._assignment, rules=rules), tokens, progress)
         rows: list[Row] = []
-        for target, look in _visit(architecture, rules, tokens, progress):
+        paired = any(rule.repair == "dense-target" for rule in rules.values())
+        for target, look in visit(architecture, rules, _watching(rules), tokens, progress, paired=paired):
             with naming(target):
                 rows.append(_prune(target, rules[target.name], look))
         order = list(rules)
@@ -144,66 +142,14 @@ def solve(target: Target, rule: Rule, seen: Any) -> Solution:
     return Solution(pruned, keep, start, seen, factor, unit)
 
 
-def _visit(
-    architecture: Architecture, rules: Rules, tokens: Tensor | None, progress: Progress | None
-) -> Iterator[tuple[Target, Look]]:
-    """The targets in the order of the data, each with a way to look at it."""
+def _watching(rules: Rules) -> Watch:
+    """What watches a target: the observer of its rule's method."""
 
     def watch(target: Target) -> Any | None:
         rule = rules.get(target.name)
         return rule.method.watch(target.matrix, rule) if rule and rule.method.watch else None
 
-    watched = {name for name, rule in rules.items() if rule.method.watch}
-    if not watched or tokens is None:
-        for target in architecture.targets:
-            if target.name in rules:
-                yield target, lambda target: None
-        return
-    head = [target for target in architecture.tail.targets if target.name in rules]
-    behind = not architecture.tied and any(target.name in watched for target in head)
-    with torch.inference_mode():
-        hidden = architecture.embed(tokens)
-    if architecture.tied and head:
-        # The head is the embedding too: pruned before anything sees its rows, on the dense model's states.
-        yield head[0], lambda head: _behind_the_layers(architecture, head, watch(head), tokens, progress)
-    dense = any(rule.repair == "dense-target" for rule in rules.values())
-    parts = (part for block in architecture.blocks for part in together(block.targets, watch))
-    # looks at what blocks share are not counted by `Stop`
-    looks = sum(any(t.name in watched and not t.uses for t in part) for part in parts)
-    passes = 1 + looks / len(architecture.blocks)
-    for stop in walk(architecture, tokens, passes, progress, dense=hidden if dense else None, tail=behind):
-        for part in together(stop.block.targets, watch):
-            look = _looking(architecture, stop, part, watch)
-            yield from ((target, look) for target in part if target.name in rules)
-    if not architecture.tied and not behind:
-        yield from ((target, lambda target: None) for target in head)
-
-
-def _looking(architecture: Architecture, stop: Stop, part: Sequence[Target], watch: Look) -> Look:
-    """How to look at the targets of one part of a block; at experts, one pass for all has looked already."""
-    experts = {t.kind: observer for t in part if t.routed and (observer := watch(t)) is not None}
-    if experts:
-        stop.run(experts, until=list(experts)[-1])
-
-    def look(target: Target) -> Any:
-        if target.routed:
-            return experts.pop(target.kind).result()  # handed over, not kept
-        observer = watch(target)
-        if target.uses:
-            width = slab_width(*stop.hidden.shape[:2])
-            return seen_by_all_uses(architecture, target, observer, stop.hidden, width)
-        return stop.seen(target, observer)
-
-    return look
-
-
-def _behind_the_layers(
-    architecture: Architecture, target: Target, observer: Any, tokens: Tensor, progress: Progress | None
-) -> Any:
-    """What the model as it is feeds into its head; both streams are the same."""
-    for stop in walk(architecture, tokens, 1, progress, tail=True):
-        if stop.block is architecture.tail:
-            return replace(stop, dense=stop.block, dense_hidden=stop.hidden).seen(target, observer)
+    return watch
 
 
 def priced(
@@ -212,17 +158,16 @@ def priced(
     """The rules, with what an error in each output row costs where they ask for it."""
     priced = dict(rules)
     asked = {target.name: rules[target.name].price for target in architecture.targets if target.name in rules}
-    costs: dict[str, Tensor] = {}
+    found: dict[str, Tensor] = {}
     if "norms" in asked.values():
-        costs = prices.output_norms(architecture)
+        found = output_norms(architecture)
     if "fisher" in asked.values() and tokens is not None:
         head = any(asked.get(target.name) == "fisher" for target in architecture.tail.targets)
-        few = tokens[: max(1, COST_TOKENS // tokens.shape[1])]
-        fisher = prices.output_fisher(architecture, few, progress, head=head)
-        costs |= {name: cost for name, cost in fisher.items() if asked.get(name) == "fisher"}
+        fisher = row_prices(architecture, tokens, progress, head=head)
+        found |= {name: values for name, values in fisher.items() if asked.get(name) == "fisher"}
     for name, kind in asked.items():
-        if kind != "none" and name in costs:
-            priced[name] = replace(rules[name], prices=costs[name])
+        if kind != "none" and name in found:
+            priced[name] = replace(rules[name], prices=found[name])
     return priced
 
 

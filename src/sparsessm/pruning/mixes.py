@@ -18,9 +18,12 @@ from typing import Any
 from torch import Tensor
 
 from sparsessm.architectures import Architecture, Axis, Block, adapt
-from sparsessm.calibration.walk import Progress
-from sparsessm.pruning.blocks import chosen_blocks, loss_of
-from sparsessm.pruning.units import row_costs, shrink
+from sparsessm.calibration.loss import losses
+from sparsessm.calibration.prices import row_prices
+from sparsessm.calibration.progress import Progress, Steps
+from sparsessm.calibration.walk import first_tokens
+from sparsessm.pruning.blocks import chosen_blocks
+from sparsessm.pruning.units import shrink
 from sparsessm.recipe.sizes import INNER, Order, possible, size_of
 
 TRIED = (0.25, 0.5)  # shares of an axis that are tried, as near as stock code has a word for
@@ -63,24 +66,24 @@ def find(
     if len(tokens) < 2:  # one to calibrate on, one to measure on
         raise ValueError(f"pattern 'structured' needs at least 2 calibration windows, got {len(tokens)}")
     aside = max(1, min(HELD_TOKENS // tokens.shape[1], len(tokens) // 4))
-    held, few = tokens[-aside:], tokens[:-aside][: max(2, TRIAL_TOKENS // tokens.shape[1])]
-    dense = loss_of(architecture, architecture.final(held), held)
+    held, few = tokens[-aside:], first_tokens(tokens[:-aside], TRIAL_TOKENS, least=2)
+    dense = float(losses(architecture, held).mean())
     axes = list(order.methods)
     jobs = [(axis, size) for axis in axes for size in _tried(architecture, axis)]
-    costs = row_costs(architecture, few) if order.fisher else {}
+    prices = row_prices(architecture, few) if order.fisher else {}
     leaving: list[int] = []  # blocks in the order in which they go: asked once for all sizes
     if fewest := min((size for axis, size in jobs if axis == "block"), default=0):
         leaving = chosen_blocks(architecture, replace(order, sizes={"block": fewest}), few, None)
     trials = []
-    for done, (axis, size) in enumerate(jobs, 1):
+    steps = Steps("mix", len(jobs), progress)
+    for axis, size in jobs:
         copied = adapt(copy.deepcopy(architecture.model), architecture.stored)
         alone = replace(order, sizes={axis: size}, share=None)
-        shrink(copied, alone, few, costs=costs, leaving=leaving)
-        loss = loss_of(copied, copied.final(held), held) - dense
+        shrink(copied, alone, few, prices=prices, leaving=leaving)
+        loss = float(losses(copied, held).mean()) - dense
         del copied  # before the next copy is made
         trials.append(Trial(axis, size, saved(architecture, {axis: size}), loss))
-        if progress:
-            progress("mix", done, len(jobs))
+        steps()
     sizes = cheapest(architecture, trials, order.share)
     return replace(order, sizes=sizes, share=None), [asdict(trial) for trial in trials]
 
@@ -103,14 +106,14 @@ def cheapest(architecture: Architecture, trials: list[Trial], share: float) -> d
         axis: [size_of(architecture, axis), *reversed(possible(architecture, axis))] for axis in curves
     }
     kinds = _kinds(architecture.blocks)
-    price = {
+    expected = {
         axis: {size: predicted(curves[axis], _saved(kinds, {axis: size})) for size in sizes}
         for axis, sizes in options.items()
     }
     best, found, nearest = math.inf, {}, math.inf
     for sizes in itertools.product(*options.values()):
         chosen = dict(zip(options, sizes, strict=True))
-        gone, loss = _saved(kinds, chosen) / total, sum(price[axis][size] for axis, size in chosen.items())
+        gone, loss = _saved(kinds, chosen) / total, sum(expected[axis][size] for axis, size in chosen.items())
         near = share - SLACK <= gone <= share * (1 + MORE) + SLACK
         nearer = abs(gone - share) < abs(nearest - share)
         if not (loss < best if near else nearer) or not gone or not _sayable(architecture, chosen):

@@ -15,7 +15,7 @@ from typing import Any, final
 from torch import Tensor
 
 from sparsessm.architectures import Architecture
-from sparsessm.calibration.walk import Progress
+from sparsessm.calibration.progress import Progress
 from sparsessm.data.edition import edition
 from sparsessm.data.texts import fingerprint
 from sparsessm.recipe.recipe import Recipe

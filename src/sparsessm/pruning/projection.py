@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from sparsessm.architectures import Architecture
-from sparsessm.calibration.walk import Progress, Stop, slab_width
+from sparsessm.calibration.prices import row_prices
+from sparsessm.calibration.progress import Progress, Steps
+from sparsessm.calibration.walk import slab_width, walk
 from sparsessm.methods.balanced import balanced_truncation, energies
 from sparsessm.methods.observers import StateMoments, StateSums
-from sparsessm.pruning.units import EVERY, LOOKED, row_costs
+from sparsessm.pruning.units import EVERY, LOOKED
 from sparsessm.recipe.sizes import Order
 from sparsessm.report.record import Row
 
@@ -39,14 +41,14 @@ def project(
     Raises:
         ValueError: activations that are not finite, with the block's name.
     """
-    costs = row_costs(architecture, tokens, progress) if order.fisher else {}
-    sums = _look(architecture, tokens, costs, progress)
+    prices = row_prices(architecture, tokens, progress) if order.fisher else {}
+    sums = _look(architecture, tokens, prices, progress)
     counts = allot([energies(layer) for layer in sums], order.sizes["state"])
     rows = []
-    for block, layer, count in zip(architecture.blocks, sums, counts, strict=True):
-        groups, states, _ = layer.states.shape
+    for stop, layer, count in zip(walk(architecture, None), sums, counts, strict=True):
+        block, (groups, states, _) = stop.block, layer.states.shape
         if count < states:
-            architecture.project(block, *balanced_truncation(layer, count))
+            stop.replace(architecture.project(block, *balanced_truncation(layer, count)))
         rows.append(
             Row(
                 target=f"{block.name}.state",
@@ -57,33 +59,30 @@ def project(
                 removed="projected",
                 total=groups * states,
                 pruned=groups * (states - count),
-                price="fisher" if costs else "none",
+                price="fisher" if prices else "none",
             )
         )
     return rows
 
 
 def _look(
-    architecture: Architecture, tokens: Tensor, costs: Mapping[str, Tensor], progress: Progress | None
+    architecture: Architecture, tokens: Tensor, prices: Mapping[str, Tensor], progress: Progress | None
 ) -> list[StateSums]:
     """What the states of every layer do in the dense model."""
     tokens = tokens[:LOOKED]
-    with torch.inference_mode():
-        hidden = architecture.embed(tokens)
     # as many looks as the sums need to have full rank, where there are few tokens
     enough = max(1, tokens.numel() // (LOOKS * architecture.states))
     every = min(EVERY, enough, slab_width(*tokens.shape))
     sums = []
-    for block in architecture.blocks:
-        out_proj = block.target("out_proj")
-        moments = StateMoments(every, costs.get(out_proj.name))
-        Stop(block, hidden, lambda: None).run({"states": moments})
+    steps = Steps("survey", len(architecture.blocks), progress)
+    for stop in walk(architecture, tokens):
+        moments = StateMoments(every, prices.get(stop.block.target("out_proj").name))
+        stop.run({"states": moments})
         try:
             sums.append(moments.result())
         except ValueError as error:
-            raise ValueError(f"{block.name}: {error}") from None
-        if progress:
-            progress("survey", len(sums), len(architecture.blocks))
+            raise ValueError(f"{stop.block.name}: {error}") from None
+        steps()
     return sums
 
 

@@ -13,7 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from sparsessm.architectures import Architecture, Target
-from sparsessm.calibration.walk import Progress, survey
+from sparsessm.calibration.progress import Progress, Steps
+from sparsessm.calibration.visit import survey
+from sparsessm.calibration.walk import first_tokens, slab_count
 from sparsessm.methods import Rule
 from sparsessm.methods.base import Member
 from sparsessm.methods.observers import Moments
@@ -58,8 +60,9 @@ def surveyed(
     seen: dict[str, Any] = {}
     if any(watch(target) is not None for target in targets.values()):
         assert tokens is not None
-        few = tokens[: max(1, SURVEY_TOKENS // tokens.shape[1])]
-        for target, what in survey(architecture, few, watch, progress):
+        few = first_tokens(tokens, SURVEY_TOKENS)
+        steps = Steps("survey", slab_count(*few.shape) * len(architecture.blocks), progress)
+        for target, what in survey(architecture, few, watch, steps):
             del unseen[target.name]
             if not starved(target, what):  # an expert of which nothing is known keeps the rule's own share
                 seen[target.name] = reduced(target, rules[target.name], what)

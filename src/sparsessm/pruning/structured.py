@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from sparsessm.architectures import Architecture
-from sparsessm.calibration.walk import Progress
+from sparsessm.calibration.prices import row_prices
+from sparsessm.calibration.progress import Progress
 from sparsessm.pruning import mixes, preview, projection, units, widths
 from sparsessm.pruning.plan import Outcome, Plan, Preview
 from sparsessm.recipe.recipe import Recipe
@@ -60,12 +61,12 @@ class UnitPlan(Plan):
             assert tokens is not None
             rows = projection.project(architecture, order, tokens, progress)
         else:
-            costs = own = None
+            prices = own = None
             if order.by_layer:
                 assert tokens is not None
-                costs = units.row_costs(architecture, tokens, progress) if order.fisher else {}
-                own = widths.find(architecture, order, tokens, costs, progress)
-            rows = units.shrink(architecture, order, tokens, progress, costs, widths=own)
+                prices = row_prices(architecture, tokens, progress) if order.fisher else {}
+                own = widths.find(architecture, order, tokens, prices, progress)
+            rows = units.shrink(architecture, order, tokens, progress, prices, widths=own)
         parameters = {"dense": dense, "pruned": _parameters(architecture)}
         return Outcome(rows, parameters, dict(order.sizes), trials)
 

@@ -9,7 +9,7 @@ finds who gives how much.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,8 +20,9 @@ from sparsessm.architectures import Architecture, Axis, Block, Part, Target
 from sparsessm.architectures.axes import cut
 from sparsessm.architectures.own import guard, level
 from sparsessm.architectures.target import rounded
-from sparsessm.calibration import prices
-from sparsessm.calibration.walk import LONGEST, Progress, Stop, slab_width
+from sparsessm.calibration.prices import row_prices
+from sparsessm.calibration.progress import Progress, Steps
+from sparsessm.calibration.walk import LONGEST, Stop, embedded, slab_width, walk
 from sparsessm.kernels import MAX_STATES
 from sparsessm.methods.base import seed_of
 from sparsessm.methods.hessian import factorise
@@ -40,18 +41,10 @@ from sparsessm.pruning import blocks as depth
 from sparsessm.recipe.sizes import INNER, REPAIRED, Order, mixable
 from sparsessm.report.record import Row
 
-COST_TOKENS = 16_384  # of the calibration windows that the backward pass looks at
 LOOKED = 128  # windows whose states are looked at: a slab holds the states of one step of all of them
 HELD = 1 << 27  # bytes of states, where they are looked at after every step
 EVERY = 16  # steps between two looks at the states: neighbours are alike, and pairs of states are dear
 PATTERN = Structured()
-
-
-def row_costs(
-    architecture: Architecture, tokens: Tensor, progress: Progress | None = None
-) -> Mapping[str, Tensor]:
-    """What an error in each output row of the dense model's matrices costs the loss, by target."""
-    return prices.output_fisher(architecture, tokens[: max(1, COST_TOKENS // tokens.shape[1])], progress)
 
 
 def shrink(
@@ -59,7 +52,7 @@ def shrink(
     order: Order,
     tokens: Tensor | None,
     progress: Progress | None = None,
-    costs: Mapping[str, Tensor] | None = None,
+    prices: Mapping[str, Tensor] | None = None,
     leaving: Sequence[int] = (),
     widths: Mapping[int, int] | None = None,
 ) -> list[Row]:
@@ -68,7 +61,7 @@ def shrink(
     Args:
         architecture: from `adapt(model)`; its model, `blocks` and `stored` change.
         tokens: (W, L) int64 calibration windows; None where nothing is looked at (`Order.looks`).
-        costs: what `row_costs` returned; None: it is asked where it is needed.
+        prices: what `row_prices` returned; None: it is asked where it is needed.
         widths: layer -> channels that it keeps, where layers differ.
         leaving: what `depth.chosen_blocks` returned for as many blocks or more; empty: it is asked.
 
@@ -76,7 +69,7 @@ def shrink(
         A row for each layer and axis, named after the layers of the dense model.
 
     Raises:
-        ValueError: activations, Hessians or costs that are not finite, with the block's name.
+        ValueError: activations, Hessians or prices that are not finite, with the block's name.
     """
     if order.looks and tokens is None:
         raise ValueError("structured removal needs calibration windows, none were given")
@@ -84,9 +77,9 @@ def shrink(
     inner = [axis for axis in INNER if axis in order.sizes]
     priced = order.fisher and any(order.methods[axis].prices for axis in inner)
     if not priced or tokens is None:
-        costs = {}
-    elif costs is None:
-        costs = row_costs(architecture, tokens, progress)
+        prices = {}
+    elif prices is None:
+        prices = row_prices(architecture, tokens, progress)
     count = len(architecture.blocks) - order.sizes.get("block", len(architecture.blocks))
     known = len(leaving) >= count
     gone = leaving[:count] if known else depth.chosen_blocks(architecture, order, tokens, progress)
@@ -98,13 +91,17 @@ def shrink(
         guard(architecture.model)
     refits = [order.refits(block) for block in architecture.blocks]
     if inner or (gone and order.strength):
-        for stop in _walk(architecture, tokens if order.looks else None, gone, any(refits), progress):
+        looked = tokens if order.looks else None
+        dense = embedded(architecture, looked) if looked is not None and any(refits) else None
+        steps = Steps("shrink", len(architecture.blocks) - len(gone), progress)
+        for stop in walk(architecture, looked, dense=dense, without=gone):
             try:
                 own = {"channel": widths[stop.block.index]} if widths else order.sizes
                 asked = replace(order, sizes=own)
-                rows += _shrink_block(architecture, stop, asked, inner, costs, refits[stop.block.index])
+                rows += _shrink_block(architecture, stop, asked, inner, prices, refits[stop.block.index])
             except ValueError as error:
                 raise ValueError(f"{stop.block.name}: {error}") from None
+            steps()
     for index in sorted(gone, reverse=True):
         architecture.drop(index)
     if widths is None:
@@ -140,38 +137,12 @@ def _row(
     )
 
 
-def _walk(
-    architecture: Architecture,
-    tokens: Tensor | None,
-    gone: Sequence[int],
-    paired: bool,
-    progress: Progress | None,
-) -> Iterator[Stop]:
-    """Stop before each block that stays; what the dense model computes goes through all of them."""
-    blocks = architecture.blocks
-    hidden = torch.empty(0, 0, 0) if tokens is None else depth.embedded(architecture, tokens)
-    dense = hidden.clone() if paired else None
-    for done, block in enumerate(blocks):
-        if block.index in gone:
-            if dense is not None:
-                Stop(block, dense, lambda: None).advance()
-            if progress:
-                progress("shrink", done + 1, len(blocks))
-            continue
-        stop = Stop(block, hidden, lambda: None, block.copy() if paired else None, dense)
-        yield stop
-        if tokens is not None and block is not blocks[-1]:
-            stop.advance()
-        if progress:
-            progress("shrink", done + 1, len(blocks))
-
-
 def _shrink_block(
     architecture: Architecture,
     stop: Stop,
     order: Order,
     inner: Sequence[str],
-    costs: Mapping[str, Tensor],
+    prices: Mapping[str, Tensor],
     refits: bool,
 ) -> list[Row]:
     """Look, choose, cut and repair one block."""
@@ -186,7 +157,7 @@ def _shrink_block(
         if not axes:  # a layer of a hybrid that has no mixer
             continue
         removing = axes[0].size - order.sizes[axis]
-        units = look(stop, axis, axes, removing, order, costs)
+        units = look(stop, axis, axes, removing, order, prices)
         selection = order.methods[axis]
         counts = sum(a.size for a in axes), removing * len(axes)
         assert selection.score is not None
@@ -194,9 +165,9 @@ def _shrink_block(
         if any(value.isnan().any() for value in values):
             raise ValueError(f"method {selection.name!r} gave a score that is not a number")
         keeps = [PATTERN.keep(value, removing) for value in values]
-        mixes = _mixes(stop, axes, units, keeps, costs) if units.mixable else None
+        mixes = _mixes(stop, axes, units, keeps, prices) if units.mixable else None
         done[axis] = order.sizes[axis]
-        stop.block = _resized(architecture, stop.block, axes, keeps, mixes, goals, done, order.strength > 0)
+        stop.replace(_resized(architecture, stop.block, axes, keeps, mixes, goals, done, order.strength > 0))
         repaired = [target.name for target in _linear(stop.block).values()] if refits else []
         rows.append(
             _row(
@@ -206,7 +177,7 @@ def _shrink_block(
                 selection.name,
                 *counts,
                 repair=f"dense-target:{order.strength:g}" if refits or mixes else "none",
-                price="fisher" if costs and selection.prices else "none",
+                price="fisher" if prices and selection.prices else "none",
                 repaired=repaired
                 or dict.fromkeys(f"{stop.block.name}.{part.tensor}" for part in mixes or ()),
             )
@@ -232,7 +203,7 @@ def look(
     axes: Sequence[Axis],
     removing: int,
     order: Order,
-    costs: Mapping[str, Tensor],
+    prices: Mapping[str, Tensor],
 ) -> Units:
     """What a selection needs to know."""
     block, selection = stop.block, order.methods[axis]
@@ -248,8 +219,8 @@ def look(
     looks = selection.looks.get(axis, "")
     linear = _linear(block)
     if looks == "states" or units.mixable:
-        cost = costs.get(linear["out_proj"].name)
-        units = replace(units, states=_states(stop, lambda every: StateMoments(every, cost)))
+        price = prices.get(linear["out_proj"].name)
+        units = replace(units, states=_states(stop, lambda every: StateMoments(every, price)))
     if looks == "energy":
         channels = linear["out_proj"].matrix.shape[1]
         units = replace(units, energy=_energy(stop, HELD // (4 * channels * axes[0].size)))
@@ -267,13 +238,13 @@ def look(
             name = _tensor(block, target)
             columns = torch.cat([_columns(a, name) for a in axes]).to(target.matrix.device)
             seen = _seen(stop, kind, InputGram())
-            readers.append(Reader(target.matrix, costs.get(target.name), seen, columns))
+            readers.append(Reader(target.matrix, prices.get(target.name), seen, columns))
         units = replace(units, readers=readers)
     return units
 
 
 def _mixes(
-    stop: Stop, axes: Sequence[Axis], units: Units, keeps: Sequence[Tensor], costs: Mapping[str, Tensor]
+    stop: Stop, axes: Sequence[Axis], units: Units, keeps: Sequence[Tensor], prices: Mapping[str, Tensor]
 ) -> dict[Part, Tensor]:
     """Rows that make up for the states that go: part of a tensor -> its new rows, mixtures of the old ones.
 
@@ -289,8 +260,8 @@ def _mixes(
         return {axis.read: read.T}
     decays = torch.cat([kept.repeat_interleave(axis.size), gone])
     inputs = torch.cat([torch.arange(axis.size, device=keep.device).repeat(len(kept)), gone])
-    cost = costs.get(_linear(stop.block)["out_proj"].name)
-    pairs_seen = _states(stop, lambda every: PairMoments(every, decays, inputs, cost))
+    price = prices.get(_linear(stop.block)["out_proj"].name)
+    pairs_seen = _states(stop, lambda every: PairMoments(every, decays, inputs, price))
     write, read = remix(pairs_seen, keep, read)
     return {axis.write: write, axis.read: read.T}
 
@@ -315,17 +286,17 @@ def _columns(axis: Axis, tensor: str) -> Tensor:
 
 def _states(stop: Stop, observer: Callable[[int], Any]) -> Any:
     """What an observer of states sees in the first `LOOKED` windows; it is made for a number of steps."""
-    few = stop.hidden[:LOOKED]
-    watching = observer(min(EVERY, slab_width(*few.shape[:2])))
-    Stop(stop.block, few, lambda: None).run({"states": watching}, until="states")
+    windows, length = stop.hidden[:LOOKED].shape[:2]
+    watching = observer(min(EVERY, slab_width(windows, length)))
+    stop.run({"states": watching}, until="states", windows=slice(LOOKED))
     return watching.result()
 
 
 def _energy(stop: Stop, rows: int) -> Tensor:
     """What each state puts out, over every step of all windows; the states of about `rows` steps are held."""
-    watching = StateReadout()
-    for few in stop.hidden.split(max(1, rows // LONGEST)):
-        Stop(stop.block, few, lambda: None).run({"states": watching}, until="states")
+    watching, few = StateReadout(), max(1, rows // LONGEST)
+    for start in range(0, len(stop.hidden), few):
+        stop.run({"states": watching}, until="states", windows=slice(start, start + few))
     return watching.result()
 
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from sparsessm.architectures import Architecture
-from sparsessm.calibration.walk import Progress, Stop
+from sparsessm.calibration.progress import Progress, Steps
+from sparsessm.calibration.walk import walk
 from sparsessm.methods.structured import elimination
-from sparsessm.pruning.blocks import embedded
 from sparsessm.pruning.units import look
 from sparsessm.recipe.sizes import Order, size_of, width_step
 
@@ -27,31 +27,27 @@ def find(
     architecture: Architecture,
     order: Order,
     tokens: Tensor,
-    costs: Mapping[str, Tensor],
+    prices: Mapping[str, Tensor],
     progress: Progress | None = None,
 ) -> dict[int, int]:
     """Layer -> channels that stay, `order.sizes` on average.
 
     Args:
         architecture: of the dense model, which is not changed. tokens: (W, L) int64.
-        costs: of output rows (`structure.row_costs`), in the unit that layers share.
+        prices: of output rows (`row_prices`), in the unit that layers share.
     """
-    hidden = embedded(architecture, tokens)
     now = size_of(architecture, "channel")
     step, gone_each = width_step(now), now - order.sizes["channel"]
     # channels that one layer may lose
     most = max((now - max(step, now // LEAST)) // step * step, gone_each)
     alone = replace(order, sizes={"channel": now - most})
     curves = []
-    for block in architecture.blocks:
-        axes = [axis for axis in block.axes if axis.name == "channel"]
-        stop = Stop(block, hidden, lambda: None)
-        _, steps = elimination(look(stop, "channel", axes, most, alone, costs))
-        curves.append(steps.view(-1, step).sum(1).tolist())
-        if block is not architecture.blocks[-1]:
-            stop.advance()
-        if progress:
-            progress("widths", len(curves), len(architecture.blocks))
+    done = Steps("widths", len(architecture.blocks), progress)
+    for stop in walk(architecture, tokens):
+        axes = [axis for axis in stop.block.axes if axis.name == "channel"]
+        _, errors = elimination(look(stop, "channel", axes, most, alone, prices))
+        curves.append(errors.view(-1, step).sum(1).tolist())
+        done()
     gone = allot(curves, len(curves) * gone_each // step)
     return {block.index: now - step * count for block, count in zip(architecture.blocks, gone, strict=True)}
 

@@ -2,6 +2,6 @@
 
 windows.py     how many calibration windows are enough
 tolerance.py   which parts of a model tolerate how much: every matrix pruned alone
-trials.py      these runs
+cells.py       these runs
 findings.py    what they show, as tables and a picture
 """

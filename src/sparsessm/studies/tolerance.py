@@ -1,7 +1,7 @@
 """Which parts of a model tolerate how much: every matrix pruned alone at several sparsities, measured by the
 KL divergence of the logits on held-out windows; kept in a file, and continued there after an interruption.
 
-Place in the flow: before the pipeline. `trials.py` measures, `findings.py` says in words and pictures what
+Place in the flow: before the pipeline. `cells.py` measures, `findings.py` says in words and pictures what
 was found, docs/analyze.md describes the file.
 """
 
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from sparsessm.architectures import Architecture, adapt
-from sparsessm.calibration.walk import Progress
+from sparsessm.calibration.progress import Progress
 from sparsessm.checkpoint import Checkpoint
 from sparsessm.data.foreign import from_json, read_bytes
 from sparsessm.data.texts import calibration_windows, evaluation_windows, fingerprint
@@ -29,7 +29,7 @@ from sparsessm.methods import Rule
 from sparsessm.pruning.entries import priced
 from sparsessm.recipe.recipe import Recipe, window_length
 from sparsessm.recipe.rules import assign, words
-from sparsessm.studies.trials import Cell, measure
+from sparsessm.studies.cells import Cell, measure
 
 FORMAT = 1
 FILE = "analysis.json"
@@ -79,8 +79,9 @@ def analyze(
 ) -> Analysis:
     """Measure every cell, or those that an earlier run in the same directory left.
 
-    Memory beside the model: the residual stream of the calibration windows once and of the held-out windows
-    twice, the sums of one block's targets, a copy of one block for each sparsity, some rows of logits.
+    Memory beside the model: the residual stream of the calibration windows once, of the held-out windows
+    twice and for each sparsity once more, the sums of one block's targets, a copy of one block for each
+    sparsity, some rows of logits.
 
     Args:
         checkpoint: what `load` returned; it is not changed.
@@ -157,19 +158,6 @@ def _methods(architecture: Architecture, rules: Mapping[str, Rule]) -> dict[str,
                 [said["method"], *(f"{name} {said[name]}" for name in ("removed", "repair", "price"))]
             )
     return found
-
-
-def sensitivities(analysis: Analysis) -> dict[str, float]:
-    """Target name -> nats of KL for a unit of the cost that its method predicts.
-
-    Scores in units of the loss should have the same everywhere. The geometric mean over the sparsities; a
-    target of which nothing was removed, or without effect, is left out.
-    """
-    logs: dict[str, list[float]] = {}
-    for cell in analysis.cells:
-        if cell.kl > 0 and cell.cost > 0:
-            logs.setdefault(cell.target, []).append(math.log(cell.kl / cell.cost))
-    return {name: math.exp(math.fsum(parts) / len(parts)) for name, parts in logs.items()}
 
 
 def weights_sha256(checkpoint: Checkpoint) -> str:

@@ -18,7 +18,9 @@ from typing import Any
 from torch import Tensor
 
 from sparsessm.architectures import Architecture, Target
-from sparsessm.calibration.walk import Progress, slab_count, survey
+from sparsessm.calibration.progress import Progress, Steps
+from sparsessm.calibration.visit import survey
+from sparsessm.calibration.walk import slab_count
 from sparsessm.methods import Rule
 from sparsessm.methods.observers import ErrorSums, InputGram, Moments, StateError
 from sparsessm.methods.repair import error_of, output_error
@@ -89,19 +91,19 @@ def steps(
     }
     chosen = replace(assignment, groups=_only(assignment, targets), rules=rules)
     walked = slab_count(aside, tokens.shape[1]) * len(architecture.blocks)
-    tick = _Ticks(f"{aside} held-out windows", walked, progress)
+    bar = Steps(f"{aside} held-out windows", walked, progress)
     held: Sums = {}
-    _look(architecture, tokens[count:], lambda target: _referee(target, rules), held, tick)
+    _look(architecture, tokens[count:], lambda target: _referee(target, rules), held, bar)
     halves: tuple[Sums, Sums] = {}, {}
     size, done = FIRST, 0
     while size <= min(count, MOST):
         new = tokens[done:size].chunk(2)
         walked = 2 * slab_count(*new[0].shape) * len(architecture.blocks)
-        tick = _Ticks(f"{size} windows", walked + 3 * len(targets), progress)
+        bar = Steps(f"{size} windows", walked + 3 * len(targets), progress)
         for part, sums in zip(new, halves, strict=True):
-            _look(architecture, part, lambda target: _observer(target, rules), sums, tick)
-        same = _agreement(targets, chosen, halves, tick)
-        error = _mean_error(targets, chosen, halves, held, tick)
+            _look(architecture, part, lambda target: _observer(target, rules), sums, bar)
+        same = _agreement(targets, chosen, halves, bar)
+        error = _mean_error(targets, chosen, halves, held, bar)
         yield Step(size, same, error, time.perf_counter() - began)
         began, size, done = time.perf_counter(), 2 * size, size
 
@@ -162,18 +164,6 @@ def advice_table(curve: Sequence[Mapping[str, Any]], chosen: int) -> tuple[list[
     return ["windows", "agreement of halves", "held-out error", "seconds"], cells
 
 
-class _Ticks:
-    """Progress over several surveys and sweeps as one stage."""
-
-    def __init__(self, stage: str, total: int, progress: Progress | None) -> None:
-        self._stage, self._total, self._progress, self._done = stage, total, progress, 0
-
-    def __call__(self, *_: Any) -> None:
-        self._done += 1
-        if self._progress:
-            self._progress(self._stage, min(self._done, self._total), self._total)
-
-
 def watched(architecture: Architecture, assignment: Assignment) -> dict[str, Target]:
     """The targets whose masks depend on windows, of `LAYERS` of the layers that have any.
 
@@ -211,7 +201,9 @@ def _referee(target: Target, rules: Rules) -> Any | None:
     """What tells the output error of any pruning of the target, whatever its method."""
     if target.name not in rules:
         return None
-    return StateError(rules[target.name].removed, False) if target.family == "ssm" else InputGram()
+    if target.family != "ssm":
+        return InputGram()
+    return StateError(rules[target.name].removed, diagonal=False, rows=len(target.matrix))
 
 
 def _look(
@@ -219,10 +211,10 @@ def _look(
     tokens: Tensor,
     watch: Callable[[Target], Any | None],
     sums: Sums,
-    tick: _Ticks,
+    bar: Steps,
 ) -> None:
     """Add what is seen on these windows to the sums over as many others."""
-    for target, seen in survey(architecture, tokens, watch, tick):
+    for target, seen in survey(architecture, tokens, watch, bar):
         name = target.name
         sums[name] = _joined(sums[name], seen) if name in sums else seen
 
@@ -246,7 +238,7 @@ def _joined(first: Any, second: Any) -> Any:
 
 
 def _agreement(
-    targets: Mapping[str, Target], assignment: Assignment, halves: Sequence[Sums], tick: _Ticks
+    targets: Mapping[str, Target], assignment: Assignment, halves: Sequence[Sums], bar: Steps
 ) -> float:
     """Of the masks by the sums of two halves, where no entry was removed before."""
     hasty = {
@@ -256,7 +248,7 @@ def _agreement(
         assignment, rules={name: replace(rule, method=hasty[name]) for name, rule in assignment.rules.items()}
     )
     first, second = (
-        {name: keep for name, _, keep in _pruned(targets, assignment, sums.__getitem__, tick)}
+        {name: keep for name, _, keep in _pruned(targets, assignment, sums.__getitem__, bar)}
         for sums in halves
     )
     pairs = []
@@ -267,7 +259,7 @@ def _agreement(
 
 
 def _mean_error(
-    targets: Mapping[str, Target], assignment: Assignment, halves: Sequence[Sums], held: Sums, tick: _Ticks
+    targets: Mapping[str, Target], assignment: Assignment, halves: Sequence[Sums], held: Sums, bar: Steps
 ) -> float:
     """Relative error on held-out windows after pruning by the sums of both halves."""
 
@@ -275,7 +267,7 @@ def _mean_error(
         return _joined(*(sums[name] for sums in halves))
 
     total = entries = 0.0
-    for name, weight, keep in _pruned(targets, assignment, seen, tick):
+    for name, weight, keep in _pruned(targets, assignment, seen, bar):
         rule = assignment.rules[name]
         total += keep.numel() * _error(targets[name], rule, weight, keep, seen(name), held[name])
         entries += keep.numel()
@@ -283,7 +275,7 @@ def _mean_error(
 
 
 def _pruned(
-    targets: Mapping[str, Target], assignment: Assignment, seen: Callable[[str], Any], tick: _Ticks
+    targets: Mapping[str, Target], assignment: Assignment, seen: Callable[[str], Any], bar: Steps
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Prune every target for itself by what was seen: (name, weight, keep)."""
     rules = allocated(
@@ -292,7 +284,7 @@ def _pruned(
     )
     for name, target in targets.items():
         solution = _named(name, solve, target, rules[name], seen(name))
-        tick()
+        bar()
         yield name, solution.weight, solution.keep
 
 

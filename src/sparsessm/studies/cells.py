@@ -1,16 +1,17 @@
 """A matrix pruned alone, and what that does to the predictions: the cells of an analysis.
 
-Pruned is a copy of its block; the model itself is never changed. Held-out windows run through the copy and
-the dense blocks behind it, and their logits are compared with the dense model's, some rows at a time.
+Pruned is a copy of its block, a variant; the model itself is never changed. Held-out windows run through the
+variants and the dense blocks behind them, and their logits are compared with the dense model's, some rows at
+a time.
 
-Place in the flow: `analysis` asks for cells; the stages are those of `pipeline`.
+Place in the flow: `tolerance.py` asks for cells; the stages are those of `pruning/entries.py`.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,8 +20,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsessm.architectures import Architecture, Block, Target
-from sparsessm.calibration.loss import ROWS
-from sparsessm.calibration.walk import Progress, slab_count, survey
+from sparsessm.calibration.loss import ROWS, in_rows
+from sparsessm.calibration.progress import Progress, Steps
+from sparsessm.calibration.walk import Stop, final, grouped, slab_count, through, walk
 from sparsessm.evaluation.perplexity import BATCH
 from sparsessm.methods import Rule
 from sparsessm.methods.repair import output_error
@@ -73,78 +75,76 @@ def measure(
         calibration, held_out: (W, L) int64.
         done: (target name, sparsity) of cells to leave out.
     """
-    targets = [target for target in architecture.targets if target.name in rules]
     missing = {
-        target.name: [sparsity for sparsity in sparsities if (target.name, sparsity) not in done]
-        for target in targets
+        target.name: left
+        for target in architecture.targets
+        if target.name in rules and (left := [s for s in sparsities if (target.name, s) not in done])
     }
-    targets = [target for target in targets if missing[target.name]]
-    dense = _Dense(architecture, held_out)
-    total = slab_count(*calibration.shape) * (1 + max((target.layer for target in targets), default=-1))
-    total += sum(dense.steps(target.layer, len(missing[target.name])) for target in targets)
-    tick = _counter(total, progress)
-    watched = {target.name for target in targets}
+    targets = [target for target in architecture.targets if target.name in missing]
+    if not targets:
+        return
+    groups = grouped(held_out, BATCH)
+    held = _HeldOut(architecture, groups)
+    total = slab_count(*calibration.shape) * (1 + targets[-1].layer)
+    total += sum(held.steps(target.layer, len(missing[target.name])) for target in targets)
+    steps = Steps("analyze", total, progress)
+    for stop in walk(architecture, calibration, *groups, tail=True, steps=steps):
+        here = [target for target in stop.block.targets if target.name in missing]
+        observers = {target.kind: _observer(target, rules[target.name]) for target in here}
+        stop.run(observers)
+        for target in here:
+            began = time.perf_counter()
+            wanted = [replace(rules[target.name], sparsity=sparsity) for sparsity in missing[target.name]]
+            try:
+                seen = observers.pop(target.kind).result()
+                pruned = [_pruned(stop.block, target, rule, seen) for rule in wanted]
+                kls = held.divergences(stop, [variant for variant, _ in pruned], steps)
+            except ValueError as error:
+                raise ValueError(f"{target.name}: {error}") from None
+            seconds = (time.perf_counter() - began) / len(pruned)
+            yield [replace(cell, kl=kl, seconds=seconds) for kl, (_, cell) in zip(kls, pruned, strict=True)]
+            if target is targets[-1]:
+                return  # nobody needs the layers behind it
 
-    def watch(target: Target) -> Any | None:
-        rule = rules[target.name] if target.name in watched else None
-        return rule.method.watch(target.matrix, rule) if rule and rule.method.watch else None
 
-    for target, seen in survey(architecture, calibration, watch, lambda *_: tick(1)):
-        began = time.perf_counter()
-        block, rule = dense.block(target.layer), rules[target.name]
-        try:
-            trials = [
-                _pruned(block, target, replace(rule, sparsity=sparsity), seen)
-                for sparsity in missing[target.name]
-            ]
-            kls = dense.divergences([trial for trial, _ in trials], tick)
-        except ValueError as error:
-            raise ValueError(f"{target.name}: {error}") from None
-        seconds = (time.perf_counter() - began) / len(trials)
-        yield [replace(cell, kl=kl, seconds=seconds) for kl, (_, cell) in zip(kls, trials, strict=True)]
-        if target is targets[-1]:
-            return  # nobody needs the layers behind it
+def _observer(target: Target, rule: Rule) -> Any:
+    assert rule.method.watch is not None
+    return rule.method.watch(target.matrix, rule)
 
 
-class _Dense:
-    """The dense model on the held-out windows: what enters one of its blocks, and what leaves the last."""
+class _HeldOut:
+    """What the dense model makes of the held-out windows, and how far models with a variant are from it."""
 
-    def __init__(self, architecture: Architecture, tokens: Tensor) -> None:
-        self._architecture, self._tokens, self._layer = architecture, tokens.numel(), 0
-        groups = tokens.split(max(1, BATCH // tokens.shape[1]))
-        self._final = [architecture.final(group) for group in groups]  # (W, L, d_model) each
-        with torch.inference_mode():
-            self._entering = [architecture.embed(group) for group in groups]
+    def __init__(self, architecture: Architecture, groups: Sequence[Tensor]) -> None:
+        self._architecture, self._final = architecture, final(architecture, *groups)
+        self._tokens = sum(group.numel() for group in groups)
         entries = [sum(target.matrix.numel() for target in block.targets) for block in architecture.blocks]
         head = sum(target.matrix.numel() for target in architecture.tail.targets)
         self._head = max(1, round(head * len(entries) / sum(entries)))  # in block forwards
 
-    def steps(self, layer: int, trials: int) -> int:
-        """What `divergences` ticks."""
+    def steps(self, layer: int, variants: int) -> int:
+        """What `divergences` counts."""
         behind = len(self._architecture.blocks) - layer
-        return len(self._final) * (trials * (behind + self._head) + self._head)
+        return len(self._final) * (variants * (behind + self._head) + self._head)
 
-    def block(self, layer: int) -> Block:
-        """Go on to a block."""
-        while self._layer < layer:
-            here = self._architecture.blocks[self._layer]
-            self._entering = [_run([here], hidden) for hidden in self._entering]
-            self._layer += 1
-        return self._architecture.blocks[layer]
+    def divergences(self, stop: Stop, variants: Sequence[Block], steps: Steps) -> list[float]:
+        """Mean KL of the model with each variant in place of the block, nats a token.
 
-    def divergences(self, trials: Sequence[Block], tick: Callable[[int], None]) -> list[float]:
-        """Mean KL of the model with each of `trials` in place of the block, nats a token.
+        Args:
+            stop: before the block, with the held-out windows as groups.
 
         Raises:
             ValueError: logits that are not finite.
         """
-        behind = self._architecture.blocks[self._layer + 1 :]
-        sums = [0.0] * len(trials)
-        for hidden, final in zip(self._entering, self._final, strict=True):
-            pruned = [_run([trial, *behind], hidden) for trial in trials]
-            parts = divergences(self._architecture, final, pruned)
-            sums = [total + part for total, part in zip(sums, parts, strict=True)]
-            tick(self.steps(self._layer, len(trials)) // len(self._final))
+        groups, sums = len(stop.groups), [0.0] * len(variants)
+        pruned = (through(variant, group) for variant in variants for group in stop.groups)
+        for later in stop.behind(*pruned):
+            steps(groups * len(variants))  # of the block before
+            if later.block is self._architecture.tail:
+                for number, dense in enumerate(self._final):
+                    parts = divergences(self._architecture, dense, later.groups[number::groups])
+                    sums = [total + part for total, part in zip(sums, parts, strict=True)]
+                    steps((len(variants) + 1) * self._head)
         if not all(map(math.isfinite, sums)):
             raise ValueError("the logits of the pruned model are not finite")
         return [max(total / self._tokens, 0.0) for total in sums]  # rounding can leave it below 0
@@ -159,7 +159,7 @@ def divergences(architecture: Architecture, dense: Tensor, pruned: Sequence[Tens
         return F.log_softmax(architecture.head(rows[None])[0].double(), -1)  # (rows, vocabulary)
 
     sums = [0.0] * len(pruned)
-    for rows, *others in zip(*(s.flatten(0, 1).split(LOGITS) for s in (dense, *pruned)), strict=True):
+    for rows, *others in in_rows(dense, *pruned, rows=LOGITS):
         expected = log_probabilities(rows)
         for number, other in enumerate(others):
             parts = F.kl_div(log_probabilities(other), expected, reduction="sum", log_target=True)
@@ -167,20 +167,11 @@ def divergences(architecture: Architecture, dense: Tensor, pruned: Sequence[Tens
     return sums
 
 
-@torch.inference_mode()
-def _run(blocks: Iterable[Block], hidden: Tensor) -> Tensor:
-    for block in blocks:
-        out, _ = block.forward(hidden)
-        assert out is not None
-        hidden = out
-    return hidden
-
-
 def _pruned(block: Block, target: Target, rule: Rule, seen: Any) -> tuple[Block, Cell]:
     """A copy of the block with one matrix pruned, and its cell but for what must be measured."""
     method, solution = rule.method, solve(target, rule, seen)
-    trial = block.copy()
-    own = trial.target(target.kind)
+    variant = block.copy()
+    own = variant.target(target.kind)
     own.replace(solution.weight.masked_fill(~solution.keep, own.removed[rule.removed]))
     changes = method.companions(solution.seen, solution.keep, rule) if method.companions else {}
     for companion, change in changes.items():
@@ -197,16 +188,4 @@ def _pruned(block: Block, target: Target, rule: Rule, seen: Any) -> tuple[Block,
         cost = error
     what = target.name, target.layer, target.kind, target.family, rule.sparsity
     counts = solution.keep.numel(), int((~solution.keep).sum())
-    return trial, Cell(*what, *counts, kl=math.nan, error=error, signal=signal, cost=cost, seconds=0.0)
-
-
-def _counter(total: int, progress: Progress | None) -> Callable[[int], None]:
-    done = 0
-
-    def tick(steps: int) -> None:
-        nonlocal done
-        done += steps
-        if progress:
-            progress("analyze", min(done, total), total)
-
-    return tick
+    return variant, Cell(*what, *counts, kl=math.nan, error=error, signal=signal, cost=cost, seconds=0.0)

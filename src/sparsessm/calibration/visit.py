@@ -1,0 +1,151 @@
+"""In which order the targets of a model are looked at: one after the other while they are changed (`visit`),
+or all of a block in one pass, as the model is (`survey`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from sparsessm.architectures import Architecture, Target
+from sparsessm.architectures.experts import abreast
+from sparsessm.calibration.progress import Progress, Steps
+from sparsessm.calibration.walk import Stop, embedded, slab_count, walk
+from sparsessm.methods.observers import InputGram
+
+# A new observer of a target, None: it needs none.
+Watch = Callable[[Target], Any | None]
+# Looks at a target at which a visit stands: the result of its observer.
+Look = Callable[[Target], Any]
+
+# Bytes of Hessians that one pass over experts may sum up: those of 64 matrices with 2048 inputs (of 32 if
+# paired); a matrix with 14336 inputs takes a pass of its own.
+HELD = 2 << 30
+
+
+def visit(
+    architecture: Architecture,
+    names: Collection[str],
+    watch: Watch,
+    tokens: Tensor | None,
+    progress: Progress | None = None,
+    *,
+    paired: bool = False,
+) -> Iterator[tuple[Target, Look]]:
+    """The targets of these names in the order of the data, each with a way to look at it.
+
+    Each sees what the targets before it, as the caller left them, make of the windows.
+
+    Args:
+        watch: target -> its observer, or None where it can be changed unseen.
+        tokens: (W, L) int64 calibration windows; None if nothing is watched.
+        progress: called with ("calibrate", slabs done, slabs in all).
+        paired: carry what the dense model makes of the windows, for observers that compare.
+
+    Raises:
+        ValueError: as `walk`.
+    """
+    head = [target for target in architecture.tail.targets if target.name in names]
+    watched = {t.name for t in architecture.targets if t.name in names and watch(t) is not None}
+    if tokens is None or not watched:
+        for stop in walk(architecture, None, tail=True):
+            yield from ((target, lambda _: None) for target in stop.block.targets if target.name in names)
+        return
+    dense = embedded(architecture, tokens) if paired else None
+    if architecture.tied and head:
+        # The head is the embedding too: changed before anything sees its rows, on the dense model's states.
+        yield head[0], lambda it: _look_behind(architecture, it, watch(it), tokens, progress)
+        head = []
+    behind = any(target.name in watched for target in head)
+    parts = (part for block in architecture.blocks for part in together(block.targets, watch))
+    # looks at what blocks share are not counted by `Stop`
+    looks = sum(any(t.name in watched and not t.uses for t in part) for part in parts)
+    passes = len(architecture.blocks) + looks + (1 if behind else -1)
+    steps = Steps("calibrate", passes * slab_count(*tokens.shape), progress)
+    for stop in walk(architecture, tokens, dense=dense, tail=bool(head), steps=steps):
+        for part in together(stop.block.targets, watch):
+            look = _looking(stop, part, watch)
+            yield from ((target, look) for target in part if target.name in names)
+        if stop.block is architecture.blocks[-1] and not behind:
+            stop.drop_windows()
+
+
+def _looking(stop: Stop, part: Sequence[Target], watch: Watch) -> Look:
+    """How to look at the targets of one part of a block; at experts, one pass for all has looked already."""
+    experts = {t.kind: observer for t in part if t.routed and (observer := watch(t)) is not None}
+    if experts:
+        stop.run(experts, until=list(experts)[-1])
+
+    def look(target: Target) -> Any:
+        if target.routed:
+            return experts.pop(target.kind).result()  # handed over, not kept
+        return stop.look(target, watch(target))
+
+    return look
+
+
+def _look_behind(
+    architecture: Architecture, target: Target, observer: Any, tokens: Tensor, progress: Progress | None
+) -> Any:
+    """What the model as it is feeds into its head; both streams are the same."""
+    steps = Steps("calibrate", (len(architecture.blocks) + 1) * slab_count(*tokens.shape), progress)
+    for stop in walk(architecture, tokens, tail=True, steps=steps):
+        if stop.block is architecture.tail:
+            return stop.look(target, observer)
+
+
+def survey(
+    architecture: Architecture, tokens: Tensor, watch: Watch, steps: Steps | None = None
+) -> Iterator[tuple[Target, Any]]:
+    """Look at the model as it is, every target in one pass through each block.
+
+    Args:
+        tokens: (W, L) int64 calibration windows.
+        watch: target -> its observer, or None to leave it out.
+        steps: counts the slabs of each block.
+
+    Yields:
+        (target, the observer's result) in the order of the model; a matrix that blocks share after its last
+        use.
+
+    Raises:
+        ValueError: as `walk`.
+    """
+    shared: list[tuple[Target, Any]] = []  # whose later uses are still to come
+    tail = any(watch(target) is not None for target in architecture.tail.targets)
+    for stop in walk(architecture, tokens, tail=tail, steps=steps):
+        block = stop.block
+        watched = [(target, observer) for target in block.targets if (observer := watch(target)) is not None]
+        again = [(target, observer) for target, observer in shared if block.index in target.uses]
+        stop.run({target.kind: observer for target, observer in (*watched, *again)})
+        shared += [(target, observer) for target, observer in watched if target.uses]
+        for target, observer in (*watched, *again):
+            if not target.uses or target.uses[-1] == block.index:
+                yield target, observer.result()
+
+
+def together(targets: Sequence[Target], watch: Watch) -> Iterator[list[Target]]:
+    """The targets of a block in the order of the data, in parts that one pass can look at.
+
+    That is many only of experts, whose Hessians are then held together, up to `HELD` bytes of them.
+
+    Args:
+        watch: target -> its observer, or None to leave it out.
+    """
+    for part in abreast(targets):
+        some, held = [part[0]], _size(part[0], watch)
+        for target in part[1:]:
+            size = _size(target, watch)
+            if held + size > HELD:
+                yield some
+                some, held = [], 0
+            some, held = [*some, target], held + size
+        yield some
+
+
+def _size(target: Target, watch: Watch) -> int:
+    """Bytes of the Hessians that an expert's observer will hold; what others keep is next to nothing."""
+    observer = watch(target) if target.routed else None
+    return 8 * target.matrix.shape[1] ** 2 * (1 + observer.paired) if isinstance(observer, InputGram) else 0
