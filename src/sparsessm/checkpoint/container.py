@@ -28,9 +28,10 @@ from .encoding import STOCK, Encoded, bits_of
 from .files import few, parse_json
 
 PACKED = "packed.safetensors"
-FORMAT, VERSION = "sparsessm-packed", "1"
-LAYOUTS = ("transformers", "state-spaces")
-Layout = Literal["transformers", "state-spaces"]
+PACKING, VERSION = "sparsessm-packed", "1"
+FORMATS = ("transformers", "state-spaces")
+Format = Literal["transformers", "state-spaces"]
+"""Of a stock checkpoint: whose names its `config.json` and tensors have. In the head it is called layout."""
 
 HEADER_BYTES = 1 << 24
 """Largest header: room for a hundred thousand tensors."""
@@ -65,13 +66,13 @@ class Header:
     """What the head of a packed file says, checked against itself and the size of the file.
 
     Attributes:
-        layout: the layout of the stock checkpoint.
+        format: of the stock checkpoint.
         stock: stock tensor -> (shape, dtype, label of its kind, fill).
         checksums: stock tensor -> CRC32C of its arrays.
     """
 
     file: Path
-    layout: Layout
+    format: Format
     stock: Mapping[str, tuple[tuple[int, ...], torch.dtype, str, float]]
     spans: Mapping[str, _Span]
     checksums: Mapping[str, str]
@@ -98,10 +99,10 @@ def read_header(file: Path) -> Header:
                 raise ValueError(f"truncated or not safetensors: header of {length} bytes, at most {most}")
             header = parse_json(content.read(length), "the header", strict=True)
         metadata = header.pop("__metadata__", None)
-        layout, stock, checksums = _metadata(metadata)  # first: another version may have other arrays
+        format, stock, checksums = _metadata(metadata)  # first: another version may have other arrays
         spans = _spans(header, 8 + length, size)
         _compare(stock, spans)
-        return Header(file, layout, stock, spans, checksums)
+        return Header(file, format, stock, spans, checksums)
     except OSError as error:
         raise ValueError(f"{file}: not readable ({error})") from error
     except ValueError as error:
@@ -171,7 +172,7 @@ class Tensors(Mapping[str, Encoded]):
         return len(self.shapes)
 
 
-def write(file: Path, layout: Layout, tensors: Mapping[str, Encoded]) -> None:
+def write(file: Path, format: Format, tensors: Mapping[str, Encoded]) -> None:
     """Write a packed file; the same tensors in the same order always give the same bytes.
 
     Raises:
@@ -187,7 +188,7 @@ def write(file: Path, layout: Layout, tensors: Mapping[str, Encoded]) -> None:
     # Wide elements first, as the library does: every array then begins at a multiple of its element size.
     arrays = dict(sorted(arrays.items(), key=lambda item: -item[1].itemsize))
     text = json.dumps(described)
-    metadata = {"format": FORMAT, "version": VERSION, "layout": layout, "tensors": text}
+    metadata = {"format": PACKING, "version": VERSION, "layout": format, "tensors": text}
     metadata["checksum"] = checksum([text.encode()])
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
@@ -257,19 +258,19 @@ def _spans(header: dict[str, Any], start: int, size: int) -> dict[str, _Span]:
 
 def _metadata(
     metadata: Any,
-) -> tuple[Layout, dict[str, tuple[tuple[int, ...], torch.dtype, str, float]], dict[str, str]]:
-    """(layout, description and checksum of each stock tensor) of a `__metadata__`, in allowed forms."""
-    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
-        raise ValueError(f"not a packed checkpoint: its __metadata__ does not say format {FORMAT!r}")
+) -> tuple[Format, dict[str, tuple[tuple[int, ...], torch.dtype, str, float]], dict[str, str]]:
+    """(format, description and checksum of each stock tensor) of a `__metadata__`, in allowed forms."""
+    if not isinstance(metadata, dict) or metadata.get("format") != PACKING:
+        raise ValueError(f"not a packed checkpoint: its __metadata__ does not say format {PACKING!r}")
     if metadata.get("version") != VERSION:
         raise ValueError(f"version {short(metadata.get('version'))} of the format; known: {VERSION!r}")
     if metadata.keys() != {"format", "version", "layout", "tensors", "checksum"}:
         raise ValueError(
             "__metadata__ must have format, version, layout, tensors and checksum, and nothing else"
         )
-    layout, text = metadata["layout"], metadata["tensors"]
-    if not isinstance(layout, str) or layout not in LAYOUTS:
-        raise ValueError(f"layout {short(layout)}; allowed: {', '.join(LAYOUTS)}")
+    format, text = metadata["layout"], metadata["tensors"]
+    if not isinstance(format, str) or format not in FORMATS:
+        raise ValueError(f"layout {short(format)}; allowed: {', '.join(FORMATS)}")
     if not isinstance(text, str):
         raise ValueError("__metadata__ tensors must be a string that holds a JSON object")
     if (found := checksum([text.encode("utf-8", "surrogatepass")])) != metadata["checksum"]:
@@ -297,7 +298,7 @@ def _metadata(
             raise ValueError(f"{name!r}: fill {short(fill)}; allowed: a finite number of its dtype")
         stock[name] = tuple(shape), STOCK[dtype], kind, float(fill)
         checksums[name] = entry["checksum"]
-    return cast(Layout, layout), stock, checksums
+    return cast(Format, format), stock, checksums
 
 
 def _compare(stock: Mapping[str, tuple[Any, Any, str, Any]], spans: Mapping[str, _Span]) -> None:

@@ -127,11 +127,20 @@ def refuse_unsupported(config: Any) -> None:
     Raises:
         ValueError: a model type that is not among `FIELDS`, an activation other than SiLU.
     """
-    if (kind := model_type(config)) not in FIELDS:
-        known = ", ".join(sorted(FIELDS))
-        raise ValueError(f"the runtime does not run model type {kind!r}; what runs: {known}")
+    refuse_type(model_type(config))
     if (activation := getattr(config, "hidden_act", "silu")) not in ("silu", "swish"):
         raise ValueError(f"hidden_act is {activation!r}; a Mamba with 'silu' is supported")
+
+
+def refuse_type(kind: str) -> None:
+    """Check that a model of this type, as transformers calls it, is what the engines compute.
+
+    Raises:
+        ValueError: it is not among `FIELDS`.
+    """
+    if kind not in FIELDS:
+        known = ", ".join(sorted(FIELDS))
+        raise ValueError(f"the runtime does not run model type {kind!r}; what runs: {known}")
 
 
 def described(config: Any) -> dict[str, Any]:
