@@ -18,6 +18,7 @@ from ..architectures.own import Own
 from . import container, state_spaces
 from .encoding import finite
 from .files import CONFIG, SAFETENSORS, few, read_tensors
+from .known_fields import optional
 from .opened import Opened
 from .shelf import Shelf, Stored, give_back
 from .stock_names import held_as, in_files
@@ -239,7 +240,7 @@ def _checked(opened: Opened, shelf: Shelf | None = None) -> _Checked:
 
 def _ignored(empty: PreTrainedModel, name: str) -> bool:
     """Whether stock code leaves a tensor out on purpose: parts of other tasks, and what it computes anew."""
-    patterns = [*(getattr(empty, "_keys_to_ignore_on_load_unexpected", None) or ()), r"rotary_emb\.inv_freq"]
+    patterns = [*(optional(empty, "_keys_to_ignore_on_load_unexpected") or ()), r"rotary_emb\.inv_freq"]
     return any(re.search(pattern, name) for pattern in patterns)
 
 

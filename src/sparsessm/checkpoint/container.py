@@ -26,6 +26,7 @@ from ..data.foreign import short
 from ..kernels.checksum import crc32c
 from .encoding import STOCK, Encoded, bits_of
 from .files import few, parse_json
+from .shelf import Unread
 
 PACKED = "packed.safetensors"
 PACKING, VERSION = "sparsessm-packed", "1"
@@ -126,14 +127,13 @@ def read_tensors(
     yield from Tensors(header, expected, check).items()
 
 
-class Tensors(Mapping[str, Encoded]):
+class Tensors(Unread):
     """The tensors of a packed file by name, each read, checked and given away when it is asked for."""
 
     def __init__(self, header: Header, expected: Mapping[str, tuple[int, ...]], check: bool = True) -> None:
         """As `read_tensors`; what the head of the file says is held against `expected` here."""
         self._header, self._check = header, check
-        self.shapes = dict(expected)
-        """Of each tensor, by name."""
+        self._shapes = dict(expected)
         stock = header.stock
         shapes = [
             f"{name} {list(stock[name][0])}, expected {list(shape)}"
@@ -149,6 +149,11 @@ class Tensors(Mapping[str, Encoded]):
             told = "; ".join(f"{what}: {few(names)}" for what, names in faults.items() if names)
             raise ValueError(f"{header.file} does not hold the model of its config.json: {told}")
 
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """As `Unread.shapes`."""
+        return self._shapes
+
     def __getitem__(self, name: str) -> Encoded:
         self.shapes[name]  # a KeyError before the file is touched
         file = self._header.file
@@ -161,15 +166,6 @@ class Tensors(Mapping[str, Encoded]):
             raise ValueError(f"{file}: not readable ({error})") from error
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.shapes  # without reading it
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
-
-    def __len__(self) -> int:
-        return len(self.shapes)
 
 
 def write(file: Path, format: Format, tensors: Mapping[str, Encoded]) -> None:

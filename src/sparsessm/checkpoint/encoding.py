@@ -74,9 +74,11 @@ class Encoded:
         """The arrays, by their name in a file."""
         if self.kind == "dense" and self.scale is None:
             return {self.name: self.values}
-        named = {"values": self.values, "mask": self.mask, "offsets": self.offsets}
-        named |= {"index": self.index, "scale": self.scale}
-        return {f"{self.name}.{part}": array for part, array in named.items() if array is not None}
+        return {f"{self.name}.{part}": array for part, array in self._named() if array is not None}
+
+    def _named(self) -> Iterator[tuple[str, Tensor | None]]:
+        yield from (("values", self.values), ("mask", self.mask), ("offsets", self.offsets))
+        yield from (("index", self.index), ("scale", self.scale))
 
     @property
     def nbytes(self) -> int:
@@ -152,8 +154,7 @@ class Encoded:
             if self.shape[1] % self.m:
                 yield f"its kind is '{self.label}', but {self.m} does not divide its {self.shape[1]} columns"
         held = self.dtype if self.scale is None else torch.int8
-        expected = {"values": (held, self._lengths()), "mask": None, "offsets": None}
-        expected |= {"index": None, "scale": None}
+        expected = {"values": (held, self._lengths())}
         if self.kind == "bitmask":
             rows, columns = self.shape
             expected["mask"] = (torch.uint8, (rows, -(-columns // 8)))
@@ -163,8 +164,8 @@ class Encoded:
             expected["index"] = (torch.uint8, (rows, -(-columns // self.m * self.n * _width(self.m) // 8)))
         if self.scale is not None:
             expected["scale"] = (torch.float32, (self.shape[0],))
-        for part, wanted in expected.items():
-            array = getattr(self, part)
+        for part, array in self._named():
+            wanted = expected.get(part)
             if array is None or wanted is None:
                 if array is not wanted:
                     yield f"it {'lacks' if array is None else 'has'} '{part}', kind {self.label}"

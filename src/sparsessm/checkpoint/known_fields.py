@@ -117,6 +117,14 @@ def config_notes(fields: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(notes)
 
 
+def optional(stock: Any, name: str, default: Any = None) -> Any:
+    """What a stock object (configuration, tokenizer, module) has in some classes and releases only.
+
+    The one place that asks somebody else's objects by name; ours declare what they have.
+    """
+    return getattr(stock, name, default)
+
+
 @lru_cache(16)
 def _known(kind: str) -> tuple[frozenset[str], frozenset[str]]:
     """Names of the fields of a model type, and of those that are whole numbers."""
@@ -126,7 +134,7 @@ def _known(kind: str) -> tuple[frozenset[str], frozenset[str]]:
     held = {name: value for name, value in held.items() if name not in vars(transformers.PretrainedConfig())}
     older = {*_OLDER.get(kind, "").split()}  # which the class takes, though some are properties of it
     names = {*parameters, *held, *stock.attribute_map, *_ALSO, *older}
-    properties = {n for n in names if isinstance(p := getattr(stock, n, None), property) and p.fset is None}
+    properties = {n for n in names if isinstance(p := optional(stock, n), property) and p.fset is None}
     derived = properties - older
     known = {name for name in names - _LEFT_OUT - derived if not name.startswith("_")}
     whole = {name for name in known if type(held.get(name)) is int}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import zipfile
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -60,7 +61,32 @@ class Shelf:
         return tensor
 
 
-class Stored(Mapping[str, Encoded]):
+class Unread(Mapping[str, Encoded]):
+    """Encoded tensors by name, each read when it is asked for and not kept; their shapes are known before."""
+
+    @property
+    @abstractmethod
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Of each tensor, by name; none is read for it."""
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.shapes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+def shapes_of(tensors: Mapping[str, Encoded]) -> Mapping[str, tuple[int, ...]]:
+    """The shape of each tensor, by name; none is read for it."""
+    if isinstance(tensors, Unread):
+        return tensors.shapes
+    return {name: tensor.shape for name, tensor in tensors.items()}
+
+
+class Stored(Unread):
     """The tensors of a stock checkpoint by their names in the model, each dense in its stored dtype.
 
     None is kept: each is read and encoded when it is asked for, and must be dropped before the files change.
@@ -72,19 +98,15 @@ class Stored(Mapping[str, Encoded]):
         Args:
             names: name in the model -> name in the files. shapes: by name in the model.
         """
-        self._shelf, self._names, self.shapes = shelf, names, shapes
+        self._shelf, self._names, self._shapes = shelf, names, shapes
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """As `Unread.shapes`."""
+        return self._shapes
 
     def __getitem__(self, name: str) -> Encoded:
         return encode(name, self._shelf[self._names[name]], kind="dense")
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names  # without reading it
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 def give_back() -> None:

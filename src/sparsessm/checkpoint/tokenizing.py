@@ -26,7 +26,7 @@ from ..data.foreign import first_line
 from .companions import TEMPLATES, has_vocabulary, is_tokenizer_file, is_vocabulary
 from .files import CONFIG
 from .folder import Folder
-from .known_fields import LAYERS, SIZE
+from .known_fields import LAYERS, SIZE, optional
 
 CONFIGURATION = "tokenizer_config.json"
 NO_LIMIT = 1_000_000
@@ -82,7 +82,7 @@ def read_file(file: str, config: transformers.PretrainedConfig) -> PreTrainedTok
         raise
     special = {index: str(token) for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     for role in ("bos", "eos"):
-        index = getattr(config, f"{role}_token_id", None)
+        index = optional(config, f"{role}_token_id")
         if isinstance(index, int) and index in special:
             setattr(tokenizer, f"{role}_token", special[index])
     return tokenizer
@@ -193,7 +193,7 @@ def _stock_class(name: Any) -> type[PreTrainedTokenizerBase] | None:
     if "Token" not in name:
         return None
     try:
-        found = getattr(transformers, name, None)
+        found = optional(transformers, name)
     except Exception:  # a part of transformers that cannot be imported here
         return None
     return found if isinstance(found, type) and issubclass(found, PreTrainedTokenizerBase) else None

@@ -24,6 +24,7 @@ from . import atomic, state_spaces
 from .assembly import stock_model, untied
 from .companions import CARD, GENERATION, RECORD, TEMPLATES, is_tokenizer_file, is_usual, unusual
 from .files import BIN, CONFIG, few, parse_json, read_json, write_safetensors
+from .known_fields import optional
 from .opened import local_folder, quiet, stock_config
 from .reading import Checkpoint
 from .stock_names import in_files
@@ -299,7 +300,7 @@ def _changed_config(checkpoint: Checkpoint) -> dict[str, Any] | None:
             changed[older] = changed[key]
     if "layers_block_type" in changed:  # NemotronH's older fields say the same, to readers that know no other
         if "hybrid_override_pattern" in came and "hybrid_override_pattern" not in changed:
-            changed["hybrid_override_pattern"] = getattr(config, "hybrid_override_pattern", None)
+            changed["hybrid_override_pattern"] = optional(config, "hybrid_override_pattern")
         if "num_hidden_layers" in came:
             changed["num_hidden_layers"] = len(changed["layers_block_type"])
     return came | changed if changed else None

@@ -131,13 +131,15 @@ def engine_of(config: Any, tensors: Mapping[str, Encoded], threads: int | None) 
 
 def _model(packed: Packed, tokenizer: Any, threads: int | None) -> Model:
     """Join the parts; which tokens begin and end a text, the stock model's generation config says first."""
+    from sparsessm.checkpoint.known_fields import optional
+
     from .generation import Model
 
     engine = engine_of(packed.config, packed.tensors, threads)
 
     def told(role: str) -> list[int]:
         for holder in (packed.generation, packed.config, tokenizer):
-            ids = getattr(holder, f"{role}_token_id", None)  # stock classes make them on the fly
+            ids = optional(holder, f"{role}_token_id")
             some = [token for token in (ids if isinstance(ids, list) else [ids]) if isinstance(token, int)]
             if some := [token for token in some if 0 <= token < engine.vocabulary]:
                 return some

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sparsessm.architectures.mamba2 import Sizes
+from sparsessm.checkpoint.known_fields import optional
 
 _MAMBA = (
     "vocab_size",
@@ -118,7 +119,7 @@ class Engine(Protocol):
 
 def model_type(config: Any) -> str:
     """Of a configuration of transformers; an object that does not say it is a Mamba's."""
-    return getattr(config, "model_type", "mamba")
+    return optional(config, "model_type", "mamba")
 
 
 def refuse_unsupported(config: Any) -> None:
@@ -128,7 +129,7 @@ def refuse_unsupported(config: Any) -> None:
         ValueError: a model type that is not among `FIELDS`, an activation other than SiLU.
     """
     refuse_type(model_type(config))
-    if (activation := getattr(config, "hidden_act", "silu")) not in ("silu", "swish"):
+    if (activation := optional(config, "hidden_act", "silu")) not in ("silu", "swish"):
         raise ValueError(f"hidden_act is {activation!r}; a Mamba with 'silu' is supported")
 
 
@@ -154,8 +155,7 @@ def described(config: Any) -> dict[str, Any]:
 
 def heads(config: Any) -> Sizes:
     """The sizes of a Mamba-2, told by a `transformers.Mamba2Config` or an object with its attributes."""
-    names = ("n_groups", "num_heads", "head_dim", "state_size")
-    return Sizes(*(int(getattr(config, name)) for name in names))
+    return Sizes(*map(int, (config.n_groups, config.num_heads, config.head_dim, config.state_size)))
 
 
 def limits(config: Any) -> tuple[float, float]:
