@@ -68,7 +68,7 @@ class Header:
 
     Attributes:
         format: of the stock checkpoint.
-        stock: stock tensor -> (shape, dtype, label of its kind, fill).
+        stock: stock tensor -> (shape, dtype, label of its kind, removed value).
         checksums: stock tensor -> CRC32C of its arrays.
     """
 
@@ -178,7 +178,7 @@ def write(file: Path, format: Format, tensors: Mapping[str, Encoded]) -> None:
     arrays: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         entry = {"shape": list(tensor.shape), "dtype": _NAMES[tensor.dtype], "kind": tensor.label}
-        entry |= {} if tensor.kind == "dense" else {"fill": tensor.fill}
+        entry |= {} if tensor.kind == "dense" else {"fill": tensor.removed}
         described[name] = entry | {"checksum": checksum(map(_bytes, tensor.parts.values()))}
         arrays |= tensor.parts
     # Wide elements first, as the library does: every array then begins at a multiple of its element size.
@@ -282,7 +282,8 @@ def _metadata(
         if not isinstance(entry["checksum"], str) or not _CHECKSUM.fullmatch(entry["checksum"]):
             allowed = "8 hexadecimal digits"
             raise ValueError(f"{name!r}: checksum {short(entry['checksum'])}; allowed: {allowed}")
-        shape, dtype, kind, fill = entry["shape"], entry["dtype"], entry["kind"], entry.get("fill", 0.0)
+        shape, dtype, kind = entry["shape"], entry["dtype"], entry["kind"]
+        removed = entry.get("fill", 0.0)
         if not isinstance(shape, list) or len(shape) > MOST_AXES or not all(map(_whole, shape)):
             allowed = f"at most {MOST_AXES} whole numbers"
             raise ValueError(f"{name!r}: shape {short(shape)}; allowed: {allowed}")
@@ -290,9 +291,9 @@ def _metadata(
             raise ValueError(f"{name!r}: dtype {short(dtype)}; allowed: {', '.join(STOCK)}")
         if not isinstance(kind, str) or not _KIND.fullmatch(kind):
             raise ValueError(f"{name!r}: kind {short(kind)}; allowed: 'dense', 'bitmask', 'N:M'")
-        if type(fill) not in (int, float) or abs(fill) > 1e39:
-            raise ValueError(f"{name!r}: fill {short(fill)}; allowed: a finite number of its dtype")
-        stock[name] = tuple(shape), STOCK[dtype], kind, float(fill)
+        if type(removed) not in (int, float) or abs(removed) > 1e39:
+            raise ValueError(f"{name!r}: fill {short(removed)}; allowed: a finite number of its dtype")
+        stock[name] = tuple(shape), STOCK[dtype], kind, float(removed)
         checksums[name] = entry["checksum"]
     return cast(Format, format), stock, checksums
 
@@ -322,7 +323,7 @@ def _arrays(name: str, label: str, spans: Mapping[str, _Span]) -> dict[str, str]
 
 
 def _encoded(header: Header, name: str, content: FileIO, check: bool) -> Encoded:
-    shape, dtype, label, fill = header.stock[name]
+    shape, dtype, label, removed = header.stock[name]
     arrays: dict[str, Any] = {}
     memories = []
     for part, array in _arrays(name, label, header.spans).items():
@@ -337,7 +338,7 @@ def _encoded(header: Header, name: str, content: FileIO, check: bool) -> Encoded
         told = f"its checksum is {found}, the file says {header.checksums[name]}"
         raise ValueError(f"tensor {name} is damaged: {told}")
     n, m = map(int, label.split(":")) if ":" in label else (0, 0)
-    return Encoded(name, shape, dtype, "n:m" if m else label, fill=fill, n=n, m=m, **arrays)
+    return Encoded(name, shape, dtype, "n:m" if m else label, removed=removed, n=n, m=m, **arrays)
 
 
 def _filled(memory: memoryview, content: FileIO) -> bool:

@@ -39,7 +39,7 @@ _INT8 = re.compile(r".*\.(in_proj|x_proj|out_proj)\.weight")
 _HEAD = re.compile(r"backbone\.embeddings\.weight|lm_head\.weight")
 
 # of A_log; a float16 file that was made float32 keeps the value that it had
-_FILLS = tuple(dict.fromkeys((*REMOVED_A_LOG.values(), *REMOVED_A_LOG_FLOAT16.values())))
+_REMOVED = tuple(dict.fromkeys((*REMOVED_A_LOG.values(), *REMOVED_A_LOG_FLOAT16.values())))
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,9 +230,9 @@ def _encoded(
         quantised |= head == "int8" and bool(_HEAD.fullmatch(name))
         if dtype in _FLOATS and (_LINEAR.fullmatch(name) or _HEAD.fullmatch(name)):
             tensor = tensor.to(_FLOATS[dtype])
-        fills = _FILLS if name.endswith(".A_log") else (0.0,)
+        removed = _REMOVED if name.endswith(".A_log") else (0.0,)
         tried = (patterns[name],) if name in patterns else TRIED
-        tensors[name] = encode(name, tensor, int8=quantised, patterns=tried, fills=fills)
+        tensors[name] = encode(name, tensor, int8=quantised, patterns=tried, removed=removed)
     return tensors
 
 

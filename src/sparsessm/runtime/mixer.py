@@ -146,8 +146,8 @@ class Mixer(ABC):
 def matrix(tensor: Encoded, rows: Tensor | None = None) -> Matrix:
     """The rows of a checked tensor, all if not given, in the form the kernels read."""
     tensor = tensor.bitmask()
-    # float16 is read as float32, and so is a fill other than zero written out
-    if tensor.values.dtype == torch.float16 or tensor.fill:
+    # float16 is read as float32, and so is a removed value other than zero written out
+    if tensor.values.dtype == torch.float16 or tensor.removed:
         values, scale = tensor.decode(torch.float32), None
     elif tensor.kind == "dense":
         values, scale = tensor.values, tensor.scale
