@@ -167,7 +167,7 @@ def encoded(
         if removed:
             fill = REMOVED if name.endswith("A_log") else 0.0
             held = held.masked_fill(torch.rand(held.shape, generator=generator) < removed, fill)
-            sparse[name] = encode(name, held, int8=quantised, fills=(fill,))
+            sparse[name] = encode(name, held, int8=quantised, removed=(fill,))
     return dense, sparse
 
 

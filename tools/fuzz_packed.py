@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sparsessm.checkpoint import container, encoding, reading
+from sparsessm.checkpoint import assembly, container, encoding, opened
 from sparsessm.checkpoint.encoding import bits_of
 
 GOLDEN = Path(__file__).parents[1] / "tests/golden"
@@ -58,8 +58,8 @@ VALUES += ["2:4", "1:4", "4:8", "1:2", "3:4", "1:8", "999:999", "state-spaces", 
 
 def expected(config: Path = GOLDEN / "lossless/config.json") -> dict[str, tuple[int, ...]]:
     """The shape of each tensor of the model that a `config.json` describes."""
-    settings = reading.stock_config("golden", json.loads(config.read_text()), False)
-    _, tensors, _ = reading.stock_model("golden", settings)
+    settings = opened.stock_config("golden", json.loads(config.read_text()), False)
+    _, tensors, _ = assembly.stock_model("golden", settings)
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
@@ -84,7 +84,7 @@ def one(content: bytes, shapes: dict[str, tuple[int, ...]], folder: Path) -> str
         assert str(error).startswith(str(file)), error
         return str(error)
     again = folder / "again.safetensors"
-    container.write(again, header.layout, tensors)
+    container.write(again, header.format, tensors)
     second = dict(container.read_tensors(container.read_header(again), shapes))
     for name, tensor in tensors.items():
         whole = tensor.decode()

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import sparsessm
 from sparsessm import checkpoint, runtime
 from sparsessm.checkpoint import companions, files
+from sparsessm.checkpoint.folder import Folder
 
 MODULE = "from transformers import {0}\n\n\nclass Mine({0}):\n    pass\n"
 
@@ -336,4 +337,4 @@ def test_a_tensor_that_is_no_plain_array_is_named(kind: str, tmp_path: Path) -> 
     }
     torch.save({"odd": made[kind]()}, tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match="pytorch_model.bin.*odd|plain tensors"):
-        list(files.read_tensors(tmp_path))
+        list(files.read_tensors(Folder(tmp_path).stock_files))

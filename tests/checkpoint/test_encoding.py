@@ -50,13 +50,13 @@ def read_plainly(encoded: Encoded, folder: Path) -> Tensor:
 @settings(deadline=None, max_examples=150)
 def test_what_is_encoded_comes_back_to_the_bit(case: tuple[Tensor, float], kind: str | None) -> None:
     tensor, fill = case
-    encoded = encode("t", tensor, fills=(fill, 0.0) if kind is None else (fill,), kind=kind)
+    encoded = encode("t", tensor, removed=(fill, 0.0) if kind is None else (fill,), kind=kind)
     encoded.check()
     assert same(encoded.decode(), tensor)
     assert same(encoded.decode(torch.float32), tensor.float())
     assert kind is None or encoded.kind == kind
     if encoded.kind == "bitmask":
-        assert encoded.values.numel() == int((~bits_equal(tensor, encoded.fill)).sum())
+        assert encoded.values.numel() == int((~bits_equal(tensor, encoded.removed)).sum())
     with tempfile.TemporaryDirectory() as folder:
         assert same(read_plainly(encoded, Path(folder)), tensor.float())
 
@@ -82,7 +82,7 @@ def test_n_of_m(
     tensor = random(rows, groups * m, kept=kept, dtype=dtype, fill=fill)
     tensor[0, 0] = -0.0  # kept, if its group keeps it
     tensor = thinned(tensor, n, m, fill)
-    encoded = encode("t", tensor, kind=f"{n}:{m}", fills=(fill,))
+    encoded = encode("t", tensor, kind=f"{n}:{m}", removed=(fill,))
     encoded.check()
     assert (encoded.kind, encoded.label) == ("n:m", f"{n}:{m}")
     assert encoded.values.shape == (rows, groups * n)
@@ -140,8 +140,8 @@ def test_the_kind_is_the_smallest() -> None:
     assert encode("t", thinned(random(32, 64, kept=1), 4, 8)).kind == "bitmask"  # 12 bits against 8
     assert encode("t", thinned(random(32, 64, kept=1), 1, 4), patterns=[(1, 4)]).label == "1:4"
     memoryless = random(32, 16, kept=0.3, fill=38.0)
-    found = encode("t", memoryless, fills=(38.0, 0.0))
-    assert (found.kind, found.fill) == ("bitmask", 38.0)
+    found = encode("t", memoryless, removed=(38.0, 0.0))
+    assert (found.kind, found.removed) == ("bitmask", 38.0)
     assert encode("t", random(4, 1, 4, kept=0.1)).kind == "dense"  # a convolution
     assert encode("t", random(64, kept=0.1)).kind == "dense"
     for tensor in (random(33, 65), random(17, 64, dtype=torch.bfloat16), thinned(random(16, 64), 2, 4)):
@@ -194,9 +194,9 @@ SCALED = encode("t", random(4, 6), int8=True, kind="dense")
         (MASKED, {"shape": ()}, r"its shape is \[\]; allowed"),
         (MASKED, {"shape": (33, 17)}, r"'mask' is uint8 \[33, 2\], expected uint8 \[33, 3\]"),
         (MASKED, {"shape": (49, 13)}, r"'mask' is uint8 \[33, 2\], expected uint8 \[49, 2\]"),
-        (MASKED, {"fill": math.nan}, "its fill is nan; allowed"),
-        (MASKED, {"fill": 0.1}, "its fill is 0.1; allowed: a finite number that float32 has"),
-        (SCALED, {"fill": 38.0}, "its fill is 38.0; a dense or int8 tensor has none but 0"),
+        (MASKED, {"removed": math.nan}, "its removed value is nan; allowed"),
+        (MASKED, {"removed": 0.1}, "its removed value is 0.1; allowed: a finite number that float32 has"),
+        (SCALED, {"removed": 38.0}, "its removed value is 38.0; a dense or int8 tensor has none but 0"),
         (MASKED, {"mask": None}, "it lacks 'mask', kind bitmask"),
         (MASKED, {"offsets": None}, "it lacks 'offsets', kind bitmask"),
         (MASKED, {"index": torch.zeros(1)}, "it has 'index', kind bitmask"),

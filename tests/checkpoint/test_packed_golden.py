@@ -41,8 +41,8 @@ def test_the_golden_files_hold_the_golden_tensors(name: str) -> None:
     tensors = golden_tensors()
     read = packed.read(GOLDEN / name)
     plain = plain_reader.read(GOLDEN / name / container.PACKED)
-    assert read.tensors.keys() == plain.keys() == tensors.keys() and read.layout == "transformers"
-    assert read.config["hidden_size"] == 8 and read.files.keys() == {"config.json", "pruning.json"}
+    assert read.tensors.keys() == plain.keys() == tensors.keys() and read.format == "transformers"
+    assert read.config.hidden_size == 8 and read.notes == ()
     for key, tensor in tensors.items():
         encoded = read.tensors[key]
         shape, dtype, entries = plain[key]
@@ -56,7 +56,7 @@ def test_the_golden_files_hold_the_golden_tensors(name: str) -> None:
             assert (encoded.decode() - tensor).abs().max() <= tensor.abs().max() / 127
         else:
             assert same(encoded.decode(), tensor), key
-    assert read.tensors[A].fill == 38.0
+    assert read.tensors[A].removed == 38.0
 
 
 def test_the_library_reads_the_file(tmp_path: Path) -> None:

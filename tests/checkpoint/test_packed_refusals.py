@@ -198,8 +198,8 @@ HUGE = 10**30
         (set_tensor(IN, kind="1:4"), rf"{IN}: 'values' is bfloat16 \[32, 4\], expected bfloat16 \[32, 2\]"),
         (set_tensor(A, fill="x"), rf"'{A}': fill 'x'; allowed"),
         (set_tensor(A, fill=HUGE**9), rf"'{A}': fill 1000.*\.\.\.; allowed"),
-        (set_tensor(A, fill=0.1), rf"{A}: its fill is 0\.1; allowed: a finite number that float32 has"),
-        (set_tensor(CONV, fill=38.0), rf"{CONV}: its fill is 38\.0; a dense or int8 tensor has none"),
+        (set_tensor(A, fill=0.1), rf"{A}: its removed value is 0\.1; allowed: a finite number that float32"),
+        (set_tensor(CONV, fill=38.0), rf"{CONV}: its removed value is 38\.0; a dense or int8 tensor has"),
         (
             set_tensor("stray", shape=[1], dtype="float32", kind="dense"),
             "'stray' is of kind dense, but there",
@@ -367,7 +367,7 @@ def test_a_header_that_would_not_be_read(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_both_kinds_of_weights(golden: Path) -> None:
     (golden / "model.safetensors").touch()
-    for attempt in (packed.read, checkpoint.load, packed.is_packed):
+    for attempt in (packed.read, checkpoint.load, checkpoint.is_packed):
         with pytest.raises(
             ValueError, match=r"holds both packed\.safetensors and model\.safetensors; remove"
         ):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import sparsessm
 from sparsessm import checkpoint
-from sparsessm.checkpoint import container, packed, reading
+from sparsessm.checkpoint import container, packed
 
 
 def halve(folder: Path, removed: float = 0.5) -> dict[str, Tensor]:
@@ -54,12 +54,11 @@ def test_there_and_back_to_the_bit(tmp_path: Path, dtype: torch.dtype) -> None:
     assert done.before == sum(tensor.nbytes for tensor in tensors.values())
     assert done.after == (tmp_path / "packed" / container.PACKED).stat().st_size
     read = packed.read(tmp_path / "packed")
-    assert done.packed.files == read.files and done.packed.config == read.config
-    assert "tokenizer.json" in read.files and read.files["README.md"] == b"# card\r\n"
-    assert len(read.tokenizer()) == 64 and len(done.packed.tokenizer()) == 64
+    assert read.notes == () and read.config.hidden_size == 16
+    assert len(read.tokenizer()) == 64
     for name, tensor in tensors.items():
         assert same(read.tensors[name].decode(), tensor), name
-        assert same(done.packed.tensors[name].decode(), tensor), name
+        assert same(done.tensors[name].decode(), tensor), name
     assert {read.tensors[name].kind for name in tensors if "in_proj" in name} == {"bitmask"}
     assert checkpoint.unpack(tmp_path / "packed", tmp_path / "out") == tmp_path / "out"
     assert names(tmp_path / "out") == names(tmp_path / "in")
@@ -94,9 +93,9 @@ def test_the_original_layout(tmp_path: Path, tied: bool) -> None:
     )
     words = tmp_path / "tokenizer.json"
     pico_tokenizer(60).backend_tokenizer.save(str(words))
-    done = checkpoint.pack(tmp_path / "in", tmp_path / "packed", tokenizer=words)
+    checkpoint.pack(tmp_path / "in", tmp_path / "packed", tokenizer=words)
     read = packed.read(tmp_path / "packed")
-    assert read.layout == done.packed.layout == "state-spaces" and read.config["hidden_size"] == 16
+    assert read.format == "state-spaces" and read.config.hidden_size == 16
     assert ("lm_head.weight" in read.tensors) != tied
     checkpoint.unpack(tmp_path / "packed", tmp_path / "out")
     before, after = (torch.load(tmp_path / d / "pytorch_model.bin", weights_only=True) for d in ("in", "out"))
@@ -155,7 +154,7 @@ def test_mamba2(tmp_path: Path, dtype: str | None) -> None:
     model.save_pretrained(tmp_path / "in")
     pico_tokenizer().save_pretrained(tmp_path / "in")
     tensors = halve(tmp_path / "in")
-    read = checkpoint.pack(tmp_path / "in", tmp_path / "packed", dtype=dtype).packed
+    read = checkpoint.pack(tmp_path / "in", tmp_path / "packed", dtype=dtype)
     for name, tensor in tensors.items():
         quantised = dtype == "int8" and name.endswith(("in_proj.weight", "out_proj.weight"))
         assert (read.tensors[name].values.dtype == torch.int8) == quantised, name
@@ -174,9 +173,9 @@ def test_the_pattern_of_the_record_is_tried(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "in/model.safetensors", {"format": "pt"})
     rows: list[Any] = [{"target": X, "pattern": "1:8"}, {"target": IN, "pattern": "unstructured"}, {}, 3]
     (tmp_path / "in/pruning.json").write_text(json.dumps({"targets": rows}))
-    assert checkpoint.pack(tmp_path / "in", tmp_path / "out").packed.tensors[X].label == "1:8"
+    assert checkpoint.pack(tmp_path / "in", tmp_path / "out").tensors[X].label == "1:8"
     (tmp_path / "in/pruning.json").write_text('{"targets": 3}')
-    found = checkpoint.pack(tmp_path / "in", tmp_path / "out", force=True).packed.tensors[X]
+    found = checkpoint.pack(tmp_path / "in", tmp_path / "out", force=True).tensors[X]
     assert found.label == "bitmask" and same(found.decode(), tensors[X])
 
 
@@ -184,12 +183,11 @@ def test_of_a_checkpoint_in_memory(tmp_path: Path) -> None:
     tensors = write_pruned(tmp_path / "in", torch.float16)
     came = checkpoint.load(tmp_path / "in")
     held = packed.of(came)
-    assert held.tensors.keys() == tensors.keys() and held.layout == "transformers"
+    assert held.tensors.keys() == tensors.keys() and held.format == "transformers"
     assert all(same(held.tensors[name].values, tensors[name]) for name in tensors)
     assert {tensor.kind for tensor in held.tensors.values()} == {"dense"}
     assert held.nbytes == sum(tensor.nbytes for tensor in tensors.values())
-    assert held.config["hidden_size"] == 16 and held.tokenizer() is came.tokenizer
-    assert held.files == came.files
+    assert held.config.hidden_size == 16 and held.tokenizer() is came.tokenizer
     with pytest.raises(ValueError, match="name it when loading"):
         held.tokenizer("other")
     came.stored[A] = torch.float64
@@ -233,14 +231,14 @@ def test_a_packed_directory_on_the_hub(tmp_path: Path, monkeypatch: pytest.Monke
         asked.extend(allow_patterns)
         return str(tmp_path / "packed")
 
-    monkeypatch.setattr(reading, "snapshot_download", fetched)
+    monkeypatch.setattr("sparsessm.checkpoint.opened.snapshot_download", fetched)
     assert packed.read("some/model").source == "some/model"
     assert {container.PACKED, "README.md", "*.json"} <= set(asked) and "pytorch_model*.bin" not in asked
     assert torch.equal(logits(checkpoint.load("some/model").model), logits(pico_mamba()))
     with pytest.raises(ValueError, match=r"'some/model' is packed already; unpack it first"):
         checkpoint.pack("some/model", tmp_path / "out")
     checkpoint.unpack("some/model", tmp_path / "out")
-    assert not packed.is_packed("some/model")
+    assert not checkpoint.is_packed("some/model")
 
 
 def test_a_failing_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,7 +272,7 @@ def test_the_built_in_model(tmp_path: Path, pattern: str, label: str, most: floa
     report = sparsessm.prune(model, method="magnitude", target="projections", **fields, measure=False)
     sparsessm.save(model, tmp_path / "pruned", report)
     done = checkpoint.pack(tmp_path / "pruned", tmp_path / "packed")
-    linear = [tensor for name, tensor in done.packed.tensors.items() if "proj.weight" in name]
+    linear = [tensor for name, tensor in done.tensors.items() if "proj.weight" in name]
     assert {tensor.label for tensor in linear} <= {label, "bitmask", "dense"}
     large = [tensor for tensor in linear if tensor.shape[1] >= 256 and tensor.label == label]
     assert large
@@ -285,4 +283,4 @@ def test_the_built_in_model(tmp_path: Path, pattern: str, label: str, most: floa
     tokens = torch.arange(100).reshape(2, 50)
     with torch.inference_mode():
         assert torch.equal(again.model(tokens).logits, model.model(tokens).logits)
-    assert reading.read_record(tmp_path / "packed") == reading.read_record(tmp_path / "pruned")
+    assert checkpoint.read_record(tmp_path / "packed") == checkpoint.read_record(tmp_path / "pruned")

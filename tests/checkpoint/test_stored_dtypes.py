@@ -202,9 +202,9 @@ def test_packed_and_run_without_the_states_that_forget(tmp_path: Path, name: str
         came, tmp_path / "out", sparsessm.prune(came, target="ssm", method="magnitude", measure=False)
     )
     done = checkpoint.pack(tmp_path / "out", tmp_path / "packed")
-    for part, tensor in done.packed.tensors.items():
+    for part, tensor in done.tensors.items():
         if part.endswith("A_log"):
-            assert tensor.dtype == torch.float16 and tensor.fill in (0.0, 11.0)
+            assert tensor.dtype == torch.float16 and tensor.removed in (0.0, 11.0)
     checkpoint.unpack(tmp_path / "packed", tmp_path / "back")
     for part, tensor in a_logs(tmp_path / "out").items():
         assert torch.equal(a_logs(tmp_path / "back")[part], tensor)

@@ -168,8 +168,8 @@ def test_matrices_of_encoded_tensors_and_chosen_rows(level: str, dtype: torch.dt
 
 def test_a_fill_other_than_zero_is_written_out(level: str) -> None:
     values = torch.where(numbers(9, 20) > 0, numbers(9, 20, seed=1), 38.0)
-    found = encode("A_log", values, kind="bitmask", fills=(38.0,))
-    assert found.fill == 38.0
+    found = encode("A_log", values, kind="bitmask", removed=(38.0,))
+    assert found.removed == 38.0
     made, x = matrix(found), numbers(3, 20, seed=2)
     assert not made.sparse and close(made.linear(x), x, values.double(), None)
 

@@ -38,8 +38,8 @@ def encoded(model: Any, *, dtype: str = "fp32", head: str = "") -> dict[str, Enc
         if dtype == "bf16" and (outer or name.endswith(LINEAR)):
             tensor = tensor.bfloat16()
         int8 = (dtype == "int8" and name.endswith(LINEAR) and "dt_proj" not in name) or (bool(head) and outer)
-        fills = (0.0, 38.0) if name.endswith("A_log") else (0.0,)
-        made[name] = encode(name, tensor, int8=int8, fills=fills)
+        removed = (0.0, 38.0) if name.endswith("A_log") else (0.0,)
+        made[name] = encode(name, tensor, int8=int8, removed=removed)
     return made
 
 

@@ -84,8 +84,8 @@ def encoded(model: Any, dtype: torch.dtype = torch.float32) -> dict[str, Encoded
         linear = name.endswith(LINEAR)
         int8 = linear and dtype == torch.int8 and "dt_proj" not in name
         value = tensor.bfloat16() if linear and dtype == torch.bfloat16 else tensor
-        fills = (0.0, 38.0) if name.endswith("A_log") else (0.0,)
-        found[name] = encode(name, value, int8=int8, fills=fills)
+        removed = (0.0, 38.0) if name.endswith("A_log") else (0.0,)
+        found[name] = encode(name, value, int8=int8, removed=removed)
     return found
 
 

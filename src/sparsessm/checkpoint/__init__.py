@@ -4,7 +4,9 @@ Stage 5 of the flow. `load` hands a model over in float32 together with the dtyp
 stored in; `save` writes the same format back, each tensor in that dtype, with the record of the pruning
 beside it (`docs/checkpoint.md` describes the files).
 
-    reading.py        find and read
+    opened.py         find a directory, read its config and decide its kind, once
+    folder.py         the small files of a directory, each read once
+    reading.py        the model and the tokenizer of one that is open
     known_fields.py   which fields of config.json and generation_config.json reach transformers
     tokenizing.py     the tokenizer, from its own files
     companions.py     what lies beside the weights, and what is no checkpoint
@@ -22,17 +24,20 @@ beside it (`docs/checkpoint.md` describes the files).
 from . import packed
 from .atomic import refuse_room, refuse_target
 from .encoding import Encoded
-from .packed import Packed, is_packed, pack, save, unpack
-from .reading import Checkpoint, load, local_folder, read_record
+from .opened import Opened, is_packed, local_folder, open_checkpoint, read_record
+from .packed import Packed, pack, save, unpack
+from .reading import Checkpoint, load
 from .writing import refuse_existing, refuse_full
 
 __all__ = [
     "Checkpoint",
     "Encoded",
+    "Opened",
     "Packed",
     "is_packed",
     "load",
     "local_folder",
+    "open_checkpoint",
     "pack",
     "packed",
     "read_record",

@@ -6,8 +6,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import reduce
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import transformers
@@ -18,7 +17,9 @@ from ..architectures import projected
 from ..architectures.own import Own
 from . import container, state_spaces
 from .encoding import finite
-from .files import CONFIG, few, read_tensors
+from .files import CONFIG, SAFETENSORS, few, read_tensors
+from .known_fields import optional
+from .opened import Opened
 from .shelf import Shelf, Stored, give_back
 from .stock_names import held_as, in_files
 
@@ -132,27 +133,16 @@ def refuse_misfit(
         raise ValueError(f"{source!r} does not hold the model of its {CONFIG}: {told}")
 
 
-def assemble(
-    source: str,
-    folder: Path,
-    config: transformers.PretrainedConfig,
-    packed: container.Header | None,
-    present: Collection[str],
-    architectures: Any = None,
-) -> Assembled:
-    """Read, check and assemble the tensors.
-
-    Args:
-        present: the names of the tensors in the files.
-        architectures: that field of `config.json`, by which a packed backbone is known to have been bare.
-    """
-    own = STOCK if packed is None else Own.told_by(packed.shapes, config)
-    found = _checked(source, folder, config, packed, own, present)
+def assemble(opened: Opened) -> Assembled:
+    """Read, check and assemble the tensors of a checkpoint."""
+    config, own = opened.config, opened.own
+    found = _checked(opened)
     empty, held, tensors, prefix = found.empty, found.places.held, found.tensors, found.places.prefix
-    if packed is not None:  # It has the names in memory; with those on disk `save` will write the like.
+    if opened.packed is not None:  # It has the names in memory; with those on disk `save` writes the like.
         parts = {name: in_files(empty, name, tensors[name]) for name in held}
         tensors = {part: tensor for some in parts.values() for part, tensor in some.items()}
-        prefix = _bare_prefix(empty, tensors) if architectures == [type(empty.base_model).__name__] else ""
+        bare = opened.fields.get("architectures") == [type(empty.base_model).__name__]
+        prefix = _bare_prefix(empty, tensors) if bare else ""
     # What no stock model has comes in behind the stock code, which would leave it out.
     wide = tuple(f"backbone.layers.{index}." for index in own.widths)
     names = [*projected.named_in(tensors), *(name for name in tensors if wide and name.startswith(wide))]
@@ -168,15 +158,13 @@ def assemble(
     return Assembled(model.eval(), most_precise, found.extra, prefix)
 
 
-def one_by_one(
-    source: str, folder: Path, config: transformers.PretrainedConfig, present: Collection[str]
-) -> Stored:
+def one_by_one(opened: Opened) -> Stored:
     """Read and check a stock checkpoint as `assemble` does, without a model: its tensors come when asked for.
 
     Only for models whose tensors have the same names in files and in memory, which those that run have.
     """
-    shelf = Shelf(folder)
-    found = _checked(source, folder, config, None, STOCK, present, shelf)
+    shelf = Shelf(opened.heads, safetensors=opened.folder.stock_files.kind == SAFETENSORS)
+    found = _checked(opened, shelf)
     whole = {name: part for name, parts in found.places.held.items() for part in parts}
     shapes = {name: tuple(found.tensors[part].shape) for name, part in whole.items()}
     return Stored(shelf, {name: found.names[part] for name, part in whole.items()}, shapes)
@@ -200,22 +188,15 @@ class _Checked(NamedTuple):
     extra: dict[str, Tensor]
 
 
-def _checked(
-    source: str,
-    folder: Path,
-    config: transformers.PretrainedConfig,
-    packed: container.Header | None,
-    own: Own,
-    present: Collection[str],
-    shelf: Shelf | None = None,
-) -> _Checked:
+def _checked(opened: Opened, shelf: Shelf | None = None) -> _Checked:
     """Read all tensors and hold them against the model.
 
     Args:
         shelf: where a tensor can be had again; with it none is kept, only shapes.
     """
-    empty, expected, copies = stock_model(source, config, own)
-    places = find_places(empty, expected, copies, present)
+    source = opened.source
+    empty, expected, copies = stock_model(source, opened.config, opened.own)
+    places = find_places(empty, expected, copies, opened.names)
     tensors: dict[str, Tensor] = {}  # by their names in full, as all that is said about them
     stored: dict[str, torch.dtype] = {}
     names: dict[str, str] = {}
@@ -226,7 +207,7 @@ def _checked(
         other = tensors[name] if shelf is None else shelf[names[name]]
         return not torch.equal(other.float(), value.float())
 
-    for given, tensor, dtype in _weights(folder, packed, expected):
+    for given, tensor, dtype in _weights(opened, expected):
         if given in places.extra:
             if shelf is None:
                 extra[given] = tensor.clone()
@@ -259,7 +240,7 @@ def _checked(
 
 def _ignored(empty: PreTrainedModel, name: str) -> bool:
     """Whether stock code leaves a tensor out on purpose: parts of other tasks, and what it computes anew."""
-    patterns = [*(getattr(empty, "_keys_to_ignore_on_load_unexpected", None) or ()), r"rotary_emb\.inv_freq"]
+    patterns = [*(optional(empty, "_keys_to_ignore_on_load_unexpected") or ()), r"rotary_emb\.inv_freq"]
     return any(re.search(pattern, name) for pattern in patterns)
 
 
@@ -311,17 +292,15 @@ def stock_model(
     return empty, *untied(empty)
 
 
-def _weights(
-    folder: Path, packed: container.Header | None, expected: Mapping[str, Tensor]
-) -> Iterator[tuple[str, Tensor, torch.dtype]]:
+def _weights(opened: Opened, expected: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, torch.dtype]]:
     """(name, tensor, dtype on disk) of every tensor; of a packed file in float32, of others as stored."""
-    if packed is not None:
+    if opened.packed is not None:
         shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
-        for name, encoded in container.read_tensors(packed, shapes):
+        for name, encoded in container.read_tensors(opened.packed, shapes):
             yield name, encoded.decode(torch.float32), encoded.dtype
         return
     used = 0
-    for name, tensor in read_tensors(folder):
+    for name, tensor in read_tensors(opened.folder.stock_files):
         used += tensor.nbytes
         yield name, tensor, tensor.dtype
         if used > FREED:

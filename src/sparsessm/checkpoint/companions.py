@@ -7,8 +7,6 @@ goes into the result as bytes; what does not is said. None of them is run. `read
 
 from __future__ import annotations
 
-import json
-import os
 import re
 from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterator, Mapping
@@ -16,9 +14,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from ..data.foreign import decoded
+from ..data.foreign import decoded, from_json, read_bytes
 from .container import PACKED
 from .files import BIN, CONFIG, SAFETENSORS, few
+from .folder import Folder
 
 RECORD, GENERATION, CARD = "pruning.json", "generation_config.json", "README.md"
 TEMPLATES = "additional_chat_templates"
@@ -88,7 +87,7 @@ def is_usual(name: str) -> bool:
     return is_tokenizer_file(name) or any(fnmatch(name, pattern) for pattern in usual)
 
 
-def carried(folder: Path) -> tuple[dict[str, bytes], tuple[str, ...]]:
+def carried(folder: Folder) -> tuple[dict[str, bytes], tuple[str, ...]]:
     """The files of a checkpoint directory that its result has too, by their paths in it, and what to say.
 
     Left out without a word: hidden files, the record and the card of an earlier run, the weights.
@@ -108,11 +107,11 @@ def carried(folder: Path) -> tuple[dict[str, bytes], tuple[str, ...]]:
             continue
         size = path.stat().st_size
         known = is_tokenizer_file(name) or name in _HEADED
-        if not known and (size > min(LARGE, room) or len(files) >= _MANY or _leads_out(path, folder)):
+        if not known and (size > min(LARGE, room) or len(files) >= _MANY or _leads_out(path, folder.path)):
             left.append(name)
             continue
         try:
-            files[name] = _content(path)
+            files[name] = _content(folder, name)
         except OSError as error:
             if known:
                 raise ValueError(f"{path}: not readable ({error})") from error
@@ -130,22 +129,22 @@ def carried(folder: Path) -> tuple[dict[str, bytes], tuple[str, ...]]:
     return files, tuple(notes)
 
 
-def tokenizer_files(folder: Path) -> dict[str, bytes]:
+def tokenizer_files(folder: Folder) -> dict[str, bytes]:
     """The files of the tokenizer in a directory, by their paths in it."""
-    paths = {name: path for name, path in _candidates(folder, []) if is_tokenizer_file(name)}
-    return {name: _content(path) for name, path in paths.items()}
+    names = [name for name, _ in _candidates(folder, []) if is_tokenizer_file(name)]
+    return {name: _content(folder, name) for name in names}
 
 
-def _content(path: Path) -> bytes:
+def _content(folder: Folder, name: str) -> bytes:
     """The bytes of a file; of JSON with a byte order mark plain UTF-8, which stock code reads."""
-    content = path.read_bytes()
-    marked = path.suffix == ".json" and content.startswith((BOM_UTF8, BOM_UTF16_LE, BOM_UTF16_BE))
+    content = folder.content(name)
+    marked = name.endswith(".json") and content.startswith((BOM_UTF8, BOM_UTF16_LE, BOM_UTF16_BE))
     return decoded(content).encode() if marked else content
 
 
-def has_vocabulary(folder: Path) -> bool:
+def has_vocabulary(folder: Folder) -> bool:
     """True if a directory has a file that a tokenizer takes its tokens from."""
-    return any(is_vocabulary(path.name) and path.is_file() for path in folder.iterdir())
+    return any(is_vocabulary(path.name) and path.is_file() for path in folder.entries)
 
 
 def unusual(files: Mapping[str, Any]) -> list[str]:
@@ -153,11 +152,11 @@ def unusual(files: Mapping[str, Any]) -> list[str]:
     return sorted(name for name in files if not is_usual(name))
 
 
-def _candidates(folder: Path, left: list[str]) -> Iterator[tuple[str, Path]]:
+def _candidates(folder: Folder, left: list[str]) -> Iterator[tuple[str, Path]]:
     """(path in the directory, file) of what may be carried over; `left` gets what is passed over."""
     code: list[str] = []
     others: list[Path] = []
-    for path in sorted(folder.iterdir()):
+    for path in folder.entries:
         if path.name.startswith("."):
             continue
         if path.is_file():
@@ -181,13 +180,13 @@ def _candidates(folder: Path, left: list[str]) -> Iterator[tuple[str, Path]]:
             left.append(f"{path.name}/" if path.is_dir() else path.name)
     for name in named:
         if name.split("/")[0] not in _FOLDERS:
-            yield name, folder / name
+            yield name, folder.path / name
 
 
-def _code(folder: Path, start: list[str]) -> list[str]:
+def _code(folder: Folder, start: list[str]) -> list[str]:
     """Files of code in folders of the directory that files of it name: by `auto_map`, or by an import."""
     found: list[str] = []
-    texts = {name: _text(folder / name) for name in start}
+    texts = {name: _text(folder, name) for name in start}
     asked = [*_code_named({n: text.encode() for n, text in texts.items() if n in _HEADED})]
     asked += [name for at in start if at.endswith(".py") for name in _imported(at, texts[at])]
     while asked and len(found) < _MANY:
@@ -195,12 +194,12 @@ def _code(folder: Path, start: list[str]) -> list[str]:
         if (
             "/" not in name
             or name in found
-            or not os.path.isfile(folder / name)  # also of a name that no file can have
-            or _leads_out(folder / name, folder)
+            or not folder.has(name)
+            or _leads_out(folder.path / name, folder.path)
         ):
             continue
         found.append(name)
-        asked += _imported(name, _text(folder / name))
+        asked += _imported(name, _text(folder, name))
     return sorted(found)
 
 
@@ -230,8 +229,8 @@ def _code_named(files: Mapping[str, bytes]) -> set[str]:
     found: set[str] = set()
     for name in _HEADED & files.keys():
         try:
-            fields = json.loads(files[name])
-        except (ValueError, RecursionError):
+            fields = from_json(files[name])
+        except ValueError:
             continue  # whoever needs the file says so
         told = fields.get("auto_map") if isinstance(fields, dict) else None
         values = list(told.values()) if isinstance(told, dict) else [told]
@@ -242,10 +241,11 @@ def _code_named(files: Mapping[str, bytes]) -> set[str]:
     return found
 
 
-def _text(path: Path) -> str:
+def _text(folder: Folder, name: str) -> str:
+    """A file of code or fields; empty if it is large, or no text."""
     try:
-        return path.read_text(encoding="utf-8") if path.stat().st_size <= LARGE else ""
-    except (OSError, UnicodeDecodeError):
+        return folder.text(name) if (folder.path / name).stat().st_size <= LARGE else ""
+    except OSError:
         return ""
 
 
@@ -261,7 +261,7 @@ def _leads_out(path: Path, folder: Path) -> bool:
 # ----------------------------------------------------------------------------------- what is no checkpoint
 
 
-def refuse_others(source: str, folder: Path, *, weights: bool) -> None:
+def refuse_others(source: str, folder: Folder, *, weights: bool) -> None:
     """Refuse a directory that is no model but looks like one.
 
     Args:
@@ -270,41 +270,42 @@ def refuse_others(source: str, folder: Path, *, weights: bool) -> None:
     Raises:
         ValueError: an adapter, alone or beside a model; files of git-lfs that were not fetched.
     """
-    wanted = [
-        path for path in sorted(folder.iterdir()) if weights or path.suffix not in (".safetensors", ".bin")
-    ]
+    wanted = [path for path in folder.entries if weights or path.suffix not in (".safetensors", ".bin")]
     for path in wanted:
-        if is_usual(path.name) and is_pointer(path):
-            raise ValueError(
-                f"{path}: a pointer of git-lfs, not the file itself; fetch it with `git lfs pull`"
-            )
+        if is_usual(path.name):
+            refuse_pointer(folder, path.name)
     if weights and any(
         path.name == "adapter_config.json" or fnmatch(path.name, "adapter_model.*") for path in wanted
     ):
         _refuse_adapter(source, folder)
 
 
-def is_pointer(path: Path) -> bool:
-    """True for what git leaves in place of a large file that was not fetched."""
+def refuse_pointer(folder: Folder, name: str) -> None:
+    """Refuse what git leaves in place of a large file that was not fetched.
+
+    Raises:
+        ValueError: the file is such a pointer.
+    """
+    path = folder.path / name
     try:
-        if not path.is_file() or path.stat().st_size > 1024:
-            return False
-        with open(path, "rb") as content:
-            return content.read(len(_POINTER)) == _POINTER
+        small = path.is_file() and path.stat().st_size <= 1024
+        pointer = small and folder.content(name).startswith(_POINTER)
     except OSError:
-        return False
+        return  # whoever needs the file says so
+    if pointer:
+        raise ValueError(f"{path}: a pointer of git-lfs, not the file itself; fetch it with `git lfs pull`")
 
 
-def _refuse_adapter(source: str, folder: Path) -> None:
+def _refuse_adapter(source: str, folder: Folder) -> None:
     try:
-        told = json.loads((folder / "adapter_config.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
+        told = from_json(read_bytes(folder.path / "adapter_config.json"))
+    except ValueError:
         told = {}
     base = told.get("base_model_name_or_path") if isinstance(told, dict) else None
     of = f" of {ascii(base)[:200]}" if isinstance(base, str) and base else ""
     merge = "merge it into its base model first (in PEFT: merge_and_unload, then save_pretrained)"
     weights = (SAFETENSORS, BIN, f"{SAFETENSORS}.index.json", f"{BIN}.index.json", PACKED)
-    if any((folder / name).exists() for name in weights):
+    if any((folder.path / name).exists() for name in weights):
         raise ValueError(
             f"{source!r} holds an adapter (PEFT){of} beside a model, which alone would be pruned or run "
             f"without it; {merge}, or move the files adapter_* away to take the model as it is"

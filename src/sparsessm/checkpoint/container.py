@@ -26,11 +26,13 @@ from ..data.foreign import short
 from ..kernels.checksum import crc32c
 from .encoding import STOCK, Encoded, bits_of
 from .files import few, parse_json
+from .shelf import Unread
 
 PACKED = "packed.safetensors"
-FORMAT, VERSION = "sparsessm-packed", "1"
-LAYOUTS = ("transformers", "state-spaces")
-Layout = Literal["transformers", "state-spaces"]
+PACKING, VERSION = "sparsessm-packed", "1"
+FORMATS = ("transformers", "state-spaces")
+Format = Literal["transformers", "state-spaces"]
+"""Of a stock checkpoint: whose names its `config.json` and tensors have. In the head it is called layout."""
 
 HEADER_BYTES = 1 << 24
 """Largest header: room for a hundred thousand tensors."""
@@ -65,13 +67,13 @@ class Header:
     """What the head of a packed file says, checked against itself and the size of the file.
 
     Attributes:
-        layout: the layout of the stock checkpoint.
-        stock: stock tensor -> (shape, dtype, label of its kind, fill).
+        format: of the stock checkpoint.
+        stock: stock tensor -> (shape, dtype, label of its kind, removed value).
         checksums: stock tensor -> CRC32C of its arrays.
     """
 
     file: Path
-    layout: Layout
+    format: Format
     stock: Mapping[str, tuple[tuple[int, ...], torch.dtype, str, float]]
     spans: Mapping[str, _Span]
     checksums: Mapping[str, str]
@@ -98,10 +100,10 @@ def read_header(file: Path) -> Header:
                 raise ValueError(f"truncated or not safetensors: header of {length} bytes, at most {most}")
             header = parse_json(content.read(length), "the header", strict=True)
         metadata = header.pop("__metadata__", None)
-        layout, stock, checksums = _metadata(metadata)  # first: another version may have other arrays
+        format, stock, checksums = _metadata(metadata)  # first: another version may have other arrays
         spans = _spans(header, 8 + length, size)
         _compare(stock, spans)
-        return Header(file, layout, stock, spans, checksums)
+        return Header(file, format, stock, spans, checksums)
     except OSError as error:
         raise ValueError(f"{file}: not readable ({error})") from error
     except ValueError as error:
@@ -125,14 +127,13 @@ def read_tensors(
     yield from Tensors(header, expected, check).items()
 
 
-class Tensors(Mapping[str, Encoded]):
+class Tensors(Unread):
     """The tensors of a packed file by name, each read, checked and given away when it is asked for."""
 
     def __init__(self, header: Header, expected: Mapping[str, tuple[int, ...]], check: bool = True) -> None:
         """As `read_tensors`; what the head of the file says is held against `expected` here."""
         self._header, self._check = header, check
-        self.shapes = dict(expected)
-        """Of each tensor, by name."""
+        self._shapes = dict(expected)
         stock = header.stock
         shapes = [
             f"{name} {list(stock[name][0])}, expected {list(shape)}"
@@ -148,6 +149,11 @@ class Tensors(Mapping[str, Encoded]):
             told = "; ".join(f"{what}: {few(names)}" for what, names in faults.items() if names)
             raise ValueError(f"{header.file} does not hold the model of its config.json: {told}")
 
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """As `Unread.shapes`."""
+        return self._shapes
+
     def __getitem__(self, name: str) -> Encoded:
         self.shapes[name]  # a KeyError before the file is touched
         file = self._header.file
@@ -161,17 +167,8 @@ class Tensors(Mapping[str, Encoded]):
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
 
-    def __contains__(self, name: object) -> bool:
-        return name in self.shapes  # without reading it
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
-
-    def __len__(self) -> int:
-        return len(self.shapes)
-
-
-def write(file: Path, layout: Layout, tensors: Mapping[str, Encoded]) -> None:
+def write(file: Path, format: Format, tensors: Mapping[str, Encoded]) -> None:
     """Write a packed file; the same tensors in the same order always give the same bytes.
 
     Raises:
@@ -181,13 +178,13 @@ def write(file: Path, layout: Layout, tensors: Mapping[str, Encoded]) -> None:
     arrays: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         entry = {"shape": list(tensor.shape), "dtype": _NAMES[tensor.dtype], "kind": tensor.label}
-        entry |= {} if tensor.kind == "dense" else {"fill": tensor.fill}
+        entry |= {} if tensor.kind == "dense" else {"fill": tensor.removed}
         described[name] = entry | {"checksum": checksum(map(_bytes, tensor.parts.values()))}
         arrays |= tensor.parts
     # Wide elements first, as the library does: every array then begins at a multiple of its element size.
     arrays = dict(sorted(arrays.items(), key=lambda item: -item[1].itemsize))
     text = json.dumps(described)
-    metadata = {"format": FORMAT, "version": VERSION, "layout": layout, "tensors": text}
+    metadata = {"format": PACKING, "version": VERSION, "layout": format, "tensors": text}
     metadata["checksum"] = checksum([text.encode()])
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
@@ -257,19 +254,19 @@ def _spans(header: dict[str, Any], start: int, size: int) -> dict[str, _Span]:
 
 def _metadata(
     metadata: Any,
-) -> tuple[Layout, dict[str, tuple[tuple[int, ...], torch.dtype, str, float]], dict[str, str]]:
-    """(layout, description and checksum of each stock tensor) of a `__metadata__`, in allowed forms."""
-    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
-        raise ValueError(f"not a packed checkpoint: its __metadata__ does not say format {FORMAT!r}")
+) -> tuple[Format, dict[str, tuple[tuple[int, ...], torch.dtype, str, float]], dict[str, str]]:
+    """(format, description and checksum of each stock tensor) of a `__metadata__`, in allowed forms."""
+    if not isinstance(metadata, dict) or metadata.get("format") != PACKING:
+        raise ValueError(f"not a packed checkpoint: its __metadata__ does not say format {PACKING!r}")
     if metadata.get("version") != VERSION:
         raise ValueError(f"version {short(metadata.get('version'))} of the format; known: {VERSION!r}")
     if metadata.keys() != {"format", "version", "layout", "tensors", "checksum"}:
         raise ValueError(
             "__metadata__ must have format, version, layout, tensors and checksum, and nothing else"
         )
-    layout, text = metadata["layout"], metadata["tensors"]
-    if not isinstance(layout, str) or layout not in LAYOUTS:
-        raise ValueError(f"layout {short(layout)}; allowed: {', '.join(LAYOUTS)}")
+    format, text = metadata["layout"], metadata["tensors"]
+    if not isinstance(format, str) or format not in FORMATS:
+        raise ValueError(f"layout {short(format)}; allowed: {', '.join(FORMATS)}")
     if not isinstance(text, str):
         raise ValueError("__metadata__ tensors must be a string that holds a JSON object")
     if (found := checksum([text.encode("utf-8", "surrogatepass")])) != metadata["checksum"]:
@@ -285,7 +282,8 @@ def _metadata(
         if not isinstance(entry["checksum"], str) or not _CHECKSUM.fullmatch(entry["checksum"]):
             allowed = "8 hexadecimal digits"
             raise ValueError(f"{name!r}: checksum {short(entry['checksum'])}; allowed: {allowed}")
-        shape, dtype, kind, fill = entry["shape"], entry["dtype"], entry["kind"], entry.get("fill", 0.0)
+        shape, dtype, kind = entry["shape"], entry["dtype"], entry["kind"]
+        removed = entry.get("fill", 0.0)
         if not isinstance(shape, list) or len(shape) > MOST_AXES or not all(map(_whole, shape)):
             allowed = f"at most {MOST_AXES} whole numbers"
             raise ValueError(f"{name!r}: shape {short(shape)}; allowed: {allowed}")
@@ -293,11 +291,11 @@ def _metadata(
             raise ValueError(f"{name!r}: dtype {short(dtype)}; allowed: {', '.join(STOCK)}")
         if not isinstance(kind, str) or not _KIND.fullmatch(kind):
             raise ValueError(f"{name!r}: kind {short(kind)}; allowed: 'dense', 'bitmask', 'N:M'")
-        if type(fill) not in (int, float) or abs(fill) > 1e39:
-            raise ValueError(f"{name!r}: fill {short(fill)}; allowed: a finite number of its dtype")
-        stock[name] = tuple(shape), STOCK[dtype], kind, float(fill)
+        if type(removed) not in (int, float) or abs(removed) > 1e39:
+            raise ValueError(f"{name!r}: fill {short(removed)}; allowed: a finite number of its dtype")
+        stock[name] = tuple(shape), STOCK[dtype], kind, float(removed)
         checksums[name] = entry["checksum"]
-    return cast(Layout, layout), stock, checksums
+    return cast(Format, format), stock, checksums
 
 
 def _compare(stock: Mapping[str, tuple[Any, Any, str, Any]], spans: Mapping[str, _Span]) -> None:
@@ -325,7 +323,7 @@ def _arrays(name: str, label: str, spans: Mapping[str, _Span]) -> dict[str, str]
 
 
 def _encoded(header: Header, name: str, content: FileIO, check: bool) -> Encoded:
-    shape, dtype, label, fill = header.stock[name]
+    shape, dtype, label, removed = header.stock[name]
     arrays: dict[str, Any] = {}
     memories = []
     for part, array in _arrays(name, label, header.spans).items():
@@ -340,7 +338,7 @@ def _encoded(header: Header, name: str, content: FileIO, check: bool) -> Encoded
         told = f"its checksum is {found}, the file says {header.checksums[name]}"
         raise ValueError(f"tensor {name} is damaged: {told}")
     n, m = map(int, label.split(":")) if ":" in label else (0, 0)
-    return Encoded(name, shape, dtype, "n:m" if m else label, fill=fill, n=n, m=m, **arrays)
+    return Encoded(name, shape, dtype, "n:m" if m else label, removed=removed, n=n, m=m, **arrays)
 
 
 def _filled(memory: memoryview, content: FileIO) -> bool:

@@ -43,7 +43,7 @@ class Encoded:
         dtype: of the stock tensor: float32, bfloat16 or float16.
         kind: "dense", "bitmask" or "n:m".
         values: in `dtype`, or int8 with `scale`; [kept] of a bitmask, [rows, cols/M*N] of N:M, else `shape`.
-        fill: what the entries without a value are.
+        removed: the value of the entries that are not stored, in the file `fill`.
         mask: uint8 [rows, ceil(cols/8)], bitmask only: bit j%8 of byte j//8 says that column j is kept.
         offsets: int64 [ceil(rows/16) + 1], bitmask only: where in `values` each group of 16 rows begins.
         index: uint8 [rows, ceil(cols/M*N*b/8)], N:M only: each value's position in its group, b bits each.
@@ -56,7 +56,7 @@ class Encoded:
     dtype: torch.dtype
     kind: str
     values: Tensor
-    fill: float = 0.0
+    removed: float = 0.0
     mask: Tensor | None = None
     offsets: Tensor | None = None
     index: Tensor | None = None
@@ -74,9 +74,11 @@ class Encoded:
         """The arrays, by their name in a file."""
         if self.kind == "dense" and self.scale is None:
             return {self.name: self.values}
-        named = {"values": self.values, "mask": self.mask, "offsets": self.offsets}
-        named |= {"index": self.index, "scale": self.scale}
-        return {f"{self.name}.{part}": array for part, array in named.items() if array is not None}
+        return {f"{self.name}.{part}": array for part, array in self._named() if array is not None}
+
+    def _named(self) -> Iterator[tuple[str, Tensor | None]]:
+        yield from (("values", self.values), ("mask", self.mask), ("offsets", self.offsets))
+        yield from (("index", self.index), ("scale", self.scale))
 
     @property
     def nbytes(self) -> int:
@@ -94,7 +96,7 @@ class Encoded:
             whole = self.values.clone()
         else:
             rows, columns = self.shape
-            whole = torch.full((rows, columns), self.fill, dtype=self.values.dtype)
+            whole = torch.full((rows, columns), self.removed, dtype=self.values.dtype)
             into, values = bits_of(whole), bits_of(self.values)
             if self.kind == "bitmask":
                 into[self._kept()] = values
@@ -106,8 +108,8 @@ class Encoded:
         return whole.to(dtype or self.dtype)
 
     def bitmask(self) -> Encoded:
-        """An N:M tensor as a bitmask with the same values, those that equal the fill included; others as they
-        are."""
+        """An N:M tensor as a bitmask with the same values, also those that equal the removed one; others as
+        they are."""
         if self.kind != "n:m":
             return self
         rows, columns = self.shape
@@ -142,18 +144,18 @@ class Encoded:
         if (self.kind != "dense" or self.scale is not None) and len(self.shape) != 2:
             way = "int8" if self.kind == "dense" else f"kind {self.kind}"
             yield f"{way} needs 2 axes, its shape is {list(self.shape)}"
-        if not np.isfinite(self.fill) or float(torch.tensor(self.fill).to(self.dtype)) != self.fill:
-            yield f"its fill is {self.fill!r}; allowed: a finite number that {_word(self.dtype)} has"
-        if self.fill != 0 and (self.kind == "dense" or self.scale is not None):
-            yield f"its fill is {self.fill!r}; a dense or int8 tensor has none but 0"
+        if not np.isfinite(self.removed) or float(torch.tensor(self.removed).to(self.dtype)) != self.removed:
+            allowed = f"a finite number that {_word(self.dtype)} has"
+            yield f"its removed value is {self.removed!r}; allowed: {allowed}"
+        if self.removed != 0 and (self.kind == "dense" or self.scale is not None):
+            yield f"its removed value is {self.removed!r}; a dense or int8 tensor has none but 0"
         if self.kind == "n:m":
             if not 0 < self.n < self.m <= LARGEST_M:
                 yield f"its kind is '{self.label}'; allowed: N:M with 0 < N < M <= {LARGEST_M}"
             if self.shape[1] % self.m:
                 yield f"its kind is '{self.label}', but {self.m} does not divide its {self.shape[1]} columns"
         held = self.dtype if self.scale is None else torch.int8
-        expected = {"values": (held, self._lengths()), "mask": None, "offsets": None}
-        expected |= {"index": None, "scale": None}
+        expected = {"values": (held, self._lengths())}
         if self.kind == "bitmask":
             rows, columns = self.shape
             expected["mask"] = (torch.uint8, (rows, -(-columns // 8)))
@@ -163,8 +165,8 @@ class Encoded:
             expected["index"] = (torch.uint8, (rows, -(-columns // self.m * self.n * _width(self.m) // 8)))
         if self.scale is not None:
             expected["scale"] = (torch.float32, (self.shape[0],))
-        for part, wanted in expected.items():
-            array = getattr(self, part)
+        for part, array in self._named():
+            wanted = expected.get(part)
             if array is None or wanted is None:
                 if array is not wanted:
                     yield f"it {'lacks' if array is None else 'has'} '{part}', kind {self.label}"
@@ -249,19 +251,19 @@ def encode(
     *,
     int8: bool = False,
     patterns: Iterable[tuple[int, int]] = TRIED,
-    fills: Iterable[float] = (0.0,),
+    removed: Iterable[float] = (0.0,),
     kind: str | None = None,
 ) -> Encoded:
     """The encoding of a tensor that takes the fewest bytes; of equals the first of dense, N:M, bitmask.
 
-    Lossless unless `int8`. An entry is left out only if its bits are those of the fill: -0.0 is kept.
+    Lossless unless `int8`. An entry is left out only if its bits are those of a removed value: -0.0 is kept.
 
     Args:
         name: of the stock tensor.
         tensor: in its stock dtype, any shape; only one of 2 axes can be other than dense.
         int8: values to int8 with one scale a row, the row's largest magnitude / 127.
-        patterns: the N:M that are tried; one fits if every group has at most N entries that are not the fill.
-        fills: the values that removed entries may have; int8 has only 0.
+        patterns: the N:M that are tried; one fits if every group has at most N entries that are not removed.
+        removed: the values that removed entries may have; int8 has only 0.
         kind: "dense", "bitmask" or "N:M" to take no other.
 
     Raises:
@@ -277,7 +279,7 @@ def encode(
         raise ValueError(f"{name}: {'int8' if int8 else kind} needs 2 axes, its shape is {list(shape)}")
     if int8:
         held, scale = _quantised(tensor)
-        fills = (0.0,)
+        removed = (0.0,)
     plain = Encoded(name, shape, tensor.dtype, "dense", held, scale=scale)
     if tensor.ndim != 2 or kind == "dense":
         plain.check(contents=False)
@@ -288,16 +290,16 @@ def encode(
     ways = [(plain.nbytes, 0, plain)]
     rows, columns = shape
     bits, row_scale = bits_of(held), 0 if scale is None else scale.nbytes
-    for fill in fills:
-        kept = bits != bits_of(torch.tensor([fill], dtype=held.dtype))[0]
+    for value in removed:
+        kept = bits != bits_of(torch.tensor([value], dtype=held.dtype))[0]
         count = int(np.count_nonzero(kept))
         size = rows * -(-columns // 8) + 8 * (-(-rows // GROUP) + 1) + count * held.itemsize + row_scale
-        ways.append((size, 2, replace(plain, kind="bitmask", fill=fill)))
+        ways.append((size, 2, replace(plain, kind="bitmask", removed=value)))
         for n, m in patterns:
             if 0 < n < m <= LARGEST_M and columns % m == 0 and count <= rows * columns // m * n:
                 entries = columns // m * n
                 size = rows * (entries * held.itemsize - (-entries * _width(m) // 8)) + row_scale
-                ways.append((size, 1, replace(plain, kind="n:m", fill=fill, n=n, m=m)))
+                ways.append((size, 1, replace(plain, kind="n:m", removed=value, n=n, m=m)))
     for _, _, way in sorted(ways, key=lambda way: way[:2]):
         if kind not in (None, way.label):
             continue
@@ -317,9 +319,9 @@ def _filled(way: Encoded, bits: Bits) -> Encoded | None:
     """
     if way.kind == "dense":
         return way
-    fill = bits_of(torch.tensor([way.fill], dtype=way.values.dtype))[0]
+    removed = bits_of(torch.tensor([way.removed], dtype=way.values.dtype))[0]
     if way.kind == "bitmask":
-        kept = bits != fill
+        kept = bits != removed
         mask, offsets = _mask(kept)
         values = torch.from_numpy(bits[kept]).view(way.values.dtype)
         return replace(way, values=values, mask=mask, offsets=offsets)
@@ -330,11 +332,11 @@ def _filled(way: Encoded, bits: Bits) -> Encoded | None:
     places = np.arange(way.m, dtype=np.uint8)
     for part in _chunks(rows, columns):
         groups = bits[part].reshape(-1, way.m)
-        kept = groups != fill
+        kept = groups != removed
         room = way.n - kept.sum(axis=1, dtype=np.int16, keepdims=True)
         if (room < 0).any():
             return None
-        if room.any():  # explicit fill values complete the group, those with the lowest positions
+        if room.any():  # explicit removed values complete the group, those with the lowest positions
             kept |= np.cumsum(~kept, axis=1, dtype=np.int16) <= room
         values[part] = groups[kept].reshape(-1, entries)
         positions = np.broadcast_to(places, kept.shape)[kept].reshape(-1, entries, 1)

@@ -15,14 +15,14 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..data.foreign import from_json, read_bytes
+from ..data.foreign import first_line, from_json, read_bytes
 
 CONFIG, SAFETENSORS, BIN = "config.json", "model.safetensors", "pytorch_model.bin"
 SHARD_BYTES = 5 * 10**9
@@ -43,9 +43,18 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: the file is absent, or holds something else.
     """
+    return parse_json(json_bytes(path), str(path))
+
+
+def json_bytes(path: Path) -> bytes:
+    """All of a JSON file of a checkpoint.
+
+    Raises:
+        ValueError: the file is absent, too large, or cannot be read.
+    """
     if not path.is_file():
         raise ValueError(f"no {path.name} in {str(path.parent)!r}: not a checkpoint directory")
-    return parse_json(read_bytes(path), str(path))
+    return read_bytes(path)
 
 
 def parse_json(text: bytes | str, what: str, *, strict: bool = False) -> dict[str, Any]:
@@ -73,24 +82,25 @@ def few(names: list[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + rest
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The stock files that `read_tensors` reads; stock order of preference.
+class StockFiles(NamedTuple):
+    """The files of the weights of a stock checkpoint.
 
-    Raises:
-        ValueError: there are none.
+    Attributes:
+        kind: the name of the one file that they could be: `SAFETENSORS` or `BIN`.
+        paths: the files, one or the shards.
     """
-    return stock_files(folder)[1]
+
+    kind: str
+    paths: list[Path]
 
 
-def tensor_names(folder: Path) -> list[str]:
-    """The names of the tensors that the stock files hold; by their heads, an index may say anything.
+def tensor_names(stock: StockFiles) -> dict[Path, list[str]]:
+    """The names of the tensors in each file; by their heads, an index may say anything.
 
     Only a `.bin` older than torch 1.6 has no head, and is read for it.
     """
-    name, files = stock_files(folder)
-    if name == SAFETENSORS:
-        return [found for file in files for found in names_in(_readable(file))]
-    return [found for file in files for found, _ in read_bin(_readable(file))]
+    names = _names_in if stock.kind == SAFETENSORS else _names_in_bin
+    return {file: list(names(_readable(file))) for file in stock.paths}
 
 
 def _readable(file: Path) -> Path:
@@ -99,27 +109,20 @@ def _readable(file: Path) -> Path:
     return file
 
 
-def names_in(file: Path) -> Iterator[str]:
-    with opened(file) as content:
+def _names_in(file: Path) -> Iterator[str]:
+    with open_safetensors(file) as content:
         yield from content.keys()
 
 
-def stock_files(folder: Path) -> tuple[str, list[Path]]:
-    """The stock format of a checkpoint directory, by the name of its one file, and the files."""
-    for name in (SAFETENSORS, BIN):
-        if (folder / name).is_file():
-            return name, [folder / name]
-        if (folder / f"{name}.index.json").is_file():
-            return name, _shards(folder, folder / f"{name}.index.json")
-    raise ValueError(f"no {SAFETENSORS} or {BIN} in {str(folder)!r}")
+def _names_in_bin(file: Path) -> Iterator[str]:
+    return (name for name, _ in read_bin(file))
 
 
-def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a checkpoint directory, in the dtype it is stored in; stock order of preference."""
-    name, files = stock_files(folder)
-    read = _read_safetensors if name == SAFETENSORS else read_bin
+def read_tensors(stock: StockFiles) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a stock checkpoint, in the dtype it is stored in."""
+    read = _read_safetensors if stock.kind == SAFETENSORS else read_bin
     seen: set[str] = set()
-    for file in files:
+    for file in stock.paths:
         for tensor_name, tensor in read(_readable(file)):
             if tensor_name in seen:
                 raise ValueError(f"{file}: tensor {tensor_name} is in more than one shard")
@@ -127,24 +130,14 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
             yield tensor_name, tensor
 
 
-def _shards(folder: Path, index: Path) -> list[Path]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{index}: no weight_map")
-    names = sorted({str(name) for name in weight_map.values()})
-    if missing := [name for name in names if Path(name).name != name or not (folder / name).is_file()]:
-        raise ValueError(f"{index} names files that are not beside it: {few(missing)}")
-    return [folder / name for name in names]
-
-
 def _read_safetensors(file: Path) -> Iterator[tuple[str, Tensor]]:
-    with opened(file) as content:
+    with open_safetensors(file) as content:
         for name in content.keys():
             yield name, content.get_tensor(name)
 
 
 @contextmanager
-def opened(file: Path) -> Iterator[Any]:
+def open_safetensors(file: Path) -> Iterator[Any]:
     try:
         with safe_open(file, framework="pt") as content:
             yield content
@@ -161,7 +154,7 @@ def read_bin(file: Path) -> Iterator[tuple[str, Tensor]]:
         reason = f"not a file of plain tensors; refused, nothing in it was executed ({what})"
         raise ValueError(f"{file}: {reason}") from error
     except Exception as error:  # the zip reader has a different one in each release
-        raise ValueError(f"{file}: truncated or corrupt ({_first_line(error)})") from error
+        raise ValueError(f"{file}: truncated or corrupt ({first_line(error)})") from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{file}: expected a dictionary of tensors, got {type(content).__name__}")
     for name, tensor in content.items():
@@ -173,10 +166,6 @@ def read_bin(file: Path) -> Iterator[tuple[str, Tensor]]:
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise ValueError(f"{file}: {name!r} is larger than the data that it has")
         yield name, tensor
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or repr(error)).split("\n")[0]
 
 
 def write_safetensors(folder: Path, sizes: Mapping[str, int], tensor: Callable[[str], Tensor]) -> None:
@@ -234,7 +223,7 @@ def read_one(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     if not file.is_file():
         raise ValueError(f"{file}: no such file")
-    with opened(file) as content:
+    with open_safetensors(file) as content:
         # copies: the file would stay mapped, and whoever rewrites it change the tensors
         tensors = {name: content.get_tensor(name).clone() for name in content.keys()}
         return tensors, dict(content.metadata() or {})

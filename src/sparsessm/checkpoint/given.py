@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..data.inert import is_text
+from .known_fields import optional
 from .reading import Checkpoint
 
 _lock = threading.Lock()
@@ -76,10 +77,7 @@ def refuse_changed(checkpoint: Checkpoint) -> None:
             f"made{inner}"
         )
     for name, module in model.named_modules():
-        if (
-            getattr(module, "_compiled_call_impl", None) is not None
-            or type(module).__name__ == "OptimizedModule"
-        ):
+        if optional(module, "_compiled_call_impl") is not None or type(module).__name__ == "OptimizedModule":
             raise ValueError(
                 f"{name or 'the model'} is compiled; load the model anew, and compile the result"
             )

@@ -16,6 +16,7 @@ from typing import Any
 
 import transformers
 
+from ..data.foreign import first_line, short
 from .files import few
 
 LAYERS = 4096
@@ -91,7 +92,7 @@ def config_fields(kind: str, fields: Mapping[str, Any]) -> dict[str, Any]:
             kept[name] = _rope(name, value)
             continue
         if name in whole and isinstance(value, bool):
-            raise ValueError(f"{name} is {_short(value)}; allowed: a whole number")
+            raise ValueError(f"{name} is {short(value)}; allowed: a whole number")
         _refuse_absurd(name, value)
         kept[name] = value
     for name in _ATTENTION:
@@ -107,13 +108,21 @@ def config_notes(fields: Mapping[str, Any]) -> tuple[str, ...]:
     for name, value in asked.items():
         what = "experts" if "experts" in name else "attention"
         notes.append(
-            f"config.json asks for {name} {_short(value)}; {what} is computed by transformers' own code here"
+            f"config.json asks for {name} {short(value)}; {what} is computed by transformers' own code here"
         )
     if fields.get("auto_map"):
         notes.append(
             "config.json names code of its own (auto_map); it is not run, the model is transformers' own"
         )
     return tuple(notes)
+
+
+def optional(stock: Any, name: str, default: Any = None) -> Any:
+    """What a stock object (configuration, tokenizer, module) has in some classes and releases only.
+
+    The one place that asks somebody else's objects by name; ours declare what they have.
+    """
+    return getattr(stock, name, default)
 
 
 @lru_cache(16)
@@ -125,7 +134,7 @@ def _known(kind: str) -> tuple[frozenset[str], frozenset[str]]:
     held = {name: value for name, value in held.items() if name not in vars(transformers.PretrainedConfig())}
     older = {*_OLDER.get(kind, "").split()}  # which the class takes, though some are properties of it
     names = {*parameters, *held, *stock.attribute_map, *_ALSO, *older}
-    properties = {n for n in names if isinstance(p := getattr(stock, n, None), property) and p.fset is None}
+    properties = {n for n in names if isinstance(p := optional(stock, n), property) and p.fset is None}
     derived = properties - older
     known = {name for name in names - _LEFT_OUT - derived if not name.startswith("_")}
     whole = {name for name in known if type(held.get(name)) is int}
@@ -160,12 +169,12 @@ def _refuse_absurd(name: str, value: Any) -> None:
         if last in ("num_hidden_layers", "num_mem_blocks"):
             most = LAYERS
         if not least <= value <= most:
-            raise ValueError(f"{name} is {_short(value)}; allowed: a whole number from {least} to {most}")
+            raise ValueError(f"{name} is {short(value)}; allowed: a whole number from {least} to {most}")
     if isinstance(value, int | float):
         if last.startswith("partial_rotary") and not 0 <= value <= 1:
-            raise ValueError(f"{name} is {_short(value)}; allowed: a number from 0 to 1")
+            raise ValueError(f"{name} is {short(value)}; allowed: a number from 0 to 1")
         if not math.isfinite(value) and not last.endswith("limit"):
-            raise ValueError(f"{name} is {_short(value)}; allowed: a finite number")
+            raise ValueError(f"{name} is {short(value)}; allowed: a finite number")
     elif isinstance(value, str):
         if len(value) > _TEXT:
             raise ValueError(f"{name} has {len(value)} characters; allowed: {_TEXT}")
@@ -174,10 +183,10 @@ def _refuse_absurd(name: str, value: Any) -> None:
             raise ValueError(f"{name} has {len(value)} entries; allowed: {LAYERS}")
         for inner in value:
             if isinstance(inner, list | tuple | dict):
-                raise ValueError(f"{name} is {_short(value)}; allowed: a list of numbers or of names")
+                raise ValueError(f"{name} is {short(value)}; allowed: a list of numbers or of names")
             _refuse_absurd(name, inner)
     else:
-        raise ValueError(f"{name} is {_short(value)}; allowed: a number, a name or a list of them")
+        raise ValueError(f"{name} is {short(value)}; allowed: a number, a name or a list of them")
 
 
 # ---------------------------------------------------------------------------------------- generation
@@ -206,12 +215,12 @@ def generation_fields(fields: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[
         elif _sane(name, value):
             kept[name] = value
         else:
-            wrong.append(f"{_short(name)[1:-1]} {_short(value)}")
+            wrong.append(f"{short(name)[1:-1]} {short(value)}")
     notes = []
     if wrong:
         notes.append(f"generation_config.json: not a value that can be followed: {few(wrong)}")
     if unknown:
-        notes.append(f"generation_config.json: not followed here: {few([_short(n)[1:-1] for n in unknown])}")
+        notes.append(f"generation_config.json: not followed here: {few([short(n)[1:-1] for n in unknown])}")
     return kept, tuple(notes)
 
 
@@ -222,7 +231,7 @@ def generation_config(fields: Mapping[str, Any]) -> tuple[transformers.Generatio
         return transformers.GenerationConfig.from_dict(dict(kept)), notes
     except Exception as error:  # fields that contradict each other: each release has its own rules
         ids = {name: value for name, value in kept.items() if name in _IDS}
-        told = f"generation_config.json: only its token ids are followed ({_first_line(error)})"
+        told = f"generation_config.json: only its token ids are followed ({first_line(error)})"
         return transformers.GenerationConfig.from_dict(ids), (*notes, told)
 
 
@@ -235,15 +244,3 @@ def _sane(name: str, value: Any) -> bool:
         return False
     some = value if isinstance(value, list) and 0 < len(value) <= 65536 else [value]
     return all(type(token) is int and abs(token) <= _LONG for token in some)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or repr(error)).split("\n")[0][:200]
-
-
-def _short(value: Any) -> str:
-    """A value from a file, for a message: in quotes if it is text, with escapes, and not long."""
-    if isinstance(value, int) and not isinstance(value, bool) and abs(value) > 10**24:
-        return f"a whole number of {value.bit_length()} bits"  # whose digits Python may refuse to print
-    text = ascii(value) if isinstance(value, str | int | float | bool | None) else type(value).__name__
-    return text if len(text) <= 80 else text[:77] + "..."

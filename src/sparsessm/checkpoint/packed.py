@@ -7,6 +7,7 @@ what was removed comes out, and `unpack` gives the stock checkpoint back. `encod
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -16,19 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from ..architectures import REMOVED_A_LOG, REMOVED_A_LOG_FLOAT16
 from ..architectures.own import Own
 from . import container, reading, writing
 from .assembly import one_by_one, stock_model, untied
-from .companions import CARD, GENERATION, RECORD
-from .container import PACKED, Layout
+from .container import PACKED, Format
 from .encoding import TRIED, Encoded, encode
-from .files import few, read_json
-from .reading import CONFIG, Checkpoint
+from .files import few
+from .opened import Opened, open_checkpoint, quiet
+from .reading import Checkpoint
 from .writing import refuse_existing, stock_weights, write
 
 DTYPES = ("fp32", "bf16", "int8")
@@ -39,7 +39,7 @@ _INT8 = re.compile(r".*\.(in_proj|x_proj|out_proj)\.weight")
 _HEAD = re.compile(r"backbone\.embeddings\.weight|lm_head\.weight")
 
 # of A_log; a float16 file that was made float32 keeps the value that it had
-_FILLS = tuple(dict.fromkeys((*REMOVED_A_LOG.values(), *REMOVED_A_LOG_FLOAT16.values())))
+_REMOVED = tuple(dict.fromkeys((*REMOVED_A_LOG.values(), *REMOVED_A_LOG_FLOAT16.values())))
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,19 +48,21 @@ class Packed:
 
     Attributes:
         source: what `read` or `stream` was given.
-        layout: what `unpack` writes.
-        config: the fields of transformers' configuration ("hidden_size", ...), of either layout.
+        format: of the stock checkpoint that `unpack` writes.
+        config: of the stock model.
         tensors: by stock name, as in transformers; a tied head is stored once, under the embedding's name.
-        files: the files beside the weights, by name.
+        generation: what its `generation_config.json` says, None if there is none.
         tokenizer: call it for the tokenizer; its one argument may name another one, as `load`'s does.
+        notes: what of the source is not followed, as `Checkpoint.notes`.
     """
 
     source: str
-    layout: Layout
-    config: dict[str, Any]
+    format: Format
+    config: PretrainedConfig
     tensors: Mapping[str, Encoded]
-    files: dict[str, bytes] = field(repr=False)
+    generation: GenerationConfig | None = field(repr=False)
     tokenizer: Callable[..., PreTrainedTokenizerBase] = field(repr=False)
+    notes: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -73,13 +75,13 @@ class Packing:
     """What `pack` did.
 
     Attributes:
-        packed: what was written.
+        tensors: what was written, by stock name.
         sizes: bytes of the source's tensors by stock name, in their stored dtypes; of tied ones once.
         after: bytes of the packed file, its header included.
         notes: what of the source is not followed, or not in what was written.
     """
 
-    packed: Packed
+    tensors: Mapping[str, Encoded]
     sizes: dict[str, int]
     after: int
     notes: tuple[str, ...] = ()
@@ -94,21 +96,11 @@ class Packing:
         return self.after / self.before
 
 
-def is_packed(source: str | os.PathLike[str]) -> bool:
-    """True if a source is a packed directory on this machine; of a hub id it is not known without a download.
-
-    Raises:
-        ValueError: the directory holds its weights packed and in a stock file too.
-    """
-    folder = reading.local_folder(os.fspath(source))
-    return folder is not None and reading.is_packed(folder)
-
-
-def read(source: str | os.PathLike[str], *, check: bool = True) -> Packed:
+def read(source: str | os.PathLike[str] | Opened, *, check: bool = True) -> Packed:
     """Read a packed directory; the file can be changed or removed afterwards.
 
     Args:
-        source: the directory, or a hub id.
+        source: the directory, or a hub id; or one that is open.
         check: look at every byte of the arrays. Without it only what the head of the file says is checked,
             which is for files that this machine has checked before: wrong arrays then give wrong tensors.
 
@@ -116,16 +108,13 @@ def read(source: str | os.PathLike[str], *, check: bool = True) -> Packed:
         ValueError: not a packed checkpoint, a version that is not known here, truncated or corrupt, or not
             the model of its `config.json`; says the file, and the tensor where it is one.
     """
-    source = os.fspath(source)
-    with reading.quiet():
-        folder = reading.find(source)
-    if not reading.is_packed(folder):
-        raise ValueError(f"{source!r} is not packed: it has no {PACKED}")
-    found = stream(source, check=check)
+    opened = open_checkpoint(source)
+    _refuse_stock(opened)
+    found = stream(opened, check=check)
     return replace(found, tensors=dict(found.tensors))
 
 
-def stream(source: str | os.PathLike[str], *, check: bool = True) -> Packed:
+def stream(source: str | os.PathLike[str] | Opened, *, check: bool = True) -> Packed:
     """A packed or stock directory, its tensors read one by one, when they are asked for, and not kept.
 
     Of a stock one every tensor is dense in its stored dtype, and looked at here once: what `load` would
@@ -137,35 +126,26 @@ def stream(source: str | os.PathLike[str], *, check: bool = True) -> Packed:
     Raises:
         ValueError: as `read` or `load`; of a packed file's arrays when they are asked for.
     """
-    source = os.fspath(source)
-    with reading.quiet():
-        found = reading.described(source)
-        folder, original, header, config = found.folder, found.original, found.packed, found.config
+    opened = open_checkpoint(source)
+    with quiet():
+        config, header = opened.config, opened.packed
         if header is None:
-            tensors: Mapping[str, Encoded] = one_by_one(source, folder, config, found.present)
+            tensors: Mapping[str, Encoded] = one_by_one(opened)
         else:
-            _, expected, _ = stock_model(source, config, Own.told_by(header.shapes, config))
+            _, expected, _ = stock_model(opened.source, config, opened.own)
             shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
             tensors = container.Tensors(header, shapes, check)
-        if (folder / GENERATION).is_file():
-            read_json(folder / GENERATION)  # a broken one is said by its name
-    words = partial(_tokenizer, source, folder, config=config, original=original)
-    layout: Layout = "state-spaces" if original else "transformers"
-    return Packed(source, layout, config.to_dict(), tensors, _files(folder), words)
+    words = partial(_tokenizer, opened)
+    found = opened.format, config, tensors, opened.generation
+    return Packed(opened.source, *found, words, opened.notes)
 
 
 def of(checkpoint: Checkpoint) -> Packed:
     """A checkpoint in memory in the same form, every tensor dense in its stored dtype."""
     tensors = {name: encode(name, tensor, kind="dense") for name, tensor in _stored(checkpoint)}
-    source, layout, files = checkpoint.source, checkpoint.format, dict(checkpoint.files)
-    return Packed(
-        source,
-        layout,
-        checkpoint.model.config.to_dict(),
-        tensors,
-        files,
-        partial(_held, checkpoint.tokenizer),
-    )
+    config, generation = copy.deepcopy((checkpoint.model.config, checkpoint.model.generation_config))
+    words = partial(_held, checkpoint.tokenizer)
+    return Packed(checkpoint.source, checkpoint.format, config, tensors, generation, words, checkpoint.notes)
 
 
 def pack(
@@ -199,32 +179,22 @@ def pack(
         raise ValueError(f"unknown dtype {head!r} of the head; known: int8, or none to leave it")
     source = os.fspath(source)
     refuse_existing(out, force, source)
-    folder = reading.find(source)
-    if reading.is_packed(folder):
-        header = container.read_header(folder / PACKED)
-        config = reading.stock_config(source, read_json(folder / CONFIG), header.layout == "state-spaces")
-        if not Own.told_by(header.shapes, config):
+    opened = open_checkpoint(source)
+    if opened.packed is not None:
+        if not opened.own:
             raise ValueError(f"{source!r} is packed already; unpack it first, or pack what it was made from")
-        if any(name.endswith(".scale") for name in header.spans):
+        if any(name.endswith(".scale") for name in opened.packed.spans):
             raise ValueError(f"{source!r} is in int8 already; pack what it was made from")
-    checkpoint = reading.load(source, tokenizer=tokenizer)
-    record = read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
-    tensors = _encoded(checkpoint, record, dtype, head)
+    checkpoint = reading.load(opened, tokenizer=tokenizer)
+    tensors = _encoded(checkpoint, opened.record or {}, dtype, head)
     sizes = {name: tensor.nbytes for name, tensor in _stored(checkpoint)}
-    layout = checkpoint.format
     after = sum(tensor.nbytes for tensor in tensors.values())
-    weights = partial(_write, layout, tensors)
-    write(checkpoint, out, weights, after, _ours(folder), force)
-    files = _files(Path(out))
-    fields = read_json(Path(out) / CONFIG)
-    with reading.quiet():
-        config = reading.stock_config(os.fspath(out), fields, layout == "state-spaces").to_dict()
-    packed = Packed(os.fspath(out), layout, config, tensors, files, partial(_held, checkpoint.tokenizer))
+    write(checkpoint, out, partial(_write, checkpoint.format, tensors), after, opened.ours, force)
     notes = checkpoint.notes
     if checkpoint.extra:  # the format has the tensors of the model and no others
         names = few([ascii(name)[1:-1] for name in sorted(checkpoint.extra)])
         notes = (*notes, f"left out, as transformers does not count them to the model: {names}")
-    return Packing(packed, sizes, (Path(out) / PACKED).stat().st_size, notes)
+    return Packing(tensors, sizes, (Path(out) / PACKED).stat().st_size, notes)
 
 
 def save(
@@ -240,14 +210,13 @@ def save(
         return writing.save(checkpoint, path, record=record, card=card, force=force)
     refuse_existing(path, force, checkpoint.source)  # before the work
     tensors = _encoded(checkpoint, record or {})
-    layout = checkpoint.format
     ours = writing.beside(record, card)
     after = sum(tensor.nbytes for tensor in tensors.values())
-    return write(checkpoint, path, partial(_write, layout, tensors), after, ours, force)
+    return write(checkpoint, path, partial(_write, checkpoint.format, tensors), after, ours, force)
 
 
-def _write(layout: Layout, tensors: Mapping[str, Encoded], folder: Path) -> None:
-    container.write(folder / PACKED, layout, tensors)
+def _write(format: Format, tensors: Mapping[str, Encoded], folder: Path) -> None:
+    container.write(folder / PACKED, format, tensors)
 
 
 def _encoded(
@@ -261,9 +230,9 @@ def _encoded(
         quantised |= head == "int8" and bool(_HEAD.fullmatch(name))
         if dtype in _FLOATS and (_LINEAR.fullmatch(name) or _HEAD.fullmatch(name)):
             tensor = tensor.to(_FLOATS[dtype])
-        fills = _FILLS if name.endswith(".A_log") else (0.0,)
+        removed = _REMOVED if name.endswith(".A_log") else (0.0,)
         tried = (patterns[name],) if name in patterns else TRIED
-        tensors[name] = encode(name, tensor, int8=quantised, patterns=tried, fills=fills)
+        tensors[name] = encode(name, tensor, int8=quantised, patterns=tried, removed=removed)
     return tensors
 
 
@@ -274,7 +243,7 @@ def unpack(
     force: bool = False,
     tokenizer: str | os.PathLike[str] | None = None,
 ) -> Path:
-    """Write a packed directory as the stock checkpoint it was made from, in that one's layout.
+    """Write a packed directory as the stock checkpoint it was made from, in that one's format.
 
     Every tensor has the bits it had, unless it was packed in another dtype.
 
@@ -282,14 +251,17 @@ def unpack(
         ValueError: as `read` and `refuse_existing`; no stock configuration says its shapes.
         OSError: writing failed; nothing is left behind, an old target is intact.
     """
-    source = os.fspath(source)
-    folder = reading.find(source)
-    if not reading.is_packed(folder):
-        raise ValueError(f"{source!r} is not packed: it has no {PACKED}")
-    refuse_existing(out, force, source)
-    checkpoint = reading.load(source, tokenizer=tokenizer)
+    opened = open_checkpoint(source)
+    _refuse_stock(opened)
+    refuse_existing(out, force, opened.source)
+    checkpoint = reading.load(opened, tokenizer=tokenizer)
     weights, nbytes = stock_weights(checkpoint), writing.stored_bytes(checkpoint)
-    return write(checkpoint, out, weights, nbytes, _ours(folder), force)
+    return write(checkpoint, out, weights, nbytes, opened.ours, force)
+
+
+def _refuse_stock(opened: Opened) -> None:
+    if opened.packed is None:
+        raise ValueError(f"{opened.source!r} is not packed: it has no {PACKED}")
 
 
 def _stored(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
@@ -310,15 +282,6 @@ def _patterns(record: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     return found
 
 
-def _ours(folder: Path) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes() for name in (RECORD, CARD) if (folder / name).is_file()}
-
-
-def _files(folder: Path) -> dict[str, bytes]:
-    """Every file beside the weights that a checkpoint directory carries."""
-    return reading.companions(folder) | reading.tokenizer_files(folder) | _ours(folder)
-
-
 def _held(
     tokenizer: PreTrainedTokenizerBase, given: str | os.PathLike[str] | None = None
 ) -> PreTrainedTokenizerBase:
@@ -328,14 +291,7 @@ def _held(
     return tokenizer
 
 
-def _tokenizer(
-    source: str,
-    folder: Path,
-    given: str | os.PathLike[str] | None = None,
-    *,
-    config: transformers.PretrainedConfig,
-    original: bool,
-) -> PreTrainedTokenizerBase:
-    with reading.quiet():
-        words, _ = reading.read_tokenizer(source, folder, given, original, config)
+def _tokenizer(opened: Opened, given: str | os.PathLike[str] | None = None) -> PreTrainedTokenizerBase:
+    with quiet():
+        words, _ = reading.read_tokenizer(opened, given)
     return words

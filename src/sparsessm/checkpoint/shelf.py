@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import zipfile
-from collections.abc import Iterator, Mapping
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from torch import Tensor
 
 from .encoding import Encoded, encode
-from .files import SAFETENSORS, names_in, opened, read_bin, stock_files
+from .files import open_safetensors, read_bin
 
 _PARTS = 16  # of a `.bin`, which is mapped as a whole: after so much of it was used it is mapped anew
 _LEAST = 1 << 26
@@ -23,22 +24,21 @@ _LEAST = 1 << 26
 class Shelf:
     """The tensors of a checkpoint directory, by their names in the files."""
 
-    def __init__(self, folder: Path) -> None:
-        """Look at the heads of the files.
+    def __init__(self, names: Mapping[Path, Iterable[str]], *, safetensors: bool) -> None:
+        """Of files whose heads were read.
+
+        Args:
+            names: of the tensors in each file. safetensors: whether that is their kind, else `.bin`.
 
         Raises:
-            ValueError: there are none, or one that is truncated or something else.
+            ValueError: one of the files has gone.
         """
-        name, files = stock_files(folder)
-        self._heads = name == SAFETENSORS
-        self._files: dict[str, Path] = {}
-        self._states = {file: _state(file) for file in files}
+        self._safetensors = safetensors
+        self._files = {name: file for file, some in names.items() for name in some}
+        self._states = {file: _state(file) for file in names}
         self._open: Path | None = None
         self._content: dict[str, Tensor] = {}
         self._used = 0
-        for file in files:
-            names = names_in(file) if self._heads else (name for name, _ in read_bin(file))
-            self._files |= dict.fromkeys(names, file)
 
     def __getitem__(self, name: str) -> Tensor:
         """A tensor as it is stored, which may be mapped: the file must not be changed while it is used.
@@ -49,8 +49,8 @@ class Shelf:
         file = self._files[name]
         if _state(file) != self._states[file]:
             raise ValueError(f"{file}: it was changed while it was read")
-        if self._heads:
-            with opened(file) as content:
+        if self._safetensors:
+            with open_safetensors(file) as content:
                 return content.get_tensor(name)
         if self._open != file or self._used > max(self._states[file][0] // _PARTS, _LEAST):
             self._open, self._content = None, {}  # first: two of them would be in memory together
@@ -61,7 +61,32 @@ class Shelf:
         return tensor
 
 
-class Stored(Mapping[str, Encoded]):
+class Unread(Mapping[str, Encoded]):
+    """Encoded tensors by name, each read when it is asked for and not kept; their shapes are known before."""
+
+    @property
+    @abstractmethod
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Of each tensor, by name; none is read for it."""
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.shapes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+def shapes_of(tensors: Mapping[str, Encoded]) -> Mapping[str, tuple[int, ...]]:
+    """The shape of each tensor, by name; none is read for it."""
+    if isinstance(tensors, Unread):
+        return tensors.shapes
+    return {name: tensor.shape for name, tensor in tensors.items()}
+
+
+class Stored(Unread):
     """The tensors of a stock checkpoint by their names in the model, each dense in its stored dtype.
 
     None is kept: each is read and encoded when it is asked for, and must be dropped before the files change.
@@ -73,19 +98,15 @@ class Stored(Mapping[str, Encoded]):
         Args:
             names: name in the model -> name in the files. shapes: by name in the model.
         """
-        self._shelf, self._names, self.shapes = shelf, names, shapes
+        self._shelf, self._names, self._shapes = shelf, names, shapes
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """As `Unread.shapes`."""
+        return self._shapes
 
     def __getitem__(self, name: str) -> Encoded:
         return encode(name, self._shelf[self._names[name]], kind="dense")
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names  # without reading it
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 def give_back() -> None:

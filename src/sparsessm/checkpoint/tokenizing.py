@@ -22,9 +22,11 @@ from typing import Any
 import transformers
 from transformers import PreTrainedTokenizerBase
 
+from ..data.foreign import first_line
 from .companions import TEMPLATES, has_vocabulary, is_tokenizer_file, is_vocabulary
-from .files import CONFIG, read_json
-from .known_fields import LAYERS, SIZE
+from .files import CONFIG
+from .folder import Folder
+from .known_fields import LAYERS, SIZE, optional
 
 CONFIGURATION = "tokenizer_config.json"
 NO_LIMIT = 1_000_000
@@ -45,7 +47,7 @@ _NEVER = re.compile(
 )
 
 
-def read(source: Path) -> PreTrainedTokenizerBase:
+def read(source: Folder) -> PreTrainedTokenizerBase:
     """The tokenizer in a directory.
 
     Raises:
@@ -56,9 +58,11 @@ def read(source: Path) -> PreTrainedTokenizerBase:
             options = {"local_files_only": True, "trust_remote_code": False}
             return _tried(transformers.AutoTokenizer.from_pretrained(folder, **options))
     except Exception as error:
-        raise ValueError(f"the tokenizer in {str(source)!r} cannot be read: {_line(error)}") from error
+        raise ValueError(
+            f"the tokenizer in {str(source.path)!r} cannot be read: {first_line(error)}"
+        ) from error
     except BaseException as error:
-        _refuse_panic(error, f"the tokenizer in {str(source)!r} cannot be read")
+        _refuse_panic(error, f"the tokenizer in {str(source.path)!r} cannot be read")
         raise
 
 
@@ -72,13 +76,13 @@ def read_file(file: str, config: transformers.PretrainedConfig) -> PreTrainedTok
         with _panics_hushed():
             tokenizer = _tried(transformers.PreTrainedTokenizerFast(tokenizer_file=file))
     except Exception as error:
-        raise ValueError(f"{file}: not a tokenizer.json ({_line(error)})") from error
+        raise ValueError(f"{file}: not a tokenizer.json ({first_line(error)})") from error
     except BaseException as error:
         _refuse_panic(error, f"{file}: not a tokenizer.json")
         raise
     special = {index: str(token) for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     for role in ("bos", "eos"):
-        index = getattr(config, f"{role}_token_id", None)
+        index = optional(config, f"{role}_token_id")
         if isinstance(index, int) and index in special:
             setattr(tokenizer, f"{role}_token", special[index])
     return tokenizer
@@ -90,28 +94,47 @@ def encode(tokenizer: Any, text: str, **options: Any) -> Any:
     Raises:
         ValueError: its library failed on the text, or stopped.
     """
-    try:
+    with splitting():
         return tokenizer(text, verbose=False, **options)
+
+
+@contextmanager
+def splitting() -> Iterator[None]:
+    """Say in one line what goes wrong while a tokenizer splits a text.
+
+    Raises:
+        ValueError: its library failed on the text, or stopped.
+    """
+    try:
+        yield
     except BaseException as error:
         _refuse_panic(error, "the tokenizer cannot split the text")
         if not isinstance(error, Exception):
             raise
-        raise ValueError(f"the tokenizer cannot split the text: {_line(error)}") from error
+        raise ValueError(f"the tokenizer cannot split the text: {first_line(error)}") from error
 
 
-def present(folder: Path) -> bool:
+def present(folder: Folder) -> bool:
     """True if a directory has a tokenizer: a file of its tokens, or a class that needs none."""
     if has_vocabulary(folder):
         return True
-    if not (folder / CONFIGURATION).is_file():
-        return False
-    stock = _stock_class(read_json(folder / CONFIGURATION).get("tokenizer_class"))
+    stock = _stock_class(folder.json_if_any(CONFIGURATION).get("tokenizer_class"))
     return stock is not None and not stock.vocab_files_names
 
 
 def size(tokenizer: PreTrainedTokenizerBase) -> int:
     """One more than its largest token."""
     return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0))
+
+
+def notes(tokenizer: PreTrainedTokenizerBase, rows: int) -> tuple[str, ...]:
+    """What its user should know of a tokenizer beside an embedding of so many rows."""
+    if (tokens := size(tokenizer)) <= rows:
+        return ()
+    return (
+        f"the tokenizer has {tokens} tokens, the embedding {rows} rows; a text that uses one of the others "
+        "is refused",
+    )
 
 
 def trained_length(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -126,16 +149,15 @@ def _length(value: Any) -> int | None:
 
 
 @contextmanager
-def _staged(source: Path) -> Iterator[Path]:
+def _staged(source: Folder) -> Iterator[Path]:
     """A directory of the tokenizer's files, with the fields of the JSON files that are known."""
     with tempfile.TemporaryDirectory(prefix="sparsessm-tokenizer-") as name:
         folder = Path(name)
-        for path in sorted(source.iterdir()):
+        for path in source.entries:
             templates = path.is_dir() and path.name == TEMPLATES
             if templates or path.is_file() and is_tokenizer_file(path.name):
                 (folder / path.name).symlink_to(path.resolve())
-        fields = read_json(source / CONFIGURATION) if (source / CONFIGURATION).is_file() else {}
-        told = read_json(source / CONFIG) if (source / CONFIG).is_file() else {}
+        fields, told = source.json_if_any(CONFIGURATION), source.json_if_any(CONFIG)
         model = {
             key: told[key] for key in ("model_type",) if str(told.get(key)) in transformers.CONFIG_MAPPING
         }
@@ -145,14 +167,14 @@ def _staged(source: Path) -> Iterator[Path]:
         known = _fields(fields, stock)
         if stock is not None:
             known["tokenizer_class"] = asked
-        elif asked and (source / "tokenizer.json").is_file():  # a class of its own code, or none at all
+        elif asked and source.has("tokenizer.json"):  # a class of its own code, or none at all
             known["tokenizer_class"] = "PreTrainedTokenizerFast"
         elif "auto_map" in fields and not any(is_vocabulary(path.name) for path in folder.iterdir()):
             raise ValueError("it is made by code of its own (auto_map), which is not run")
         _write(folder / CONFIGURATION, known)
         for name in _MAPS:
-            if (source / name).is_file():
-                found = read_json(source / name)
+            if source.has(name):
+                found = source.json(name)
                 _write(folder / name, _bare(_fields(found, stock)) if name == _MAPS[0] else _ids(found))
         yield folder
 
@@ -171,7 +193,7 @@ def _stock_class(name: Any) -> type[PreTrainedTokenizerBase] | None:
     if "Token" not in name:
         return None
     try:
-        found = getattr(transformers, name, None)
+        found = optional(transformers, name)
     except Exception:  # a part of transformers that cannot be imported here
         return None
     return found if isinstance(found, type) and issubclass(found, PreTrainedTokenizerBase) else None
@@ -255,8 +277,4 @@ def _panics_hushed() -> Iterator[None]:
 def _refuse_panic(error: BaseException, what: str) -> None:
     """Say what the tokenizers' native code raises beside all exceptions."""
     if type(error).__name__ == _PANIC:
-        raise ValueError(f"{what}: its library stopped on it ({_line(error)})") from error
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip() or repr(error)).split("\n")[0][:300]
+        raise ValueError(f"{what}: its library stopped on it ({first_line(error)})") from error

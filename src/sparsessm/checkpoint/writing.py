@@ -19,11 +19,14 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from ..architectures.own import Own
+from ..data.foreign import from_json
 from . import atomic, state_spaces
 from .assembly import stock_model, untied
 from .companions import CARD, GENERATION, RECORD, TEMPLATES, is_tokenizer_file, is_usual, unusual
-from .files import BIN, CONFIG, decode_float, few, parse_json, read_json, write_safetensors
-from .reading import Checkpoint, local_folder, quiet, stock_config
+from .files import BIN, CONFIG, few, parse_json, read_json, write_safetensors
+from .known_fields import optional
+from .opened import local_folder, quiet, stock_config
+from .reading import Checkpoint
 from .stock_names import in_files
 
 # Names that older files have beside today's; stock code reads neither, but other readers do.
@@ -281,8 +284,8 @@ def _changed_config(checkpoint: Checkpoint) -> dict[str, Any] | None:
             "dtype": str(most).removeprefix("torch."),
         }
         return json.loads(config.to_json_string()) | named
-    came, original = json.loads(checkpoint.files[CONFIG]), checkpoint.format == "state-spaces"
-    told = json.loads(checkpoint.files[CONFIG], object_hook=decode_float)
+    came, original = from_json(checkpoint.files[CONFIG]), checkpoint.format == "state-spaces"
+    told = parse_json(checkpoint.files[CONFIG], CONFIG)
     # Both through stock JSON: an infinite step limit is a float in one and a tagged object in the file.
     before = _all_fields(stock_config(checkpoint.source, told, original))
     now = _all_fields(config)
@@ -297,7 +300,7 @@ def _changed_config(checkpoint: Checkpoint) -> dict[str, Any] | None:
             changed[older] = changed[key]
     if "layers_block_type" in changed:  # NemotronH's older fields say the same, to readers that know no other
         if "hybrid_override_pattern" in came and "hybrid_override_pattern" not in changed:
-            changed["hybrid_override_pattern"] = getattr(config, "hybrid_override_pattern", None)
+            changed["hybrid_override_pattern"] = optional(config, "hybrid_override_pattern")
         if "num_hidden_layers" in came:
             changed["num_hidden_layers"] = len(changed["layers_block_type"])
     return came | changed if changed else None
@@ -310,7 +313,7 @@ def _all_fields(config: PretrainedConfig) -> dict[str, Any]:
 def _refuse_misfit(checkpoint: Checkpoint, fields: dict[str, Any] | None) -> None:
     """Refuse a directory that nobody could read: pruning changed shapes, and the config does not say so."""
     content = checkpoint.files[CONFIG] if fields is None else json.dumps(fields)
-    told = json.loads(content, object_hook=decode_float)
+    told = parse_json(content, CONFIG)
     config = stock_config(checkpoint.source, told, checkpoint.format == "state-spaces")
     _, expected, _ = stock_model(checkpoint.source, config, Own.of(checkpoint.model))
     held, _ = untied(checkpoint.model)

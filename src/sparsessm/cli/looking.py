@@ -98,12 +98,14 @@ def inspect(
 ) -> None:
     """Show what a result contains: its record, its recipe, and the zeros counted in its tensors."""
     with answering(quiet) as progress:
-        from ..checkpoint import read_record
+        from ..checkpoint import load, open_checkpoint
+        from ..checkpoint.given import checked_path
         from ..report.contents import inspection, inspection_tables
 
-        checkpoint = sparsessm.load(directory, tokenizer=tokenizer)
+        opened = open_checkpoint(checked_path("source", directory))
+        checkpoint = load(opened, tokenizer=tokenizer)
         tell(checkpoint.notes, progress)
-        record = checked(read_record(directory), f"{directory}/pruning.json")
+        record = checked(opened.record, f"{directory}/pruning.json")
         facts = inspection(checkpoint, directory, record)
     if as_json:
         print_json(facts)

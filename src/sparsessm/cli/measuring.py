@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from ..report.record import percent
 from . import tables
-from .answering import LOOK, Json, Quiet, answering, app, argument, option, print_json
+from .answering import LOOK, Json, Quiet, answering, app, argument, option, print_json, tell
 
 Table = tuple[str, list[str], list[list[str]]]
 Record = Mapping[str, Any]
@@ -40,7 +40,10 @@ def bench(
         from ..evaluation.speed import measure
 
         progress.say(f"loading {model}" + (f" and {against}" if against is not None else ""))
-        record = measure(model, against, threads=threads, progress=progress).record()
+        done = measure(model, against, threads=threads, progress=progress)
+        for subject in done.subjects:
+            tell(subject.notes, progress)
+        record = done.record()
     if as_json:
         print_json(record)
     elif not quiet:

@@ -64,6 +64,7 @@ def generate(
 
         text = _standard_input() if prompt == "-" else prompt
         ready = load(model, tokenizer=tokenizer, threads=threads)
+        tell(ready.notes, tables.Progress(quiet))  # the command's own is silent while it streams
 
         def show(piece: str) -> None:
             if not as_json:
@@ -133,7 +134,7 @@ def pack(
         done = packing(model, out, dtype=dtype, head=head, force=force, tokenizer=tokenizer)
         tell(done.notes, progress)
     kinds: dict[str, list[Any]] = {}
-    for name, tensor in done.packed.tensors.items():
+    for name, tensor in done.tensors.items():
         kind = kinds.setdefault(kind_of(name), [0, 0, set()])
         kind[0] += done.sizes[name]
         kind[1] += tensor.nbytes

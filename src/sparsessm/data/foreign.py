@@ -10,6 +10,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
+import reprlib
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +34,8 @@ _MARKS = (  # the longer ones first: that of UTF-32 begins with that of UTF-16
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+_BRIEF = reprlib.Repr()  # of a huge list or text only the beginning is written out
+_BRIEF.maxstring = _BRIEF.maxother = _BRIEF.maxlong = 200
 _HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -125,8 +128,13 @@ def from_yaml(text: str) -> Any:
 
 def short(value: Any) -> str:
     """A value from a file, for an error message: no control characters, not long."""
-    text = repr(value)
+    text = _BRIEF.repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def first_line(error: BaseException) -> str:
+    """What a library says of a file, for an error message: one line, not long."""
+    return (str(error).strip() or repr(error)).split("\n")[0][:300]
 
 
 def _too_deep() -> str:

@@ -17,14 +17,12 @@ from typing import Any
 import torch
 
 from sparsessm import kernels
-from sparsessm.checkpoint import Encoded, packed, reading
-from sparsessm.checkpoint.container import PACKED
-from sparsessm.checkpoint.files import weight_files
+from sparsessm.checkpoint import Encoded, open_checkpoint, packed
 from sparsessm.checkpoint.shelf import give_back
 
 from ..calibration.progress import Progress
-from ..runtime import engine_of, refuse_early
-from ..runtime.base import Engine, described
+from ..runtime import engine_of
+from ..runtime.base import Engine, described, refuse_type
 from . import timing
 from .timing import BATCHES, PROMPT, ROUNDS, Bandwidth, Phase
 
@@ -46,6 +44,7 @@ class Subject:
         stored: how its large matrices are stored, see `storage`.
         disk: bytes of its weights' files and of all files of its directory; None: it is in memory only.
         grown: bytes by which loading it made this process larger; None where it cannot be asked.
+        notes: what of its source is not followed, as `Checkpoint.notes`.
     """
 
     name: str
@@ -55,6 +54,7 @@ class Subject:
     stored: dict[str, dict[str, Any]]
     disk: dict[str, int] | None = None
     grown: int | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -180,24 +180,22 @@ def measure(
 def subject(path: str | os.PathLike[str], threads: int | None = None) -> Subject:
     """Load a model to measure it; arguments as for `runtime.load`, but no tokenizer is needed of a packed
     one."""
-    name = os.fspath(path)
-    folder = reading.find(name)
-    refuse_early(folder)
-    is_packed = reading.is_packed(folder)
+    opened = open_checkpoint(path)
+    refuse_type(opened.model_type)  # before gigabytes are read
     give_back()  # what was freed before and is used again would not count
     before = timing.process_bytes()
-    held = packed.stream(name)
-    config = reading.stock_config(name, held.config, False)
+    held = packed.stream(opened)
+    config, notes = held.config, held.notes
+    is_packed, beside = opened.packed is not None, [file for file in opened.folder.entries if file.is_file()]
+    disk = {"weights": _bytes(opened.weight_files), "all": _bytes(beside)}
+    del opened
     stored = storage(held.tensors)
     engine = engine_of(config, held.tensors, threads)
     del held
     give_back()
     after = timing.process_bytes()
     grown = None if before is None or after is None else after - before
-    files = [folder / PACKED] if is_packed else weight_files(folder)
-    beside = [file for file in folder.iterdir() if file.is_file()]
-    disk = {"weights": _bytes(files), "all": _bytes(beside)}
-    return Subject(name, engine, config, is_packed, stored, disk, grown)
+    return Subject(os.fspath(path), engine, config, is_packed, stored, disk, grown, notes)
 
 
 def storage(tensors: Mapping[str, Encoded]) -> dict[str, dict[str, Any]]:

@@ -32,6 +32,7 @@ from torch import Tensor
 from sparsessm.architectures import adapt
 from sparsessm.calibration.progress import Progress
 from sparsessm.calibration.walk import final
+from sparsessm.checkpoint.tokenizing import splitting
 from sparsessm.evaluation.comparison import PAPER, Metric, Score, ZeroShot, mean_error
 
 if TYPE_CHECKING:
@@ -118,7 +119,8 @@ def language_model(checkpoint: Checkpoint) -> Any:
         raise ValueError("zero-shot tasks need a tokenizer with a token for the beginning or end of a text")
 
     class FastLM(harness):
-        """`_model_call` is ours, and which requests go through the model together; the rest is inherited."""
+        """`_model_call` is ours, which requests go through the model together, and what a failing tokenizer
+        says; the rest is inherited."""
 
         truncated = 0
         _report: Callable[[int, int], None] | None = None
@@ -127,6 +129,10 @@ def language_model(checkpoint: Checkpoint) -> Any:
         def begin(self, report: Callable[[int, int], None] | None) -> None:
             """Count anew, and report requests done to this function."""
             self.truncated, self._report = 0, report
+
+        def tok_encode(self, *arguments: Any, **options: Any) -> Any:
+            with splitting():
+                return super().tok_encode(*arguments, **options)
 
         def _model_call(
             self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None
@@ -283,7 +289,7 @@ def _score(model: Any, name: str, task: Any, limit: int | None) -> tuple[dict[st
         seen = [sample[metric] for sample in samples if sample["filter"] == kind and metric in sample]
         values[key] = tuple(map(float, seen)) if all(isinstance(v, numbers.Real) for v in seen) else ()
     parts = [sample[part] for sample in samples for part in ("doc_hash", "prompt_hash", "target_hash")]
-    source = Path(str((getattr(task.config, "metadata", None) or {}).get("config_source", "")))
+    source = Path(str((task.get_config("metadata") or {}).get("config_source", "")))
     return row, Score(
         task=name,
         version=str(task.VERSION),

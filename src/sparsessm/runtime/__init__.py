@@ -22,14 +22,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from .threads import checked_threads, refuse_torch_threads
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from sparsessm.checkpoint import Checkpoint, Encoded, Packed
 
     from .base import Engine
@@ -70,31 +67,20 @@ def load(
 def _loaded(
     path: str | os.PathLike[str], tokenizer: str | os.PathLike[str] | None, threads: int | None
 ) -> Model:
-    from sparsessm.checkpoint import packed, reading
+    from sparsessm.checkpoint import open_checkpoint, packed, tokenizing
     from sparsessm.checkpoint.shelf import give_back
 
-    refuse_early(reading.find(os.fspath(path)))
-    found = packed.stream(path)
-    model = _model(found, found.tokenizer(tokenizer), threads)
+    from .base import refuse_type
+
+    opened = open_checkpoint(path)
+    refuse_type(opened.model_type)  # before gigabytes are read
+    found = packed.stream(opened)
+    words = found.tokenizer(tokenizer)
+    model = _model(found, words, threads)
+    model.notes += tokenizing.notes(words, found.config.vocab_size)
     del found
     give_back()
     return model
-
-
-def refuse_early(folder: Path) -> None:
-    """Refuse a directory of a model that does not run, before gigabytes are read.
-
-    Raises:
-        ValueError: as `load`. What is known to nobody is refused where it is read.
-    """
-    from sparsessm.architectures import MODEL_TYPES
-    from sparsessm.checkpoint.files import CONFIG, read_json
-
-    from .base import refuse_unsupported
-
-    kind = read_json(folder / CONFIG).get("model_type")
-    if isinstance(kind, str) and kind in MODEL_TYPES:
-        refuse_unsupported(SimpleNamespace(model_type=kind))
 
 
 def of(checkpoint: Checkpoint, *, threads: int | None = None) -> Model:
@@ -145,21 +131,15 @@ def engine_of(config: Any, tensors: Mapping[str, Encoded], threads: int | None) 
 
 def _model(packed: Packed, tokenizer: Any, threads: int | None) -> Model:
     """Join the parts; which tokens begin and end a text, the stock model's generation config says first."""
-    from sparsessm.checkpoint import reading
-    from sparsessm.checkpoint.files import parse_json
-    from sparsessm.checkpoint.known_fields import generation_fields
+    from sparsessm.checkpoint.known_fields import optional
 
     from .generation import Model
 
-    config = reading.stock_config(packed.source, packed.config, False)
-    engine = engine_of(config, packed.tensors, threads)
-    text = packed.files.get(reading.GENERATION)
-    fields = parse_json(text, f"{packed.source}/{reading.GENERATION}") if text else {}
-    generation = SimpleNamespace(**generation_fields(fields)[0])
+    engine = engine_of(packed.config, packed.tensors, threads)
 
     def told(role: str) -> list[int]:
-        for holder in (generation, config, tokenizer):
-            ids = getattr(holder, f"{role}_token_id", None)
+        for holder in (packed.generation, packed.config, tokenizer):
+            ids = optional(holder, f"{role}_token_id")
             some = [token for token in (ids if isinstance(ids, list) else [ids]) if isinstance(token, int)]
             if some := [token for token in some if 0 <= token < engine.vocabulary]:
                 return some
@@ -167,4 +147,12 @@ def _model(packed: Packed, tokenizer: Any, threads: int | None) -> Model:
 
     eos = told("eos")
     bos = [*told("bos"), *eos]
-    return Model(engine, tokenizer, config, eos=eos, bos=bos[0] if bos else None, source=packed.source)
+    return Model(
+        engine,
+        tokenizer,
+        packed.config,
+        eos=eos,
+        bos=bos[0] if bos else None,
+        source=packed.source,
+        notes=packed.notes,
+    )

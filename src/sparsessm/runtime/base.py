@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sparsessm.architectures.mamba2 import Sizes
+from sparsessm.checkpoint.known_fields import optional
 
 _MAMBA = (
     "vocab_size",
@@ -118,7 +119,7 @@ class Engine(Protocol):
 
 def model_type(config: Any) -> str:
     """Of a configuration of transformers; an object that does not say it is a Mamba's."""
-    return getattr(config, "model_type", "mamba")
+    return optional(config, "model_type", "mamba")
 
 
 def refuse_unsupported(config: Any) -> None:
@@ -127,11 +128,20 @@ def refuse_unsupported(config: Any) -> None:
     Raises:
         ValueError: a model type that is not among `FIELDS`, an activation other than SiLU.
     """
-    if (kind := model_type(config)) not in FIELDS:
+    refuse_type(model_type(config))
+    if (activation := optional(config, "hidden_act", "silu")) not in ("silu", "swish"):
+        raise ValueError(f"hidden_act is {activation!r}; a Mamba with 'silu' is supported")
+
+
+def refuse_type(kind: str) -> None:
+    """Check that a model of this type, as transformers calls it, is what the engines compute.
+
+    Raises:
+        ValueError: it is not among `FIELDS`.
+    """
+    if kind not in FIELDS:
         known = ", ".join(sorted(FIELDS))
         raise ValueError(f"the runtime does not run model type {kind!r}; what runs: {known}")
-    if (activation := getattr(config, "hidden_act", "silu")) not in ("silu", "swish"):
-        raise ValueError(f"hidden_act is {activation!r}; a Mamba with 'silu' is supported")
 
 
 def described(config: Any) -> dict[str, Any]:
@@ -145,8 +155,7 @@ def described(config: Any) -> dict[str, Any]:
 
 def heads(config: Any) -> Sizes:
     """The sizes of a Mamba-2, told by a `transformers.Mamba2Config` or an object with its attributes."""
-    names = ("n_groups", "num_heads", "head_dim", "state_size")
-    return Sizes(*(int(getattr(config, name)) for name in names))
+    return Sizes(*map(int, (config.n_groups, config.num_heads, config.head_dim, config.state_size)))
 
 
 def limits(config: Any) -> tuple[float, float]:

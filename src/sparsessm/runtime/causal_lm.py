@@ -154,7 +154,8 @@ class RuntimeForCausalLM(PreTrainedModel, GenerationMixin):
             ValueError: inputs of other shapes, a token outside the vocabulary, states of another batch.
         """
         if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
-            raise ValueError(f"input_ids has shape {tuple(getattr(input_ids, 'shape', ()))}; expected (B, L)")
+            shape = tuple(input_ids.shape) if isinstance(input_ids, Tensor) else ()
+            raise ValueError(f"input_ids has shape {shape}; expected (B, L)")
         batch, length = input_ids.shape
         _refuse_unknown(input_ids, self._engine.vocabulary)
         if not isinstance(cache_params, Carried | None):

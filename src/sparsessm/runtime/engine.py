@@ -6,7 +6,7 @@ for all models is here, the kinds of layers are `mamba1.py` and `mamba2.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsessm.checkpoint.encoding import Encoded
-from sparsessm.checkpoint.shelf import give_back
+from sparsessm.checkpoint.shelf import Unread, give_back, shapes_of
 from sparsessm.kernels.matrix import Decoder, Matrix
 from sparsessm.runtime.base import joined, model_type, trace
 from sparsessm.runtime.mamba1 import Mamba1
@@ -26,28 +26,23 @@ Kind = type[Mamba1] | type[Mamba2]
 MIXERS: Mapping[str, Kind] = {"mamba": Mamba1, "falcon_mamba": Mamba1, "mamba2": Mamba2}
 
 
-class Traced(Mapping[str, Encoded]):
+class Traced(Unread):
     """Tensors that leave their part of the engine's fingerprint when they are asked for."""
 
     def __init__(self, tensors: Mapping[str, Encoded]) -> None:
         self._tensors, self._traces = tensors, dict[str, dict[str, str]]()
-        shapes = getattr(tensors, "shapes", None)
-        self.shapes = {name: tensor.shape for name, tensor in tensors.items()} if shapes is None else shapes
+        self._shapes = shapes_of(tensors)
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """As `Unread.shapes`."""
+        return self._shapes
 
     def __getitem__(self, name: str) -> Encoded:
         found = self._tensors[name]
         if name not in self._traces:
             self._traces[name] = {part: trace(part, array) for part, array in found.parts.items()}
         return found
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._tensors
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
 
     def traces(self) -> dict[str, str]:
         """Of all arrays of all tensors."""

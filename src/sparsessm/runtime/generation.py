@@ -81,6 +81,7 @@ class Model:
         eos: tokens that end a text.
         bos: the token that an empty prompt is read as, None if there is none.
         source: where the model came from.
+        notes: what of the source is not followed, as `Checkpoint.notes`.
     """
 
     def __init__(
@@ -92,9 +93,10 @@ class Model:
         eos: Iterable[int] = (),
         bos: int | None = None,
         source: str = "",
+        notes: tuple[str, ...] = (),
     ) -> None:
         self.engine, self.tokenizer, self.config = engine, tokenizer, config
-        self.eos, self.bos, self.source = frozenset(eos), bos, source
+        self.eos, self.bos, self.source, self.notes = frozenset(eos), bos, source, notes
 
     @overload
     def generate(

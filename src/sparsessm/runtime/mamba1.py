@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from sparsessm import kernels
 from sparsessm.architectures import REMOVED_A_LOG, removed_a_log
+from sparsessm.kernels.matrix import Matrix
 from sparsessm.runtime.base import channels_of, mixer_epsilon, scan_shapes
 from sparsessm.runtime.mixer import LANES, Mixer, Weights, matrix, padded
 
@@ -81,8 +82,6 @@ class Mamba1(Mixer):
     """Of Mamba and of FalconMamba, which normalises the inputs of dt_proj, B and C."""
 
     ORDER = "layer, [inputs of the convolution (K-1, D); kept states by group (slots, 16)]"
-    small = ("a", "skip", "norm", "conv", "conv_bias", "in_bias", "out_bias", "dt_bias")
-    large = ("in_x", "in_z", "x_proj", "dt_proj", "out_proj")
 
     def __init__(self, config: Any, weights: Weights) -> None:
         inner = channels_of(config, weights.shape)
@@ -109,11 +108,20 @@ class Mamba1(Mixer):
         norms = {} if epsilon is None else {"mixer_epsilon": epsilon}
         return {"rank": int(config.time_step_rank)} | norms
 
-    def native(self) -> dict[str, Any]:
-        """As `Mixer.native`."""
+    def matrices(self) -> dict[str, Matrix]:
+        """As `Mixer.matrices`."""
+        inner = {"in_x": self.in_x, "in_z": self.in_z, "x_proj": self.x_proj}
+        return inner | {"dt_proj": self.dt_proj, "out_proj": self.out_proj}
+
+    def vectors(self) -> list[Tensor | None]:
+        """As `Mixer.vectors`."""
+        return [self.a, self.dt_bias]
+
+    def of_kind(self) -> dict[str, Any]:
+        """As `Mixer.of_kind`."""
         entry = self.slots.entry
         states, known = self.a.shape[1], entry.clamp(min=0)
-        return super().native() | {
+        return {
             "dt_bias": self.slots.sorted(self.dt_bias),
             "skip": self.slots.sorted(self.skip),
             "channel": self.slots.channel,

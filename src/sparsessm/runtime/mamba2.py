@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsessm.architectures import projected, removed_a_log
+from sparsessm.architectures import removed_a_log
+from sparsessm.kernels.matrix import Matrix
 from sparsessm.kernels.ssd import ssd_scan
 from sparsessm.runtime.base import heads, limits
 from sparsessm.runtime.mixer import LANES, Mixer, Weights, matrix, padded
@@ -24,9 +25,6 @@ class Mamba2(Mixer):
     """Of Mamba-2."""
 
     ORDER = "layer, [inputs of the convolution (K-1, D + 2GN); states of heads with memory (N, P)]"
-    small = ("a", "skip", "norm", "conv", "conv_bias", "in_bias", "out_bias", "dt_bias", "gated_norm")
-    small += projected.MATRICES
-    large = ("in_x", "in_z", "in_dt", "out_proj")
 
     def __init__(self, config: Any, weights: Weights) -> None:
         super().__init__(weights)
@@ -63,8 +61,16 @@ class Mamba2(Mixer):
             "most": most,
         }
 
-    def native(self) -> dict[str, Any]:
-        """As `Mixer.native`."""
+    def matrices(self) -> dict[str, Matrix]:
+        """As `Mixer.matrices`."""
+        return {"in_x": self.in_x, "in_z": self.in_z, "in_dt": self.in_dt, "out_proj": self.out_proj}
+
+    def vectors(self) -> list[Tensor | None]:
+        """As `Mixer.vectors`."""
+        return [self.a, self.dt_bias, self.gated_norm, self.B_projection, self.C_projection]
+
+    def of_kind(self) -> dict[str, Any]:
+        """As `Mixer.of_kind`."""
         projections = {}
         if self.B_projection is not None and self.C_projection is not None:
             projections = {
@@ -72,17 +78,13 @@ class Mamba2(Mixer):
                 "B_projection": _by_state(self.B_projection),
                 "C_projection": _by_state(self.C_projection),
             }
-        return (
-            super().native()
-            | projections
-            | {
-                "dt_bias": padded(self.dt_bias),
-                "skip": padded(self.skip),
-                "A": padded(self.a / math.log(2)),
-                "gated_norm": self.gated_norm,
-                "keeps": self.keeps.to(torch.uint8),
-            }
-        )
+        return projections | {
+            "dt_bias": padded(self.dt_bias),
+            "skip": padded(self.skip),
+            "A": padded(self.a / math.log(2)),
+            "gated_norm": self.gated_norm,
+            "keeps": self.keeps.to(torch.uint8),
+        }
 
     def read(self, x: Tensor, state: Tensor) -> Tensor:
         """As `Mixer.read`."""

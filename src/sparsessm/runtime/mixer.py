@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from sparsessm import kernels
 from sparsessm.checkpoint.encoding import Encoded
+from sparsessm.checkpoint.shelf import Unread
 from sparsessm.kernels.matrix import Matrix
 
 LANES = 16  # channels of a group of Mamba-1; vectors of heads are padded to it too (runtime.h)
@@ -24,7 +25,7 @@ LANES = 16  # channels of a group of Mamba-1; vectors of heads are padded to it 
 class Weights:
     """The tensors of one layer, by their names in it."""
 
-    def __init__(self, tensors: Mapping[str, Encoded], prefix: str) -> None:
+    def __init__(self, tensors: Unread, prefix: str) -> None:
         self._tensors, self._prefix = tensors, prefix
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -41,11 +42,8 @@ class Weights:
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """Of a tensor, None where the model has no such tensor."""
-        whole = self._prefix + name
-        if whole not in self._tensors:
-            return None
-        shapes = getattr(self._tensors, "shapes", None)  # what is read from a file is not read for this
-        return tuple(self._tensors[whole].shape if shapes is None else shapes[whole])
+        shape = self._tensors.shapes.get(self._prefix + name)
+        return None if shape is None else tuple(shape)
 
     def encoded(self, name: str) -> Encoded:
         """A tensor as it is stored."""
@@ -65,13 +63,10 @@ class Mixer(ABC):
 
     Attributes:
         ORDER: names the order of the values in a layer's part of the state.
-        small, large: attributes that a decoding step reads, vectors and matrices.
         state_size: floats of a sequence's state that are this layer's; inputs of the convolution come first.
     """
 
     ORDER: ClassVar[str]
-    small: ClassVar[tuple[str, ...]]
-    large: ClassVar[tuple[str, ...]]
     in_x: Matrix
     in_z: Matrix
     in_bias: Tensor | None  # of in_x, then of in_z
@@ -93,15 +88,35 @@ class Mixer(ABC):
     def read(self, x: Tensor, state: Tensor) -> Tensor:
         """(L, d_model), normalised -> (L, d_model); `state` (state_size,) is advanced."""
 
+    @abstractmethod
+    def matrices(self) -> dict[str, Matrix]:
+        """Those that a decoding step reads, by the decoder's names."""
+
+    @abstractmethod
+    def vectors(self) -> list[Tensor | None]:
+        """What a decoding step reads of this kind of layer beside the matrices; None: the model has none."""
+
+    @abstractmethod
+    def of_kind(self) -> dict[str, Any]:
+        """What the decoder takes of this kind of layer beside the matrices and what all kinds have."""
+
     def native(self) -> dict[str, Any]:
         """The layer as the decoder takes it."""
-        names = (*self.large, "norm", "conv_bias", "in_bias", "out_bias")
-        return {"conv": self.conv.T.contiguous().flatten()} | {name: getattr(self, name) for name in names}
+        return {
+            "conv": self.conv.T.contiguous().flatten(),
+            "norm": self.norm,
+            "conv_bias": self.conv_bias,
+            "in_bias": self.in_bias,
+            "out_bias": self.out_bias,
+            **self.matrices(),
+            **self.of_kind(),
+        }
 
     @property
     def nbytes(self) -> int:
         """Bytes of weights that one decoding step reads."""
-        parts = (getattr(self, name) for name in (*self.small, *self.large))
+        of_all = (self.skip, self.norm, self.conv, self.conv_bias, self.in_bias, self.out_bias)
+        parts = (*of_all, *self.matrices().values(), *self.vectors())
         return sum(part.nbytes for part in parts if part is not None)
 
     def held(self) -> Iterator[Any]:
@@ -131,8 +146,8 @@ class Mixer(ABC):
 def matrix(tensor: Encoded, rows: Tensor | None = None) -> Matrix:
     """The rows of a checked tensor, all if not given, in the form the kernels read."""
     tensor = tensor.bitmask()
-    # float16 is read as float32, and so is a fill other than zero written out
-    if tensor.values.dtype == torch.float16 or tensor.fill:
+    # float16 is read as float32, and so is a removed value other than zero written out
+    if tensor.values.dtype == torch.float16 or tensor.removed:
         values, scale = tensor.decode(torch.float32), None
     elif tensor.kind == "dense":
         values, scale = tensor.values, tensor.scale

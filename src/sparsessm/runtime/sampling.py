@@ -44,8 +44,8 @@ class Sampling:
             raise ValueError(f"top_k is {self.top_k!r}; allowed: a whole number from 1, or none")
         if self.top_p is not None and (not _number(self.top_p) or not 0 < self.top_p <= 1):
             raise ValueError(f"top_p is {self.top_p!r}; allowed: 0 < top_p <= 1, or none")
-        for name in ("top_k", "top_p"):
-            if self.temperature == 0 and getattr(self, name) is not None:
+        for name, value in (("top_k", self.top_k), ("top_p", self.top_p)):
+            if self.temperature == 0 and value is not None:
                 raise ValueError(
                     f"{name} has no effect at temperature 0 (greedy); give a temperature above 0"
                 )
