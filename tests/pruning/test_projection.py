@@ -689,7 +689,7 @@ def test_the_record_and_the_card_say_what_it_is() -> None:
     text = Path("half/README.md").read_text()
     words = " ".join(text.split())
     assert "library_name" not in text and "AutoModelForCausalLM" not in text
-    assert "sparsessm alone" in words and "50.00 %" in words
+    assert "only sparsessm can load" in words and "50.00 %" in words
     record = json.loads(Path("half/pruning.json").read_text())
     assert {row["removed"] for row in record["targets"]} == {"projected"}
     assert [row["pruned"] for row in record["targets"]] == [
