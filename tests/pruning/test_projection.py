@@ -1074,7 +1074,7 @@ def test_from_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     words = run(*PRUNE, *OPTIONS, "--dry-run").stdout
     assert "balanced" in words and "state" in words
     outcome = run(*PRUNE, *OPTIONS, "-o", "half")
-    assert "sparsessm alone" in " ".join(outcome.stdout.split())
+    assert "only sparsessm can load" in " ".join(outcome.stdout.split())
     assert container.PACKED in names(Path("half"))
     model = sparsessm.load("half").model
     assert told["parameters"]["after"] is None and told["axes"]["state"]["after"] == 4

@@ -138,7 +138,7 @@ def test_there_and_back(make: Callable[..., Any], tied: bool) -> None:
     config = Path("dense/config.json").read_bytes()
     model = sparsessm.load("dense")
     report = sparsessm.prune(model, **FAST, **WORDS, measure=False)
-    assert report.packed and "packed, for sparsessm alone" in report.honesty()
+    assert report.packed and "only sparsessm can load" in report.honesty()
     sparsessm.save(model, "own", report)
     assert (Path("own") / container.PACKED).is_file() and Path("own/config.json").read_bytes() == config
     card = Path("own/README.md").read_text()
