@@ -119,7 +119,7 @@ CHANGES: dict[str, tuple[Callable[[Checkpoint], Any], str]] = {
         lambda c: pruning.random_unstructured(in_proj(c), "weight", 0.5),
         "call torch.nn.utils.prune.remove",
     ),
-    "sparse": (_sparse, r"in_proj.weight is a tensor of another kind \(torch.sparse_coo\)"),
+    "sparse": (_sparse, r"in_proj.weight is not a plain dense tensor \(torch.sparse_coo\)"),
     "quantised": (_quantised, "no tensor backbone.layers.0.mixer.in_proj.weight any more"),
     "without a layer": (_shortened, "no tensor backbone.layers.1"),
 }

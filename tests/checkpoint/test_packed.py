@@ -529,9 +529,9 @@ HUGE = 10**30
         (raw(b"\xff\xfe{}"), "the header: not readable as JSON"),
         (raw(b"[]"), "the header: expected a JSON object, got list"),
         (raw(b"[" * 100_000), "the header: not readable as JSON .nested too deeply"),
-        (raw(b'{"a": NaN}'), "NaN is no number of JSON"),
+        (raw(b'{"a": NaN}'), "NaN is not a JSON number"),
         (raw(b'{"a": ' + b"9" * 5000 + b"}"), "the header: not readable as JSON"),
-        (twice, rf"'{CONV}' is there twice"),
+        (twice, rf"'{CONV}' appears twice"),
         # arrays
         (set_entry(A + ".mask", dtype="F64"), rf"'{A}\.mask': dtype 'F64'; allowed: F32, BF16"),
         (set_entry(A + ".mask", dtype=3), rf"'{A}\.mask': dtype 3; allowed"),
@@ -582,7 +582,7 @@ HUGE = 10**30
         (set_metadata(tensors="[1"), "__metadata__ tensors: not readable as JSON"),
         (set_metadata(tensors="[1]"), "__metadata__ tensors: expected a JSON object, got list"),
         (set_metadata(tensors="{}"), "belongs to no tensor of __metadata__"),
-        (twice_in_metadata, rf"'{A}' is there twice"),
+        (twice_in_metadata, rf"'{A}' appears twice"),
         (set_tensor(A, shape=[16, 5]), rf"wrong shapes: {A} \[16, 5\], expected \[16, 4\]"),
         (set_tensor(A, shape=[HUGE, HUGE]), rf"wrong shapes: {A} \[1000"),
         (set_tensor(A, shape=[16, -4]), rf"'{A}': shape \[16, -4\]; allowed"),
@@ -749,7 +749,7 @@ def test_a_file_that_shrinks_while_it_is_read(golden: Path) -> None:
     [
         ({"hidden_size": 16}, r"wrong shapes: backbone\.embeddings\.weight \[64, 8\], expected \[64, 16\], "),
         ({"num_hidden_layers": 2}, r"missing tensors: backbone\.layers\.1\.norm\.weight, "),
-        ({"num_hidden_layers": 10**9}, "1000000000 layers, but only 12 packed tensors"),
+        ({"num_hidden_layers": 10**9}, "it has 1000000000 layers, but there are only 12 packed tensors"),
         ({"tie_word_embeddings": False}, r"missing tensors: lm_head\.weight"),
         ({"use_conv_bias": False}, r"tensors the model does not have: backbone.*conv1d\.bias"),
     ],
@@ -1004,7 +1004,7 @@ def test_of_a_checkpoint_in_memory(tmp_path: Path) -> None:
     assert held.nbytes == sum(tensor.nbytes for tensor in tensors.values())
     assert held.config["hidden_size"] == 16 and held.tokenizer() is came.tokenizer
     assert held.files == came.files
-    with pytest.raises(ValueError, match="name it when loading"):
+    with pytest.raises(ValueError, match="name it when you load"):
         held.tokenizer("other")
     came.stored[A] = torch.float64
     with pytest.raises(ValueError, match=f"^{A}: its dtype is float64; allowed"):
@@ -1025,7 +1025,7 @@ def test_what_pack_and_unpack_refuse(tmp_path: Path) -> None:
         checkpoint.pack(source, source / "packed")
     assert names(tmp_path) == {"in"}
     checkpoint.pack(source, out)
-    with pytest.raises(ValueError, match=r"out' is packed already; unpack it first"):
+    with pytest.raises(ValueError, match=r"out' is already packed; unpack it first"):
         checkpoint.pack(out, tmp_path / "again")
     for attempt, start in ((checkpoint.pack, source), (checkpoint.unpack, out)):
         checkpoint.pack(source, tmp_path / "other", force=True)
@@ -1051,7 +1051,7 @@ def test_a_packed_directory_on_the_hub(tmp_path: Path, monkeypatch: pytest.Monke
     assert packed.read("some/model").source == "some/model"
     assert {container.PACKED, "README.md", "*.json"} <= set(asked) and "pytorch_model*.bin" not in asked
     assert torch.equal(logits(checkpoint.load("some/model").model), logits(pico_mamba()))
-    with pytest.raises(ValueError, match=r"'some/model' is packed already; unpack it first"):
+    with pytest.raises(ValueError, match=r"'some/model' is already packed; unpack it first"):
         checkpoint.pack("some/model", tmp_path / "out")
     checkpoint.unpack("some/model", tmp_path / "out")
     assert not packed.is_packed("some/model")

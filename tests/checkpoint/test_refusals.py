@@ -305,8 +305,14 @@ def test_original_configs_that_are_something_else(
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({}, r"ssm_cfg: 32 channels \(expand \* d_model\) are no heads of headdim 64 in 1 groups"),
-        ({"headdim": 8, "ngroups": 3}, "ssm_cfg: 32 channels .* are no heads of headdim 8 in 3 groups"),
+        (
+            {},
+            r"ssm_cfg: 32 channels \(expand \* d_model\) do not divide into heads of headdim 64 in 1 groups",
+        ),
+        (
+            {"headdim": 8, "ngroups": 3},
+            "ssm_cfg: 32 channels .* do not divide into heads of headdim 8 in 3 groups",
+        ),
         ({"D_has_hdim": True}, r"ssm_cfg\.D_has_hdim is true; only models with one D for each head are"),
         ({"rmsnorm": False}, r"ssm_cfg\.rmsnorm is false; only models with a norm behind the scan are"),
         ({"norm_before_gate": True}, r"ssm_cfg\.norm_before_gate is true; only models with the gate before"),
@@ -349,7 +355,9 @@ def test_a_billion_layers(tmp_path: Path, form: str) -> None:
             new = form == "bin"
             torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=new)
     count = 23 if form == "state-spaces" else 22  # both names of the tied pair, or one
-    with pytest.raises(ValueError, match=rf"config\.json: 1000000000 layers, but only {count} tensors$"):
+    with pytest.raises(
+        ValueError, match=rf"config\.json: it has 1000000000 layers, but there are only {count} tensors$"
+    ):
         checkpoint.load(folder)
 
 
@@ -412,9 +420,9 @@ def test_targets_that_are_never_taken(loaded: Checkpoint, stock: Path, tmp_path:
     (tmp_path / "home").mkdir()
     (tmp_path / "home/letter").touch()
     for target, message in (
-        (tmp_path / "file", "is a file; the result is a directory"),
+        (tmp_path / "file", "is a file; name a directory for the result"),
         (tmp_path / "file/below", "cannot be made: .*file' is a file"),
-        (tmp_path / "home", r"is not replaced: it is no checkpoint \(no config\.json\)"),
+        (tmp_path / "home", r"is not replaced, because it is not a checkpoint \(no config\.json\)"),
         (stock, "overlaps the source"),
         (stock / "below", "overlaps the source"),
         (tmp_path, "overlaps the source"),
@@ -428,14 +436,12 @@ def test_targets_that_are_never_taken(loaded: Checkpoint, stock: Path, tmp_path:
 
 def test_parents_are_made_and_unmade(loaded: Checkpoint, tmp_path: Path) -> None:
     loaded.model.backbone.norm_f.weight.data[0] = float("nan")
-    with pytest.raises(
-        ValueError, match=r"backbone\.norm_f\.weight is NaN or Inf as torch\.float32; not written"
-    ):
+    with pytest.raises(ValueError, match=r"backbone\.norm_f\.weight has NaN or Inf values in torch\.float32"):
         checkpoint.save(loaded, tmp_path / "a/b/out")
     assert names(tmp_path) == {"in"}
     loaded.model.backbone.norm_f.weight.data[0] = 1e6
     loaded.stored["backbone.norm_f.weight"] = torch.float16
-    with pytest.raises(ValueError, match=r"backbone\.norm_f\.weight is NaN or Inf as torch\.float16"):
+    with pytest.raises(ValueError, match=r"backbone\.norm_f\.weight has NaN or Inf values in torch\.float16"):
         checkpoint.save(loaded, tmp_path / "a/b/out")
     loaded.model.backbone.norm_f.weight.data[0] = 1
     checkpoint.save(loaded, tmp_path / "a/b/out")
@@ -525,7 +531,7 @@ def test_a_run_killed_between_its_two_renames(loaded: Checkpoint, tmp_path: Path
 
 def test_a_living_writer_is_left_alone(tmp_path: Path) -> None:
     target = tmp_path / "out"
-    message = "came into being while it was being written"
+    message = "appeared while the result was being written"
     with pytest.raises(FileExistsError, match=message), atomic.replacing(target) as folder:
         (folder / "mine").touch()
         atomic.recover(target)

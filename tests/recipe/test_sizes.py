@@ -91,7 +91,7 @@ def test_what_is_impossible_lists_what_is_possible(
 def test_sizes_that_stock_code_has_no_word_for_together() -> None:
     """Each alone is fine: 4 heads of 8, and 8 heads of 2; together 8 channels in a stream of 16."""
     with pytest.raises(
-        ValueError, match="pattern 'structured:head=0.5,channel=0.75': 8 channels in all heads"
+        ValueError, match="pattern 'structured:head=0.5,channel=0.75': stock Mamba-2 cannot have 8 channels"
     ):
         ordered(MAMBA2, pattern="structured:head=0.5,channel=0.75")
     assert ordered(MAMBA2, pattern="structured:head=0.5,channel=0.5").sizes == {"head": 2, "channel": 4}

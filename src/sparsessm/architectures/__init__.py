@@ -63,7 +63,7 @@ def refuse_older(model_type: str) -> None:
     """
     if issubclass(MODEL_TYPES[model_type], Hybrid) and int(transformers.__version__.split(".")[0]) < 5:
         raise ValueError(
-            f"model type {model_type!r} needs transformers 5 or newer, here is {transformers.__version__}"
+            f"model type {model_type!r} needs transformers 5 or newer; installed: {transformers.__version__}"
         )
 
 

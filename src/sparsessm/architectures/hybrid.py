@@ -66,7 +66,7 @@ class Hybrid(Architecture):
         self._refresh()
         for mixer in self._mixers():
             if mixer.activation not in ("silu", "swish"):
-                raise ValueError(f"hidden_act is {mixer.activation!r}; one with 'silu' is supported")
+                raise ValueError(f"hidden_act is {mixer.activation!r}; supported: 'silu'")
 
     def _refresh(self) -> None:
         """Blocks and tail for the model as it is now."""
@@ -126,8 +126,8 @@ class Hybrid(Architecture):
         width = self._config.hidden_size
         if inner % width:
             raise ValueError(
-                f"{inner} channels in all: stock {self._config.model_type} takes multiples of hidden_size "
-                f"{width} only"
+                f"stock {self._config.model_type} cannot have {inner} channels; allowed: multiples of "
+                f"hidden_size {width}"
             )
         return inner // width
 
@@ -188,8 +188,8 @@ class Hybrid(Architecture):
             setattr(config, name, value)
         if self._layout(config) != kept:
             raise ValueError(
-                f"layer {index} cannot be left out: stock {config.model_type} computes from its number what "
-                "a layer is"
+                f"layer {index} cannot be removed: stock {config.model_type} derives the kind of a layer "
+                "from its number"
             )
         return found
 
@@ -333,7 +333,7 @@ class Zamba2(Hybrid):
     def _shorter(self, index: int) -> dict[str, Any]:
         kinds = self._config.layers_block_type
         if kinds[index] == "hybrid":
-            raise ValueError(f"layer {index} cannot be left out: other layers share its transformer block")
+            raise ValueError(f"layer {index} cannot be removed: other layers share its transformer block")
         found = super()._shorter(index)
         left = [i for i, kind in enumerate(found["layers_block_type"]) if kind == "hybrid"]
         return found | {"hybrid_layer_ids": left}

@@ -55,7 +55,7 @@ class Stack(Architecture):
         self._lm_head: Any = model.lm_head
         config = self._backbone.config
         if config.hidden_act not in ("silu", "swish"):
-            raise ValueError(f"hidden_act is {config.hidden_act!r}; one with 'silu' is supported")
+            raise ValueError(f"hidden_act is {config.hidden_act!r}; supported: 'silu'")
         self.states = int(config.state_size)
         self.blocks = tuple(self._block(i, layer) for i, layer in enumerate(self._backbone.layers))
         self.tied = self._lm_head.weight is self._backbone.embeddings.weight
@@ -142,8 +142,8 @@ class Mamba2(Stack):
         norm = self._backbone.layers[0].mixer.norm if len(self._backbone.layers) else None
         if config.n_groups > 1 and norm is not None and not hasattr(norm, "group_size"):
             raise ValueError(
-                f"n_groups is {config.n_groups}: transformers before 5 norms the groups of a Mamba-2 "
-                "together, which is not what such models compute; install transformers 5"
+                f"n_groups is {config.n_groups}: transformers before 5 normalises all groups of a Mamba-2 "
+                "together, which is wrong for this model; install transformers 5"
             )
         if projected.directions_of(model):  # a stock layer of another shape has no place for projections
             self.structure, self.projects = ("block",), False
@@ -166,8 +166,8 @@ class Mamba2(Stack):
             inner = heads * sizes.get("channel", config.head_dim)  # channels of each head
             if inner % config.hidden_size:
                 raise ValueError(
-                    f"{inner} channels in all heads: stock Mamba-2 takes multiples of hidden_size "
-                    f"{config.hidden_size} only"
+                    f"stock Mamba-2 cannot have {inner} channels in all heads; allowed: multiples of "
+                    f"hidden_size {config.hidden_size}"
                 )
             found |= {"num_heads": heads, "head_dim": inner // heads, "expand": inner // config.hidden_size}
         return found

@@ -232,7 +232,9 @@ def _found(source: str, weights: bool) -> Path:
             snapshot_download(source, allow_patterns=["pytorch_model*.bin"])
     except Exception as error:  # a dozen kinds, by cause: offline, unknown, private, interrupted
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{source!r} is no directory here, and the hub did not give it: {reason}") from error
+        raise ValueError(
+            f"{source!r} is not a local directory, and the hub did not provide it: {reason}"
+        ) from error
     return folder
 
 
@@ -282,7 +284,7 @@ def _refuse_layers(
         said if isinstance(said, int) else 0, *(len(k) if isinstance(k, list | str) else 0 for k in kinds)
     )
     if layers > tensors:
-        raise ValueError(f"{source}/{CONFIG}: {layers} layers, but only {tensors} {what}")
+        raise ValueError(f"{source}/{CONFIG}: it has {layers} layers, but there are only {tensors} {what}")
 
 
 def packed_header(
@@ -325,7 +327,7 @@ def read_tokenizer(
         if os.path.isfile(given):
             if beside.is_pointer(Path(given)):
                 raise ValueError(
-                    f"{given}: a pointer of git-lfs, not the file itself; fetch it with `git lfs pull`"
+                    f"{given}: this is a git-lfs pointer, not the file itself; fetch it with `git lfs pull`"
                 )
             return tokenizing.read_file(given, config), {}
         try:

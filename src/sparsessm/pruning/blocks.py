@@ -67,7 +67,7 @@ def _by_loss(architecture: Architecture, tokens: Tensor, count: int, progress: P
             costs[best] = _loss_without(architecture, tokens, [*gone, best]) - before
             asked.add(best)
         if not math.isfinite(costs[best]):
-            raise ValueError("the cost of removing a block is not finite, of whichever")
+            raise ValueError("the cost of removing a block is not finite for any block")
         gone.append(best)
         before += costs[best]
         if progress:
@@ -84,7 +84,7 @@ def _by_change(
     for turn in range(count):
         open_ = [index for index in _may_go(architecture, gone) if math.isfinite(costs[index])]
         if not open_:
-            raise ValueError("the cost of removing a block is not finite, of whichever")
+            raise ValueError("the cost of removing a block is not finite for any block")
         gone.append(min(open_, key=lambda index: costs[index]))
         if progress:
             progress("blocks", turn + 1, count)
@@ -94,7 +94,7 @@ def _by_change(
 def _may_go(architecture: Architecture, gone: Sequence[int]) -> list[int]:
     if open_ := architecture.may_go(gone):
         return open_
-    raise ValueError(f"no more than {len(gone)} blocks can go: stock code needs those that are left")
+    raise ValueError(f"at most {len(gone)} blocks can be removed: stock code needs the others")
 
 
 def _loss_without(architecture: Architecture, tokens: Tensor, gone: Sequence[int]) -> float:

@@ -120,8 +120,8 @@ def cheapest(architecture: Architecture, trials: list[Trial], share: float) -> d
             best, found = loss, {axis: size for axis, size in chosen.items() if size < options[axis][0]}
     if not found:
         raise ValueError(
-            f"pattern 'structured': no sizes that stock code has a word for save {share:.3g} of the "
-            f"parameters; the nearest to it is {nearest:.3g}"
+            f"pattern 'structured': transformers cannot express sizes that save {share:.3g} of the "
+            f"parameters; the nearest possible share is {nearest:.3g}"
         )
     return found
 

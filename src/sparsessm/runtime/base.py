@@ -129,9 +129,9 @@ def refuse_unsupported(config: Any) -> None:
     """
     if (kind := model_type(config)) not in FIELDS:
         known = ", ".join(sorted(FIELDS))
-        raise ValueError(f"the runtime does not run model type {kind!r}; what runs: {known}")
+        raise ValueError(f"the runtime does not run model type {kind!r}; supported: {known}")
     if (activation := getattr(config, "hidden_act", "silu")) not in ("silu", "swish"):
-        raise ValueError(f"hidden_act is {activation!r}; a Mamba with 'silu' is supported")
+        raise ValueError(f"hidden_act is {activation!r}; supported: 'silu'")
 
 
 def described(config: Any) -> dict[str, Any]:
