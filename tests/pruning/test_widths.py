@@ -266,7 +266,7 @@ def test_a_packed_stock_model_beside_another_config_is_refused() -> None:
     config = Path("small/config.json")
     config.write_text(config.read_text().replace('"intermediate_size": 64', '"intermediate_size": 128'))
     for read in (sparsessm.load, runtime.load):
-        with pytest.raises(ValueError, match="do not fit its config.json"):
+        with pytest.raises(ValueError, match="do not fit config.json"):
             read("small")
 
 

@@ -129,7 +129,7 @@ def refuse_misfit(
     }
     if any(faults.values()):
         told = "; ".join(f"{what}: {few(names)}" for what, names in faults.items() if names)
-        raise ValueError(f"the tensors of {source!r} do not fit its {CONFIG}: {told}")
+        raise ValueError(f"{source!r}: its tensors do not fit {CONFIG}: {told}")
 
 
 def assemble(

@@ -146,7 +146,7 @@ class Tensors(Mapping[str, Encoded]):
         }
         if any(faults.values()):
             told = "; ".join(f"{what}: {few(names)}" for what, names in faults.items() if names)
-            raise ValueError(f"the tensors of {header.file} do not fit its config.json: {told}")
+            raise ValueError(f"{header.file}: its tensors do not fit config.json: {told}")
 
     def __getitem__(self, name: str) -> Encoded:
         self.shapes[name]  # a KeyError before the file is touched
