@@ -25,7 +25,6 @@ untyped: Any = sparsessm  # what a type checker would refuse
 FAST: dict[str, Any] = {"data": "text.txt", "samples": 2, "length": 16}
 DOORS: dict[str, Callable[[Any], Any]] = {
     "prune": lambda checkpoint: sparsessm.prune(checkpoint, **FAST, measure=False),
-    "resolve": lambda checkpoint: sparsessm.resolve(checkpoint),
     "evaluate": lambda checkpoint: sparsessm.evaluate(checkpoint, "text.txt", length=16, limit=2),
     "save": lambda checkpoint: sparsessm.save(checkpoint, "out"),
     "runtime.of": lambda checkpoint: sparsessm.runtime.of(checkpoint),
