@@ -74,7 +74,7 @@ def test_other_code_for_attention_or_activation_is_refused_by_name() -> None:
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="attention is 'flash_attention_2'; supported: sdpa, eager"):
         adapt(model)
-    with pytest.raises(ValueError, match="hidden_act is 'gelu'; one with 'silu' is supported"):
+    with pytest.raises(ValueError, match="hidden_act is 'gelu'; supported: 'silu'"):
         adapt(pico_hybrid("bamba", hidden_act="gelu"))
 
 

@@ -51,7 +51,7 @@ def test_a_change_of_basis_changes_nothing(orthogonal: bool, groups: int) -> Non
 
 def test_a_cache_and_padding_are_refused_by_name() -> None:
     model = made("two groups, 3 and 5 of 8")
-    with pytest.raises(ValueError, match=r"no place for projected states: .*runtime.*use_cache=False"):
+    with pytest.raises(ValueError, match=r"cannot hold projected states; .*runtime.*use_cache=False"):
         model(TOKENS, use_cache=True)
     mask = torch.ones_like(TOKENS)
     want = stock(model)
@@ -59,7 +59,7 @@ def test_a_cache_and_padding_are_refused_by_name() -> None:
         assert torch.equal(model(TOKENS).logits, want), "no cache unless it is asked for"
         assert torch.equal(model(TOKENS, attention_mask=mask, use_cache=False).logits, want)
         mask[1, :3] = 0
-        with pytest.raises(ValueError, match="takes no padding"):
+        with pytest.raises(ValueError, match="does not support padding"):
             model(TOKENS, attention_mask=mask, use_cache=False)
 
 

@@ -74,23 +74,23 @@ def test_what_belongs_to_a_target_of_a_longer_name_is_left_alone(tmp_path: Path)
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("", "not the name of a directory"),
-        ("a\0b", "not the name of a directory"),
-        ("\udcff", "not the name of a directory"),
-        (".", "is the current directory, or it is in it"),
-        ("..", "is the current directory, or it is in it"),
-        ("/", "is the current directory, or it is in it"),
-        ("/proc", "is a mount point, which nothing can replace"),
+        ("", "the name of a directory is not empty, is UTF-8"),
+        ("a\0b", "the name of a directory is not empty, is UTF-8"),
+        ("\udcff", "the name of a directory is not empty, is UTF-8"),
+        (".", "is or contains the current directory"),
+        ("..", "is or contains the current directory"),
+        ("/", "is or contains the current directory"),
+        ("/proc", "is a mount point, which cannot be replaced"),
         ("/proc/out", "cannot be made: "),
         ("/dev/null/out", "'/dev/null' is a file"),
-        ("file", "is a file; the result is a directory"),
+        ("file", "is a file; name a directory for the result"),
         ("file/out", "file' is a file"),
         ("file/deep/out", "file' is a file"),
         ("loop", "cannot be made: its links lead in a circle"),
         ("loop/out", "cannot be made: "),
-        ("n" * 256, "(a name of 256 bytes, at most 255 here|too long)"),
-        ("new/" + "é" * 128, "(a name of 256 bytes, at most 255 here|too long)"),
-        ("n" * 300 + "/out", "(a name of 300 bytes, at most 255 here|too long)"),
+        ("n" * 256, "(its name has 256 bytes; allowed here: 255|too long)"),
+        ("new/" + "é" * 128, "(its name has 256 bytes; allowed here: 255|too long)"),
+        ("n" * 300 + "/out", "(its name has 300 bytes; allowed here: 255|too long)"),
         ("/".join(["n" * 200] * 25), "(paths in it have up to|too long)"),
         ("/".join(["n" * 200] * 20)[:3990], "(paths in it have up to|too long)"),
     ],
@@ -113,7 +113,7 @@ def test_the_parent_of_the_current_directory_is_not_moved_away(
 ) -> None:
     (tmp_path / "out/inner").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "out/inner")
-    with pytest.raises(ValueError, match="is the current directory, or it is in it"):
+    with pytest.raises(ValueError, match="is or contains the current directory"):
         checkpoint.refuse_existing(tmp_path / "out", True)
 
 

@@ -326,9 +326,9 @@ def test_a_hub_id_without_a_network(tmp_path: Path) -> None:
     offline = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     told = python(code, "some/mamba", "some/other", tmp_path / "original", **offline).stdout.splitlines()
     assert told[0] == "transformers"
-    assert told[1].startswith("'some/other' is no directory here, and the hub did not give it: ")
+    assert told[1].startswith("'some/other' is not a local directory, and the hub did not provide it: ")
     assert told[2].startswith(
-        "no tokenizer: 'EleutherAI/gpt-neox-20b' is no directory here, and the hub did not "
+        "no tokenizer: 'EleutherAI/gpt-neox-20b' is not a local directory, and the hub did not "
     )
     assert told[3] == "{'format': 1} None"
     assert told[4] == told[1]

@@ -102,8 +102,8 @@ def test_what_is_not_carried_over_is_said(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "secret.txt").write_text("secret")
     (folder / "link.txt").symlink_to(tmp_path / "secret.txt")
     came = saved(folder, tmp_path / "out")
-    (note,) = [note for note in came.notes if note.startswith("left out")]
-    assert note == "left out of what is written: large.csv, link.txt, model.onnx, onnx/, optimizer.pt"
+    (note,) = [note for note in came.notes if note.startswith("not carried over")]
+    assert note == "not carried over into the result: large.csv, link.txt, model.onnx, onnx/, optimizer.pt"
     assert not {"large.csv", "link.txt", "onnx", ".hidden"} & {
         path.name for path in (tmp_path / "out").iterdir()
     }
@@ -130,8 +130,8 @@ def test_code_that_files_name_is_carried_over_and_never_run(folder: Path, tmp_pa
     came = saved(folder, tmp_path / "out")
     found = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.py")}
     assert {"configuration_mine.py", "inner/layers.py", "inner/deep.py", "inner/__init__.py"} <= found
-    assert "auto_map names files that are not there: gone.py" in came.notes
-    assert "left out of what is written: inner/unused.py" in came.notes
+    assert "auto_map names files that do not exist: gone.py" in came.notes
+    assert "not carried over into the result: inner/unused.py" in came.notes
 
 
 def test_a_result_runs_with_the_code_of_its_source(folder: Path, tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_tokens_beyond_the_embedding_matter_only_in_a_text_that_has_them(
     text.write_text("the state <newer> the rest " * 60)
     with pytest.raises(ValueError, match="tokens 7..65 do not fit the model's vocabulary of 64"):
         sparsessm.evaluate(came, data=str(text), length=16)
-    with pytest.raises(ValueError, match="the text has token 65, but the model only tokens 0 to 63"):
+    with pytest.raises(ValueError, match="the text has token 65, but the model has only tokens 0 to 63"):
         sparsessm.prune(
             checkpoint.load(folder), data=str(text), sparsity=0.5, **more | {"method": "wanda"}, measure=False
         )
@@ -222,7 +222,7 @@ def test_tensors_that_stock_code_leaves_out_are_carried_over(
     assert len(list((tmp_path / "out").glob("model*.safetensors"))) > 1 or not sharded
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     packing = checkpoint.pack(folder, tmp_path / "packed")
-    assert [note for note in packing.notes if "left out" in note and "mtp.steps" in note]
+    assert [note for note in packing.notes if "not in the packed file" in note and "mtp.steps" in note]
 
 
 def bare(model: PreTrainedModel, folder: Path) -> dict[str, Tensor]:

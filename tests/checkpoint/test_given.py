@@ -26,7 +26,6 @@ untyped: Any = sparsessm  # what a type checker would refuse
 FAST: dict[str, Any] = {"data": "text.txt", "samples": 2, "length": 16}
 DOORS: dict[str, Callable[[Any], Any]] = {
     "prune": lambda checkpoint: sparsessm.prune(checkpoint, **FAST, measure=False),
-    "resolve": lambda checkpoint: sparsessm.resolve(checkpoint),
     "evaluate": lambda checkpoint: sparsessm.evaluate(checkpoint, "text.txt", length=16, limit=2),
     "save": lambda checkpoint: sparsessm.save(checkpoint, "out"),
     "runtime.of": lambda checkpoint: sparsessm.runtime.of(checkpoint),
@@ -103,7 +102,7 @@ CHANGES: dict[str, tuple[Callable[[Checkpoint], Any], str]] = {
         lambda c: pruning.random_unstructured(in_proj(c), "weight", 0.5),
         "call torch.nn.utils.prune.remove",
     ),
-    "sparse": (_sparse, r"in_proj.weight is a tensor of another kind \(torch.sparse_coo\)"),
+    "sparse": (_sparse, r"in_proj.weight is not a plain dense tensor \(torch.sparse_coo\)"),
     "quantised": (_quantised, "no tensor backbone.layers.0.mixer.in_proj.weight any more"),
     "without a layer": (_shortened, "no tensor backbone.layers.1"),
 }

@@ -269,14 +269,14 @@ def test_more_layers_than_tensors(tmp_path: Path, name: str) -> None:
     if name == "nemotron_h":
         fields = {"layers_block_type": ["mlp"] * 10**5}
     edit_config(folder, **fields)
-    refused(folder, r"config\.json: 10+ layers, but only \d+ tensors$")
+    refused(folder, r"config\.json: it has 10+ layers, but there are only \d+ tensors$")
 
 
 def test_a_value_that_the_dtype_on_disk_does_not_have(tmp_path: Path) -> None:
     came = checkpoint.load(write(tmp_path / "in", pico_hybrid("jamba").half()))
     with torch.no_grad():
         came.model.get_parameter(IN_MEMORY["jamba"])[2, -1, 0] = 1e6
-    with pytest.raises(ValueError, match=rf"{re.escape(MIXTURES['jamba'])} is NaN or Inf as torch.float16"):
+    with pytest.raises(ValueError, match=rf"{re.escape(MIXTURES['jamba'])} has NaN or Inf values in"):
         checkpoint.save(came, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

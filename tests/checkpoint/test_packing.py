@@ -188,7 +188,7 @@ def test_of_a_checkpoint_in_memory(tmp_path: Path) -> None:
     assert {tensor.kind for tensor in held.tensors.values()} == {"dense"}
     assert held.nbytes == sum(tensor.nbytes for tensor in tensors.values())
     assert held.config.hidden_size == 16 and held.tokenizer() is came.tokenizer
-    with pytest.raises(ValueError, match="name it when loading"):
+    with pytest.raises(ValueError, match="name it when you load"):
         held.tokenizer("other")
     came.stored[A] = torch.float64
     with pytest.raises(ValueError, match=f"^{A}: its dtype is float64; allowed"):
@@ -209,7 +209,7 @@ def test_what_pack_and_unpack_refuse(tmp_path: Path) -> None:
         checkpoint.pack(source, source / "packed")
     assert names(tmp_path) == {"in"}
     checkpoint.pack(source, out)
-    with pytest.raises(ValueError, match=r"out' is packed already; unpack it first"):
+    with pytest.raises(ValueError, match=r"out' is already packed; unpack it first"):
         checkpoint.pack(out, tmp_path / "again")
     for attempt, start in ((checkpoint.pack, source), (checkpoint.unpack, out)):
         checkpoint.pack(source, tmp_path / "other", force=True)
@@ -235,7 +235,7 @@ def test_a_packed_directory_on_the_hub(tmp_path: Path, monkeypatch: pytest.Monke
     assert packed.read("some/model").source == "some/model"
     assert {container.PACKED, "README.md", "*.json"} <= set(asked) and "pytorch_model*.bin" not in asked
     assert torch.equal(logits(checkpoint.load("some/model").model), logits(pico_mamba()))
-    with pytest.raises(ValueError, match=r"'some/model' is packed already; unpack it first"):
+    with pytest.raises(ValueError, match=r"'some/model' is already packed; unpack it first"):
         checkpoint.pack("some/model", tmp_path / "out")
     checkpoint.unpack("some/model", tmp_path / "out")
     assert not checkpoint.is_packed("some/model")

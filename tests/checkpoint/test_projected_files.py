@@ -79,7 +79,7 @@ def test_the_record_and_the_card_say_what_it_is() -> None:
     text = Path("half/README.md").read_text()
     words = " ".join(text.split())
     assert "library_name" not in text and "AutoModelForCausalLM" not in text
-    assert "sparsessm alone" in words and "50.00 %" in words
+    assert "only sparsessm can load" in words and "50.00 %" in words
     record = json.loads(Path("half/pruning.json").read_text())
     assert {row["removed"] for row in record["targets"]} == {"projected"}
     assert [row["pruned"] for row in record["targets"]] == [
@@ -124,7 +124,7 @@ def test_a_projected_directory_is_packed_again_in_another_dtype(half: Checkpoint
 def test_a_packed_directory_without_projections_is_not_packed_again() -> None:
     write_dense(Path("dense"))
     packed.pack("dense", "packed")
-    with pytest.raises(ValueError, match="is packed already"):
+    with pytest.raises(ValueError, match="is already packed"):
         packed.pack("packed", "again", dtype="bf16")
     assert not Path("again").exists()
 

@@ -288,8 +288,14 @@ def test_original_configs_that_are_something_else(
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({}, r"ssm_cfg: 32 channels \(expand \* d_model\) are no heads of headdim 64 in 1 groups"),
-        ({"headdim": 8, "ngroups": 3}, "ssm_cfg: 32 channels .* are no heads of headdim 8 in 3 groups"),
+        (
+            {},
+            r"ssm_cfg: 32 channels \(expand \* d_model\) do not divide into heads of headdim 64 in 1 groups",
+        ),
+        (
+            {"headdim": 8, "ngroups": 3},
+            "ssm_cfg: 32 channels .* do not divide into heads of headdim 8 in 3 groups",
+        ),
         ({"D_has_hdim": True}, r"ssm_cfg\.D_has_hdim is true; only models with one D for each head are"),
         ({"rmsnorm": False}, r"ssm_cfg\.rmsnorm is false; only models with a norm behind the scan are"),
         ({"norm_before_gate": True}, r"ssm_cfg\.norm_before_gate is true; only models with the gate before"),
@@ -332,7 +338,9 @@ def test_a_billion_layers(tmp_path: Path, form: str) -> None:
             new = form == "bin"
             torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=new)
     count = 23 if form == "state-spaces" else 22  # both names of the tied pair, or one
-    with pytest.raises(ValueError, match=rf"config\.json: 1000000000 layers, but only {count} tensors$"):
+    with pytest.raises(
+        ValueError, match=rf"config\.json: it has 1000000000 layers, but there are only {count} tensors$"
+    ):
         checkpoint.load(folder)
 
 

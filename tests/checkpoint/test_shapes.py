@@ -275,11 +275,15 @@ def test_a_config_that_does_not_say_the_shapes(tmp_path: Path, layout: str) -> N
         came = checkpoint.load(tmp_path / "in")
     changed = pico_mamba(state_size=5)
     changed.config.state_size = 8
-    with pytest.raises(ValueError, match=r"config\.json cannot say the shapes of this model: \S+A_log, "):
+    with pytest.raises(
+        ValueError, match=r"config\.json cannot describe the shapes of this model: \S+A_log, "
+    ):
         checkpoint.save(in_place_of(came, changed), tmp_path / "out")
     wide = pico_mamba(hidden_size=24)
     if layout == "state-spaces":  # no pruning changes this, and the file is not told
-        with pytest.raises(ValueError, match=r"cannot say the shapes of this model: \S+embeddings\.weight, "):
+        with pytest.raises(
+            ValueError, match=r"cannot describe the shapes of this model: \S+embeddings\.weight, "
+        ):
             checkpoint.save(in_place_of(came, wide), tmp_path / "out")
     assert names(tmp_path) == {"in"}
 

@@ -114,7 +114,9 @@ def test_a_repaired_value_that_overflows_is_named_in_the_run(tmp_path: Path) -> 
                 parameter.fill_(65504.0)
             if name.endswith("x_proj.weight"):
                 parameter.mul_(1000.0)
-    with pytest.raises(ValueError, match=r"layers\.\d\.mixer\.A_log: a new value of .* does not fit float16"):
+    with pytest.raises(
+        ValueError, match=r"layers\.\d\.mixer\.A_log: a repaired value of .* does not fit float16"
+    ):
         sparsessm.prune(came, target="ssm", data=texts(tmp_path), **FAST, measure=False)
 
 
@@ -123,7 +125,7 @@ def test_a_matrix_that_overflows_is_refused(tmp_path: Path) -> None:
     stored = dict.fromkeys(came.stored, torch.float16)
     target = next(t for t in adapt(came.model, stored).targets if t.kind == "out_proj")
     before = target.matrix.clone()
-    with pytest.raises(ValueError, match="a new value of 7e\\+04 does not fit float16"):
+    with pytest.raises(ValueError, match="a repaired value of 7e\\+04 does not fit float16"):
         target.replace(torch.full_like(before, 7e4))
     assert torch.equal(target.matrix, before)
 

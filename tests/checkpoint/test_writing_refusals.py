@@ -39,9 +39,9 @@ def test_targets_that_are_never_taken(loaded: Checkpoint, folder: Path, tmp_path
     (tmp_path / "home").mkdir()
     (tmp_path / "home/letter").touch()
     for target, message in (
-        (tmp_path / "file", "is a file; the result is a directory"),
+        (tmp_path / "file", "is a file; name a directory for the result"),
         (tmp_path / "file/below", "cannot be made: .*file' is a file"),
-        (tmp_path / "home", r"is not replaced: it is no checkpoint \(no config\.json\)"),
+        (tmp_path / "home", r"is not replaced, because it is not a checkpoint \(no config\.json\)"),
         (folder, "overlaps the source"),
         (folder / "below", "overlaps the source"),
         (tmp_path, "overlaps the source"),
@@ -55,14 +55,12 @@ def test_targets_that_are_never_taken(loaded: Checkpoint, folder: Path, tmp_path
 
 def test_parents_are_made_and_unmade(loaded: Checkpoint, tmp_path: Path) -> None:
     loaded.model.backbone.norm_f.weight.data[0] = float("nan")
-    with pytest.raises(
-        ValueError, match=r"backbone\.norm_f\.weight is NaN or Inf as torch\.float32; not written"
-    ):
+    with pytest.raises(ValueError, match=r"backbone\.norm_f\.weight has NaN or Inf values in torch\.float32"):
         checkpoint.save(loaded, tmp_path / "a/b/out")
     assert names(tmp_path) == {"in"}
     loaded.model.backbone.norm_f.weight.data[0] = 1e6
     loaded.stored["backbone.norm_f.weight"] = torch.float16
-    with pytest.raises(ValueError, match=r"backbone\.norm_f\.weight is NaN or Inf as torch\.float16"):
+    with pytest.raises(ValueError, match=r"backbone\.norm_f\.weight has NaN or Inf values in torch\.float16"):
         checkpoint.save(loaded, tmp_path / "a/b/out")
     loaded.model.backbone.norm_f.weight.data[0] = 1
     checkpoint.save(loaded, tmp_path / "a/b/out")
@@ -152,7 +150,7 @@ def test_a_run_killed_between_its_two_renames(loaded: Checkpoint, tmp_path: Path
 
 def test_a_living_writer_is_left_alone(tmp_path: Path) -> None:
     target = tmp_path / "out"
-    message = "came into being while it was being written"
+    message = "appeared while the result was being written"
     with pytest.raises(FileExistsError, match=message), atomic.replacing(target) as folder:
         (folder / "mine").touch()
         atomic.recover(target)

@@ -187,7 +187,7 @@ def test_what_pack_and_unpack_refuse(here: Path) -> None:
     run("pack", "dense", "-o", "small", "--quiet")
     assert "'small' exists" in refused("pack", "dense", "-o", "small")
     run("pack", "sparse", "-o", "small", "--force", "--quiet")
-    assert "'small' is packed already" in refused("pack", "small", "-o", "again")
+    assert "'small' is already packed" in refused("pack", "small", "-o", "again")
     assert "'dense' is not packed" in refused("unpack", "dense", "-o", "again")
     assert "unknown dtype 'int4'; known: fp32, bf16, int8" in refused(
         "pack", "dense", "-o", "again", "--dtype", "int4"

@@ -43,7 +43,7 @@ def test_inspect_finds_tensors_that_are_not_those_of_the_record() -> None:
     flat = tensors[A_LOG.format(1)].view(-1)
     flat[(flat == REMOVED_A_LOG["memoryless"]).nonzero()[0]] = 1.0
     save_file(tensors, "out/model.safetensors", {"format": "pt"})
-    words = f"{A_LOG.format(1)} has 128 removed entries, its tensor has 127"
+    words = f"{A_LOG.format(1)} has 128 removed entries, but the tensor has 127"
     assert words in refused("inspect", "out")
 
 
@@ -92,7 +92,9 @@ def test_inspect_of_linear_layers_counts_zeros() -> None:
     assert document["removed"][name] == rows[name]["pruned"] + 3  # weights that are zero by themselves
     flat[(flat == 0).nonzero()[:4, 0]] = 1.0
     save_file(tensors, "out/model.safetensors", {"format": "pt"})
-    words = f"{name} has {rows[name]['pruned']} removed entries, its tensor has {rows[name]['pruned'] - 1}"
+    words = (
+        f"{name} has {rows[name]['pruned']} removed entries, but the tensor has {rows[name]['pruned'] - 1}"
+    )
     assert words in refused("inspect", "out")
 
 

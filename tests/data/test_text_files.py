@@ -120,7 +120,7 @@ def test_a_directory_is_its_files_in_the_order_of_their_names(
     if expected:
         assert data.documents(str(root), "calibration") == [expected[parts] for parts in sorted(expected)]
     else:
-        with pytest.raises(ValueError, match="no file of a known type below it; known: .txt, .jsonl"):
+        with pytest.raises(ValueError, match="it contains no file of a known type; known: .txt, .jsonl"):
             data.documents(str(root), "calibration")
 
 

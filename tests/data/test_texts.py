@@ -149,7 +149,7 @@ def test_bytes_of_the_predicted_tokens(
     stream = TOKENIZER(text)["input_ids"]
     assert TOKENIZER.decode(stream) == text  # the built-in tokenizer loses nothing
     if len(stream) < length:
-        with pytest.raises(ValueError, match="less than one window"):
+        with pytest.raises(ValueError, match="fewer than a window"):
             data.evaluation_windows(path, TOKENIZER, length=length)
         return
     windows, n_bytes = data.evaluation_windows(path, TOKENIZER, length=length)

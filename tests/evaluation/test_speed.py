@@ -166,7 +166,7 @@ def notes(*models: Any, **options: Any) -> list[str]:
 
 def test_a_stock_model_claims_nothing_from_its_zeros() -> None:
     (line,) = notes("sparse", "dense")
-    assert line.startswith("sparse is a stock checkpoint and measured as dense: its zeros are read")
+    assert line.startswith("sparse is a stock checkpoint and was measured as dense: its zeros are read")
     assert "`sparsessm pack`" in line
     assert notes("packed", "dense") == []
 
@@ -175,7 +175,7 @@ def test_what_makes_a_ratio_say_something_else(tmp_path: Path) -> None:
     linear, head = notes("half", "dense")
     assert linear.startswith("The linear layers are bfloat16 and float32: ")
     assert head.startswith("The embedding and head are bfloat16 and float32: ")
-    assert notes("packed", "packed") == ["packed is packed: the ratios are not to a dense model."]
+    assert notes("packed", "packed") == ["packed is packed, so the ratios do not compare with a dense model."]
     pico_mamba(num_hidden_layers=1, vocab_size=70).save_pretrained("small")
     pico_tokenizer().save_pretrained("small")
     (line,) = notes("packed", "small")
@@ -188,12 +188,12 @@ def test_a_busy_machine_and_a_cache_are_said() -> None:
     busy = Phase("decode", 1, 1, 1, rounds, disturbed=True)
     slow = timing.bandwidth([(1.0, 1.0)], 1)
     cache, machine = measuring._notes([one], [busy], slow)
-    assert cache.startswith("packed is read faster than memory is: a cache holds")
+    assert cache.startswith("packed is read faster than memory allows: its weights")
     assert "fewer than 3 rounds were undisturbed (decode at batch 1)" in machine
     calm = Phase("decode", 1, 1, 1, [(Segment(1e9, 0.0),)])
     assert measuring._notes([one], [calm], slow) == []
     (unknown,) = measuring._notes([one], [Phase("decode", 1, 1, 1, [(Segment(1e9, None),)])], slow)
-    assert "does not say how long threads wait" in unknown
+    assert "does not report how long threads wait" in unknown
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,7 @@ def test_bench_prints_tables(quick: None) -> None:
     assert "stock checkpoint" not in words
     assert outcome.stderr.splitlines()[0] == "loading packed and dense"
     alone = run("sparse")
-    assert "sparse is a stock checkpoint and measured as dense" in " ".join(alone.stdout.split())
+    assert "sparse is a stock checkpoint and was measured as dense" in " ".join(alone.stdout.split())
     assert "times as fast" not in alone.stdout
     assert (quiet := run("packed", "--quiet")).stdout == "" and quiet.stderr == ""
 

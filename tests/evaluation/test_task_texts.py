@@ -42,5 +42,5 @@ def test_a_library_that_stops_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         raise PanicException("index out of bounds")
 
     monkeypatch.setattr(model.tokenizer, "encode", stop)
-    with pytest.raises(ValueError, match="its library stopped on it .index out of bounds"):
+    with pytest.raises(ValueError, match="the library of tokenizers failed .index out of bounds"):
         model.tok_encode("the")

@@ -122,7 +122,7 @@ def test_structured_by_its_words() -> None:
 )  # fmt: skip
 def test_structured_refuses(text: str) -> None:
     with pytest.raises(
-        ValueError, match=f"pattern '{text}': .* is no axis; known: state, channel, head, block"
+        ValueError, match=f"pattern '{text}': .* is not an axis; known: state, channel, head, block"
     ):
         parse(text)
 
@@ -131,7 +131,7 @@ def test_structured_refuses(text: str) -> None:
     "text", ["structured:state,block", "structured:state=0.5,block", "structured:head,block=0.1"]
 )
 def test_several_axes_need_a_share_each(text: str) -> None:
-    with pytest.raises(ValueError, match="several axes need a share each, as in 'state=0.5,block=0.1'"):
+    with pytest.raises(ValueError, match="give each of several axes a share, as in 'state=0.5,block=0.1'"):
         parse(text)
 
 

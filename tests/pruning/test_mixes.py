@@ -222,7 +222,9 @@ def test_a_share_that_nothing_saves_says_what_can_go() -> None:
     architecture = MAMBAS["mamba"]
     most = {axis: possible(architecture, axis)[0] for axis in architecture.structure}
     share = saved(architecture, most) / count(architecture)
-    with pytest.raises(ValueError, match=f"save 0.95 of the parameters; the nearest to it is {share:.3g}$"):
+    with pytest.raises(
+        ValueError, match=f"save 0.95 of the parameters; the nearest possible share is {share:.3g}$"
+    ):
         cheapest(architecture, curves(architecture, 0), 0.95)
 
 
@@ -285,5 +287,5 @@ def test_too_few_windows_are_refused() -> None:
 def test_an_impossible_share_is_refused_by_the_search() -> None:
     architecture = adapt(mamba())
     wanted = order(Recipe(pattern="structured", sparsity=0.97), architecture)
-    with pytest.raises(ValueError, match="save 0.97 of the parameters; the nearest to it is"):
+    with pytest.raises(ValueError, match="save 0.97 of the parameters; the nearest possible share is"):
         find(architecture, wanted, TOKENS)

@@ -160,7 +160,7 @@ def test_who_cannot_be_projected_is_told_so() -> None:
         matrices = torch.zeros(2, 1, 4, 8)
         with pytest.raises(ValueError, match="cannot be projected"):
             architecture.project(architecture.blocks[0], *matrices)
-    with pytest.raises(ValueError, match="about 0.5 of 1; shares that it has: none"):
+    with pytest.raises(ValueError, match="of 1 units; possible shares: none"):
         ordered(adapt(pico_mamba2(state_size=1)), **WORDS)
 
 
@@ -171,7 +171,7 @@ def test_what_is_projected_loses_blocks_and_nothing_else(axis: str, method: str)
     assert architecture.structure == ("block",) and not architecture.projects
     words = f"pattern 'structured:{axis}': only blocks can leave a model with projected states"
     if method == "balanced":
-        words = "projects the states of Mamba-2 models; those of this one are projected already"
+        words = "projects the states of Mamba-2 models; the states of this one are projected already"
         words = words if axis == "state" else "method 'balanced' needs the pattern structured:state"
     with pytest.raises(ValueError, match=words):
         ordered(architecture, pattern=f"structured:{axis}", method=method)

@@ -48,7 +48,7 @@ def result(**fields: Any) -> Recipe:
         ({"method": "balanced", "repair": "dense-target"}, "repair has no effect with method 'balanced'"),
         ({"pattern": "structured:state=0.5", "sparsity": 0.5},
          "sparsity is 0.5, but pattern 'structured:state=0.5' says how much of each axis goes"),
-        ({"pattern": "structured:layer"}, "pattern 'structured:layer': 'layer' is no axis; known: state, "),
+        ({"pattern": "structured:layer"}, "pattern 'structured:layer': 'layer' is not an axis; known: "),
         ({"pattern": "structurd"}, "unknown pattern 'structurd'; .*; did you mean 'structured'"),
         ({"pattern": "unstructured", "method": "ghost"},
          r"method 'ghost' chooses whole units; it needs a pattern structured:AXIS \(state\)"),

@@ -1,4 +1,4 @@
-"""recipe/sizes.py: sizes that stock code has a word for, and what is refused before any work."""
+"""recipe/sizes.py: sizes that transformers can express, and what is refused before any work."""
 
 from __future__ import annotations
 
@@ -71,13 +71,13 @@ def test_the_size_is_the_nearest_there_is_or_none(share: float, which: int) -> N
          "state, channel, block"),
         (FALCON, "structured:head", 0.5,
          "a FalconMamba model has no such axis; it has: state, channel, block"),
-        (MAMBA, "structured:state", 0.99, "sparsity 0.99 of axis 'state': stock code has no word for about "
-         "0.08 of 8; shares that it has: 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875"),
+        (MAMBA, "structured:state", 0.99, "sparsity 0.99 of axis 'state': transformers cannot express "
+         "0.99 of 8 units; possible shares: 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875"),
         (MAMBA, "structured:channel", 0.05,
-         "of axis 'channel': .* about 30.4 of 32; shares that it has: 0.5$"),
-        (MAMBA, "structured:block", 0.9, "of axis 'block': .* about 0.2 of 2; shares that it has: 0.5$"),
+         "of axis 'channel': .* of 32 units; possible shares: 0.5$"),
+        (MAMBA, "structured:block", 0.9, "of axis 'block': .* of 2 units; possible shares: 0.5$"),
         (MAMBA2, "structured:head", 0.9, "of axis 'head': .* about 0.4 of 4; shares .*: 0.25, 0.5, 0.75$"),
-        (TIGHT, "structured:head", 0.5, "of axis 'head': .* about 1 of 2; shares that it has: none"),
+        (TIGHT, "structured:head", 0.5, "of axis 'head': .* of 2 units; possible shares: none"),
     ],
 )  # fmt: skip
 def test_what_is_impossible_lists_what_is_possible(
@@ -91,7 +91,7 @@ def test_what_is_impossible_lists_what_is_possible(
 def test_sizes_that_stock_code_has_no_word_for_together() -> None:
     """Each alone is fine: 4 heads of 8, and 8 heads of 2; together 8 channels in a stream of 16."""
     with pytest.raises(
-        ValueError, match="pattern 'structured:head=0.5,channel=0.75': 8 channels in all heads"
+        ValueError, match="pattern 'structured:head=0.5,channel=0.75': stock Mamba-2 cannot have 8 channels"
     ):
         ordered(MAMBA2, pattern="structured:head=0.5,channel=0.75")
     assert ordered(MAMBA2, pattern="structured:head=0.5,channel=0.5").sizes == {"head": 2, "channel": 4}

@@ -41,7 +41,7 @@ def test_the_card_of_a_hub_model() -> None:
     assert set(front["tags"]) >= {"mamba", "pruning", "sparse"}
     assert "# mamba, pruned" in page
     assert "| A_log | exact, 2:4 | 1 | 40 | 100 | 40.00 % | 40.00 % | - |" in page
-    assert "Changed to make up for it, in the layers of the targets: `D`." in page
+    assert "Also changed in these layers, to repair the error: `D`." in page
     assert "| dense | 10.00 (9.00 to 11.00) | 1.5000 |  |" in page
     assert "| pruned | 10.50 (9.50 to 11.50) | 1.5000 | +5.00 (+4.00 to +0.00) |" in page
     assert "AutoModelForCausalLM.from_pretrained" in page
@@ -57,7 +57,7 @@ def test_the_card_of_a_local_model_says_what_is_not_known() -> None:
     page = card(report(row(removed="unit"), fingerprint=""), "dir/mine/", format="state-spaces")
     assert {"base_model", "library_name"} & front_matter(page).keys() == set()
     assert "# mine, pruned" in page
-    assert "The perplexity was not measured." in page
+    assert "Perplexity was not measured." in page
     assert "`none were needed`" in page
     assert "stored as `A_log` = 0" in page
     assert "MambaLMHeadModel" in page

@@ -39,7 +39,7 @@ def test_what_differs_is_named() -> None:
         f"torch's instruction set 'Z80' (here {now['instructions']!r})"
     ]
     assert len(machine.differences(now | {"cpu": "abacus", "kernels": "none", "blas": "?"}, now)) == 2
-    assert machine.differences(now | {"blas": "?"}, now) == ["a BLAS that rounds otherwise"]
+    assert machine.differences(now | {"blas": "?"}, now) == ["a BLAS that rounds differently"]
 
 
 def test_what_a_file_says_is_only_data() -> None:
@@ -111,4 +111,4 @@ def test_the_environment_holds_the_kernels_at_a_level() -> None:
     refused = python(command, SPARSESSM_KERNELS="avx9")
     allowed = ", ".join(kernels.LEVELS)
     assert refused.returncode == 1 and refused.stdout == ""
-    assert refused.stderr == f"error: SPARSESSM_KERNELS is 'avx9'; what runs here: {allowed}\n"
+    assert refused.stderr == f"error: SPARSESSM_KERNELS is 'avx9'; allowed here: {allowed}\n"

@@ -81,6 +81,7 @@ def test_the_sentence_about_bytes_names_the_kinds() -> None:
     assert words.startswith("`A_log`, `in_proj` and `out_proj` are 95 % of the bytes of this model. ")
     tied = matrix("", family="head", target="backbone.embeddings.weight")
     assert report(tied, sizes=sizes).honesty().startswith("`embeddings` is 5 % of")
+    assert report(tied, sizes={"embeddings": 500, "norm": 1}).honesty().startswith("`embeddings` is 100 % of")
     assert report(*rows).honesty().startswith("Removed entries are stored as ordinary values")
 
 
@@ -90,7 +91,7 @@ def test_more_damping_than_usual_is_said() -> None:
     more = [matrix("x_proj", 0, damping=0.1), matrix("x_proj", 1, damping=10.0)]
     words = report(row(), *usual, *more).damped()
     assert words == (
-        "2 of 5 Hessians were singular on the calibration windows and took more damping than 0.01 of their "
+        "2 of 5 Hessians were singular on the calibration windows and needed more damping than 0.01 of their "
         "mean diagonal, at most 10 (backbone.layers.1.mixer.x_proj.weight)."
     )
 
@@ -204,6 +205,6 @@ def test_numbers() -> None:
     ],
 )
 def test_what_is_no_record_is_refused_by_path(record: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match=r"^dir/pruning.json: (record format|not a record)"):
+    with pytest.raises(ValueError, match=r"^dir/pruning.json: (record format|not a pruning record)"):
         checked(record, "dir/pruning.json")
     assert checked(None, "dir/pruning.json") is None

@@ -63,7 +63,7 @@ def test_it_is_a_stock_model_to_its_users() -> None:
     assert ours.config.to_dict() == stock.config.to_dict()
     assert ours.generation_config.eos_token_id == [63]
     assert list(ours.parameters()) == []
-    with pytest.raises(ValueError, match="a model of the runtime is not saved"):
+    with pytest.raises(ValueError, match="a model of the runtime cannot be saved"):
         ours.save_pretrained("out")
 
 

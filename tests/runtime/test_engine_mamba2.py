@@ -278,7 +278,7 @@ def test_the_shapes_are_those_of_the_stock_model() -> None:
 
 def test_what_does_not_run_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = SimpleNamespace(model_type="jamba", hidden_act="silu")
-    words = "the runtime does not run model type 'jamba'; what runs: falcon_mamba, mamba, mamba2"
+    words = "the runtime does not run model type 'jamba'; supported: falcon_mamba, mamba, mamba2"
     with pytest.raises(ValueError, match=words):
         runtime.engine_of(config, {}, None)
     monkeypatch.setattr(packed, "of", None)  # refused before any weight is encoded

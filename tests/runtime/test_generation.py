@@ -227,7 +227,9 @@ def test_an_empty_prompt_is_read_as_the_beginning_of_a_text() -> None:
         done = model.generate(prompt, 20)
         assert (done.prompt_ids, done.ids) == ([0], model.generate([0], 20).ids)
     assert [one.prompt_ids for one in model.generate(["", "the"], 2)][0] == [0]
-    with pytest.raises(ValueError, match="prompt is empty, and the model has no token that begins a text"):
+    with pytest.raises(
+        ValueError, match="prompt is empty, and the model has no token for the beginning of a text"
+    ):
         Model(model.engine, model.tokenizer, model.config).generate("", 2)
 
 
@@ -305,5 +307,5 @@ def test_logits(make: Any) -> None:
     with torch.inference_mode():
         expected = stock(torch.tensor([PROMPT])).logits[0]
     assert torch.allclose(pico(make).logits(PROMPT), expected, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="no tokens; logits follow at least one"):
+    with pytest.raises(ValueError, match="no tokens were given; logits need at least one"):
         pico().logits("")

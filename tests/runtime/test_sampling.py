@@ -162,7 +162,7 @@ def test_greedy_uses_no_random_number_and_a_draw_exactly_one() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"temperature": -1.0}, "temperature is -1.0; allowed: 0 .greedy. or a finite number above"),
+        ({"temperature": -1.0}, "temperature is -1.0; allowed: 0 .greedy. or a finite number above 0"),
         ({"temperature": math.nan}, "temperature is nan"),
         ({"temperature": math.inf}, "temperature is inf"),
         ({"temperature": "1"}, "temperature is '1'"),

@@ -243,7 +243,9 @@ def test_a_file_of_other_settings_is_not_continued(changed: dict[str, Any], word
     checkpoint = sparsessm.load("dense")
     analyze(checkpoint, out="out", **SMALL)
     text = Path("out/analysis.json").read_text()
-    with pytest.raises(ValueError, match=f"out/analysis.json was measured otherwise.*{word}.*--force"):
+    with pytest.raises(
+        ValueError, match=f"out/analysis.json was measured with other settings.*{word}.*--force"
+    ):
         analyze(checkpoint, out="out", **{**SMALL, **changed})
     assert Path("out/analysis.json").read_text() == text
     found = analyze(checkpoint, out="out", force=True, **{**SMALL, **changed})
@@ -279,7 +281,7 @@ def test_other_refusals() -> None:
         analyze(checkpoint, sparsities=[0.5, 1.0], **SMALL)
     with pytest.raises(ValueError, match="at least one"):
         analyze(checkpoint, sparsities=[], **SMALL)
-    with pytest.raises(ValueError, match="text.txt is no directory"):
+    with pytest.raises(ValueError, match="text.txt is not a directory"):
         analyze(checkpoint, out="text.txt", **SMALL)
     with pytest.raises(ValueError, match="nowhere: no such file"):
         tolerance.read("nowhere")
@@ -371,7 +373,7 @@ def test_the_command_writes_the_file_and_the_picture() -> None:
     again = run("dense", "-o", "out/deep", "--json", "--price", "none", "-q", *FAST)
     assert json.loads(again.stdout) == document
     line = run("dense", "-o", "out/deep", "-q", "--seed", "1", *FAST, code=1).stderr
-    assert line.startswith("error: out/deep/analysis.json was measured otherwise")
+    assert line.startswith("error: out/deep/analysis.json was measured with other settings")
     assert run("dense", "-o", "out/deep", "-q", "--seed", "1", "--force", *FAST).stdout == ""
 
 

@@ -64,12 +64,12 @@ def refuse_older(model_type: str, groups: int = 1) -> None:
         return
     if issubclass(MODEL_TYPES[model_type], Hybrid):
         raise ValueError(
-            f"model type {model_type!r} needs transformers 5 or newer, here is {transformers.__version__}"
+            f"model type {model_type!r} needs transformers 5 or newer; installed: {transformers.__version__}"
         )
     if groups > 1:
         raise ValueError(
-            f"n_groups is {groups}: transformers before 5 norms the groups of a Mamba-2 together, which is "
-            "not what such models compute; install transformers 5"
+            f"n_groups is {groups}: transformers before 5 normalises all groups of a Mamba-2 together, "
+            "which is wrong for this model; install transformers 5"
         )
 
 

@@ -169,11 +169,11 @@ class Architecture(ABC):
             sizes: axis -> units of each of a layer's axes of that name; what is not named stays as it is.
 
         Raises:
-            ValueError: stock code has no word for them.
+            ValueError: transformers cannot express them.
         """
 
     def sizes(self, axis: str) -> list[int]:
-        """All sizes smaller than now that stock code has a word for, ascending; of each of a layer's axes."""
+        """All sizes smaller than now that transformers can express, ascending; of each of a layer's axes."""
         if axis == "block":
             return list(range(1, len(self.blocks)))
         now = next((a.size for block in self.blocks for a in block.axes if a.name == axis), 1)

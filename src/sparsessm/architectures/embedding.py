@@ -20,7 +20,7 @@ def embedded(embedding: Any, tokens: Tensor) -> Tensor:
         if low < 0 or high >= rows:
             token = int(high) if high >= rows else int(low)
             raise ValueError(
-                f"the text has token {token}, but the model only tokens 0 to {rows - 1}: its tokenizer has "
-                "more tokens than its embedding has rows; use another text or the model's own tokenizer"
+                f"the text has token {token}, but the model has only tokens 0 to {rows - 1}: its tokenizer "
+                "has more tokens than its embedding has rows; use another text or the model's own tokenizer"
             )
     return embedding(tokens)

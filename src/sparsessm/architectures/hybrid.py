@@ -73,7 +73,7 @@ class Hybrid(Architecture):
         self._refresh()
         for mixer in self._mixers():
             if mixer.activation not in ("silu", "swish"):
-                raise ValueError(f"hidden_act is {mixer.activation!r}; one with 'silu' is supported")
+                raise ValueError(f"hidden_act is {mixer.activation!r}; supported: 'silu'")
 
     def _said(self, field: str) -> Any:
         """What the stock configuration says; what its fields are called differs between the families."""
@@ -143,8 +143,8 @@ class Hybrid(Architecture):
         width = self._config.hidden_size
         if inner % width:
             raise ValueError(
-                f"{inner} channels in all: stock {self._config.model_type} takes multiples of hidden_size "
-                f"{width} only"
+                f"stock {self._config.model_type} cannot have {inner} channels; allowed: multiples of "
+                f"hidden_size {width}"
             )
         return inner // width
 

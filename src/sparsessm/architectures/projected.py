@@ -43,11 +43,11 @@ class ProjectedMixer(Mamba2Mixer):
         """
         if cache_params is not None:
             raise ValueError(
-                "stock caches have no place for projected states: generate with sparsessm.runtime, or call "
+                "transformers' caches cannot hold projected states; generate with sparsessm.runtime, or call "
                 "the model with use_cache=False"
             )
         if attention_mask is not None and not bool(attention_mask.all()):
-            raise ValueError("a model with projected states takes no padding")
+            raise ValueError("a model with projected states does not support padding")
         out, _ = KIND.forward(self, hidden_states, None, {})
         assert out is not None
         return out
@@ -78,7 +78,9 @@ def attach(model: Any, directions: Mapping[int, int]) -> None:
 
 def refuse_to_save(*args: Any, **kwargs: Any) -> None:
     """In place of `save_pretrained`, which would write what stock code reads as another model."""
-    raise ValueError("no stock configuration says the shapes of this model; write it with sparsessm.save")
+    raise ValueError(
+        "no stock configuration can describe the shapes of this model; save it with sparsessm.save"
+    )
 
 
 def directions_of(model: Any) -> dict[int, int]:

@@ -68,7 +68,7 @@ class Stack(Architecture):
         if Own.of(model):  # a stock layer of another shape has no place for what it has
             self.structure, self.projects, self.widens = ("block",), False, False
         if config.hidden_act not in ("silu", "swish"):
-            raise ValueError(f"hidden_act is {config.hidden_act!r}; one with 'silu' is supported")
+            raise ValueError(f"hidden_act is {config.hidden_act!r}; supported: 'silu'")
         self.states = int(config.state_size)
         self.blocks = tuple(self._block(i, layer) for i, layer in enumerate(self._backbone.layers))
         self.tied = self._lm_head.weight is self._backbone.embeddings.weight
@@ -170,8 +170,8 @@ class Mamba2(Stack):
             inner = heads * sizes.get("channel", config.head_dim)  # channels of each head
             if inner % config.hidden_size:
                 raise ValueError(
-                    f"{inner} channels in all heads: stock Mamba-2 takes multiples of hidden_size "
-                    f"{config.hidden_size} only"
+                    f"stock Mamba-2 cannot have {inner} channels in all heads; allowed: multiples of "
+                    f"hidden_size {config.hidden_size}"
                 )
             found |= {"num_heads": heads, "head_dim": inner // heads, "expand": inner // config.hidden_size}
         return found

@@ -35,9 +35,9 @@ def rounded(values: Tensor, stored: torch.dtype) -> Tensor:
         if torch.isfinite(values).all():
             name, most = str(stored).removeprefix("torch."), torch.finfo(stored).max
             raise ValueError(
-                f"a new value of {float(values.abs().max()):.3g} does not fit {name}, in which the "
-                f"checkpoint holds it (largest: {most:.6g}); store the model in bfloat16 or float32 first, "
-                "or use repair 'none'"
+                f"a repaired value of {float(values.abs().max()):.3g} does not fit {name}, the dtype of its "
+                f"tensor in the checkpoint (largest: {most:.6g}); store the model in bfloat16 or float32 "
+                "first, or use repair 'none'"
             )
     return held
 

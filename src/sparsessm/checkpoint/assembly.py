@@ -114,7 +114,7 @@ def refuse_misfit(
     missing = [name for name in wanted if name not in shapes]
     if places.prefix and missing and not any(name.startswith(places.prefix) for name in missing):
         raise ValueError(
-            f"{source!r} is a bare backbone without {few(missing)}, and {CONFIG} does not tie that to the "
+            f"{source!r} is a bare backbone without {few(missing)}, and {CONFIG} does not tie it to the "
             "embedding; give the whole model"
         )
     wrong = [
@@ -130,7 +130,7 @@ def refuse_misfit(
     }
     if any(faults.values()):
         told = "; ".join(f"{what}: {few(names)}" for what, names in faults.items() if names)
-        raise ValueError(f"{source!r} does not hold the model of its {CONFIG}: {told}")
+        raise ValueError(f"{source!r}: its tensors do not fit {CONFIG}: {told}")
 
 
 def assemble(opened: Opened) -> Assembled:
@@ -216,7 +216,7 @@ def _checked(opened: Opened, shelf: Shelf | None = None) -> _Checked:
         if dtype in STORED and not finite(tensor):
             not_finite.append(name)
         if name in tensors and differ(name, tensor):
-            raise ValueError(f"{source!r} holds two different tensors for {name}, under its two names")
+            raise ValueError(f"{source!r} holds two different tensors for {name}, under two names")
         if shelf is not None:
             value = tensor.to("meta")
         else:
@@ -288,7 +288,7 @@ def stock_model(
             empty.tie_weights()
             own.give(empty)
     except Exception as error:
-        raise ValueError(f"{source}/{CONFIG} describes no model that can be built: {error}") from error
+        raise ValueError(f"{source}/{CONFIG} does not describe a model that can be built: {error}") from error
     return empty, *untied(empty)
 
 

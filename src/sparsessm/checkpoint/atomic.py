@@ -63,7 +63,7 @@ def replacing(target: Path, *, force: bool = False) -> Iterator[Path]:
             _flush(new)
             if os.path.lexists(target):
                 if not force:
-                    raise FileExistsError(f"{target} came into being while it was being written")
+                    raise FileExistsError(f"{target} appeared while the result was being written")
                 os.rename(target, old)
             os.rename(new, target)
         _flush_directory(target.parent)
@@ -108,7 +108,9 @@ def refuse_target(path: str | os.PathLike[str], *, replaced: bool = True) -> Pat
     """
     shown = os.fspath(path)
     if not os.fsdecode(shown) or "\0" in shown or not is_text(shown):
-        raise ValueError(f"{shown!r} cannot be made: not the name of a directory (UTF-8, no zero byte)")
+        raise ValueError(
+            f"{shown!r} cannot be made: the name of a directory is not empty, is UTF-8 and has no zero byte"
+        )
     try:
         target = Path(path).resolve()
         if target.is_symlink():  # what Python 3.13 makes of a circle
@@ -166,16 +168,16 @@ def nearest_directory(folder: Path, shown: str) -> Path:
 def _refuse_place(target: Path, shown: str) -> None:
     here = Path.cwd()
     if target == here or target in here.parents:
-        raise ValueError(f"{shown!r} is the current directory, or it is in it; name a directory inside it")
+        raise ValueError(f"{shown!r} is or contains the current directory; name a directory inside it")
     if os.path.ismount(target):
-        raise ValueError(f"{shown!r} is a mount point, which nothing can replace; name a directory inside it")
+        raise ValueError(f"{shown!r} is a mount point, which cannot be replaced; name a directory inside it")
 
 
 def _refuse_long(target: Path, nearest: Path, shown: str) -> None:
     most = _longest_name(nearest)
     for part in target.relative_to(nearest).parts:
         if (size := len(os.fsencode(part))) > most:
-            raise ValueError(f"{shown!r} cannot be made: a name of {size} bytes, at most {most} here")
+            raise ValueError(f"{shown!r} cannot be made: its name has {size} bytes; allowed here: {most}")
     try:
         longest = os.pathconf(nearest, "PC_PATH_MAX")
     except (OSError, ValueError):
@@ -183,17 +185,17 @@ def _refuse_long(target: Path, nearest: Path, shown: str) -> None:
     size = len(os.fsencode(target.parent / _prefix(target))) + _INSIDE
     if size > longest:
         raise ValueError(
-            f"{shown!r} cannot be made: paths in it have up to {size} bytes, at most {longest} here"
+            f"{shown!r} cannot be made: paths in it have up to {size} bytes; allowed here: {longest}"
         )
 
 
 def _refuse_fixed(target: Path, shown: str) -> None:
     """Refuse a directory that cannot be moved aside."""
     if target.is_dir() and not os.access(target, os.W_OK | os.X_OK):
-        raise ValueError(f"{shown!r} cannot be replaced: no right to write in it")
+        raise ValueError(f"{shown!r} cannot be replaced: no permission to write in it")
     parent, me = target.parent.stat(), os.geteuid()
     if parent.st_mode & stat.S_ISVTX and me not in (0, parent.st_uid, target.stat().st_uid):
-        raise ValueError(f"{shown!r} cannot be replaced: it is somebody else's")
+        raise ValueError(f"{shown!r} cannot be replaced: it belongs to another user")
 
 
 def _try(target: Path, nearest: Path) -> None:

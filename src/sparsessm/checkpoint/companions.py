@@ -120,11 +120,11 @@ def carried(folder: Folder) -> tuple[dict[str, bytes], tuple[str, ...]]:
         room -= 0 if known else size
     notes = []
     if left:
-        what = f"left out of what is written: {few([ascii(name)[1:-1] for name in sorted(left)])}"
+        what = f"not carried over into the result: {few([ascii(name)[1:-1] for name in sorted(left)])}"
         notes.append(what)
     if missing := sorted(name for name in _code_named(files) if name not in files):
         notes.append(
-            f"auto_map names files that are not there: {few([ascii(name)[1:-1] for name in missing])}"
+            f"auto_map names files that do not exist: {few([ascii(name)[1:-1] for name in missing])}"
         )
     return files, tuple(notes)
 
@@ -293,7 +293,9 @@ def refuse_pointer(folder: Folder, name: str) -> None:
     except OSError:
         return  # whoever needs the file says so
     if pointer:
-        raise ValueError(f"{path}: a pointer of git-lfs, not the file itself; fetch it with `git lfs pull`")
+        raise ValueError(
+            f"{path}: this is a git-lfs pointer, not the file itself; fetch it with `git lfs pull`"
+        )
 
 
 def _refuse_adapter(source: str, folder: Folder) -> None:
@@ -307,7 +309,7 @@ def _refuse_adapter(source: str, folder: Folder) -> None:
     weights = (SAFETENSORS, BIN, f"{SAFETENSORS}.index.json", f"{BIN}.index.json", PACKED)
     if any((folder.path / name).exists() for name in weights):
         raise ValueError(
-            f"{source!r} holds an adapter (PEFT){of} beside a model, which alone would be pruned or run "
-            f"without it; {merge}, or move the files adapter_* away to take the model as it is"
+            f"{source!r} holds an adapter (PEFT){of} beside a model, and the model would be used without "
+            f"it; {merge}, or move the files adapter_* away to use the model alone"
         )
     raise ValueError(f"{source!r} is an adapter (PEFT){of}, not a model; {merge}")

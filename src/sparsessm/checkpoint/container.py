@@ -147,7 +147,7 @@ class Tensors(Unread):
         }
         if any(faults.values()):
             told = "; ".join(f"{what}: {few(names)}" for what, names in faults.items() if names)
-            raise ValueError(f"{header.file} does not hold the model of its config.json: {told}")
+            raise ValueError(f"{header.file}: its tensors do not fit config.json: {told}")
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:

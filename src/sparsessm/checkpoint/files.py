@@ -105,7 +105,7 @@ def tensor_names(stock: StockFiles) -> dict[Path, list[str]]:
 
 def _readable(file: Path) -> Path:
     if not os.access(file, os.R_OK):
-        raise ValueError(f"{file}: no right to read it")
+        raise ValueError(f"{file}: no permission to read it")
     return file
 
 
@@ -150,7 +150,7 @@ def read_bin(file: Path) -> Iterator[tuple[str, Tensor]]:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
         asked = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f"it asks for {asked[1]}" if asked else "it is no plain pickle of tensors"
+        what = f"it asks for {asked[1]}" if asked else "it is not a plain pickle of tensors"
         reason = f"not a file of plain tensors; refused, nothing in it was executed ({what})"
         raise ValueError(f"{file}: {reason}") from error
     except Exception as error:  # the zip reader has a different one in each release
@@ -162,7 +162,7 @@ def read_bin(file: Path) -> Iterator[tuple[str, Tensor]]:
             raise ValueError(f"{file}: expected a tensor, got {type(tensor).__name__} under {name!r}")
         plain = tensor.layout == torch.strided and not tensor.is_nested and tensor.device.type == "cpu"
         if not plain or tensor.is_quantized:
-            raise ValueError(f"{file}: {name!r} is no plain dense tensor")
+            raise ValueError(f"{file}: {name!r} is not a plain dense tensor")
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise ValueError(f"{file}: {name!r} is larger than the data that it has")
         yield name, tensor

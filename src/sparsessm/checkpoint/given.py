@@ -50,7 +50,7 @@ def working(checkpoint: Any, what: str) -> Iterator[None]:
         other = _workers.get(key)
         if other is not None and other[0] != mine:
             raise ValueError(
-                f"{what}: another thread is in {other[1]} with this model; load it once for each"
+                f"{what}: another thread is in {other[1]} with this model; load it once for each thread"
             )
         _workers[key] = other or (mine, what)
     try:
@@ -100,14 +100,14 @@ def refuse_changed(checkpoint: Checkpoint) -> None:
 def _unlike_loaded(tensor: torch.Tensor) -> str | None:
     """What a parameter has that `load` never gives it, None if there is nothing."""
     if tensor.is_meta:
-        return "is on the meta device: it has a shape and no values; load the model anew"
+        return "is on the meta device, so it has no values; load the model anew"
     if tensor.device.type != "cpu":
         return f"is on {tensor.device}; move the model back with model.cpu()"
     if tensor.is_quantized or tensor.is_nested or tensor.layout != torch.strided:
         kind = "quantised" if tensor.is_quantized else "nested" if tensor.is_nested else str(tensor.layout)
-        return f"is a tensor of another kind ({kind}); plain dense tensors are needed"
+        return f"is not a plain dense tensor ({kind}); load the model anew"
     if type(tensor) is not nn.Parameter or type(tensor.data) is not torch.Tensor:
-        return f"is a {type(tensor.data).__name__}; plain dense tensors are needed"
+        return f"is a {type(tensor.data).__name__}, not a plain dense tensor; load the model anew"
     if tensor.dtype != torch.float32:
         return f"is {tensor.dtype}; convert the model back with model.float(), as load made it"
     return None

@@ -81,9 +81,7 @@ def config_fields(kind: str, fields: Mapping[str, Any]) -> dict[str, Any]:
             model can have; names it, and what is allowed.
     """
     if fields.get("per_layer_config"):
-        raise ValueError(
-            "per_layer_config is not supported; only models whose layers share one configuration"
-        )
+        raise ValueError("per_layer_config is not supported; all layers must share one configuration")
     known, whole = _known(kind)
     kept: dict[str, Any] = {}
     for name in fields.keys() & known:
@@ -108,11 +106,12 @@ def config_notes(fields: Mapping[str, Any]) -> tuple[str, ...]:
     for name, value in asked.items():
         what = "experts" if "experts" in name else "attention"
         notes.append(
-            f"config.json asks for {name} {short(value)}; {what} is computed by transformers' own code here"
+            f"config.json asks for {name} {short(value)}, which is not used here: transformers' own code "
+            f"computes {what}"
         )
     if fields.get("auto_map"):
         notes.append(
-            "config.json names code of its own (auto_map); it is not run, the model is transformers' own"
+            "config.json names its own code (auto_map); it is not run: transformers' own model is used"
         )
     return tuple(notes)
 
@@ -218,9 +217,9 @@ def generation_fields(fields: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[
             wrong.append(f"{short(name)[1:-1]} {short(value)}")
     notes = []
     if wrong:
-        notes.append(f"generation_config.json: not a value that can be followed: {few(wrong)}")
+        notes.append(f"generation_config.json: ignored impossible values: {few(wrong)}")
     if unknown:
-        notes.append(f"generation_config.json: not followed here: {few([short(n)[1:-1] for n in unknown])}")
+        notes.append(f"generation_config.json: ignored fields: {few([short(n)[1:-1] for n in unknown])}")
     return kept, tuple(notes)
 
 

@@ -184,7 +184,9 @@ class Opened:
         )
         if layers > len(self.names):
             what = "tensors" if self.packed is None else "packed tensors"
-            raise ValueError(f"{self.source}/{CONFIG}: {layers} layers, but only {len(self.names)} {what}")
+            raise ValueError(
+                f"{self.source}/{CONFIG}: it has {layers} layers, but there are only {len(self.names)} {what}"
+            )
 
 
 def open_checkpoint(source: str | os.PathLike[str] | Opened) -> Opened:
@@ -250,7 +252,9 @@ def _found(source: str, weights: bool) -> Path:
             snapshot_download(source, allow_patterns=["pytorch_model*.bin"])
     except Exception as error:  # a dozen kinds, by cause: offline, unknown, private, interrupted
         reason = first_line(error)
-        raise ValueError(f"{source!r} is no directory here, and the hub did not give it: {reason}") from error
+        raise ValueError(
+            f"{source!r} is not a local directory, and the hub did not provide it: {reason}"
+        ) from error
     return folder
 
 

@@ -182,9 +182,11 @@ def pack(
     opened = open_checkpoint(source)
     if opened.packed is not None:
         if not opened.own:
-            raise ValueError(f"{source!r} is packed already; unpack it first, or pack what it was made from")
+            raise ValueError(
+                f"{source!r} is already packed; unpack it first, or pack the model it was made from"
+            )
         if any(name.endswith(".scale") for name in opened.packed.spans):
-            raise ValueError(f"{source!r} is in int8 already; pack what it was made from")
+            raise ValueError(f"{source!r} is already in int8; pack the model it was made from")
     checkpoint = reading.load(opened, tokenizer=tokenizer)
     tensors = _encoded(checkpoint, opened.record or {}, dtype, head)
     sizes = {name: tensor.nbytes for name, tensor in _stored(checkpoint)}
@@ -193,7 +195,7 @@ def pack(
     notes = checkpoint.notes
     if checkpoint.extra:  # the format has the tensors of the model and no others
         names = few([ascii(name)[1:-1] for name in sorted(checkpoint.extra)])
-        notes = (*notes, f"left out, as transformers does not count them to the model: {names}")
+        notes = (*notes, f"not in the packed file, because transformers does not load them: {names}")
     return Packing(tensors, sizes, (Path(out) / PACKED).stat().st_size, notes)
 
 
@@ -287,7 +289,9 @@ def _held(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint in memory, which was chosen when it was loaded."""
     if given is not None:
-        raise ValueError("the tokenizer of a loaded checkpoint is fixed; name it when loading")
+        raise ValueError(
+            "the tokenizer of a loaded checkpoint cannot be changed; name it when you load the checkpoint"
+        )
     return tokenizer
 
 

@@ -144,7 +144,8 @@ def _mamba2(ssm: Mapping[str, Any], width: int) -> dict[str, Any]:
     groups = _count(ssm, "ngroups", 1, "ssm_cfg.")
     if inner % size or inner // size % groups:
         raise ValueError(
-            f"ssm_cfg: {inner} channels (expand * d_model) are no heads of headdim {size} in {groups} groups"
+            f"ssm_cfg: {inner} channels (expand * d_model) do not divide into heads of headdim {size} in "
+            f"{groups} groups"
         )
     return {
         "state_size": _count(ssm, "d_state", 128, "ssm_cfg."),

@@ -170,7 +170,7 @@ def _staged(source: Folder) -> Iterator[Path]:
         elif asked and source.has("tokenizer.json"):  # a class of its own code, or none at all
             known["tokenizer_class"] = "PreTrainedTokenizerFast"
         elif "auto_map" in fields and not any(is_vocabulary(path.name) for path in folder.iterdir()):
-            raise ValueError("it is made by code of its own (auto_map), which is not run")
+            raise ValueError("it needs its own code (auto_map), which is not run")
         _write(folder / CONFIGURATION, known)
         for name in _MAPS:
             if source.has(name):
@@ -242,7 +242,7 @@ def _endless(value: Any) -> bool:
 def _tried(tokenizer: Any) -> PreTrainedTokenizerBase:
     """The tokenizer, after it has met a text: some files are only found to be broken then."""
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise ValueError(f"a {type(tokenizer).__name__} is no tokenizer")
+        raise ValueError(f"a {type(tokenizer).__name__} is not a tokenizer")
     for text in ("", "a b\n", "\u00e9\u4e00 \U0001f600\t12"):
         with suppress(Exception):  # a vocabulary of other characters
             tokenizer(text, verbose=False)
@@ -277,4 +277,4 @@ def _panics_hushed() -> Iterator[None]:
 def _refuse_panic(error: BaseException, what: str) -> None:
     """Say what the tokenizers' native code raises beside all exceptions."""
     if type(error).__name__ == _PANIC:
-        raise ValueError(f"{what}: its library stopped on it ({first_line(error)})") from error
+        raise ValueError(f"{what}: the library of tokenizers failed ({first_line(error)})") from error

@@ -50,14 +50,14 @@ def refuse_existing(path: str | os.PathLike[str], force: bool, source: str | Non
             raise ValueError(f"{shown!r} overlaps the source {source!r}; write the result somewhere else")
     if target.exists():
         if not target.is_dir():
-            raise ValueError(f"{shown!r} is a file; the result is a directory")
+            raise ValueError(f"{shown!r} is a file; name a directory for the result")
         if not force:
             raise ValueError(
                 f"{shown!r} exists; choose another name, or replace it with force=True (--force)"
             )
         if any(target.iterdir()) and (foreign := _foreign(target)):
             raise ValueError(
-                f"{shown!r} is not replaced: it is no checkpoint ({foreign}); remove it yourself"
+                f"{shown!r} is not replaced, because it is not a checkpoint ({foreign}); remove it yourself"
             )
 
 
@@ -214,7 +214,7 @@ def stock_weights(checkpoint: Checkpoint) -> Callable[[Path], None]:
 def _as_stored(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     value = tensor.detach().to(dtype).contiguous()
     if not torch.isfinite(value).all():
-        raise ValueError(f"{name} is NaN or Inf as {value.dtype}; not written")
+        raise ValueError(f"{name} has NaN or Inf values in {value.dtype} and is not written")
     return value
 
 
@@ -319,7 +319,7 @@ def _refuse_misfit(checkpoint: Checkpoint, fields: dict[str, Any] | None) -> Non
     held, _ = untied(checkpoint.model)
     wrong = [name for name in held if name not in expected or held[name].shape != expected[name].shape]
     if wrong := wrong + [name for name in expected if name not in held]:
-        raise ValueError(f"{CONFIG} cannot say the shapes of this model: {few(wrong)}")
+        raise ValueError(f"{CONFIG} cannot describe the shapes of this model: {few(wrong)}")
 
 
 def _name_tokenizer_class(file: Path) -> None:

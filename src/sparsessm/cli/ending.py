@@ -103,7 +103,7 @@ def refuse_surroundings(arguments: Sequence[str]) -> None:
     for argument in arguments:
         if not is_text(argument):
             raise ValueError(
-                f"argument '{argument}' is not UTF-8, which names must be that go into JSON; rename it"
+                f"argument '{argument}' is not UTF-8; rename the file, because names are written to JSON"
             )
     for name, zero in THREADS.items():
         text = os.environ.get(name, "").strip()

@@ -94,7 +94,7 @@ def from_json(
         found = dict(pairs)
         if strict and len(found) < len(pairs):
             twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-            raise ValueError(f"{short(twice)} is there twice")
+            raise ValueError(f"{short(twice)} appears twice")
         return hook(found) if hook else found
 
     options: dict[str, Any] = {"parse_constant": _no_number} if strict else {}
@@ -143,12 +143,12 @@ def _too_deep() -> str:
 
 def _whole(digits: str) -> int:
     if len(digits) > _MOST_DIGITS:
-        raise ValueError(f"a whole number of {len(digits)} digits; at most {_MOST_DIGITS}")
+        raise ValueError(f"a whole number of {len(digits)} digits; allowed: {_MOST_DIGITS}")
     return int(digits)
 
 
 def _no_number(constant: str) -> None:
-    raise ValueError(f"{constant} is no number of JSON")
+    raise ValueError(f"{constant} is not a JSON number")
 
 
 def _refuse_deep(value: Any, halves: bool) -> None:
@@ -164,7 +164,7 @@ def _refuse_deep(value: Any, halves: bool) -> None:
             elif isinstance(part, list):
                 inner += part
             elif halves and isinstance(part, str) and not is_text(part):
-                raise ValueError(f"not a Unicode text: half of a surrogate pair in {short(part)}")
+                raise ValueError(f"not a Unicode text: an unpaired surrogate in {short(part)}")
         if inner and depth > MOST_DEPTH:
             raise ValueError(_too_deep())
         level = inner
@@ -175,14 +175,16 @@ def _plain(node: yaml.Node, depth: int, left: list[int]) -> Any:
     line = f"line {node.start_mark.line + 1}"
     left[0] -= 1
     if left[0] < 0:
-        raise ValueError(f"more than {_MOST_VALUES:,} values, its aliases written out")
+        raise ValueError(f"more than {_MOST_VALUES:,} values after its aliases are expanded")
     if depth > MOST_DEPTH + 1:  # an alias of what it is in has no end
         raise ValueError(f"{line}: {_too_deep()}")
     if isinstance(node, yaml.SequenceNode):
         return [_plain(part, depth + 1, left) for part in node.value]
     if not isinstance(node, yaml.MappingNode):
         if not is_text(node.value):
-            raise ValueError(f"line {node.start_mark.line + 1}: half of a surrogate pair, which is no text")
+            raise ValueError(
+                f"line {node.start_mark.line + 1}: an unpaired surrogate, which is not valid text"
+            )
         return node.value
     found: dict[str, Any] = {}
     for key, value in node.value:
@@ -190,6 +192,6 @@ def _plain(node: yaml.Node, depth: int, left: list[int]) -> Any:
         if not isinstance(key, yaml.ScalarNode):
             raise ValueError(f"{line}: the name of a field is not a text")
         if key.value in found:
-            raise ValueError(f"{line}: {short(key.value)} is there twice")
+            raise ValueError(f"{line}: {short(key.value)} appears twice")
         found[key.value] = _plain(value, depth + 1, left)
     return found

@@ -58,7 +58,7 @@ def read_texts(data: str, column: str | None = None) -> list[str]:
         files = _files_below(path)
         if not files:
             known = ", ".join((*FILE_TYPES, f"these with {PACKED}"))
-            raise ValueError(f"no file of a known type below it; known: {known}")
+            raise ValueError(f"it contains no file of a known type; known: {known}")
         if column is not None and all(file_type(file) == ".txt" for file in files):
             raise ValueError(f"column {column!r} has no effect: all its files are .txt")
     except ValueError as error:

@@ -277,7 +277,7 @@ def stdlib_modules(*, held_out: bool | None, tests: bool = False) -> Iterator[tu
     root = Path(sysconfig.get_path("stdlib"))
     if not root.is_dir():
         raise ValueError(
-            "data 'stdlib': this Python keeps its standard library in no directory; use a local file"
+            "data 'stdlib': the standard library of this Python is not in a directory; use a local file"
         )
     found = []
     for folder, folders, files in os.walk(root):
@@ -377,5 +377,5 @@ def _download(row: Dataset, split: str, column: str | None = None) -> list[str]:
 
 def _too_short(data: str, tokens: int, length: int) -> str:
     return (
-        f"data {data!r}: its text has {tokens} tokens, less than one window of {length}; use a shorter length"
+        f"data {data!r}: its text has {tokens} tokens, fewer than a window of {length}; use a shorter length"
     )

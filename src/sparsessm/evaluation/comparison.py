@@ -142,8 +142,8 @@ def perplexities(results: Mapping[str, Perplexity]) -> Comparison:
     ]
     notes = []
     if others := [model for model in results if model not in same]:
-        names = f"The tokenizer of {', '.join(others)} cuts the text otherwise than that of {first}"
-        notes.append(f"{names}: the perplexities do not compare, bits per byte do.")
+        names = f"The tokenizer of {', '.join(others)} splits the text differently from that of {first}"
+        notes.append(f"{names}: compare bits per byte, not perplexities.")
     title = f"Perplexity on {dense.data}, {dense.windows} windows of {dense.length} tokens"
     return Comparison({"models": lines}, title, *perplexity_table(records, changed), 1, notes)
 
@@ -189,8 +189,8 @@ def _notes(results: Mapping[str, ZeroShot]) -> list[str]:
     for model, result in results.items():
         for score in result.scores:
             if score.truncated:
-                cut = f"longer than the {result.length} tokens of {model} and lost their beginning."
-                notes.append(f"Requests of {score.task}: {score.truncated} were {cut}")
+                cut = f"longer than the {result.length} tokens of {model}, so their beginning was cut off."
+                notes.append(f"{score.task}: {score.truncated} requests were {cut}")
     return notes
 
 

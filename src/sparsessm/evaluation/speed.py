@@ -230,12 +230,12 @@ def _notes(subjects: Sequence[Subject], phases: Sequence[Phase], memory: Bandwid
     notes = []
     if not first.packed:
         notes.append(
-            f"{first.name} is a stock checkpoint and measured as dense: its zeros are read like any other "
-            "number; `sparsessm pack` it first."
+            f"{first.name} is a stock checkpoint and was measured as dense: its zeros are read like other "
+            "numbers. To measure it without them, run `sparsessm pack` first."
         )
     for other in subjects[1:]:
         if other.packed:
-            notes.append(f"{other.name} is packed: the ratios are not to a dense model.")
+            notes.append(f"{other.name} is packed, so the ratios do not compare with a dense model.")
         ours, theirs = described(first.config), described(other.config)
         names = [*ours, *(name for name in theirs if name not in ours)]
         if differ := [name for name in names if ours.get(name) != theirs.get(name)]:
@@ -245,21 +245,21 @@ def _notes(subjects: Sequence[Subject], phases: Sequence[Phase], memory: Bandwid
             mine, its = (", ".join(each.stored[part]["dtypes"]) for each in (first, other))
             if mine != its:
                 notes.append(
-                    f"The {part} are {mine} and {its}: the ratios are of precision too, not of zeros alone."
+                    f"The {part} are {mine} and {its}: the ratios show precision too, not only zeros."
                 )
     alone = next((phase for phase in phases if phase.name == "decode" and phase.batch == 1), None)
     for number, each in enumerate(subjects):
         if alone and each.engine.nbytes / alone.seconds(number).median / 1e9 > memory.read.median:
             notes.append(
-                f"{each.name} is read faster than memory is: a cache holds its weights, and what it saves in "
-                "bytes is not what it saves in time."
+                f"{each.name} is read faster than memory allows: its weights are in a cache, so saving bytes "
+                "does not save as much time."
             )
     if not all(phase.watched for phase in phases):
-        notes.append("This system does not say how long threads wait for a core: no round was dropped.")
+        notes.append("This system does not report how long threads wait for a core, so no round was dropped.")
     if disturbed := [phase for phase in phases if phase.disturbed]:
         told = ", ".join(f"{phase.name} at batch {phase.batch}" for phase in disturbed)
         notes.append(
             f"The machine was busy: fewer than {timing.FEWEST} rounds were undisturbed ({told}), so all of "
-            "them count; threads that wait for a core look alike at any speed. Measure again."
+            "them count, and the figures are unreliable. Measure again."
         )
     return notes

@@ -172,7 +172,7 @@ def language_model(checkpoint: Checkpoint) -> Any:
             return super().loglikelihood_rolling(requests, disable_tqdm=True)
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-            raise ValueError("text is not generated here")
+            raise ValueError("tasks that generate text are not supported")
 
     with _quiet():
         return FastLM(

@@ -57,7 +57,7 @@ def extension() -> Any:
         RuntimeError: it is not built, or switched off.
     """
     if _native is None or LEVEL == "reference":
-        raise RuntimeError("the native kernels are not there")
+        raise RuntimeError("the native kernels are not installed")
     return _native
 
 

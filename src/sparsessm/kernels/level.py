@@ -22,5 +22,5 @@ def asked(levels: Sequence[str]) -> str:
     """
     name = os.environ.get("SPARSESSM_KERNELS") or levels[-1]
     if name not in levels:
-        raise ValueError(f"SPARSESSM_KERNELS is {name!r}; what runs here: {', '.join(levels)}")
+        raise ValueError(f"SPARSESSM_KERNELS is {name!r}; allowed here: {', '.join(levels)}")
     return name

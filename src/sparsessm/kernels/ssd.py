@@ -121,7 +121,7 @@ def _check(
     if 0 in (windows, heads, channels):
         raise ValueError(f"u has shape {tuple(u.shape)}; W, H and P must be at least 1")
     if groups < 1 or heads % groups:
-        raise ValueError(f"B has {groups} groups, which {heads} heads do not divide into")
+        raise ValueError(f"{heads} heads do not divide into {groups} groups of B")
     if states < 1:
         raise ValueError("B has no states")
     if every < 0:

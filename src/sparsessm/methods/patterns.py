@@ -73,7 +73,7 @@ AXES = ("state", "channel", "head", "block")
 class Structured:
     """Whole units of an axis are removed, from every tensor that shares it: matrices get smaller.
 
-    Every layer loses the same number, so that stock code has a word for what is left.
+    Every layer loses the same number, so that transformers can express what is left.
 
     Attributes:
         shares: axis -> share of its units that is removed, None: the recipe's sparsity. Without any axis the
@@ -129,12 +129,12 @@ def _structured(text: str) -> Structured:
             share = math.nan
         if axis not in AXES or axis in shares or (share is not None and not 0 < share < 1):
             raise ValueError(
-                f"pattern {text!r}: {part!r} is no axis; known: {', '.join(AXES)}, each once, as in "
+                f"pattern {text!r}: {part!r} is not an axis; known: {', '.join(AXES)}, each once, as in "
                 "'structured:state', or with shares between 0 and 1, as in 'structured:state=0.5,block=0.1'"
             )
         shares[axis] = share
     if len(shares) > 1 and None in shares.values():
-        raise ValueError(f"pattern {text!r}: several axes need a share each, as in 'state=0.5,block=0.1'")
+        raise ValueError(f"pattern {text!r}: give each of several axes a share, as in 'state=0.5,block=0.1'")
     return Structured(tuple(shares.items()))
 
 

@@ -67,7 +67,7 @@ def _by_loss(architecture: Architecture, tokens: Tensor, count: int, steps: Step
             costs[best] = _loss_without(architecture, tokens, [*gone, best]) - before
             asked.add(best)
         if not math.isfinite(costs[best]):
-            raise ValueError("the cost of removing a block is not finite, of whichever")
+            raise ValueError("the cost of removing a block is not finite for any block")
         gone.append(best)
         before += costs[best]
         steps()
@@ -81,7 +81,7 @@ def _by_change(architecture: Architecture, tokens: Tensor, count: int, steps: St
     for _ in range(count):
         open_ = [index for index in _may_go(architecture, gone) if math.isfinite(costs[index])]
         if not open_:
-            raise ValueError("the cost of removing a block is not finite, of whichever")
+            raise ValueError("the cost of removing a block is not finite for any block")
         gone.append(min(open_, key=lambda index: costs[index]))
         steps()
     return gone
@@ -90,7 +90,7 @@ def _by_change(architecture: Architecture, tokens: Tensor, count: int, steps: St
 def _may_go(architecture: Architecture, gone: Sequence[int]) -> list[int]:
     if open_ := architecture.may_go(gone):
         return open_
-    raise ValueError(f"no more than {len(gone)} blocks can go: stock code needs those that are left")
+    raise ValueError(f"at most {len(gone)} blocks can be removed: stock code needs the others")
 
 
 def _loss_without(architecture: Architecture, tokens: Tensor, gone: Sequence[int]) -> float:

@@ -26,7 +26,7 @@ from sparsessm.pruning.blocks import chosen_blocks
 from sparsessm.pruning.units import shrink
 from sparsessm.recipe.sizes import INNER, Order, possible, size_of
 
-TRIED = (0.25, 0.5)  # shares of an axis that are tried, as near as stock code has a word for
+TRIED = (0.25, 0.5)  # shares of an axis that are tried, as near as transformers can express
 TRIAL_TOKENS = 16_384  # that a trial is calibrated on
 HELD_TOKENS = 8_192  # and measured on, at most
 SLACK = 0.01  # of all parameters: by how much less or more may go than was asked for
@@ -123,14 +123,14 @@ def cheapest(architecture: Architecture, trials: list[Trial], share: float) -> d
             best, found = loss, {axis: size for axis, size in chosen.items() if size < options[axis][0]}
     if not found:
         raise ValueError(
-            f"pattern 'structured': no sizes that stock code has a word for save {share:.3g} of the "
-            f"parameters; the nearest to it is {nearest:.3g}"
+            f"pattern 'structured': transformers cannot express sizes that save {share:.3g} of the "
+            f"parameters; the nearest possible share is {nearest:.3g}"
         )
     return found
 
 
 def _sayable(architecture: Architecture, sizes: Mapping[str, int]) -> bool:
-    """Whether stock code has a word for these sizes together."""
+    """Whether transformers can express these sizes together."""
     try:
         for last in range(1, len(INNER) + 1):
             architecture.fields({axis: sizes[axis] for axis in INNER[:last] if axis in sizes})

@@ -1,6 +1,6 @@
 """From a recipe with a structured pattern to an `Order`: how many units of which axis stay, chosen how.
 
-Place in the flow: what rules.py is for single entries. Sizes are those that stock code has a word for; what
+Place in the flow: what rules.py is for single entries. Sizes are those that transformers can express; what
 is impossible is refused here, before any work.
 """
 
@@ -83,7 +83,7 @@ def order(recipe: Recipe, architecture: Architecture) -> Order:
     """What a recipe with a structured pattern asks of a model.
 
     Raises:
-        ValueError: an axis that the model does not have, a share that stock code has no word for, or a method
+        ValueError: an axis that the model does not have, a share that transformers cannot express, or a method
             that does not choose units of the axis.
     """
     pattern = parse(recipe.pattern or "")
@@ -93,7 +93,7 @@ def order(recipe: Recipe, architecture: Architecture) -> Order:
     method = known[recipe.method or UNITS_DEFAULT]
     if method.projects and not architecture.projects:
         kind = f"this is a {type(architecture).__name__}"
-        why = "those of this one are projected already" if type(architecture).projects else kind
+        why = "the states of this one are projected already" if type(architecture).projects else kind
         raise ValueError(f"method {method.name!r} projects the states of Mamba-2 models; {why}")
     axes = [axis for axis, _ in pattern.shares] or [a for a in AXES if a in architecture.structure]
     if not axes:
@@ -161,7 +161,7 @@ def size_of(architecture: Architecture, axis: str) -> int:
 
 
 def possible(architecture: Architecture, axis: str) -> list[int]:
-    """The sizes below the present one that an axis can have, ascending: those stock code has a word for,
+    """The sizes below the present one that an axis can have, ascending: those transformers can express,
     and of channels multiples of 16 where there are that many."""
     sizes = architecture.sizes(axis)
     if axis == "channel" and size_of(architecture, axis) >= 2 * MULTIPLE:
@@ -200,7 +200,7 @@ def size_for(architecture: Architecture, axis: str, share: float, step: int | No
         some = sizes[:: max(1, len(sizes) // 12)]
         shares = ", ".join(f"{1 - size / now:.3g}" for size in reversed(some))
         raise ValueError(
-            f"sparsity {share:g} of axis {axis!r}: stock code has no word for about {wanted:.4g} of {now}; "
-            f"shares that it has: {shares or 'none'}"
+            f"sparsity {share:g} of axis {axis!r}: transformers cannot express {share:g} of {now} units; "
+            f"possible shares: {shares or 'none'}"
         )
     return int(best)

@@ -33,18 +33,19 @@ def card(report: Report, source: str, *, base_model: str | None = None, format: 
     _, fields = recipe_table(report.recipe)
     same = "model" if report.parameters else "masks"
     repeat = (
-        f"On the same machine with the same number of threads ({report.machine['threads']}) the same recipe "
-        f"gives the same {same}: `sparsessm prune --recipe pruning.json -o DIR`."
+        f"The recipe is in pruning.json. On the same machine with the same number of threads "
+        f"({report.machine['threads']}), the same recipe gives the same {same}: "
+        "`sparsessm prune --recipe pruning.json -o DIR`."
     )
     if report.pruned_before:
-        repeat = "The model in memory had been pruned before: this is its last run, not all that was done."
+        repeat = "The model had been pruned before, in memory. This page describes the last run only."
     text = "\n".join(
         [
             *front,
             "",
             f"# {_name(source)}, pruned",
             "",
-            f"`{source}` pruned in one shot by sparsessm {installed('sparsessm')}, without training.",
+            f"sparsessm {installed('sparsessm')} pruned `{source}` in one shot, without training.",
             "",
             "## What was removed",
             "",
@@ -65,7 +66,7 @@ def card(report: Report, source: str, *, base_model: str | None = None, format: 
             "",
             _LOADING[format],
             "",
-            "## What is left" if report.parameters else "## What it does not do",
+            "## Size and speed",
             "",
             report.honesty(),
             "",
@@ -79,33 +80,29 @@ def _removed(report: Report) -> list[str]:
     lines = _markdown(*removed_table(record["targets"], record["totals"]))
     if report.parameters:
         removed = report.rows[0].removed
-        return [*lines, "", f"A removed unit is gone: {REMOVED_WORDS[removed]}."]
-    lines += [
-        "",
-        "`by tensor`: the least and the most pruned tensor of the kind. `relative error`: the mean over ",
-    ]
-    lines[-1] += "its tensors of the energy of the output error, over that of the output."
+        return [*lines, "", f"What happened to a removed unit: {REMOVED_WORDS[removed]}."]
+    lines += ["", _COLUMNS]
     for removed in dict.fromkeys(row.removed for row in report.rows):
         kinds = dict.fromkeys(f"`{kind_of(row.target)}`" for row in report.rows if row.removed == removed)
         what = f"A removed entry of {', '.join(kinds)} becomes `{removed}`: {REMOVED_WORDS[removed]}."
         lines += ["", what]
     if repaired := dict.fromkeys(kind_of(name) for row in report.rows for name in row.repaired):
         names = ", ".join(f"`{kind}`" for kind in repaired)
-        lines += ["", f"Changed to make up for it, in the layers of the targets: {names}."]
+        lines += ["", f"Also changed in these layers, to repair the error: {names}."]
     return [*lines, *(["", report.damped()] if report.damped() else [])]
 
 
 def _cost(report: Report) -> list[str]:
     records = {name: report.perplexity[name] for name in ("dense", "pruned") if name in report.perplexity}
     if not records:
-        return ["The perplexity was not measured."]
+        return ["Perplexity was not measured."]
     changes = {
         name: report.perplexity["difference"] for name in ("pruned",) if "difference" in report.perplexity
     }
     columns, cells = perplexity_table(records, changes)
     first = next(iter(records.values()))
-    text = f"Measured on {first['windows']} windows of {first['length']} tokens of `{first['data']}`"
-    paired = "; the change is that on the same windows, with its 95 % interval."
+    text = f"Measured on {first['windows']} windows of {first['length']} tokens of `{first['data']}`. "
+    paired = "The change is measured on the same windows; the brackets hold its 95 % interval."
     lines = [*_markdown(columns, cells), "", text + paired]
     return [*lines, *([report.caveat()] if report.caveat() else [])]
 
@@ -118,6 +115,10 @@ def _name(source: str) -> str:
     return re.split(r"[/:\\]", source.rstrip("/\\"))[-1] or source
 
 
+_COLUMNS = (
+    "`range`: the lowest and highest sparsity of one tensor. `relative error`: energy of the output error, "
+    "divided by energy of the output; mean over the tensors."
+)
 _LOADING = {
     "transformers": """\
 No special code is needed:
@@ -129,7 +130,7 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")
 ```""",
     "state-spaces": """\
-It has the format of the original state-spaces checkpoints:
+It has the format of original state-spaces checkpoints:
 
 ```python
 from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
@@ -137,9 +138,9 @@ from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
 model = MambaLMHeadModel.from_pretrained("path/to/this/directory")
 ```
 
-or, without a GPU, `sparsessm.load("path/to/this/directory").model`, a transformers model.""",
+Without a GPU, `sparsessm.load("path/to/this/directory").model` is a transformers model.""",
     "packed": """\
-It is packed, for the runtime of sparsessm:
+It is a packed directory. Run it with sparsessm:
 
 ```python
 import sparsessm
@@ -147,5 +148,5 @@ import sparsessm
 print(sparsessm.runtime.load("path/to/this/directory").generate("Once").text)
 ```
 
-or `sparsessm generate path/to/this/directory "Once"`.""",
+On the command line: `sparsessm generate path/to/this/directory "Once"`.""",
 }

@@ -116,5 +116,5 @@ def _projected(tensors: Mapping[str, Tensor], layer: str) -> int:
 
 def _refuse_fewer(found: int, row: Mapping[str, Any], path: str) -> None:
     if found < row["pruned"]:
-        count = f"{row['pruned']} removed entries, its tensor has {found}"
+        count = f"{row['pruned']} removed entries, but the tensor has {found}"
         raise ValueError(f"{path} does not fit the tensors: it says that {row['target']} has {count}")

@@ -58,7 +58,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         if name != "blas" and isinstance(was, str | int) and name in now and was != now[name]
     ]
     if not found and {"blas"} <= before.keys() & now.keys() and before["blas"] != now["blas"]:
-        found = ["a BLAS that rounds otherwise"]
+        found = ["a BLAS that rounds differently"]
     return found
 
 

@@ -18,13 +18,13 @@ from . import machine
 RECORD_FORMAT = 1
 ENOUGH = 16  # windows; intervals from fewer are too narrow (`evaluation`)
 REMOVED_WORDS = {
-    "memoryless": "its state forgets at once (decay 0; stored as `A_log` = 38, in float16 as 11)",
-    "unit": "its state decays with A = -1 (stored as `A_log` = 0)",
+    "memoryless": "the state forgets at once (decay 0; stored as `A_log` = 38, in float16 as 11)",
+    "unit": "the state decays with A = -1 (stored as `A_log` = 0)",
     "zero": "the connection is gone (stored as 0)",
-    "cut": "every tensor that had a place for it got smaller",
-    "projected": "the state keeps other directions, those of `B_projection` and `C_projection`",
+    "cut": "it was cut out of every tensor that contained it",
+    "projected": "the state was projected to fewer directions by `B_projection` and `C_projection`",
 }
-PACKED_ONLY = "No stock configuration can say this: the directory is packed, for sparsessm alone."
+PACKED_ONLY = "No stock configuration can describe this model: only sparsessm can load this directory."
 
 
 @dataclass(frozen=True)
@@ -172,32 +172,39 @@ class Report:
             gone = percent(self.totals["state"]["sparsity"])
             more = self.parameters["pruned"] - self.parameters["dense"]
             return (
-                f"{gone} of a sequence's state is gone, the model has {more:,} parameters more: layers keep "
-                f"directions that matter. {PACKED_ONLY}"
+                f"{gone} of a sequence's state is gone: each layer keeps the directions that matter. The "
+                f"projections add {more:,} parameters. {PACKED_ONLY}"
             )
         if self.parameters:
             dense, pruned = self.parameters["dense"], self.parameters["pruned"]
             average = " on average" if self.recipe.get("allocation") == "loss" else ""
             where = {"state": " a layer", "head": " a group", "channel": average, "block": ""}
-            kept = ", ".join(f"{axis} {size}{where[axis]}" for axis, size in self.shape.items())
+            kept = ", ".join(
+                f"{size} {axis}{'s' * (size != 1)}{where[axis]}" for axis, size in self.shape.items()
+            )
             return (
-                f"{pruned:,} of {dense:,} parameters are left ({percent(1 - pruned / dense)} gone): {kept}. "
+                f"{pruned:,} of {dense:,} parameters are left ({percent(1 - pruned / dense)} gone). "
+                f"What remains: {kept}. "
             ) + (
                 PACKED_ONLY
                 if self.packed
-                else "A smaller stock model: every runtime computes less, no sparse kernel is needed."
+                else "It is a smaller stock model: it computes less everywhere and needs no sparse kernel."
             )
         kinds = [f"`{kind}`" for kind in dict.fromkeys(kind_of(row.target) for row in self.rows)]
         names = " and ".join(filter(None, [", ".join(kinds[:-1]), *kinds[-1:]]))
         share = self.target_share
         verb = "is" if len(kinds) == 1 else "are"
-        size = "" if share is None else f"{names} {verb} {100 * share:.2g} % of the bytes of this model. "
+        size = (
+            ""
+            if share is None
+            else f"{names} {verb} {float(f'{100 * share:.2g}'):g} % of the bytes of this model. "
+        )
         if self.packed:
-            return f"{size}Removed entries are left out where that takes less room. {PACKED_ONLY}"
+            return f"{size}Removed entries are not stored if that takes fewer bytes. {PACKED_ONLY}"
         return size + (
-            "Removed entries are stored as ordinary values in tensors of the same shape: "
-            "zeros or other constants alone make neither the file smaller nor the model faster. "
-            "`sparsessm pack` leaves them out."
+            "Removed entries are stored as ordinary values in tensors of the same shape. "
+            "This alone makes neither the file smaller nor the model faster. "
+            "`sparsessm pack` writes a directory without them."
         )
 
     def damped(self) -> str:
@@ -207,7 +214,7 @@ class Report:
         few = [f"{row.target} ({row.tokens})" for row in experts if row.method == "magnitude"]
         wanted = self.recipe.get("method") == "magnitude"
         starved = (
-            f"{len(few)} of {len(experts)} matrices of experts saw fewer calibration tokens than they have "
+            f"{len(few)} of {len(experts)} expert matrices saw fewer calibration tokens than they have "
             f"inputs and were pruned by magnitude: {', '.join(few[:8])}{' ...' if len(few) > 8 else ''}. "
             if few and not wanted
             else ""
@@ -218,7 +225,7 @@ class Report:
             return starved.strip()
         most = max(more, key=lambda target: more[target])
         return starved + (
-            f"{len(more)} of {len(shares)} Hessians were singular on the calibration windows and took more "
+            f"{len(more)} of {len(shares)} Hessians were singular on the calibration windows and needed more "
             f"damping than {DAMPING:g} of their mean diagonal, at most {more[most]:g} ({most})."
         )
 
@@ -230,12 +237,15 @@ class Report:
         sentences = []
         if self.fingerprint and data == measured.get("data") and data not in DATASETS:
             sentences.append(
-                f"{data} has no held-out part: the perplexity was measured on the same text "
-                "as the calibration, so it may flatter the result."
+                f"{data} has no held-out part. Perplexity was measured on the text of the calibration, "
+                "so the result may look better than it is."
             )
         if windows < ENOUGH:
-            few = f"95 % intervals from fewer than {ENOUGH} are too narrow" if windows > 1 else "no interval"
-            sentences.append(f"Windows measured: {windows}; {few}.")
+            sentences.append(
+                f"Only {windows} windows were measured; intervals from fewer than {ENOUGH} are too narrow."
+                if windows > 1
+                else "Only one window was measured, so there is no 95 % interval."
+            )
         return " ".join(sentences)
 
 
@@ -271,7 +281,7 @@ def removed_table(
             cells.append(
                 [f"all {family}", "", str(total["tensors"]), *counts, "", number(total["error"], ".2e")]
             )
-    return ["kind", "by", "tensors", "removed", "of", "share", "by tensor", "relative error"], cells
+    return ["kind", "method", "tensors", "removed", "of", "sparsity", "range", "relative error"], cells
 
 
 def targets_table(
@@ -286,7 +296,7 @@ def targets_table(
     for family, total in totals.items():
         counts = _counts(total["pruned"], total["entries"])
         cells.append([f"all {family}", "", *counts, number(total["error"], ".2e")])
-    return ["target", "by", "removed", "of", "share", "relative error"], cells
+    return ["target", "method", "removed", "of", "sparsity", "relative error"], cells
 
 
 def recipe_table(recipe: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -334,7 +344,7 @@ def checked(record: dict[str, Any] | None, path: str) -> dict[str, Any] | None:
         removed_table(record["targets"], record["totals"])
         dict(record["recipe"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: not a record of a pruning ({type(error).__name__}: {error})") from None
+        raise ValueError(f"{path}: not a pruning record ({type(error).__name__}: {error})") from None
     return record
 
 

@@ -130,7 +130,7 @@ def refuse_unsupported(config: Any) -> None:
     """
     refuse_type(model_type(config))
     if (activation := optional(config, "hidden_act", "silu")) not in ("silu", "swish"):
-        raise ValueError(f"hidden_act is {activation!r}; a Mamba with 'silu' is supported")
+        raise ValueError(f"hidden_act is {activation!r}; supported: 'silu'")
 
 
 def refuse_type(kind: str) -> None:
@@ -141,7 +141,7 @@ def refuse_type(kind: str) -> None:
     """
     if kind not in FIELDS:
         known = ", ".join(sorted(FIELDS))
-        raise ValueError(f"the runtime does not run model type {kind!r}; what runs: {known}")
+        raise ValueError(f"the runtime does not run model type {kind!r}; supported: {known}")
 
 
 def described(config: Any) -> dict[str, Any]:

@@ -105,7 +105,7 @@ class RuntimeForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: always.
         """
-        raise ValueError("a model of the runtime is not saved; copy the directory that it was loaded from")
+        raise ValueError("a model of the runtime cannot be saved; copy the directory that it was loaded from")
 
     def prepare_inputs_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,

@@ -206,7 +206,7 @@ class Model:
         refuse_torch_threads()
         tokens = self.encode(ids)
         if not tokens:
-            raise ValueError("no tokens; logits follow at least one")
+            raise ValueError("no tokens were given; logits need at least one")
         state = self.engine.new_state(1)[0]
         return self.engine.prompt(torch.tensor(tokens), state, every=True)
 
@@ -249,10 +249,12 @@ class Model:
         if ids:
             return ids
         if state is not None:
-            raise ValueError(f"{name} is empty, and the state has no token that was not fed; give a token")
+            raise ValueError(f"{name} is empty, and the state has no pending token; give at least one token")
         if self.bos is None:
-            raise ValueError(f"{name} is empty, and the model has no token that begins a text")
-        return self.encode([self.bos], name="the token that begins a text")
+            raise ValueError(
+                f"{name} is empty, and the model has no token for the beginning of a text; give a token"
+            )
+        return self.encode([self.bos], name="the token for the beginning of a text")
 
     def _refuse_foreign(self, state: State) -> None:
         """A state is a handful of numbers: of another model they would be read as nonsense without a word."""

@@ -38,7 +38,7 @@ class Sampling:
     def __post_init__(self) -> None:
         if not _number(self.temperature) or not 0 <= self.temperature < math.inf:
             raise ValueError(
-                f"temperature is {self.temperature!r}; allowed: 0 (greedy) or a finite number above"
+                f"temperature is {self.temperature!r}; allowed: 0 (greedy) or a finite number above 0"
             )
         if self.top_k is not None and (type(self.top_k) is not int or self.top_k < 1):
             raise ValueError(f"top_k is {self.top_k!r}; allowed: a whole number from 1, or none")
@@ -130,7 +130,7 @@ def candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
 def _refuse_not_finite(logits: Tensor) -> None:
     # the greatest of several numbers is NaN if one of them is
     if not logits.shape[-1] or not all(map(math.isfinite, logits.amax(-1, keepdim=True).flatten().tolist())):
-        raise ValueError("the logits are NaN or infinite: the model is damaged, or its state is")
+        raise ValueError("the logits are NaN or infinite: the model or its state is damaged")
 
 
 def _weights(logits: Tensor, temperature: float) -> Tensor:

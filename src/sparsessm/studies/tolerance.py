@@ -112,7 +112,7 @@ def analyze(
     what |= {"data": data, "column": column, "samples": samples}
     recipes = [Recipe(sparsity=sparsity, **what) for sparsity in asked]
     if not recipes:
-        raise ValueError("sparsities: at least one is needed")
+        raise ValueError("sparsities is empty; give at least one")
     rules = assign(recipes[0], architecture.targets).rules
     left_out = {target.name for target in architecture.targets if not target.plain}
     rules = {name: rule for name, rule in rules.items() if name not in left_out}
@@ -184,7 +184,7 @@ def parse_sparsities(text: str) -> list[float]:
 def write(path: Path, analysis: Analysis) -> None:
     """Write analysis.json, into a directory that is made if need be."""
     if path.parent.exists() and not path.parent.is_dir():
-        raise ValueError(f"{path.parent} is no directory")
+        raise ValueError(f"{path.parent} is not a directory")
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, json.dumps(analysis.record(), indent=1, allow_nan=False).encode())
 
@@ -246,7 +246,7 @@ def _continued(path: Path, settings: Mapping[str, Any], force: bool) -> list[Cel
     told = "; ".join(
         f"{name} {_short(former.settings.get(name))}, now {_short(settings[name])}" for name in names
     )
-    raise ValueError(f"{path} was measured otherwise ({told}); --force starts anew")
+    raise ValueError(f"{path} was measured with other settings ({told}); --force starts anew")
 
 
 def _short(value: Any) -> str:
