@@ -83,7 +83,7 @@ def order(recipe: Recipe, architecture: Architecture) -> Order:
     """What a recipe with a structured pattern asks of a model.
 
     Raises:
-        ValueError: an axis that the model does not have, a share that transformers cannot express, or a method
+        ValueError: an axis that the model lacks, a share that transformers cannot express, or a method
             that does not choose units of the axis.
     """
     pattern = parse(recipe.pattern or "")
