@@ -4,7 +4,7 @@
     python bench/runtime.py --shape 130m --shrink state=8 channel=768 --batches 1 16
     python bench/runtime.py --shape mamba2-130m --shrink state=64 head=12 direction=32 --batches 1 16
 
-Both engines run in turn, round by round (`runtime/timing.py`); printed are medians of the rounds, and the
+Both engines run in turn, round by round (`evaluation/timing.py`); printed are medians of the rounds, and the
 median of their ratios with first and third quartile. "of the bytes" is that ratio divided by how many times
 fewer bytes of weights a step reads: 1 is a speed that the bytes explain in full, the goal is 0.93 at batch 1.
 "with states" counts the states too, which a step reads and writes for each sequence.

@@ -20,6 +20,7 @@ import sparsessm
 from sparsessm import architectures, cli, pruning
 from sparsessm.architectures import REMOVED_A_LOG
 from sparsessm.checkpoint import Checkpoint
+from sparsessm.evaluation import perplexity
 from sparsessm.recipe.recipe import Recipe
 
 TOKENS = torch.arange(40).reshape(2, 20) % 64
@@ -211,11 +212,18 @@ def test_python_measures_as_the_command_does(dense: Checkpoint) -> None:
 
 def test_a_run_adapts_and_plans_once(dense: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    for module, name in ((architectures, "adapt"), (pruning, "make_plan")):
+    for module, name in ((architectures, "adapt"), (perplexity, "adapt"), (pruning, "make_plan")):
         real = getattr(module, name)
         monkeypatch.setattr(
             module, name, lambda *given, real=real, name=name: (calls.append(name), real(*given))[1]
         )
+    report = sparsessm.prune(dense, target="ssm", **FAST)
+    assert report.perplexity and calls == ["adapt", "make_plan"]
+
+
+def test_a_run_saves_what_it_did(dense: Checkpoint) -> None:
     run = sparsessm.Run(dense, target="ssm", **FAST)
-    run.prune(run.windows(), measure=False)
-    assert calls == ["adapt", "make_plan"]
+    report = run.prune(measure=False)
+    assert json.loads((run.save("out") / "pruning.json").read_text())["targets"] == report.record()["targets"]
+    with pytest.raises(ValueError, match="'out'"):
+        run.save("out")

@@ -148,6 +148,7 @@ class Run:
         self.checkpoint, self._progress, self._say = checkpoint, progress, say or (lambda title: None)
         self.advice: list[dict[str, Any]] = []
         self._yardstick: Yardstick | None = None
+        self._report: Report | None = None
         with working(checkpoint, "prune"):
             wanted = (recipe or Recipe()).updated(**{**fields, "tokenizer": checkpoint.tokenizer_source})
             wanted = wanted.resolved(model=checkpoint.source, trained_length=checkpoint.trained_length)
@@ -193,7 +194,7 @@ class Run:
             if not auto:
                 return tokens
             samples, self.advice = choose(self.architecture, self.plan.assignment, tokens, self._progress)
-            self.plan.recipe = recipe.updated(samples=samples)
+            self.plan.settle(samples)
             return tokens[:samples]
 
     def measure(self) -> Perplexity:
@@ -207,7 +208,7 @@ class Run:
 
         with working(self.checkpoint, "evaluate"):
             self._yardstick = self._yardstick or Yardstick.of(self.checkpoint, self.recipe, WINDOWS)
-            return self._yardstick.measure(self.checkpoint, self._progress)
+            return self._yardstick.measure(self.architecture, self._progress)
 
     def prune(self, tokens: Tensor | None = None, *, measure: bool = True) -> Report:
         """Change the model in place.
@@ -245,7 +246,12 @@ class Run:
             if dense is not None:
                 self._say("pruned model")
                 report.perplexity = compared(dense, self.measure())
+            self._report = report
             return report
+
+    def save(self, path: str | Path, *, force: bool = False) -> Path:
+        """Write the model with the report of `prune`; as `sparsessm.save`."""
+        return save(self.checkpoint, path, self._report, force=force)
 
 
 def evaluate(

@@ -15,7 +15,7 @@ from planned import prune
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsessm.architectures import Architecture, SharedTarget, Target, adapt
+from sparsessm.architectures import Architecture, Target, adapt
 from sparsessm.calibration import walk as walking
 from sparsessm.calibration.loss import head_losses, losses
 from sparsessm.calibration.prices import output_fisher, output_norms
@@ -233,7 +233,7 @@ def test_a_shared_matrix_is_looked_at_in_all_its_uses() -> None:
     """As a survey sees it, which stops at each use."""
     name = "zamba2-two-blocks"
     architecture = adapt(pico_hybrid(name))
-    shared = {t.name: t for t in architecture.targets if isinstance(t, SharedTarget)}
+    shared = {t.name: t for t in architecture.targets if t.uses}
     surveyed = dict(
         (target.name, seen)
         for target, seen in survey(architecture, TOKENS, lambda t: InputGram() if t.name in shared else None)

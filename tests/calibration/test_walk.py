@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sparsessm.architectures import Target, adapt
 from sparsessm.architectures.stack import StackBlock
-from sparsessm.calibration import walk as calibrate
+from sparsessm.calibration import walk as walking
 from sparsessm.calibration.paired import Pair, Recorder
 from sparsessm.calibration.progress import Steps
 from sparsessm.calibration.visit import survey
@@ -136,8 +136,8 @@ def test_cross_moments_equal_two_stock_models(
     rows: int, longest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """x_dense x' by brute force in float64; the dense block keeps its weights while its twin is pruned."""
-    monkeypatch.setattr(calibrate, "ROWS", rows)
-    monkeypatch.setattr(calibrate, "LONGEST", longest)
+    monkeypatch.setattr(walking, "ROWS", rows)
+    monkeypatch.setattr(walking, "LONGEST", longest)
     model = pico_mamba(time_step_rank=3).double()
     dense = stock_inputs(model, TOKENS)
     for stop in walk(adapt(model), TOKENS, dense=embedded(model), tail=True):
@@ -273,7 +273,7 @@ def test_each_target_costs_one_pass_up_to_it_and_one_through_the_block(
 
 
 def test_passes_are_cut_into_slabs(passes: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibrate, "LONGEST", 20)  # 20, 20 and 10
+    monkeypatch.setattr(walking, "LONGEST", 20)  # 20, 20 and 10
     progress: list[tuple[str, int, int]] = []
     told = lambda *call: progress.append(call)  # noqa: E731
     for stop in walk(adapt(pico_mamba()), TOKENS, tail=True, steps=Steps("calibrate", 21, told)):
@@ -291,8 +291,8 @@ def test_passes_are_cut_into_slabs(passes: list[Any], monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("rows", [1, 7, 150, 10_000])
 def test_slab_width_does_not_matter(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     results, moments = [], []
-    for value in (calibrate.ROWS, rows):
-        monkeypatch.setattr(calibrate, "ROWS", value)
+    for value in (walking.ROWS, rows):
+        monkeypatch.setattr(walking, "ROWS", value)
         model = pico_mamba()
         for stop in walk(adapt(model), TOKENS, dense=embedded(model)):
             results.append(stop.look(a_log(stop), StateError("unit", diagonal=False)))
@@ -320,8 +320,8 @@ def test_looking_changes_nothing() -> None:
 
 
 def test_slabs_are_bounded() -> None:
-    assert slab_width(64, 2048) * 64 == calibrate.ROWS
-    assert slab_width(1, 2048) == calibrate.LONGEST
+    assert slab_width(64, 2048) * 64 == walking.ROWS
+    assert slab_width(1, 2048) == walking.LONGEST
     assert slab_width(10**6, 2048) == 1
     assert slab_width(4, 10) == 10
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 import torch
+from directories import write_original
 from pico import pico_mamba, pico_tokenizer
-from test_checkpoint import write_original
 from typer.testing import CliRunner
 
 import sparsessm

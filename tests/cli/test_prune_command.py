@@ -111,9 +111,9 @@ def test_a_text_that_was_calibrated_and_measured_on_is_named() -> None:
         ),
         (
             ["--ignore", "inproj"],
-            "ignore: selector 'inproj' hits nothing; known: in_proj, projections, Linear",
+            "ignore: selector 'inproj' selects nothing; known: in_proj, projections, Linear",
         ),
-        (["--target", "head", "--ignore", "lm_head"], "target 'head': all of it is ignored"),
+        (["--target", "head", "--ignore", "lm_head"], "target 'head': ignore leaves nothing to prune"),
         (["--samples", "many"], "samples is 'many'; allowed: a number from 1 to 100000, or auto"),
         (
             ["--repair", "slef"],
@@ -124,7 +124,10 @@ def test_a_text_that_was_calibrated_and_measured_on_is_named() -> None:
         (["--method", "exact", "--target", "head"], "method 'exact' does not prune target 'head'"),
         (["--pattern", "2:4", "--sparsity", "0.7"], "sparsity is 0.7, but pattern '2:4' keeps 2 of 4"),
         (["--method", "magnitude", "--diagonal"], "diagonal has no effect with method 'magnitude'"),
-        (["--data", "text.txt", "--length", "1000000"], "one window of 1000000; use a shorter length"),
+        (
+            ["--data", "text.txt", "--length", "1000000"],
+            "a window of 1000000; use a shorter length",
+        ),
         (["--recipe", "absent.yaml"], "recipe absent.yaml: no such file"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -136,7 +139,9 @@ def test_a_mistake_is_one_line_and_leaves_nothing(arguments: list[str], words: s
 
 
 def test_a_model_is_needed_and_must_exist() -> None:
-    assert "no model: name one on the command line or in the recipe" in refused("prune", "-o", "out")
+    assert "no model was given; name one on the command line or in the recipe" in refused(
+        "prune", "-o", "out"
+    )
     assert "builtin:pycode" in refused("prune", "builtin:pycod", "-o", "out")
     assert "'no/such/place'" in refused("eval", "no/such/place")
 

@@ -229,7 +229,7 @@ def test_a_dry_run_refuses_what_a_run_would(here: Path) -> None:
     line = ["prune", "dense", "--recipe", "recipe.yaml", "--dry-run"]
     words = refused(*line)
     assert words.startswith(
-        "error: rule 2 (inproj): selector 'inproj' hits nothing; known: in_proj, projection"
+        "error: rule 2 (inproj): selector 'inproj' selects nothing; known: in_proj, projection"
     )
     assert words.endswith("did you mean 'in_proj'?")
     assert "rule 2 (in_proj, Linear) prunes nothing" in refused(*line, "--recipe", _rules("in_proj, Linear"))

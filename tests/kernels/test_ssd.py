@@ -234,8 +234,8 @@ def test_what_does_not_fit_is_named() -> None:
         (0, x[0].flatten(2), "^u has shape .* expected"),
         (0, x[0].long(), "^u is torch.int64"),
         (0, x[0][:, :, :, :0], "^u has shape .* at least 1"),
-        (3, x[3][:, :, :0], "^B has 0 groups"),
-        (3, x[3][:, :, [0, 1, 1]], "^B has 3 groups"),
+        (3, x[3][:, :, :0], "^4 heads do not divide into 0 groups of B"),
+        (3, x[3][:, :, [0, 1, 1]], "^4 heads do not divide into 3 groups of B"),
         (3, x[3][:, :5], "^B has shape"),
         (3, x[3][..., :0], "^B has no states"),
     ):

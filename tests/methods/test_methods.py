@@ -32,7 +32,7 @@ def windows(count: int, length: int = 48, seed: int = 0) -> Tensor:
 
 
 def masks(model: Any, tokens: Tensor, **fields: Any) -> list[np.ndarray]:
-    """Keep-masks that the pipeline chose, by comparing A_log before and after."""
+    """Keep-masks that a run chose, by comparing A_log before and after."""
     before = [layer.mixer.A_log.detach().clone() for layer in model.backbone.layers]
     fields = {"target": "ssm"} | fields
     if "pattern" not in fields:

@@ -18,7 +18,7 @@ from transcription_linear import conv1d_hessians
 
 from sparsessm.architectures import Target, adapt
 from sparsessm.architectures.mixer import windows
-from sparsessm.calibration import walk as calibrate
+from sparsessm.calibration import walk as walking
 from sparsessm.calibration.walk import Stop, walk
 from sparsessm.methods.observers import (
     InputGram,
@@ -41,7 +41,7 @@ def a_log(stop: Stop) -> Target:
 
 
 def observe(make: Callable[[Tensor], Any], longest: int, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(calibrate, "LONGEST", longest)
+    monkeypatch.setattr(walking, "LONGEST", longest)
     stops = walk(adapt(pico_mamba()), TOKENS)
     stop = next(stops)
     target = a_log(stop)
@@ -275,7 +275,7 @@ def test_moments_of_states_by_an_explicit_loop(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Whatever slabs they came in; sampled at every so many steps, counted from the beginning."""
-    monkeypatch.setattr(calibrate, "LONGEST", longest)
+    monkeypatch.setattr(walking, "LONGEST", longest)
     model = make(num_hidden_layers=1, **shapes)
     model = model.double() if double else model
     layer = model.backbone.layers[0]
@@ -353,7 +353,7 @@ def test_moments_of_pairs_by_an_explicit_loop(
     every: int, longest: int, together: int, weighted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """States with the decay of one and the input of another, by their recurrence; some summed at the end."""
-    monkeypatch.setattr(calibrate, "LONGEST", longest)
+    monkeypatch.setattr(walking, "LONGEST", longest)
     monkeypatch.setattr(PairMoments, "TOGETHER", together)
     model = pico_mamba(num_hidden_layers=1, state_size=4, time_step_rank=3).double()
     layer = model.backbone.layers[0]

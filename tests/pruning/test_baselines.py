@@ -1,6 +1,6 @@
 """Every baseline against its authors' formulas, in float64, on a layer of the built-in trained models.
 
-On random models: test_methods.py, test_allocation.py and test_structure.py. A trained layer has what those
+On random models: test_methods.py, test_allocation.py and test_units.py. A trained layer has what those
 have not: scores over many orders of magnitude, near-ties, states that hardly do anything.
 """
 
@@ -38,7 +38,7 @@ from sparsessm.calibration.walk import walk
 from sparsessm.methods import unit_methods
 from sparsessm.methods.structured import Units
 from sparsessm.pruning import blocks
-from sparsessm.pruning import units as structure
+from sparsessm.pruning import units as loops
 from sparsessm.recipe.recipe import Recipe
 from sparsessm.recipe.sizes import order
 from sparsessm.report.record import Report
@@ -191,7 +191,7 @@ def test_columns_of_a_log_compete_at_every_step(share: float, trained: Any, laye
 def test_ghost(kind: str, trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every step of all windows counts, in however many parts they are looked at."""
     model, tokens = trained[kind]
-    monkeypatch.setattr(structure, "HELD", 1)
+    monkeypatch.setattr(loops, "HELD", 1)
     layer = model.backbone.layers[0]
     units = looked(model, tokens, "state", "ghost")
     steps = {"mamba": steps_of_mamba1, "mamba2": steps_of_mamba2}[kind]
@@ -221,7 +221,7 @@ def looked(model: Any, tokens: Tensor, axis: str, method: str) -> Units:
     stops = walk(architecture, tokens)
     stop = next(stops)
     axes = [part for part in stop.block.axes if part.name == axis]
-    return structure.look(stop, axis, axes, axes[0].size // 2, wanted, {})
+    return loops.look(stop, axis, axes, axes[0].size // 2, wanted, {})
 
 
 def test_blocks_by_cosine(trained: Any, layers: Any) -> None:

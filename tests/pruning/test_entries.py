@@ -146,12 +146,12 @@ def test_methods_without_data_need_none() -> None:
     report = run(pico_mamba(), None, method="magnitude")
     assert report.fingerprint == ""
     for fields, words in (
-        ({"target": "ssm"}, "method 'exact' needs calibration windows, none were given"),
+        ({"target": "ssm"}, "method 'exact' needs calibration windows, but none were given"),
         ({}, "method 'absorb' and method 'exact' needs calibration windows"),
         ({"method": "wanda", "ignore": ["A_log"]}, "method 'wanda' needs calibration windows"),
         (
             {"method": "magnitude", "allocation": "owl"},
-            "^allocation 'owl' needs calibration windows, none were given",
+            "^allocation 'owl' needs calibration windows, but none were given",
         ),
     ):
         with pytest.raises(ValueError, match=words):

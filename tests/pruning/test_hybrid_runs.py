@@ -107,7 +107,7 @@ def test_an_expert_that_saw_too_few_tokens_falls_back_to_magnitude(name: str, re
     few = [row for row in experts if row.tokens is not None and row.tokens < inputs[row.target]]
     assert few and all(row.method == "magnitude" and row.repair == "none" for row in few)
     assert all(row.method != "magnitude" for row in experts if row not in few)
-    assert f"{len(few)} of {len(experts)} matrices of experts saw fewer" in report.damped()
+    assert f"{len(few)} of {len(experts)} expert matrices saw fewer" in report.damped()
     assert few[0].target in report.damped()
     assert {row.tokens for row in report.rows if row not in experts} == {None}
     assert_same(architecture.logits(TOKENS), stock_logits(architecture.model))

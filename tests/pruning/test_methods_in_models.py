@@ -184,7 +184,7 @@ def by_hand(model: Any, tokens: Tensor, order: list[str], dense_inputs: bool = F
 
 
 def test_the_order_and_the_inputs_matter() -> None:
-    """In the order of the data and with inputs of the pruned model: the pipeline, bit for bit. In another
+    """In the order of the data and with inputs of the pruned model: a whole run, bit for bit. In another
     order, or with inputs of the dense model, other weights."""
     tokens = windows(3)
     order = [kind for kind in ORDER if kind != "conv1d"]

@@ -169,7 +169,7 @@ def test_who_cannot_be_projected_is_told_so() -> None:
 def test_what_is_projected_loses_blocks_and_nothing_else(axis: str, method: str) -> None:
     architecture = adapt(made("two groups, 3 and 5 of 8"))
     assert architecture.structure == ("block",) and not architecture.projects
-    words = f"pattern 'structured:{axis}': only blocks can leave a model with projected states"
+    words = f"pattern 'structured:{axis}': only blocks can be removed from a model with projected states"
     if method == "balanced":
         words = "projects the states of Mamba-2 models; the states of this one are projected already"
         words = words if axis == "state" else "method 'balanced' needs the pattern structured:state"

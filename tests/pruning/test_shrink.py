@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sparsessm.architectures import adapt
 from sparsessm.methods import unit_methods
-from sparsessm.pruning import units as structure
+from sparsessm.pruning import units as loops
 from sparsessm.pruning.units import shrink
 from sparsessm.recipe.sizes import Order
 
@@ -101,7 +101,7 @@ def test_what_looks_is_refused_without_windows(how: dict[str, Any]) -> None:
     before = stock(architecture.model)
     wanted = ordered(architecture, **{"pattern": "structured:state"} | how)
     assert wanted.looks
-    with pytest.raises(ValueError, match="needs calibration windows, none were given"):
+    with pytest.raises(ValueError, match="needs calibration windows, but none were given"):
         shrink(architecture, wanted, None)
     assert torch.equal(stock(architecture.model), before)
 
@@ -277,8 +277,8 @@ def test_a_state_that_is_read_alike_costs_nothing_where_inputs_can_be_mixed(
     tokens = torch.randint(0, 64, (8, 64), generator=torch.Generator().manual_seed(2))
     last = replace(UNITS["random"], score=lambda units: [torch.arange(8).eq(5).logical_not().double()])
     found = []
-    for strength, most in ((1.0, structure.MAX_STATES), (1.0, 0), (0.0, 0)):
-        monkeypatch.setattr(structure, "MAX_STATES", most)  # 0: readouts alone
+    for strength, most in ((1.0, loops.MAX_STATES), (1.0, 0), (0.0, 0)):
+        monkeypatch.setattr(loops, "MAX_STATES", most)  # 0: readouts alone
         architecture = adapt(copy.deepcopy(full))
         wanted = Order({"state": 7}, {"state": last}, strength=strength, fisher=False)
         shrink(architecture, wanted, tokens)
@@ -294,7 +294,7 @@ def test_states_are_looked_at_in_the_first_windows(
     make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Memory for them is bounded; what else is seen of a window counts all the same."""
-    monkeypatch.setattr(structure, "LOOKED", 3)
+    monkeypatch.setattr(loops, "LOOKED", 3)
     found = []
     for windows in (3, len(TOKENS)):
         architecture = adapt(make())

@@ -16,7 +16,7 @@ from stock import difference
 from transformers import AutoModelForCausalLM
 
 from sparsessm.architectures import adapt
-from sparsessm.architectures.base import cut
+from sparsessm.architectures.axes import cut
 
 BIASES: list[dict[str, Any]] = [
     {},

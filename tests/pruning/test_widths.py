@@ -184,7 +184,9 @@ def test_pruned_further() -> None:
     sparsessm.save(shallow, "shallow")
     assert len(of_layers(sparsessm.load("shallow").model)) == 2
     for pattern in ("structured:channel", "structured:state"):
-        with pytest.raises(ValueError, match="only blocks can leave a model with layers of different widths"):
+        with pytest.raises(
+            ValueError, match="only blocks can be removed from a model with layers of different widths"
+        ):
             sparsessm.prune(sparsessm.load("own"), **FAST, pattern=pattern, sparsity=0.5, measure=False)
     with pytest.raises(ValueError, match="layers of a Mamba-1 different widths; this one has them already"):
         sparsessm.prune(sparsessm.load("own"), **FAST, **WORDS, measure=False)
@@ -257,7 +259,7 @@ def test_blocks_that_leave_layers_alike_leave_a_stock_model(used: bool) -> None:
 
 def test_a_share_of_all_parameters_is_not_guessed_where_layers_differ() -> None:
     small, _ = settled(uneven())
-    with pytest.raises(ValueError, match="layers have different widths; say 'structured:block'"):
+    with pytest.raises(ValueError, match="layers have different widths; use pattern 'structured:block'"):
         order(Recipe(pattern="structured", sparsity=0.3), adapt(small))
 
 

@@ -26,7 +26,8 @@ def result(**fields: Any) -> Recipe:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"target": "ssm"}, "target has no effect with pattern 'structured:state': it takes whole layers"),
+        ({"target": "ssm"},
+         "target has no effect with pattern 'structured:state', which removes units of every layer"),
         ({"rules": [{"targets": "A_log"}]}, "rules has no effect with pattern 'structured:state'"),
         ({"ignore": "layer:0"}, "ignore has no effect with pattern 'structured:state'"),
         ({"allocation": "loss"}, "allocation 'loss' is for channels, of whole units"),
@@ -34,20 +35,21 @@ def result(**fields: Any) -> Recipe:
         ({"allocation": "loss:0.5"},
          "allocation is 'loss:0.5'; with pattern 'structured:state': uniform, loss"),
         ({"pattern": "structured:channel", "allocation": "loss", "method": "magnitude"},
-         "allocation 'loss' of channels needs method 'exact', got 'magnitude'"),
+         "allocation 'loss' needs, with pattern 'structured:channel', method 'exact', got 'magnitude'"),
         ({"removed": "unit"}, "removed has no effect with pattern 'structured:state'"),
         ({"diagonal": True}, "diagonal has no effect with pattern 'structured:state'"),
         ({"time_weights": "linear"}, "time_weights has no effect with pattern 'structured:state'"),
-        ({"sparsity": 0}, "sparsity is 0; pattern 'structured:state' takes out at least one unit"),
+        ({"sparsity": 0},
+         "sparsity is 0; pattern 'structured:state' removes at least one unit; give a sparsity above 0"),
         ({"method": "wanda"},
-         "method 'wanda' scores single entries; with pattern 'structured:state': random, "),
+         "method 'wanda' scores single entries; methods for pattern 'structured:state': random, "),
         ({"method": "sparsessm"}, "method 'sparsessm' scores single entries"),
         ({"repair": "self"},
          r"repair is 'self'; with pattern 'structured:state': none, dense-target\[:STRENGTH\]"),
         ({"price": "norms"}, "price is 'norms'; with pattern 'structured:state': none, fisher"),
         ({"method": "balanced", "repair": "dense-target"}, "repair has no effect with method 'balanced'"),
         ({"pattern": "structured:state=0.5", "sparsity": 0.5},
-         "sparsity is 0.5, but pattern 'structured:state=0.5' says how much of each axis goes"),
+         "sparsity is 0.5, but pattern 'structured:state=0.5' already gives a share for each axis"),
         ({"pattern": "structured:layer"}, "pattern 'structured:layer': 'layer' is not an axis; known: "),
         ({"pattern": "structurd"}, "unknown pattern 'structurd'; .*; did you mean 'structured'"),
         ({"pattern": "unstructured", "method": "ghost"},
@@ -163,7 +165,7 @@ def test_shares_and_a_sparsity_replace_each_other() -> None:
     old = result(pattern="structured:state", sparsity=0.25)
     assert old.updated(pattern="structured:state=0.5").sparsity is None
     assert old.updated(sparsity=0.5).sparsity == 0.5
-    with pytest.raises(ValueError, match="says how much of each axis goes"):
+    with pytest.raises(ValueError, match="already gives a share for each axis"):
         old.updated(pattern="structured:state=0.5", sparsity=0.5)
     back = result(pattern="structured:state=0.5").updated(pattern="structured:channel", sparsity=0.1)
     assert (back.pattern, back.sparsity) == ("structured:channel", 0.1)

@@ -265,28 +265,28 @@ KNOWN = (
     [
         (
             {"rules": [{"targets": ["A_log"]}, {"targets": ["inproj"]}]},
-            f"rule 2 (inproj): selector 'inproj' hits nothing; {KNOWN}; did you mean 'in_proj'?",
+            f"rule 2 (inproj): selector 'inproj' selects nothing; {KNOWN}; did you mean 'in_proj'?",
         ),
         (
             {"rules": [{"targets": ["A_log", "q_proj"]}]},
-            f"rule 1 (A_log, q_proj): selector 'q_proj' hits nothing; {KNOWN}; did you mean 'x_proj'?",
+            f"rule 1 (A_log, q_proj): selector 'q_proj' selects nothing; {KNOWN}; did you mean 'x_proj'?",
         ),
-        ({"ignore": ["layer:3"]}, f"ignore: selector 'layer:3' hits nothing; {KNOWN}"),
-        ({"ignore": ["layer:-4"]}, f"ignore: selector 'layer:-4' hits nothing; {KNOWN}"),
-        ({"ignore": ["re:layers"]}, f"ignore: selector 're:layers' hits nothing; {KNOWN}"),
+        ({"ignore": ["layer:3"]}, f"ignore: selector 'layer:3' selects nothing; {KNOWN}"),
+        ({"ignore": ["layer:-4"]}, f"ignore: selector 'layer:-4' selects nothing; {KNOWN}"),
+        ({"ignore": ["re:layers"]}, f"ignore: selector 're:layers' selects nothing; {KNOWN}"),
         (
             {"ignore": ["backbone.layers.1.mixer.in_pro"]},
             "did you mean 'backbone.layers.1.mixer.in_proj'?",
         ),
         (
             {"rules": [{"targets": ["A_log"], "ignore": ["x"]}]},
-            f"rule 1 (A_log): ignore: selector 'x' hits nothing; {KNOWN}",
+            f"rule 1 (A_log): ignore: selector 'x' selects nothing; {KNOWN}",
         ),
         (
             {"rules": [{"targets": ["re:(*"]}]},
             "rule 1 (re:(*): selector 're:(*' is not a regular expression: nothing to repeat at position 1",
         ),
-        ({"target": "ssm", "ignore": ["A_log"]}, "target 'ssm': all of it is ignored"),
+        ({"target": "ssm", "ignore": ["A_log"]}, "target 'ssm': ignore leaves nothing to prune"),
         (
             {"rules": [{"targets": ["Linear"]}, {"targets": ["in_proj", "x_proj"]}]},
             "rule 2 (in_proj, x_proj) prunes nothing: earlier rules took all that it hits",
@@ -338,15 +338,15 @@ KNOWN = (
         ),
         (
             {"method": "exact", "rules": [{"targets": ["in_proj"]}]},
-            "method 'exact' prunes nothing that is left; used: absorb",
+            "method 'exact' does not support any of the selected matrices; methods used: absorb",
         ),
         (
             {"method": "wanda", "ignore": ["Linear"]},
-            "method 'wanda' prunes nothing that is left; used: exact",
+            "method 'wanda' does not support any of the selected matrices; methods used: exact",
         ),
         (
             {"repair": "self", "ignore": ["projections"]},
-            "repair has no effect on what is left: exact does not read it",
+            "repair has no effect: exact does not read it",
         ),
     ],
     ids=lambda value: str(value)[:60] if isinstance(value, dict) else "",

@@ -84,7 +84,7 @@ def test_a_state_of_another_model_or_a_damaged_one_is_refused(tmp_path: Path) ->
         model.generate([1], 3, state=State(state.array, state.layout, (64,)))
     with pytest.raises(ValueError, match="state is of type dict"):
         model.generate([1], 3, state={})  # pyright: ignore[reportCallIssue, reportArgumentType]
-    with pytest.raises(ValueError, match="prompt is empty, and the state has no token"):
+    with pytest.raises(ValueError, match="prompt is empty, and the state has no pending token"):
         model.generate([], 3, state=State(state.array, state.layout))
 
 

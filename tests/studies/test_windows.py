@@ -21,7 +21,7 @@ from sparsessm.checkpoint import Checkpoint
 from sparsessm.data.texts import calibration_windows
 from sparsessm.recipe.recipe import Recipe
 from sparsessm.recipe.rules import Assignment, assign
-from sparsessm.studies import windows as advice
+from sparsessm.studies import windows as study
 from sparsessm.studies.windows import HELD_OUT, Step, agreement, choose, knee, steps
 
 FAST = {"data": "text.txt", "length": 16}
@@ -147,7 +147,7 @@ def test_doubling_gives_what_one_look_at_all_windows_gives(
     tokens = windows(16)
     doubled = curve(16, tokens, **fields)[-1]
     first, second = [0, 1, 4, 5, 8, 9, 10, 11], [2, 3, 6, 7, 12, 13, 14, 15]
-    monkeypatch.setattr(advice, "FIRST", 16)
+    monkeypatch.setattr(study, "FIRST", 16)
     (once,) = curve(16, torch.cat([tokens[first + second], tokens[16:]]), **fields)
     assert once.windows == doubled.windows == 16
     assert doubled.agreement == pytest.approx(once.agreement, abs=2e-3)
@@ -156,13 +156,13 @@ def test_doubling_gives_what_one_look_at_all_windows_gives(
 
 def test_every_window_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     looked: Counter[tuple[int, ...]] = Counter()
-    original = advice.survey
+    original = study.survey
 
     def survey(architecture: Any, tokens: Tensor, *rest: Any) -> Any:
         looked.update(tuple(window) for window in tokens.tolist())
         return original(architecture, tokens, *rest)
 
-    monkeypatch.setattr(advice, "survey", survey)
+    monkeypatch.setattr(study, "survey", survey)
     tokens = windows(20)
     sizes = []
     architecture = adapt(pico_mamba())
@@ -221,9 +221,9 @@ def test_looking_changes_nothing_and_tells_how_far_it_is() -> None:
 
 
 def test_at_most_the_cap(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(advice, "MOST", 8)
+    monkeypatch.setattr(study, "MOST", 8)
     assert [step.windows for step in curve(40, method="wanda", target="projections")] == [4, 8]
-    monkeypatch.setattr(advice, "knee", lambda curve: None)
+    monkeypatch.setattr(study, "knee", lambda curve: None)
     architecture = adapt(pico_mamba())
     samples, points = choose(architecture, planned(architecture), windows(40))
     assert samples == points[-1]["windows"] == 8
@@ -231,9 +231,9 @@ def test_at_most_the_cap(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_only_some_layers_are_looked_at() -> None:
     architecture = adapt(pico_mamba(num_hidden_layers=9))
-    looked = advice.watched(architecture, planned(architecture, target="ssm"))
+    looked = study.watched(architecture, planned(architecture, target="ssm"))
     assert [target.layer for target in looked.values()] == [0, 3, 5, 8]
-    looked = advice.watched(architecture, planned(architecture, ignore="layer:0"))
+    looked = study.watched(architecture, planned(architecture, ignore="layer:0"))
     assert {target.layer for target in looked.values()} == {1, 3, 6, 8}
 
 
@@ -243,7 +243,7 @@ def test_entries_removed_before_do_not_count(monkeypatch: pytest.MonkeyPatch) ->
         for layer in model.backbone.layers:
             layer.mixer.in_proj.weight[:32] = 0  # half of it
     compared: list[tuple[Tensor, Tensor]] = []
-    monkeypatch.setattr(advice, "agreement", lambda pairs: compared.extend(pairs) or 1.0)
+    monkeypatch.setattr(study, "agreement", lambda pairs: compared.extend(pairs) or 1.0)
     architecture = adapt(model)
     others = ["x_proj", "dt_proj", "out_proj"]
     fields: dict[str, Any] = {"target": "projections", "ignore": others, "allocation": "uniform"}

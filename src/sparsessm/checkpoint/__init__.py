@@ -19,6 +19,8 @@ beside it (`docs/checkpoint.md` describes the files).
     packed.py         packed directories (`docs/sparse-format.md`): what is encoded how, there and back
     encoding.py       one tensor of them: dense, bitmask, N:M, int8
     container.py      the file that holds them
+    shelf.py          tensors that are read one by one
+    given.py          what the Python API is given
 """
 
 from . import packed

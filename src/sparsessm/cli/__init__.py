@@ -11,6 +11,8 @@ transformers are imported, which takes seconds in which people press Ctrl-C.
     looking.py     eval, inspect, list
     running.py     generate, pack, unpack
     measuring.py   bench
+    demonstration.py   what demo compares
+    tables.py      draws tables and progress
     __main__.py    `python -m sparsessm.cli`
 """
 

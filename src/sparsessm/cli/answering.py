@@ -127,7 +127,8 @@ Quiet = Annotated[
 ]
 Force = Annotated[bool, option("--force", help="Replace an existing directory.", rich_help_panel="Output")]
 Length = Annotated[
-    int | None, option("--length", min=2, help="Tokens in a window [default: 2048, or the model's own].")
+    int | None,
+    option("--length", min=2, help="Tokens in a window [default: 2048, or the model's length if shorter]."),
 ]
 Tokenizer = Annotated[str | None, field("tokenizer")]
 

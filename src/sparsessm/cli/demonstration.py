@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import sparsessm
 
 from .. import runtime
+from ..architectures import adapt
 from ..checkpoint import Checkpoint, load, local_folder, pack, refuse_room
 from ..evaluation.before_after import Yardstick, compared
 from ..evaluation.perplexity import Perplexity
@@ -70,16 +71,16 @@ def compare(progress: Progress, **fields: Any) -> Demo:
     tokens = first.windows()  # the same for all
     yardstick = Yardstick.of(checkpoint, first.recipe, WINDOWS)
     progress.say("dense model")
-    dense = yardstick.measure(checkpoint, progress)
+    dense = yardstick.measure(first.architecture, progress)
     measured: dict[str, dict[str, Any]] = {}
     kept = None
     for name, how in RUNS.items():
-        run = sparsessm.Run(checkpoint := sparsessm.load(MODEL), progress=progress, **how, **fields)
+        run = sparsessm.Run(sparsessm.load(MODEL), progress=progress, **how, **fields)
         progress.say(f"pruning, {name}")
         report = run.prune(tokens, measure=False)
         progress.say(f"measuring, {name}")
-        measured[name] = compared(dense, yardstick.measure(checkpoint, progress))
-        kept = (checkpoint, report) if name == SAVED else kept
+        measured[name] = compared(dense, yardstick.measure(run.architecture, progress))
+        kept = (run.checkpoint, report) if name == SAVED else kept
     assert kept is not None, "SAVED is none of RUNS"
     checkpoint, report = kept
     methods = {name: {part: measured[name][part] for part in ("pruned", "difference")} for name in measured}
@@ -122,7 +123,7 @@ def run(progress: Progress, out: Path, done: Demo, *, force: bool) -> tuple[list
         packing = pack(out, folder, force=force, **how)
         if not text:
             text = PROMPT + runtime.load(folder).generate(PROMPT, LENGTH).text
-        cost = compared(done.dense, done.yardstick.measure(load(str(folder)), progress))
+        cost = compared(done.dense, done.yardstick.measure(adapt(load(str(folder)).model), progress))
         speed = measure(folder, MODEL, rounds=ROUNDS, progress=progress).record()
         size = {"file": packing.after, "share": packing.ratio}
         rows.append({"model": str(folder), "bytes": size, "difference": cost["difference"], "speed": speed})

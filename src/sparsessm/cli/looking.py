@@ -33,11 +33,16 @@ from .answering import (
     tell,
 )
 
-Models = Annotated[list[str], argument(help="Models; all others are compared with the first.")]
+Models = Annotated[
+    list[str], argument(metavar="MODELS...", help="Models. The others are compared with the first.")
+]
 TEXT_HELP = str(Recipe.model_fields["data"].description).replace("Calibration", "Evaluation")
 Text = Annotated[str | None, option(help=f"{TEXT_HELP} [default: stdlib]")]
 Limit = Annotated[
-    int | None, option(min=1, help="So many windows, evenly spaced; of --tasks the first documents.")
+    int | None,
+    option(
+        min=1, help="Use at most this many windows, evenly spaced; with --tasks, this many documents of each."
+    ),
 ]
 Tasks = Annotated[
     str | None, option(help="Zero-shot tasks of lm-evaluation-harness instead: piqa,arc_easy,...")
@@ -91,7 +96,7 @@ def evaluate(
 
 @app.command(rich_help_panel=LOOK)
 def inspect(
-    directory: Annotated[str, argument(help="A result of `prune`, or any model.")],
+    directory: Annotated[str, argument(metavar="MODEL", help="A result of `prune`, or any model.")],
     tokenizer: Tokenizer = None,
     as_json: Json = False,
     quiet: Quiet = False,

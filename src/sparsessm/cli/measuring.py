@@ -1,6 +1,6 @@
 """The command that measures how large and how fast a model is here: bench.
 
-Place in the flow: parses and prints; the work is in `runtime/measure.py`. Tables are (title, columns, rows).
+Place in the flow: parses and prints; the work is in `evaluation/speed.py`. Tables are (title, columns, rows).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BYTES = {
 
 @app.command(rich_help_panel=LOOK)
 def bench(
-    model: Annotated[str, argument(metavar="DIR", help="A packed directory, or any model.")],
+    model: Annotated[str, argument(metavar="MODEL", help="A packed directory, or any model.")],
     against: Annotated[
         str | None, option(metavar="DENSE", help="A model to compare with, such as the dense one.")
     ] = None,

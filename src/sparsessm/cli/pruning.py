@@ -85,7 +85,9 @@ EXAMPLES = """Examples:
 @app.command(rich_help_panel=SMALLER, epilog=EXAMPLES)
 @takes_recipe(but=("model", "rules", "sparsity"))
 def prune(
-    model: Annotated[str | None, argument(help=str(Recipe.model_fields["model"].description))] = None,
+    model: Annotated[
+        str | None, argument(metavar="MODEL", help=str(Recipe.model_fields["model"].description))
+    ] = None,
     out: Out = None,
     sparsity: Sparsity = None,
     structured: Share = None,
@@ -140,12 +142,12 @@ def _planned(
     if structured is not None:
         if clash := [name for name in ("pattern", "sparsity") if name in given]:
             raise ValueError(
-                f"--structured is --pattern structured --sparsity; give no --{clash[0]} beside it"
+                f"--structured already sets the pattern and the sparsity; leave out --{clash[0]}"
             )
         given |= {"pattern": "structured", "sparsity": structured}
     wanted = (Recipe.load(recipe) if recipe else Recipe()).updated(**given)
     if wanted.model is None:
-        raise ValueError("no model: name one on the command line or in the recipe")
+        raise ValueError("no model was given; name one on the command line or in the recipe")
     if out is not None:
         refuse_existing(out, force, wanted.model)
     checkpoint = sparsessm.load(wanted.model, tokenizer=wanted.tokenizer)
@@ -172,7 +174,7 @@ def _pruned(
         for note in _differences(run.recipe, recipe, tokens):
             progress.note(f"note: {note}; masks may differ")
     report = run.prune(tokens, measure=measure)
-    sparsessm.save(run.checkpoint, out, report, force=force)
+    run.save(out, force=force)
     return report
 
 
@@ -207,9 +209,9 @@ def _show(report: Report, out: Path | None) -> None:
 
 @app.command(rich_help_panel=START)
 def demo(
-    out: Annotated[Path, option("--out", "-o", help="For the pruned model; an older demo is replaced.")] = (
-        Path("demo-out")
-    ),
+    out: Annotated[
+        Path, option("--out", "-o", help="The directory to write. The result of an earlier demo is replaced.")
+    ] = (Path("demo-out")),
     sparsity: Annotated[float, option("--sparsity", help="Share removed.")] = 0.5,
     samples: Annotated[int, option("--samples", min=1, help="Number of calibration windows.")] = 32,
     seed: Annotated[int, option("--seed", min=0, help="Seed of everything drawn.")] = 0,
@@ -246,7 +248,7 @@ def demo(
         )
         tables.show(tables.table(*demos.packed_table(packed), left=1))
         tables.show(
-            "Its weights fit into a cache, where bytes are not time; larger models gain more (README).",
+            "Its weights fit into the processor's cache, so fewer bytes save little time.",
             f"{demos.packed_folder(out, 'packed')} goes on from {demos.PROMPT!r}:",
             text,
         )
@@ -254,10 +256,12 @@ def demo(
 
 @app.command(rich_help_panel=LOOK)
 def analyze(
-    model: Annotated[str, argument(help=str(Recipe.model_fields["model"].description))],
-    out: Annotated[Path | None, option("--out", "-o", help="For analysis.json and a PNG.")] = None,
+    model: Annotated[str, argument(metavar="MODEL", help=str(Recipe.model_fields["model"].description))],
+    out: Annotated[
+        Path | None, option("--out", "-o", help="Directory for analysis.json and the heat map (a PNG).")
+    ] = None,
     sparsities: Annotated[
-        str, option("--sparsities", help="Shares removed, of each matrix alone.")
+        str, option("--sparsities", help="Shares to remove from each matrix, one matrix at a time.")
     ] = "0.3,0.5,0.7",
     price: Annotated[str | None, field("price")] = None,
     data: Annotated[str, field("data")] = "stdlib",

@@ -36,8 +36,10 @@ Generating = Annotated[
 
 @app.command(rich_help_panel=RUN)
 def generate(
-    model: Annotated[str, argument(help="A packed directory, or any model.")],
-    prompt: Annotated[str, argument(help="The text to continue, or - to read it from stdin.")],
+    model: Annotated[str, argument(metavar="MODEL", help="A packed directory, or any model.")],
+    prompt: Annotated[
+        str, argument(metavar="PROMPT", help="The text to continue, or - to read it from stdin.")
+    ],
     max_new_tokens: Annotated[
         int, option("--max-new-tokens", "-n", min=0, help="Generate at most so many tokens.")
     ] = 128,
@@ -114,7 +116,7 @@ def _speed(tokens: int, steps: int, seconds: float) -> str:
 
 @app.command(rich_help_panel=SMALLER)
 def pack(
-    model: Annotated[str, argument(help="A result of `prune`, or any model.")],
+    model: Annotated[str, argument(metavar="MODEL", help="A result of `prune`, or any model.")],
     out: Annotated[Path, option("--out", "-o", help="The directory to write.")],
     dtype: Annotated[
         str | None,
@@ -159,7 +161,7 @@ def pack(
 
 @app.command(rich_help_panel=SMALLER)
 def unpack(
-    model: Annotated[str, argument(help="A result of `pack`.")],
+    model: Annotated[str, argument(metavar="MODEL", help="A result of `pack`.")],
     out: Annotated[Path, option("--out", "-o", help="The directory to write.")],
     tokenizer: Tokenizer = None,
     force: Force = False,

@@ -1,6 +1,6 @@
 """Perplexity before and after: several models on the same windows of the recipe's data.
 
-Place in the flow: around the pipeline, for `prune` and `demo`. The windows are held out, unless the data is a
+Place in the flow: around a run, for `prune` and `demo`. The windows are held out, unless the data is a
 local file; `Report.caveat` says so then.
 
 What is printed is the change, with an interval that is paired over windows and needs 16 of them. So that
@@ -15,10 +15,11 @@ from typing import Any
 
 from torch import Tensor
 
+from sparsessm.architectures import Architecture
 from sparsessm.calibration.progress import Progress
 from sparsessm.checkpoint import Checkpoint
 from sparsessm.data.texts import evaluation_windows
-from sparsessm.evaluation.perplexity import Perplexity, difference, perplexity
+from sparsessm.evaluation.perplexity import Perplexity, difference, measure
 from sparsessm.recipe.recipe import Recipe, window_length
 
 WINDOWS = 16  # as few as an interval needs
@@ -55,9 +56,9 @@ class Yardstick:
             ),
         )
 
-    def measure(self, checkpoint: Checkpoint, progress: Progress | None = None) -> Perplexity:
-        """Perplexity of a model, dense or pruned."""
-        return perplexity(checkpoint.model, self.windows, self.n_bytes, data=self.data, progress=progress)
+    def measure(self, architecture: Architecture, progress: Progress | None = None) -> Perplexity:
+        """Perplexity of a model as it is now, dense or pruned."""
+        return measure(architecture, self.windows, self.n_bytes, data=self.data, progress=progress)
 
 
 def compared(dense: Perplexity, pruned: Perplexity) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """What `sparsessm eval` says: the scores of zero-shot tasks, the mean of a paper, models side by side.
 
-Place in the flow: `evaluation` and `zero_shot` measure, `cli` prints what comes from here.
+Place in the flow: perplexity.py and tasks.py measure, `cli` prints what comes from here.
 """
 
 from __future__ import annotations

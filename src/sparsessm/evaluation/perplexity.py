@@ -1,4 +1,4 @@
-"""Perplexity: how well a model, dense or pruned, predicts a text. Used after the pipeline, never by it.
+"""Perplexity: how well a model, dense or pruned, predicts a text. Used after pruning, never by it.
 
 The protocol is the field's: consecutive non-overlapping windows (`data.evaluation_windows`), each from an
 empty state, mean negative log-likelihood over all tokens but the first of each window, perplexity its
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsessm.architectures import adapt
+from sparsessm.architectures import Architecture, adapt
 from sparsessm.calibration.loss import losses
 from sparsessm.calibration.progress import Progress, Steps
 from sparsessm.calibration.walk import grouped
@@ -83,14 +83,29 @@ class Difference:
     high: float
 
 
-@torch.inference_mode()
 def perplexity(
     model: nn.Module, windows: Tensor, n_bytes: int, *, data: str = "", progress: Progress | None = None
+) -> Perplexity:
+    """Measures a transformers model that `architectures.adapt` knows.
+
+    Args, Raises: as `measure`, and as `adapt`.
+    """
+    return measure(adapt(model), windows, n_bytes, data=data, progress=progress)
+
+
+@torch.inference_mode()
+def measure(
+    architecture: Architecture,
+    windows: Tensor,
+    n_bytes: int,
+    *,
+    data: str = "",
+    progress: Progress | None = None,
 ) -> Perplexity:
     """Measures a model on windows of tokens through the fast forward of its architecture.
 
     Args:
-        model: a transformers model that `architectures.adapt` knows.
+        architecture: from `adapt(model)`; the model as it is now.
         windows: (W, length) int64, length at least 2.
         n_bytes: UTF-8 bytes of the text of all predicted tokens, for the bits per byte.
         data: the text's name, for the record.
@@ -98,7 +113,7 @@ def perplexity(
 
     Raises:
         ValueError: windows of another shape or type, `n_bytes` below 1, a token outside the model's
-            vocabulary, a window on which the model's likelihood is not finite; or as `architectures.adapt`.
+            vocabulary, a window on which the model's likelihood is not finite.
     """
     if windows.ndim != 2 or windows.dtype != torch.int64 or windows.shape[0] < 1 or windows.shape[1] < 2:
         raise ValueError(
@@ -108,8 +123,7 @@ def perplexity(
     if n_bytes < 1:
         raise ValueError(f"perplexity needs n_bytes >= 1, got {n_bytes}")
     count, length = windows.shape
-    architecture = adapt(model)
-    config: Any = model.config
+    config: Any = architecture.model.config
     if int(windows.min()) < 0 or int(windows.max()) >= config.vocab_size:
         raise ValueError(
             f"perplexity: tokens {int(windows.min())}..{int(windows.max())} do not fit the model's "

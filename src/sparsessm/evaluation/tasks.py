@@ -4,7 +4,7 @@
 
     print(zero_shot(sparsessm.load("builtin:pycode"), ["piqa", "arc_easy"], limit=100).record())
 
-Used after the pipeline, never by it. Prompts, tokenisation, truncation and metrics are the harness's: its
+Used after pruning, never by it. Prompts, tokenisation, truncation and metrics are the harness's: its
 model type `hf` with only the forward replaced, so that a dense model gets the log-likelihoods that
 `lm_eval --model hf` gives it (tests/evaluation/test_tasks.py compares every one). Only tasks that are scored
 by likelihoods; one that generates text takes the stock model, and `lm_eval` itself.

@@ -81,6 +81,11 @@ class Plan(ABC):
     ) -> Outcome:
         """Change the model in place; `tokens` are there where the plan `asks`."""
 
+    @final
+    def settle(self, samples: int) -> None:
+        """The number of calibration windows is known now, where the recipe said auto."""
+        self.recipe = self.recipe.updated(samples=samples)
+
     @property
     @final
     def looks(self) -> bool:
@@ -104,7 +109,7 @@ class Plan(ABC):
         """
         began = time.perf_counter()
         if self.looks and tokens is None:
-            raise ValueError(f"{self.asks} needs calibration windows, none were given")
+            raise ValueError(f"{self.asks} needs calibration windows, but none were given")
         done = self._carry_out(architecture, tokens if self.looks else None, progress)
         sha256 = fingerprint(tokens) if tokens is not None and self.looks else ""
         return Report(

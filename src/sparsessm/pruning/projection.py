@@ -54,7 +54,7 @@ def project(
                 target=f"{block.name}.state",
                 layer=block.index,
                 family="state",
-                method="balanced",
+                method=order.methods["state"].name,
                 pattern="structured:state",
                 removed="projected",
                 total=groups * states,

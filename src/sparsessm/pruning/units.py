@@ -37,7 +37,7 @@ from sparsessm.methods.observers import (
 from sparsessm.methods.patterns import Structured
 from sparsessm.methods.repair import dense_target, readout, remix
 from sparsessm.methods.structured import Reader, Units
-from sparsessm.pruning import blocks as depth
+from sparsessm.pruning.blocks import chosen_blocks
 from sparsessm.recipe.sizes import INNER, REPAIRED, Order, mixable
 from sparsessm.report.record import Row
 
@@ -63,7 +63,7 @@ def shrink(
         tokens: (W, L) int64 calibration windows; None where nothing is looked at (`Order.looks`).
         prices: what `row_prices` returned; None: it is asked where it is needed.
         widths: layer -> channels that it keeps, where layers differ.
-        leaving: what `depth.chosen_blocks` returned for as many blocks or more; empty: it is asked.
+        leaving: what `chosen_blocks` returned for as many blocks or more; empty: it is asked.
 
     Returns:
         A row for each layer and axis, named after the layers of the dense model.
@@ -72,7 +72,7 @@ def shrink(
         ValueError: activations, Hessians or prices that are not finite, with the block's name.
     """
     if order.looks and tokens is None:
-        raise ValueError("structured removal needs calibration windows, none were given")
+        raise ValueError("structured removal needs calibration windows, but none were given")
     rows: list[Row] = []
     inner = [axis for axis in INNER if axis in order.sizes]
     priced = order.fisher and any(order.methods[axis].prices for axis in inner)
@@ -82,7 +82,7 @@ def shrink(
         prices = row_prices(architecture, tokens, progress)
     count = len(architecture.blocks) - order.sizes.get("block", len(architecture.blocks))
     known = len(leaving) >= count
-    gone = leaving[:count] if known else depth.chosen_blocks(architecture, order, tokens, progress)
+    gone = leaving[:count] if known else chosen_blocks(architecture, order, tokens, progress)
     if count:
         chosen = order.methods["block"].name
         repair = f"dense-target:{order.strength:g}" if order.strength else "none"

@@ -4,6 +4,6 @@ Stage 0 of the flow.
 
     recipe.py   the recipe: flags, YAML, the record of a result
     fields.py   fields that a recipe and its rules share, and what fits together
-    plan.py     recipe and model -> a rule for each matrix
-    units.py    recipe and model -> how many whole units stay
+    rules.py    recipe and model -> a rule for each matrix
+    sizes.py    recipe and model -> how many whole units stay
 """

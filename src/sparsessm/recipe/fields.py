@@ -73,19 +73,20 @@ class Choice(BaseModel):
     repair: str | None = Field(
         None,
         description="What the remaining weights restore: none; self (the layer's own output); "
-        "dense-target[:STRENGTH] (its output in the dense model). By default what the method does.",
+        "dense-target[:STRENGTH] (its output in the dense model; STRENGTH from 0 to 1). By default "
+        "dense-target for absorb and self for sparsegpt; other methods repair nothing.",
     )
     price: Literal["none", "fisher", "norms"] | None = Field(
         None,
         description="What an error in an output row costs: none (all rows the same), fisher (its effect on "
         "the loss, from one backward pass), norms (estimated from the weights that read the row). By default "
-        "what the method takes.",
+        "fisher for absorb, else none.",
     )
     allocation: str | None = Field(
         None,
-        description=f"How the sparsity is shared among matrices: {listed()}. By default what the method "
-        "takes. With structured:channel on Mamba-1: uniform, or loss (each layer keeps as many channels as "
-        "it needs; the result is a packed directory).",
+        description=f"How the sparsity is shared among matrices: {listed()}, with numbers from 0 to 1. By "
+        "default loss for absorb and exact, else uniform. With structured:channel on Mamba-1: uniform, or "
+        "loss (each layer keeps as many channels as it needs; the result is a packed directory).",
     )
     diagonal: bool | None = Field(
         None, description="Method exact: use only the diagonal of the Gram matrix (cheaper, less exact)."
@@ -230,10 +231,12 @@ def _fits_units(choice: Choice, pattern: Structured) -> None:
     given = f"pattern {str(pattern)!r}"
     idle = [name for name in ("removed", "diagonal", "time_weights") if name in choice.chosen]
     if idle:
-        raise ValueError(f"{idle[0]} has no effect with {given}, which takes out whole units")
+        raise ValueError(f"{idle[0]} has no effect with {given}, which removes whole units")
     known = unit_methods()
     if choice.method and choice.method not in known:
-        raise ValueError(f"method {choice.method!r} scores single entries; with {given}: {', '.join(known)}")
+        raise ValueError(
+            f"method {choice.method!r} scores single entries; methods for {given}: {', '.join(known)}"
+        )
     method = known[choice.method or UNITS_DEFAULT]
     if choice.allocation and choice.allocation not in (
         allowed := [row.name for row in ALLOCATIONS.values() if row.by_layer or row.share is None]
@@ -241,18 +244,22 @@ def _fits_units(choice: Choice, pattern: Structured) -> None:
         raise ValueError(f"allocation is {choice.allocation!r}; with {given}: {', '.join(allowed)}")
     if differs(choice) and [axis for axis, _ in pattern.shares] != ["channel"]:
         raise ValueError(
-            f"allocation {choice.allocation!r} is for channels, of whole units; "
-            f"the pattern is {str(pattern)!r}"
+            f"allocation {choice.allocation!r} supports only pattern 'structured:channel', "
+            f"got {str(pattern)!r}"
         )
     if differs(choice) and not method.eliminates:
         able = " or ".join(repr(name) for name, row in known.items() if row.eliminates)
         raise ValueError(
-            f"allocation {choice.allocation!r} of channels needs method {able}, got {choice.method!r}"
+            f"allocation {choice.allocation!r} with pattern 'structured:channel' needs method {able}, "
+            f"got {choice.method!r}"
         )
     if pattern.mixed and choice.sparsity is not None:
-        raise ValueError(f"sparsity is {choice.sparsity:g}, but {given} says how much of each axis goes")
+        raise ValueError(
+            f"sparsity is {choice.sparsity:g}, but {given} already gives a share for each axis; "
+            "give only one of them"
+        )
     if choice.sparsity == 0:
-        raise ValueError(f"sparsity is 0; {given} takes out at least one unit")
+        raise ValueError(f"sparsity is 0; {given} removes at least one unit; give a sparsity above 0")
     if choice.repair and parse_repair(choice.repair)[0] == "self":
         raise ValueError(f"repair is {choice.repair!r}; with {given}: none, dense-target[:STRENGTH]")
     if method.projects and choice.repair not in (None, "none"):

@@ -79,7 +79,7 @@ class Recipe(Choice):
         None, description="Field or column of the data that holds the text. By default text."
     )
     samples: Annotated[int, Field(ge=1, le=MOST_SAMPLES)] | Literal["auto"] = Field(
-        64, description="Number of calibration windows, or auto (double it until the masks agree)."
+        64, description="Number of calibration windows, or auto (doubled until the masks hardly change)."
     )
     length: int | None = Field(
         None, ge=2, description="Tokens in a window. By default 2048, or the model's length if shorter."
@@ -106,7 +106,7 @@ class Recipe(Choice):
     @classmethod
     def _is_text(cls, name: str | None, info: ValidationInfo) -> str | None:
         if name is not None and not is_text(name):  # the record and the card could not name it
-            raise ValueError(f"{info.field_name} is {short(name)}, a name that is not UTF-8; rename it")
+            raise ValueError(f"{info.field_name} is {short(name)}, which is not UTF-8; rename it")
         return name
 
     @property
@@ -124,12 +124,13 @@ class Recipe(Choice):
         if _takes_units(self.pattern):
             if self.samples == "auto":
                 raise ValueError(
-                    "samples 'auto' compares masks of single entries; give a number for whole units"
+                    "samples 'auto' supports single entries only; give a number of samples for whole units"
                 )
             for name in ("target", "rules", "ignore"):
                 if getattr(self, name) not in (None, ()):
                     raise ValueError(
-                        f"{name} has no effect with pattern {self.pattern!r}: it takes whole layers"
+                        f"{name} has no effect with pattern {self.pattern!r}, which removes units of every "
+                        "layer"
                     )
             return self
         for rule in self.rules:

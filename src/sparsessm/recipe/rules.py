@@ -71,12 +71,12 @@ def assign(recipe: Recipe, targets: Iterable[Target]) -> Assignment:
         recipe: resolved. targets: of the model, in the order of the data.
 
     Raises:
-        ValueError: a recipe that is not resolved; a selector or rule that hits nothing; a rule, or a recipe,
-            with options that none of its targets reads; an N:M pattern whose M does not divide a row of a
-            target. Each names what it is about.
+        ValueError: a recipe that is not resolved; a selector or rule that selects nothing; a rule, or a
+            recipe, with options that none of its targets reads; an N:M pattern whose M does not divide a
+            row of a target. Each names what it is about.
     """
     if recipe.length is None:
-        raise ValueError("the recipe says no length; call Recipe.resolved first")
+        raise ValueError("the recipe has no length; call Recipe.resolved first")
     every = list(targets)
     ignored = {target.name for target in _chosen(recipe.ignore, every, "ignore", asked=False)}
     if recipe.rules:
@@ -84,7 +84,7 @@ def assign(recipe: Recipe, targets: Iterable[Target]) -> Assignment:
     else:
         hit = tuple(t for t in every if t.family in recipe.families and t.name not in ignored)
         if not hit:
-            raise ValueError(f"target {recipe.target!r}: all of it is ignored")
+            raise ValueError(f"target {recipe.target!r}: ignore leaves nothing to prune")
         groups = [Group(recipe.target or "all", hit)]
         rules = {target.name: _rule(recipe, recipe, target, hit) for target in hit}
     _refuse_idle(recipe, rules.values())
@@ -122,10 +122,13 @@ def _refuse_idle(recipe: Recipe, rules: Iterable[Rule]) -> None:
     """What the recipe says for all, and nothing that is pruned reads."""
     methods = {rule.method.name: rule.method for rule in rules}
     if recipe.method and recipe.method not in methods:
-        raise ValueError(f"method {recipe.method!r} prunes nothing that is left; used: {', '.join(methods)}")
+        raise ValueError(
+            f"method {recipe.method!r} does not support any of the selected matrices; "
+            f"methods used: {', '.join(methods)}"
+        )
     for option in OPTIONS:
         if option in recipe.chosen and not any(reads(method, option) for method in methods.values()):
-            raise ValueError(f"{option} has no effect on what is left: {', '.join(methods)} does not read it")
+            raise ValueError(f"{option} has no effect: {', '.join(methods)} does not read it")
 
 
 def _joined(recipe: Recipe, fields: Choice) -> dict[str, object]:
@@ -217,7 +220,7 @@ def _chosen(
             raise ValueError(f"{where}: selector {selector!r} is not a regular expression: {error}") from None
         if not hit:
             raise ValueError(
-                f"{where}: selector {selector!r} hits nothing; {_known(selector, targets, layers)}"
+                f"{where}: selector {selector!r} selects nothing; {_known(selector, targets, layers)}"
             )
         chosen |= hit
     return [target for target in targets if target.name in chosen]

@@ -83,8 +83,8 @@ def order(recipe: Recipe, architecture: Architecture) -> Order:
     """What a recipe with a structured pattern asks of a model.
 
     Raises:
-        ValueError: an axis that the model does not have, a share that transformers cannot express, or a
-            method that does not choose units of the axis.
+        ValueError: an axis that the model lacks, a share that transformers cannot express, or a method
+            that does not choose units of the axis.
     """
     pattern = parse(recipe.pattern or "")
     assert isinstance(pattern, Structured)
@@ -98,7 +98,7 @@ def order(recipe: Recipe, architecture: Architecture) -> Order:
     axes = [axis for axis, _ in pattern.shares] or [a for a in AXES if a in architecture.structure]
     if not axes:
         raise ValueError(
-            f"pattern '{pattern}': a {type(architecture).__name__} model has no axis to shrink along"
+            f"pattern '{pattern}': a {type(architecture).__name__} model has no units that can be removed"
         )
     by_layer = differs(recipe)
     if by_layer and not architecture.widens:
@@ -108,7 +108,7 @@ def order(recipe: Recipe, architecture: Architecture) -> Order:
             f"allocation {recipe.allocation!r} gives layers of a Mamba-1 different widths; {why}"
         )
     if not pattern.shares and type(architecture).widens and not architecture.widens:
-        raise ValueError("pattern 'structured': layers have different widths; say 'structured:block'")
+        raise ValueError("pattern 'structured': layers have different widths; use pattern 'structured:block'")
     free = 1 if method.projects else width_step(size_of(architecture, "channel")) if by_layer else None
     sizes = {
         axis: size_for(architecture, axis, share if own is None else own, free)
@@ -122,15 +122,11 @@ def order(recipe: Recipe, architecture: Architecture) -> Order:
     for axis in axes:
         if axis not in method.axes:
             others = ", ".join(name for name, row in known.items() if axis in row.axes)
-            raise ValueError(
-                f"method {method.name!r} does not choose among units of axis {axis!r}; these do: {others}"
-            )
+            raise ValueError(f"method {method.name!r} does not support axis {axis!r}; these do: {others}")
     if "votes" in method.looks.values() and any(
         target.kind == "A_log" and target.matrix.shape[1] == 1 for target in architecture.targets
     ):
-        raise ValueError(
-            f"method {method.name!r} needs states with a decay of their own, as Mamba-1 has them"
-        )
+        raise ValueError(f"method {method.name!r} needs one decay for each state; only Mamba-1 has that")
     name, strength = parse_repair(recipe.repair or "dense-target")
     found = Order(
         sizes,
@@ -186,10 +182,12 @@ def size_for(architecture: Architecture, axis: str, share: float, step: int | No
     kind = type(architecture).__name__
     if axis not in architecture.structure and axis in type(architecture).structure:
         why = "projected states" if type(architecture).projects else "layers of different widths"
-        raise ValueError(f"pattern 'structured:{axis}': only blocks can leave a model with {why}")
+        raise ValueError(f"pattern 'structured:{axis}': only blocks can be removed from a model with {why}")
     if axis not in architecture.structure:
         allowed = ", ".join(architecture.structure) or "none"
-        raise ValueError(f"pattern 'structured:{axis}': a {kind} model has no such axis; it has: {allowed}")
+        raise ValueError(
+            f"pattern 'structured:{axis}': a {kind} model does not support it; supported axes: {allowed}"
+        )
     now, sizes = size_of(architecture, axis), possible(architecture, axis)
     wanted = (1 - share) * now
     if step and now > step:

@@ -41,7 +41,7 @@ def inspection(checkpoint: Checkpoint, directory: str, record: dict[str, Any] | 
     """What is in a checkpoint; plain values.
 
     Args:
-        directory: where it came from. record: its own, if it is a result; see `report.checked`.
+        directory: where it came from. record: its own, if it is a result; see `record.checked`.
 
     Returns:
         "model", "format"; "tensors": bytes and dtypes by kind; "removed": see `recount`; "record".

@@ -1,6 +1,6 @@
 """The report: what was removed from which tensor, and what that cost; as a record and as tables.
 
-Place in the flow: `pipeline` adds a Row for each target; `sparsessm.save` has `checkpoint` write the record
+Place in the flow: a plan adds a Row for each target; `sparsessm.save` has `checkpoint` write the record
 (pruning.json) and the model card (card.py) into the result. Nothing here touches a disk or a terminal.
 """
 
@@ -16,7 +16,7 @@ from ..methods.hessian import DAMPING
 from . import machine
 
 RECORD_FORMAT = 1
-ENOUGH = 16  # windows; intervals from fewer are too narrow (`evaluation`)
+ENOUGH = 16  # windows; intervals from fewer are too narrow (evaluation/perplexity.py)
 REMOVED_WORDS = {
     "memoryless": "the state forgets at once (decay 0; stored as `A_log` = 38, in float16 as 11)",
     "unit": "the state decays with A = -1 (stored as `A_log` = 0)",
@@ -87,12 +87,12 @@ class Report:
         fingerprint: SHA-256 of the calibration tokens (hex); empty for a method that needs none.
         text: which text `data` stood for, where its name does not say it (`edition.edition`); else empty.
         seconds: wall time of the pruning.
-        advice: the curve from which `samples: auto` chose (`advice.Step`s as plain values); else empty.
+        advice: the curve from which `samples: auto` chose (`studies.windows.Step`s, plain); else empty.
         perplexity: records under "dense", "pruned" and "difference"; empty if not measured.
         sizes: bytes in the checkpoint by kind of tensor ("A_log", "in_proj", ...), in the stored dtypes.
         parameters: of the model, under "dense" and "pruned", where whole units were taken out; else empty.
         shape: axis -> units that stayed in every layer, then. trials: what was measured to find how much each
-            axis gives, where the recipe left it open (`mixture.Trial`s as plain values).
+            axis gives, where the recipe left it open (`mixes.Trial`s as plain values).
         pruned_before: the model had been pruned in memory already, so the recipe alone does not repeat it.
         packed: no stock checkpoint can hold it: projected states, or layers of different widths.
         machine: on which it ran; masks may differ on another (`machine.current`).

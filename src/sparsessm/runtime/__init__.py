@@ -11,8 +11,6 @@ Place in the flow: after everything that prunes, above `checkpoint/` and `kernel
     state.py        what a sequence carries, to keep and to continue from
     generation.py   Model: generate, logits
     causal_lm.py    a Model in the words of transformers, for its generate() and for lm_eval
-    evaluation/timing.py       engines side by side, and the memory's bandwidth
-    evaluation/speed.py      how large and how fast a model is here
     threads.py      how many threads may be asked for
 
 Importing it is light; torch and transformers come in with `load`.

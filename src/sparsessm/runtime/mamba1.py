@@ -9,7 +9,7 @@ the state.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,9 +130,9 @@ class Mamba1(Mixer):
             "index": (known % states).to(torch.uint8),
         }
 
-    def held(self) -> Iterator[Any]:
-        """As `Mixer.held`."""
-        yield from (*super().held(), self.slots.order, self.slots.entry)
+    def beside(self) -> Sequence[Tensor]:
+        """As `Mixer.beside`."""
+        return self.slots.order, self.slots.entry
 
     def read(self, x: Tensor, state: Tensor) -> Tensor:
         """As `Mixer.read`."""

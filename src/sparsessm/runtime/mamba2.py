@@ -8,6 +8,7 @@ the state.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -85,6 +86,10 @@ class Mamba2(Mixer):
             "gated_norm": self.gated_norm,
             "keeps": self.keeps.to(torch.uint8),
         }
+
+    def beside(self) -> Sequence[Tensor]:
+        """As `Mixer.beside`."""
+        return ()
 
     def read(self, x: Tensor, state: Tensor) -> Tensor:
         """As `Mixer.read`."""

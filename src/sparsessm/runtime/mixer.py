@@ -7,7 +7,7 @@ decoding the layer hands matrices and vectors to the native side (`native`).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -119,9 +119,13 @@ class Mixer(ABC):
         parts = (*of_all, *self.matrices().values(), *self.vectors())
         return sum(part.nbytes for part in parts if part is not None)
 
+    @abstractmethod
+    def beside(self) -> Sequence[Tensor]:
+        """Tensors that it holds in objects of its own."""
+
     def held(self) -> Iterator[Any]:
         """Everything in memory; vectors are held twice, for prompts and for decoding."""
-        yield from vars(self).values()
+        yield from (*vars(self).values(), *self.beside())
         yield from (part for part in self.native().values() if isinstance(part, Tensor))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """What an analysis found: sums over layers, the most sensitive matrices, a sentence, heat maps.
 
-Place in the flow: after `analysis`; `cli` prints what comes from here. Nothing is measured here.
+Place in the flow: after tolerance.py; `cli` prints what comes from here. Nothing is measured here.
 """
 
 from __future__ import annotations

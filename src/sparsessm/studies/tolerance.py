@@ -1,7 +1,7 @@
 """Which parts of a model tolerate how much: every matrix pruned alone at several sparsities, measured by the
 KL divergence of the logits on held-out windows; kept in a file, and continued there after an interruption.
 
-Place in the flow: before the pipeline. `cells.py` measures, `findings.py` says in words and pictures what
+Place in the flow: before pruning. `cells.py` measures, `findings.py` says in words and pictures what
 was found, docs/analyze.md describes the file.
 """
 
@@ -26,6 +26,7 @@ from sparsessm.data.foreign import from_json, read_bytes
 from sparsessm.data.texts import calibration_windows, evaluation_windows, fingerprint
 from sparsessm.data.unfinished import undoing
 from sparsessm.methods import Rule
+from sparsessm.methods.base import UNIFORM
 from sparsessm.pruning.entries import priced
 from sparsessm.recipe.recipe import Recipe, window_length
 from sparsessm.recipe.rules import assign, words
@@ -104,7 +105,7 @@ def analyze(
     # Alone, a matrix has the dense model's inputs: there is nothing to absorb and nobody to share with.
     what: dict[str, Any] = {
         "repair": "self",
-        "allocation": "uniform",
+        "allocation": UNIFORM.name,
         "price": price,
         "length": length,
         "seed": seed,

@@ -4,7 +4,7 @@ The windows are doubled, 4, 8, 16, ..., until another doubling would change litt
 disjoint halves of them choose agree hardly better, and pruning by all of them has hardly less error on
 windows held out.
 
-Place in the flow: before the pipeline, with its scores, allocation and sweep, but on the dense model, where
+Place in the flow: before pruning, with its scores, allocation and sweep, but on the dense model, where
 sums over windows add up, so that a doubling looks at the new windows only. docs/calibration.md has curves.
 """
 
@@ -70,8 +70,8 @@ def steps(
         progress: called with ("N windows", steps done, steps in all).
 
     Raises:
-        ValueError: a plan whose methods look at no windows; too few of them; activations, scores or Hessians
-            that are not finite, by name.
+        ValueError: an assignment whose methods look at no windows; too few of them; activations, scores or
+            Hessians that are not finite, by name.
     """
     targets = watched(architecture, assignment)
     aside = min(HELD_OUT, len(tokens) // 3)
@@ -184,7 +184,7 @@ def watched(architecture: Architecture, assignment: Assignment) -> dict[str, Tar
 
 
 def _only(assignment: Assignment, targets: Mapping[str, Target]) -> tuple[Group, ...]:
-    """The groups of a plan, with these targets alone."""
+    """The groups of an assignment, with these targets alone."""
     return tuple(
         replace(group, targets=tuple(target for target in group.targets if target.name in targets))
         for group in assignment.groups
