@@ -1,4 +1,4 @@
-"""Prints the table of docs/architectures.md that says what is supported for which architecture, from the code.
+"""Prints the table of docs/architectures.md: what is supported for which architecture, from the code.
 
 python tools/support_table.py
 """

@@ -282,13 +282,16 @@ def test_a_bug_is_one_line_with_its_place(
         raise error
 
     monkeypatch.setattr("sparsessm.load", broken)
-    outcome = CliRunner().invoke(cli.app, ["eval", "dense"])
+    outcome = CliRunner().invoke(cli.app, ["prune", "dense", "-o", "out"])
     assert outcome.exit_code == 1
     assert outcome.stderr.count("\n") == 1
     assert outcome.stderr.startswith(f"error: this is a bug: {type(error).__name__}")
     assert f"{Path(__file__).name}:" in outcome.stderr and "SPARSESSM_TRACEBACK" in outcome.stderr
     monkeypatch.setenv("SPARSESSM_TRACEBACK", "1")
-    assert "Traceback (most recent call last)" in CliRunner().invoke(cli.app, ["eval", "dense"]).stderr
+    assert (
+        "Traceback (most recent call last)"
+        in CliRunner().invoke(cli.app, ["prune", "dense", "-o", "out"]).stderr
+    )
 
 
 @pytest.mark.parametrize("threads", [0, -1, MOST_THREADS + 1, 100_000, 10**20, True, 2.0, "2"])

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from sparsessm.methods import METHODS, EntryMethod, Method, Rule, UnitMethod
 from sparsessm.methods.allocation import ALLOCATIONS
 from sparsessm.methods.base import Allocation, Member
+from sparsessm.methods.observers import InputNorm
 from sparsessm.methods.structured import Units
 
 PLACE = "backbone.layers.{}.mixer.{}.weight"
@@ -88,6 +89,82 @@ def test_a_made_up_allocation(dense: Any, monkeypatch: pytest.MonkeyPatch) -> No
     assert "unknown allocation 'by-depth'" in refused(
         "prune", "dense", "-o", "out", "--allocation", "by-depth"
     )
+
+
+# Rows that look at the calibration windows.
+
+
+def quiet_inputs(weight: Tensor, seen: Any, rule: Rule, columns: slice) -> Tensor:
+    return seen.power[columns].expand(len(weight), -1)
+
+
+def test_a_made_up_method_that_looks_at_the_inputs(dense: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = EntryMethod(
+        "quiet", "made up", "inputs without energy", ("projections",), lambda *_: InputNorm(), quiet_inputs
+    )
+    monkeypatch.setitem(METHODS, row.name, Method(row))
+    record = prune("--method", row.name, "--target", "projections", "--sparsity", "0.5")
+    assert record["calibration"]["sha256"]
+    got = AutoModelForCausalLM.from_pretrained("out").state_dict()
+    for layer in range(2):
+        gone = got[PLACE.format(layer, "in_proj")] == 0  # whole columns: all rows have the same scores
+        assert torch.equal(gone, gone[:1].expand_as(gone)) and gone[0].float().mean() == 0.5
+
+
+def loud_states(units: Units) -> Sequence[Tensor]:
+    assert units.energy is not None
+    return [-one for one in units.energy.double()]
+
+
+def kept_states(dense: Any) -> list[set[int]]:
+    """Which states of each layer are still in "out", by their columns of x_proj."""
+    got, was = AutoModelForCausalLM.from_pretrained("out").state_dict(), dense.state_dict()
+    found = []
+    for layer in range(2):
+        name, skip = PLACE.format(layer, "x_proj"), dense.config.time_step_rank
+        rows = {tuple(row.tolist()) for row in got[name][skip:]}
+        states = dense.config.state_size
+        found.append({n for n in range(states) if tuple(was[name][skip + n].tolist()) in rows})
+    return found
+
+
+def test_a_made_up_method_for_units_that_looks_at_their_energy(
+    dense: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = UnitMethod("loud", "made up", "the loudest go", ("state",), {"state": "energy"}, loud_states)
+    monkeypatch.setitem(METHODS, row.name, Method(units=row))
+    given = ("--pattern", "structured:state", "--sparsity", "0.5", "--repair", "none", "--force")
+    prune("--method", row.name, *given)
+    first = kept_states(dense)[0]
+    prune("--method", "ghost", *given)  # keeps the loudest; the same energies in the first layer
+    assert first == set(range(dense.config.state_size)) - kept_states(dense)[0]
+
+
+def test_a_made_up_allocation_that_looks(dense: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[float] = []
+
+    def by_energy(members: Sequence[Member], sparsity: float, number: float) -> list[float]:
+        heard.extend(member.seen for member in members)
+        least = min(members, key=lambda member: member.seen)
+        return [sparsity + (number if member is least else 0.0) for member in members]
+
+    row = Allocation(
+        "by-energy",
+        "made up",
+        "the quietest loses more",
+        by_energy,
+        watch=lambda weight, rule: InputNorm(),
+        reduce=lambda weight, seen, rule, gone: float(seen.power.mean()),
+        looks=True,
+        letter="MORE",
+        default=0.25,
+    )
+    monkeypatch.setitem(ALLOCATIONS, row.name, row)
+    given = ("--method", "magnitude", "--target", "projections", "--sparsity", "0.5")
+    record = prune("--allocation", row.name, *given)
+    assert record["calibration"]["sha256"] and len(set(heard)) > 1 and min(heard) > 0
+    more = [target for target in record["targets"] if target["sparsity"] > 0.6]
+    assert len(more) == 1
 
 
 def test_the_sides_of_a_row_have_one_name() -> None:

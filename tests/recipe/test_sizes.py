@@ -111,9 +111,7 @@ def test_a_method_that_does_not_choose_units_of_the_axis(method: str, axis: str)
         listed = str(caught.value).partition("these do: ")[2].split(", ")
         assert listed == [name for name, row in UNITS.items() if axis in row.axes]
     elif method == "sparsessm-vote":
-        with pytest.raises(
-            ValueError, match="'sparsessm-vote' needs states with a decay of their own, as Mamba-1"
-        ):
+        with pytest.raises(ValueError, match="'sparsessm-vote' needs one decay for each state; only Mamba-1"):
             ordered(MAMBA2, **how)
         assert ordered(MAMBA, **how).names == ["sparsessm-vote"]
     else:
