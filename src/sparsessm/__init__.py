@@ -337,7 +337,7 @@ def save(
 
 def _saved(checkpoint: Checkpoint, path: str | Path, report: Report | None, force: bool) -> Path:
     from sparsessm.architectures.own import Own
-    from sparsessm.checkpoint.reading import local_folder
+    from sparsessm.checkpoint import local_folder
     from sparsessm.report import card as cards
 
     from . import checkpoint as files

@@ -367,7 +367,7 @@ def test_a_header_that_would_not_be_read(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_both_kinds_of_weights(golden: Path) -> None:
     (golden / "model.safetensors").touch()
-    for attempt in (packed.read, checkpoint.load, checkpoint.is_packed):
+    for attempt in (packed.read, checkpoint.load, checkpoint.open_checkpoint):
         with pytest.raises(
             ValueError, match=r"holds both packed\.safetensors and model\.safetensors; remove"
         ):

@@ -50,7 +50,8 @@ def test_there_and_back_to_the_bit(tmp_path: Path, dtype: torch.dtype) -> None:
     tensors = write_pruned(tmp_path / "in", dtype)
     done = checkpoint.pack(tmp_path / "in", tmp_path / "packed")
     assert names(tmp_path / "packed") == names(tmp_path / "in") - {"model.safetensors"} | {container.PACKED}
-    assert checkpoint.is_packed(tmp_path / "packed") and not checkpoint.is_packed(tmp_path / "in")
+    for folder, is_packed in (("packed", True), ("in", False)):
+        assert (checkpoint.open_checkpoint(tmp_path / folder).packed is not None) == is_packed
     assert done.before == sum(tensor.nbytes for tensor in tensors.values())
     assert done.after == (tmp_path / "packed" / container.PACKED).stat().st_size
     read = packed.read(tmp_path / "packed")
@@ -238,7 +239,6 @@ def test_a_packed_directory_on_the_hub(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(ValueError, match=r"'some/model' is already packed; unpack it first"):
         checkpoint.pack("some/model", tmp_path / "out")
     checkpoint.unpack("some/model", tmp_path / "out")
-    assert not checkpoint.is_packed("some/model")
 
 
 def test_a_failing_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

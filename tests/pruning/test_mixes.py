@@ -47,7 +47,7 @@ def shrunk(architecture: Architecture, sizes: dict[str, int]) -> Architecture:
     pattern = "structured:" + next(iter(sizes))
     one = order(Recipe(pattern=pattern, method="random", repair="none"), made)
     selections = dict.fromkeys(sizes, next(iter(one.methods.values())))
-    shrink(made, Order(sizes, selections, strength=0.0, fisher=False), None)
+    shrink(made, Order(sizes, selections, strength=0.0, priced=False), None)
     return made
 
 

@@ -280,7 +280,7 @@ def test_a_state_that_is_read_alike_costs_nothing_where_inputs_can_be_mixed(
     for strength, most in ((1.0, loops.MAX_STATES), (1.0, 0), (0.0, 0)):
         monkeypatch.setattr(loops, "MAX_STATES", most)  # 0: readouts alone
         architecture = adapt(copy.deepcopy(full))
-        wanted = Order({"state": 7}, {"state": last}, strength=strength, fisher=False)
+        wanted = Order({"state": 7}, {"state": last}, strength=strength, priced=False)
         shrink(architecture, wanted, tokens)
         for small, layer in zip(architecture.model.backbone.layers, full.backbone.layers, strict=True):
             assert torch.equal(small.mixer.A_log, layer.mixer.A_log[:, [0, 1, 2, 3, 4, 6, 7]])

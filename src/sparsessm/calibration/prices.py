@@ -10,7 +10,7 @@ Nothing is trained: gradients flow through activations only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -24,6 +24,32 @@ from sparsessm.calibration.walk import backwards, first_tokens, grouped, walk
 
 ROWS = 2048  # tokens that go through the model together: several short windows, or one long one
 PRICED_TOKENS = 16_384  # of the calibration windows that the backward pass looks at
+
+
+def priced(
+    architecture: Architecture,
+    asked: Mapping[str, str],
+    tokens: Tensor | None,
+    progress: Progress | None = None,
+) -> dict[str, Tensor]:
+    """The prices of output rows, each target's in the way that it asks for.
+
+    Args:
+        asked: target name -> a name of `PRICES`; others ask for none.
+        tokens: (W, L) int64 calibration windows; None where there are none, then nothing that needs them.
+
+    Returns:
+        Target name -> (out,) float64; targets that have none of this kind are left out.
+
+    Raises:
+        ValueError: as `output_fisher`.
+    """
+    found: dict[str, Tensor] = {}
+    for name, price in PRICES.items():
+        if names := {target for target, kind in asked.items() if kind == name}:
+            values = price(architecture, names, tokens, progress)
+            found |= {target: row for target, row in values.items() if target in names}
+    return found
 
 
 def row_prices(
@@ -164,6 +190,21 @@ def _frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in learning:
             parameter.requires_grad_(True)
+
+
+def _by_fisher(
+    architecture: Architecture, names: Collection[str], tokens: Tensor | None, progress: Progress | None
+) -> Mapping[str, Tensor]:
+    head = any(target.name in names for target in architecture.tail.targets)
+    return {} if tokens is None else row_prices(architecture, tokens, progress, head=head)
+
+
+def _by_norms(architecture: Architecture, *_: object) -> Mapping[str, Tensor]:
+    return output_norms(architecture)
+
+
+# Name -> (architecture, targets that ask, windows, progress) -> prices of these targets, or of more.
+PRICES: Mapping[str, Callable[..., Mapping[str, Tensor]]] = {"norms": _by_norms, "fisher": _by_fisher}
 
 
 def output_norms(architecture: Architecture) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ beside it (`docs/checkpoint.md` describes the files).
 from . import packed
 from .atomic import refuse_room, refuse_target
 from .encoding import Encoded
-from .opened import Opened, is_packed, local_folder, open_checkpoint, read_record
+from .opened import Opened, local_folder, open_checkpoint, read_record
 from .packed import Packed, pack, save, unpack
 from .reading import Checkpoint, load
 from .writing import refuse_existing, refuse_full
@@ -36,7 +36,6 @@ __all__ = [
     "Encoded",
     "Opened",
     "Packed",
-    "is_packed",
     "load",
     "local_folder",
     "open_checkpoint",

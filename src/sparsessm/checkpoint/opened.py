@@ -258,16 +258,6 @@ def _found(source: str, weights: bool) -> Path:
     return folder
 
 
-def is_packed(source: str | os.PathLike[str]) -> bool:
-    """True if a source is a packed directory on this machine; of a hub id it is not known without a download.
-
-    Raises:
-        ValueError: the directory holds its weights packed and in a stock file too.
-    """
-    folder = local_folder(os.fspath(source))
-    return folder is not None and _holds_packed(folder)
-
-
 def _holds_packed(folder: Path) -> bool:
     if not (folder / container.PACKED).is_file():
         return False

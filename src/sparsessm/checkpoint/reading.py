@@ -15,7 +15,6 @@ from .assembly import assemble
 from .container import Format
 from .folder import Folder
 from .opened import Opened, find, open_checkpoint, quiet
-from .opened import local_folder as local_folder  # where the door looks for it
 from .shelf import give_back
 
 

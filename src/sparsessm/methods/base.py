@@ -90,6 +90,11 @@ class Rule:
     length: int = 0
     seed: int = 0
 
+    @property
+    def paired(self) -> bool:
+        """Whether the repair aims at the dense model: then inputs of both models are looked at."""
+        return self.repair == "dense-target"
+
 
 @dataclass(frozen=True)
 class EntryMethod:

@@ -19,7 +19,7 @@ from sparsessm.methods.observers import InputGram
 
 
 def _watch(weight: Tensor, rule: Rule) -> Any:
-    return InputGram(paired=rule.repair == "dense-target")
+    return InputGram(paired=rule.paired)
 
 
 def _score(weight: Tensor, seen: Factor, rule: Rule, columns: slice) -> Tensor:

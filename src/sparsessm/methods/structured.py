@@ -25,12 +25,12 @@ class Reader:
     """A matrix that reads the units: it loses columns, and the rest is repaired by least squares.
 
     Attributes:
-        weight: (out, in). cost: (out,) what an error in each row costs. seen: moments of its inputs.
+        weight: (out, in). prices: (out,) what an error in each row costs. seen: moments of its inputs.
         columns: (units, width) int64, the columns of each unit.
     """
 
     weight: Tensor
-    cost: Tensor | None
+    prices: Tensor | None
     seen: Moments
     columns: Tensor
 
@@ -165,8 +165,8 @@ def elimination(units: Units) -> tuple[Sequence[Tensor], Tensor]:
     problems = []
     for reader in units.readers:
         weight = reader.weight.double()
-        if reader.cost is not None:
-            weight = weight * reader.cost.double().clamp(min=0).sqrt()[:, None]
+        if reader.prices is not None:
+            weight = weight * reader.prices.double().clamp(min=0).sqrt()[:, None]
         upper = factorise(reader.seen.gram.double()).upper
         problems.append((weight.clone(), upper.mT @ upper, reader.columns))
         del upper  # as large as the inverse

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparsessm.architectures import Architecture, Target
-from sparsessm.calibration.prices import output_norms, row_prices
+from sparsessm.calibration import prices
 from sparsessm.calibration.progress import Progress
 from sparsessm.calibration.visit import Look, Watch, visit
 from sparsessm.methods import WITHOUT_DATA, Rule
@@ -74,7 +74,7 @@ class EntryPlan(Plan):
         rules = priced(architecture, self._assignment.rules, tokens, progress)
         rules = surveyed(architecture, replace(self._assignment, rules=rules), tokens, progress)
         rows: list[Row] = []
-        paired = any(rule.repair == "dense-target" for rule in rules.values())
+        paired = any(rule.paired for rule in rules.values())
         for target, look in visit(architecture, rules, _watching(rules), tokens, progress, paired=paired):
             with naming(target):
                 rows.append(_prune(target, rules[target.name], look))
@@ -128,7 +128,7 @@ def solve(target: Target, rule: Rule, seen: Any) -> Solution:
         seen, unit = seen.scaled(weight.dtype)
         factor = factorise(seen.gram)
         start = weight.clone()  # the target's matrix is a view of what will be replaced
-        if rule.repair == "dense-target":
+        if rule.paired:
             start = dense_target(weight, seen, factor, rule.strength)
     repairing = factor if rule.repair != "none" else None
     score = scorer(rule, seen if factor is None else factor, repairs=repairing is not None)
@@ -156,19 +156,11 @@ def priced(
     architecture: Architecture, rules: Rules, tokens: Tensor | None, progress: Progress | None
 ) -> dict[str, Rule]:
     """The rules, with what an error in each output row costs where they ask for it."""
-    priced = dict(rules)
     asked = {target.name: rules[target.name].price for target in architecture.targets if target.name in rules}
-    found: dict[str, Tensor] = {}
-    if "norms" in asked.values():
-        found = output_norms(architecture)
-    if "fisher" in asked.values() and tokens is not None:
-        head = any(asked.get(target.name) == "fisher" for target in architecture.tail.targets)
-        fisher = row_prices(architecture, tokens, progress, head=head)
-        found |= {name: values for name, values in fisher.items() if asked.get(name) == "fisher"}
-    for name, kind in asked.items():
-        if kind != "none" and name in found:
-            priced[name] = replace(rules[name], prices=found[name])
-    return priced
+    found = prices.priced(architecture, asked, tokens, progress)
+    return {
+        name: replace(rule, prices=found[name]) if name in found else rule for name, rule in rules.items()
+    }
 
 
 def _row(

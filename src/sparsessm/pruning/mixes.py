@@ -70,7 +70,7 @@ def find(
     dense = float(losses(architecture, held).mean())
     axes = list(order.methods)
     jobs = [(axis, size) for axis in axes for size in _tried(architecture, axis)]
-    prices = row_prices(architecture, few) if order.fisher else {}
+    prices = row_prices(architecture, few) if order.priced else {}
     leaving: list[int] = []  # blocks in the order in which they go: asked once for all sizes
     if fewest := min((size for axis, size in jobs if axis == "block"), default=0):
         leaving = chosen_blocks(architecture, replace(order, sizes={"block": fewest}), few, None)

@@ -97,13 +97,12 @@ def units(order: Order, architecture: Architecture) -> dict[str, Any]:
     projects = any(method.projects for method in order.methods.values())
     gone = saved(architecture, order.sizes) if order.sizes and not projects else None
     counts = {"now": total, "after": None if gone is None else total - gone}
-    repair = f"dense-target:{order.strength:g}" if order.strength else "none"
     return {
         "axes": axes,
         "share": order.share,
         "by_layer": order.by_layer,
         "methods": order.names,
-        "repair": repair,
+        "repair": order.repair,
         "parameters": counts,
     }
 

@@ -41,7 +41,7 @@ def project(
     Raises:
         ValueError: activations that are not finite, with the block's name.
     """
-    prices = row_prices(architecture, tokens, progress) if order.fisher else {}
+    prices = row_prices(architecture, tokens, progress) if order.priced else {}
     sums = _look(architecture, tokens, prices, progress)
     counts = allot([energies(layer) for layer in sums], order.sizes["state"])
     rows = []

@@ -64,7 +64,7 @@ class UnitPlan(Plan):
             prices = own = None
             if order.by_layer:
                 assert tokens is not None
-                prices = row_prices(architecture, tokens, progress) if order.fisher else {}
+                prices = row_prices(architecture, tokens, progress) if order.priced else {}
                 own = widths.find(architecture, order, tokens, prices, progress)
             rows = units.shrink(architecture, order, tokens, progress, prices, widths=own)
         parameters = {"dense": dense, "pruned": _parameters(architecture)}

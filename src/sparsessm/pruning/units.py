@@ -75,7 +75,7 @@ def shrink(
         raise ValueError("structured removal needs calibration windows, but none were given")
     rows: list[Row] = []
     inner = [axis for axis in INNER if axis in order.sizes]
-    priced = order.fisher and any(order.methods[axis].prices for axis in inner)
+    priced = order.priced and any(order.methods[axis].prices for axis in inner)
     if not priced or tokens is None:
         prices = {}
     elif prices is None:
@@ -85,8 +85,7 @@ def shrink(
     gone = leaving[:count] if known else chosen_blocks(architecture, order, tokens, progress)
     if count:
         chosen = order.methods["block"].name
-        repair = f"dense-target:{order.strength:g}" if order.strength else "none"
-        rows.append(_row("blocks", -1, "block", chosen, len(architecture.blocks), len(gone), repair))
+        rows.append(_row("blocks", -1, "block", chosen, len(architecture.blocks), len(gone), order.repair))
     if widths is not None:  # also if what follows is interrupted
         guard(architecture.model)
     refits = [order.refits(block) for block in architecture.blocks]
@@ -176,7 +175,7 @@ def _shrink_block(
                 axis,
                 selection.name,
                 *counts,
-                repair=f"dense-target:{order.strength:g}" if refits or mixes else "none",
+                repair=order.repair if refits or mixes else "none",
                 price="fisher" if prices and selection.prices else "none",
                 repaired=repaired
                 or dict.fromkeys(f"{stop.block.name}.{part.tensor}" for part in mixes or ()),

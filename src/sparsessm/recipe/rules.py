@@ -184,7 +184,7 @@ def words(rule: Rule) -> dict[str, str]:
         "method": rule.method.name,
         "pattern": str(rule.pattern),
         "removed": rule.removed,
-        "repair": rule.repair if rule.repair != "dense-target" else f"dense-target:{rule.strength:g}",
+        "repair": f"{rule.repair}:{rule.strength:g}" if rule.paired else rule.repair,
         "price": rule.price,
         "allocation": f"{row.name}:{number:g}" if row.letter else row.name,
     }

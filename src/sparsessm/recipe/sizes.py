@@ -34,7 +34,7 @@ class Order:
         methods: axis -> how they are chosen. strength: of the repair, 0 is none. asked: the recipe says
             which.
         by_layer: every layer keeps as many as it needs, `sizes` on average; for our runtime alone.
-        fisher: errors cost what the loss says. seed: of random choices.
+        priced: errors cost what the loss says. seed: of random choices.
     """
 
     sizes: Mapping[str, int]
@@ -42,7 +42,7 @@ class Order:
     strength: float = 1.0
     asked: bool = False
     by_layer: bool = False
-    fisher: bool = True
+    priced: bool = True
     seed: int = 0
     share: float | None = None
 
@@ -67,6 +67,11 @@ class Order:
             return True
         own = any(target.kind == "x_proj" for target in block.targets)
         return own and not mixable([a for a in block.axes if a.name == "state"])
+
+    @property
+    def repair(self) -> str:
+        """What survivors restore, as a recipe says it."""
+        return f"dense-target:{self.strength:g}" if self.strength else "none"
 
     @property
     def names(self) -> list[str]:
@@ -134,7 +139,7 @@ def order(recipe: Recipe, architecture: Architecture) -> Order:
         strength=0.0 if name == "none" or method.projects else strength,
         asked=recipe.repair is not None,
         by_layer=by_layer,
-        fisher=recipe.price != "none",
+        priced=recipe.price != "none",
         seed=recipe.seed,
         share=None if pattern.shares else share,
     )

@@ -86,8 +86,7 @@ def steps(
     rules = priced(architecture, rules, tokens[:count], progress)
     # The dense model has no second stream, and its own output is what a repair aims at.
     rules = {
-        name: replace(rule, repair="self" if rule.repair == "dense-target" else rule.repair)
-        for name, rule in rules.items()
+        name: replace(rule, repair="self" if rule.paired else rule.repair) for name, rule in rules.items()
     }
     chosen = replace(assignment, groups=_only(assignment, targets), rules=rules)
     walked = slab_count(aside, tokens.shape[1]) * len(architecture.blocks)
