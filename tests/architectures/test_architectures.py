@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from forward import logits_of, states_of
 from pico import pico_falcon_mamba, pico_mamba, pico_mamba2
 from pico_hybrids import pico_hybrid
 from stock import TOKENS, assert_same, stock_logits
@@ -28,7 +29,7 @@ def test_logits_equal_the_stock_forward(
 ) -> None:
     monkeypatch.setattr(kernels, "LEVEL", level)
     model = pico_mamba(**overrides)
-    assert_same(adapt(model).logits(TOKENS), stock_logits(model, TOKENS))
+    assert_same(logits_of(adapt(model), TOKENS), stock_logits(model, TOKENS))
 
 
 def test_removed_entries_compute_what_stock_code_computes() -> None:
@@ -36,7 +37,7 @@ def test_removed_entries_compute_what_stock_code_computes() -> None:
     with torch.no_grad():
         model.backbone.layers[0].mixer.A_log[::2] = 38.0
         model.backbone.layers[1].mixer.A_log[:, ::3] = 0.0
-    assert_same(adapt(model).logits(TOKENS), stock_logits(model, TOKENS))
+    assert_same(logits_of(adapt(model), TOKENS), stock_logits(model, TOKENS))
 
 
 @pytest.mark.parametrize("width", [1, 2, 5, 36, 37])
@@ -54,7 +55,7 @@ def in_slabs_as_in_one_pass(model: torch.nn.Module, width: int) -> None:
                 out, state = block.forward(hidden[:, start : start + width], state)
                 parts.append(out)
             hidden = torch.cat(parts, 1)
-    assert_same(hidden, architecture.final(TOKENS))
+    assert_same(hidden, states_of(architecture, TOKENS))
 
 
 def test_mixer_equals_the_transcription() -> None:
@@ -242,7 +243,7 @@ def test_the_tail_feeds_the_head_and_passes_everything_on() -> None:
     inputs: list[Tensor] = []
     model.lm_head.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     stock_logits(model, TOKENS)
-    final = architecture.final(TOKENS)
+    final = states_of(architecture, TOKENS)
     tap = Listener("lm_head", [])
     with torch.inference_mode():
         out, _ = architecture.tail.forward(final, None, {"lm_head": tap})
@@ -287,7 +288,7 @@ def test_the_family_computes_what_stock_code_computes(
 ) -> None:
     monkeypatch.setattr(kernels, "LEVEL", level)
     model = FAMILY[name]()
-    assert_same(adapt(model).logits(TOKENS), stock_logits(model, TOKENS))
+    assert_same(logits_of(adapt(model), TOKENS), stock_logits(model, TOKENS))
 
 
 @pytest.mark.parametrize("name", FAMILY)
@@ -301,7 +302,7 @@ def test_memoryless_heads_of_mamba2_compute_what_stock_code_computes() -> None:
     with torch.no_grad():
         model.backbone.layers[0].mixer.A_log[::2] = 38.0
         model.backbone.layers[1].mixer.A_log[1] = 0.0
-    assert_same(adapt(model).logits(TOKENS), stock_logits(model, TOKENS))
+    assert_same(logits_of(adapt(model), TOKENS), stock_logits(model, TOKENS))
 
 
 @pytest.mark.parametrize("name", FAMILY)
@@ -360,6 +361,6 @@ def test_norms_that_are_a_function_are_there_all_the_same() -> None:
         mixer.rms_eps = model.config.mixer_rms_eps
         del mixer.dt_layernorm, mixer.b_layernorm, mixer.c_layernorm
     architecture = adapt(model)
-    assert_same(architecture.logits(TOKENS), want)
+    assert_same(logits_of(architecture, TOKENS), want)
     (states,) = [axis for axis in architecture.blocks[0].axes if axis.name == "state"]
     assert states.read is None and states.write is None

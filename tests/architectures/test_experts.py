@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from forward import logits_of
 from hybrids import MIXTURES, MORE_TOKENS, hybrid, one_sided
 from pico_hybrids import FAMILIES, VARIANTS, pico_hybrid
 from planned import prune
@@ -202,7 +203,7 @@ def test_every_method_prunes_every_hybrid(name: str, method: str) -> None:
     for part in families:
         of = [row for row in rows if row.family == part]
         assert sum(row.pruned for row in of) / sum(row.total for row in of) == pytest.approx(0.5, abs=0.02)
-    ours = architecture.logits(FEW_TOKENS)
+    ours = logits_of(architecture, FEW_TOKENS)
     assert torch.isfinite(ours).all()
     assert_same(ours, stock_logits(architecture.model, FEW_TOKENS))
     assert (ours - before).abs().max() > 1e-4 * before.abs().max()
@@ -224,7 +225,7 @@ ODD: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 def test_experts_of_odd_sizes_have_the_stock_logits(case: str) -> None:
     name, sizes = ODD[case]
     want = stock_logits(pico_hybrid(name, **sizes, experts_implementation="eager"), FEW_TOKENS)
-    assert_same(hybrid(name, **sizes).logits(FEW_TOKENS), want)
+    assert_same(logits_of(hybrid(name, **sizes), FEW_TOKENS), want)
 
 
 def test_experts_of_odd_sizes_are_pruned() -> None:

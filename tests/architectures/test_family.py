@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from forward import logits_of
 from pico import pico_falcon_mamba, pico_mamba2
 from planned import prune
 from stock import TOKENS, assert_same, stock_logits
@@ -29,7 +30,7 @@ MORE_TOKENS = torch.randint(0, 64, (8, 37), generator=torch.Generator().manual_s
 @pytest.mark.parametrize("name", MODELS)
 def test_every_method_prunes_the_family(name: str, method: str) -> None:
     architecture = adapt(MODELS[name]())
-    dense = architecture.logits(TOKENS)
+    dense = logits_of(architecture, TOKENS)
     family = "ssm" if "projections" not in METHODS[method].families else "all"
     asked = Recipe(target=family, method=method).resolved(model="m", trained_length=37)
     report = prune(architecture, asked, MORE_TOKENS)
@@ -40,7 +41,7 @@ def test_every_method_prunes_the_family(name: str, method: str) -> None:
         assert row.pruned == int((targets[row.target].matrix == gone).sum())
     share = sum(row.pruned for row in report.rows) / sum(row.total for row in report.rows)
     assert share == pytest.approx(0.5, abs=0.02)
-    ours = architecture.logits(TOKENS)
+    ours = logits_of(architecture, TOKENS)
     assert_same(ours, stock_logits(architecture.model, TOKENS))
     assert (ours - dense).abs().max() > 1e-4 * dense.abs().max()
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from forward import logits_of, states_of
 from hybrids import MIXTURES, ROUTERS, Listener, blocks_of, by_kind, hybrid, slabs
 from pico_hybrids import FAMILIES, VARIANTS, pico_hybrid
 from stock import TOKENS, assert_same, stock_logits
@@ -19,7 +20,7 @@ from sparsessm.architectures.experts import is_experts
 @pytest.mark.parametrize("name", [*FAMILIES, *VARIANTS])
 def test_logits_equal_the_stock_forward(name: str) -> None:
     model = pico_hybrid(name)
-    assert_same(adapt(model).logits(TOKENS), stock_logits(model))
+    assert_same(logits_of(adapt(model), TOKENS), stock_logits(model))
 
 
 @pytest.mark.parametrize("width", [1, 2, 5, 36, 37])
@@ -52,7 +53,7 @@ def test_removed_entries_compute_what_stock_code_computes() -> None:
         for block in architecture.blocks:
             if (target := by_kind(block).get("A_log")) is not None:
                 target.parameter.data.flatten()[::3] = 38.0
-        assert_same(architecture.logits(TOKENS), stock_logits(architecture.model))
+        assert_same(logits_of(architecture, TOKENS), stock_logits(architecture.model))
 
 
 def test_nothing_of_a_call_stays_in_the_model() -> None:
@@ -195,7 +196,7 @@ def test_the_tail_feeds_the_head(name: str) -> None:
     with head.register_forward_pre_hook(lambda module, args: inputs.append(args[0])):
         stock_logits(architecture.model)
     tap = Listener()
-    final = architecture.final(TOKENS)
+    final = states_of(architecture, TOKENS)
     with torch.inference_mode():
         out, _ = architecture.tail.forward(final, None, {"lm_head": tap})
     assert out is not None and torch.equal(out, final)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from forward import logits_of
 from hybrids import blocks_of, hybrid, shared_targets
 from pico_hybrids import FAMILIES
 from stock import TOKENS, assert_same, stock_logits
@@ -117,7 +118,7 @@ def test_smaller_mixers_are_stock_models(name: str, axis: str, tmp_path: Path) -
     assert [(target.name, target.uses) for target in shared_targets(architecture)] == shared
     model: Any = architecture.model
     want = stock_logits(model)
-    assert_same(architecture.logits(TOKENS), want)
+    assert_same(logits_of(architecture, TOKENS), want)
     assert_same(stock_logits(stock_again(model, tmp_path)), want, 1e-6)
 
 
@@ -143,9 +144,9 @@ def test_units_that_do_nothing_can_be_taken_out(name: str, axis: str) -> None:
         for (tensor, dim), units in parts_beyond(block, axis, size).items():
             if tensor.endswith(SILENCED[axis]):
                 held[tensor].index_fill_(dim, torch.tensor(units), 0.0)
-    want = architecture.logits(TOKENS)
+    want = logits_of(architecture, TOKENS)
     shrink(architecture, axis, size)
-    assert_same(architecture.logits(TOKENS), want)
+    assert_same(logits_of(architecture, TOKENS), want)
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in ("jamba", "zamba2")])
@@ -163,7 +164,7 @@ def test_a_layer_less_is_a_stock_model(name: str, tmp_path: Path) -> None:
     architecture.drop(0)
     assert [block.index for block in architecture.blocks] == list(range(count - 1))
     assert architecture.tail.index == architecture.tail.targets[0].layer == count - 1
-    assert_same(architecture.logits(TOKENS), want)
+    assert_same(logits_of(architecture, TOKENS), want)
     assert_same(stock_logits(model), want)
     with torch.inference_mode():  # the numbers of the layers count in a cache
         assert_same(model(TOKENS, use_cache=True).logits, want)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from forward import logits_of
 from hybrids import MIXTURES, Listener, blocks_of, hybrid, one_sided, slabs
 from pico_hybrids import FAMILIES
 from stock import TOKENS, assert_same, stock_logits
@@ -107,7 +108,7 @@ def test_a_forward_that_stops_early_fed_the_same(name: str, width: int) -> None:
 @pytest.mark.parametrize("name", MIXTURES)
 def test_an_expert_without_tokens_hears_nothing_and_stops_all_the_same(name: str) -> None:
     architecture = one_sided(name)
-    assert_same(architecture.logits(TOKENS), stock_logits(architecture.model))
+    assert_same(logits_of(architecture, TOKENS), stock_logits(architecture.model))
     quiet = 0
     with torch.inference_mode():
         hidden = architecture.embed(TOKENS)

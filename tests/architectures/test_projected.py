@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from forward import logits_of
 from lively import TOKENS, lively, stock
 from pico import pico_mamba, pico_mamba2
 from projections import B1, C1, by_hand, cases, made
@@ -21,7 +22,7 @@ def test_the_model_is_the_recurrence_behind_the_projections(case: str) -> None:
     model = made(case)
     want = by_hand(model, TOKENS[:2]).float()
     assert difference(stock(model, TOKENS[:2]), want) <= 2e-5
-    assert difference(adapt(model).logits(TOKENS[:2]), want) <= 2e-5
+    assert difference(logits_of(adapt(model), TOKENS[:2]), want) <= 2e-5
     for name, parameter in model.named_parameters():  # or nothing was proved about them
         if name.endswith(projected.MATRICES):
             before = parameter.detach().clone()
@@ -46,7 +47,7 @@ def test_a_change_of_basis_changes_nothing(orthogonal: bool, groups: int) -> Non
         assert architecture.blocks[block.index] is made_
     assert projected.directions_of(model) == {0: 8, 1: 8}
     assert difference(stock(model), want) <= 1e-5
-    assert difference(architecture.logits(TOKENS), want) <= 1e-5
+    assert difference(logits_of(architecture, TOKENS), want) <= 1e-5
 
 
 def test_a_cache_and_padding_are_refused_by_name() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from forward import logits_of
 from pico import pico_mamba
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -114,7 +115,7 @@ def test_nothing_is_left_behind(mode: Any) -> None:
     model.backbone.layers[0].mixer.D.requires_grad_(False)
     learning = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     architecture = adapt(model)
-    before = architecture.logits(TOKENS)
+    before = logits_of(architecture, TOKENS)
     want = output_fisher(adapt(pico_mamba()), TOKENS)
     with mode():
         found = output_fisher(architecture, TOKENS.clone())
@@ -123,7 +124,7 @@ def test_nothing_is_left_behind(mode: Any) -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == learning
     assert hooks_of(model) == 0
-    assert torch.equal(architecture.logits(TOKENS), before)
+    assert torch.equal(logits_of(architecture, TOKENS), before)
     gc.collect()
     assert not [x for x in gc.get_objects() if type(x) is Tensor and x.grad_fn is not None]
 

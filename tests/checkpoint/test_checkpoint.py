@@ -21,6 +21,7 @@ from directories import (
     write_original,
     write_stock,
 )
+from forward import logits_of
 from pico import TEXT, pico_mamba, pico_tokenizer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -353,7 +354,7 @@ def test_a_pruned_model_is_the_same_in_stock_code(tmp_path: Path) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         source = tmp_path / f"{dtype}"
         mixed = write_mixed(source, dtype)
-        dense = adapt(checkpoint.load(source).model).logits(TOKENS)
+        dense = logits_of(adapt(checkpoint.load(source).model), TOKENS)
         for removed, value in REMOVED_A_LOG.items():
             came = sparsessm.load(source)
             report = sparsessm.prune(
@@ -368,7 +369,7 @@ def test_a_pruned_model_is_the_same_in_stock_code(tmp_path: Path) -> None:
                 assert row.pruned == int((written[row.target] == gone).sum())
             skip_weight = "backbone.layers.0.mixer.D"
             assert not torch.equal(written[skip_weight], mixed[skip_weight])  # its refit counts too
-            ours = adapt(came.model, came.stored).logits(TOKENS)
+            ours = logits_of(adapt(came.model, came.stored), TOKENS)
             assert (ours - dense).abs().max() > 1e-3 * dense.abs().max()
             cases[out] = ours, f"{dtype}, {removed}"
     save_file({"tokens": TOKENS}, tmp_path / "tokens")

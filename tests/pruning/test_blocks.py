@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from forward import logits_of
 from lively import TOKENS, falcon, loss, mamba, mamba2, ordered, stock, without
 from stock import difference
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ def test_a_dropped_block_is_an_entry_less_in_the_list_of_layers(
         del numbers[index]
     left.config.num_hidden_layers = len(numbers)
     assert torch.equal(stock(model), stock(left))
-    assert difference(architecture.logits(TOKENS), stock(left)) <= 2e-5
+    assert difference(logits_of(architecture, TOKENS), stock(left)) <= 2e-5
     assert model.config.num_hidden_layers == len(numbers) == len(architecture.blocks)
     for now, block in enumerate(architecture.blocks):
         layer = model.backbone.layers[now]
@@ -165,4 +166,4 @@ def test_blocks_and_units_together() -> None:
         assert {one.name: one.size for one in block.axes} == {"state": 4, "channel": 16}
     config = architecture.model.config
     assert (config.state_size, config.intermediate_size, config.num_hidden_layers) == (4, 16, 3)
-    assert difference(architecture.logits(TOKENS), stock(model)) <= 1e-5
+    assert difference(logits_of(architecture, TOKENS), stock(model)) <= 1e-5

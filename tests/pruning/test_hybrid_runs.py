@@ -11,6 +11,7 @@ from typing import Any
 import planned
 import pytest
 import torch
+from forward import logits_of
 from hybrids import MIXTURES, MORE_TOKENS, hybrid, one_sided
 from pico import pico_tokenizer
 from pico_hybrids import COMMON, FAMILIES, pico_hybrid
@@ -47,7 +48,7 @@ def test_a_whole_run(name: str, recipe: str) -> None:
     """The pruned model is what stock code computes, and as sparse as was asked for."""
     # 2:4 wants rows of dt_proj that four divides
     architecture = hybrid(name, **({"mamba_dt_rank": 4} if name == "jamba" else {}))
-    dense = architecture.logits(TOKENS)
+    dense = logits_of(architecture, TOKENS)
     report = prune(architecture, recipe)
     wanted = {"ssm", "projections"} if recipe in ("default", "magnitude") else {
         "projections" if "projections" in WHOLE[recipe].values() else "ssm"
@@ -60,7 +61,7 @@ def test_a_whole_run(name: str, recipe: str) -> None:
     for row in report.rows:
         gone = 0.0 if row.family == "projections" else 38.0
         assert row.pruned == int((targets[row.target].matrix == gone).sum())
-    ours = architecture.logits(TOKENS)
+    ours = logits_of(architecture, TOKENS)
     assert_same(ours, stock_logits(architecture.model))
     assert (ours - dense).abs().max() > 1e-4 * dense.abs().max()
 
@@ -110,7 +111,7 @@ def test_an_expert_that_saw_too_few_tokens_falls_back_to_magnitude(name: str, re
     assert f"{len(few)} of {len(experts)} expert matrices saw fewer" in report.damped()
     assert few[0].target in report.damped()
     assert {row.tokens for row in report.rows if row not in experts} == {None}
-    assert_same(architecture.logits(TOKENS), stock_logits(architecture.model))
+    assert_same(logits_of(architecture, TOKENS), stock_logits(architecture.model))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -120,12 +121,12 @@ def test_there_and_back_through_a_checkpoint(name: str, tmp_path: Path) -> None:
     made = checkpoint.Checkpoint(model, pico_tokenizer(), "memory", "transformers", {}, None)
     architecture = adapt(model)
     prune(architecture, "magnitude")
-    ours = architecture.logits(TOKENS)
+    ours = logits_of(architecture, TOKENS)
     checkpoint.save(made, tmp_path / "out")
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     assert_same(stock_logits(stock), ours)
     came = checkpoint.load(tmp_path / "out")
-    assert_same(adapt(came.model, came.stored).logits(TOKENS), ours)
+    assert_same(logits_of(adapt(came.model, came.stored), TOKENS), ours)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -135,11 +136,11 @@ def test_files_that_stock_code_wrote(name: str, tmp_path: Path) -> None:
     pico_tokenizer().save_pretrained(tmp_path / "in")
     came = checkpoint.load(tmp_path / "in")
     architecture = adapt(came.model, came.stored)
-    assert_same(architecture.logits(TOKENS), stock_logits(model))
+    assert_same(logits_of(architecture, TOKENS), stock_logits(model))
     prune(architecture, "magnitude")
     checkpoint.save(came, tmp_path / "out")
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
-    assert_same(stock_logits(stock), architecture.logits(TOKENS))
+    assert_same(stock_logits(stock), logits_of(architecture, TOKENS))
 
 
 @pytest.mark.parametrize(
@@ -155,7 +156,7 @@ def test_a_run_that_takes_units_out(name: str, pattern: str, tmp_path: Path) -> 
     asked = Recipe(pattern=pattern, sparsity=share).resolved(model="m", trained_length=37)
     report = planned.prune(architecture, asked, MORE_TOKENS)
     assert report.parameters["pruned"] < 0.98 * report.parameters["dense"]
-    ours = architecture.logits(TOKENS)
+    ours = logits_of(architecture, TOKENS)
     assert_same(ours, stock_logits(model))
     checkpoint.save(made, tmp_path / "out")
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from forward import logits_of, states_of
 from lively import ODD, TOKENS, TWO, falcon, heard, mamba, mamba2, name_of, norms, ordered, stock
 from silenced import silence, take_out
 from stock import difference
@@ -73,7 +74,7 @@ def test_every_axis_selection_and_repair(
         for block in architecture.blocks:
             assert {one.size for one in block.axes if one.name == axis} == {size}
     got = stock(architecture.model)
-    assert torch.isfinite(got).all() and difference(architecture.logits(TOKENS), got) <= 1e-5
+    assert torch.isfinite(got).all() and difference(logits_of(architecture, TOKENS), got) <= 1e-5
     anew = type(model)(copy.deepcopy(architecture.model.config)).eval()
     anew.load_state_dict(state)
     assert torch.equal(stock(anew), got)
@@ -199,7 +200,7 @@ def survivors(full: Any, small: Any) -> Tensor:
 
 def errors(full: Any, small: Any, tokens: Tensor) -> float:
     """Mean squared difference of the last residual stream."""
-    return float((adapt(full).final(tokens) - adapt(small).final(tokens)).square().mean())
+    return float((states_of(adapt(full), tokens) - states_of(adapt(small), tokens)).square().mean())
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from forward import logits_of
 from lively import FOUR, ODD, TOKENS, TWO, falcon, mamba, mamba2, name_of, stock
 from silenced import drawn, silence, take_out
 from stock import difference
@@ -68,8 +69,8 @@ def test_a_smaller_model_is_the_full_one_with_units_silenced(
     want, got = stock(full), stock(small)
     assert difference(want, dense) > 1e-2, "units that nobody hears prove nothing"
     assert difference(got, want) <= 1e-5
-    assert difference(architecture.logits(TOKENS), got) <= 1e-5
-    assert difference(adapt(small).logits(TOKENS), got) <= 1e-5
+    assert difference(logits_of(architecture, TOKENS), got) <= 1e-5
+    assert difference(logits_of(adapt(small), TOKENS), got) <= 1e-5
     anew = type(small)(copy.deepcopy(small.config)).eval()
     anew.load_state_dict(small.state_dict())
     assert torch.equal(stock(anew), got)
@@ -119,7 +120,7 @@ def test_several_axes_one_after_the_other(
     if "channel" in sizes and "head" in sizes:
         assert list(sizes).index("channel") < list(sizes).index("head"), "heads take their channels along"
     assert difference(stock(small), stock(full)) <= 1e-5
-    assert difference(architecture.logits(TOKENS), stock(small)) <= 1e-5
+    assert difference(logits_of(architecture, TOKENS), stock(small)) <= 1e-5
     anew = type(small)(copy.deepcopy(small.config)).eval()
     anew.load_state_dict(small.state_dict())
     assert torch.equal(stock(anew), stock(small))

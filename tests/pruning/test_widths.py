@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from forward import logits_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pico import pico_falcon_mamba, pico_mamba, pico_mamba2, pico_tokenizer
@@ -105,7 +106,7 @@ def test_a_layer_that_nobody_hears_gives_the_most(make: Callable[..., Any], pric
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     got = logits(small)
     assert torch.isfinite(got).all()
-    assert (adapt(small).logits(TOKENS) - got).abs().max() <= 1e-5 * got.abs().max()
+    assert (logits_of(adapt(small), TOKENS) - got).abs().max() <= 1e-5 * got.abs().max()
 
 
 def test_layers_of_need_are_nearer_to_the_dense_model_than_equal_ones() -> None:

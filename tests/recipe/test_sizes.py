@@ -13,7 +13,7 @@ from pico import pico_falcon_mamba, pico_mamba, pico_mamba2
 from sparsessm.architectures import Architecture, adapt
 from sparsessm.methods import unit_methods
 from sparsessm.recipe.recipe import Recipe
-from sparsessm.recipe.sizes import Order, is_structured, order, possible, size_for, size_of
+from sparsessm.recipe.sizes import Order, order, possible, size_for, size_of
 
 UNITS = unit_methods()
 
@@ -153,8 +153,8 @@ def test_shares_of_several_axes() -> None:
 
 
 def test_which_recipes_are_structured() -> None:
-    assert is_structured(Recipe(pattern="structured")) and is_structured(Recipe(pattern="structured:state"))
-    assert not is_structured(Recipe()) and not is_structured(Recipe(pattern="2:4"))
+    assert Recipe(pattern="structured").takes_units and Recipe(pattern="structured:state").takes_units
+    assert not Recipe().takes_units and not Recipe(pattern="2:4").takes_units
 
 
 def test_a_model_without_an_axis_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -245,21 +245,6 @@ class Architecture(ABC):
     def targets(self) -> Iterator[Target]:
         return (target for block in (*self.blocks, self.tail) for target in block.targets)
 
-    def final(self, tokens: Tensor) -> Tensor:
-        """(W, L) token ids -> (W, L, d_model), after the last block and before the final norm."""
-        with torch.inference_mode():
-            hidden = self.embed(tokens)
-            for block in self.blocks:
-                out, _ = block.forward(hidden)
-                assert out is not None
-                hidden = out
-            return hidden
-
-    def logits(self, tokens: Tensor) -> Tensor:
-        """(W, L) token ids -> (W, L, vocabulary)."""
-        with torch.inference_mode():
-            return self.head(self.final(tokens))
-
 
 def renumbered(stored: Mapping[str, torch.dtype], layers: str, gone: int) -> dict[str, torch.dtype]:
     """The dtypes of a checkpoint whose layer number `gone` is taken out; `layers` is the name before it."""

@@ -79,7 +79,7 @@ class Opened:
             return None
         header = container.read_header(self.folder.path / container.PACKED)
         if header.format != self.format:
-            told = f"layout {header.format!r}, but {CONFIG} is of the other layout"
+            told = f"layout {header.format!r}, but {CONFIG} is of the other format"
             raise ValueError(f"{header.file}: {told}")
         return header
 

@@ -20,7 +20,7 @@ from sparsessm.pruning.plan import Plan
 from sparsessm.pruning.structured import UnitPlan
 from sparsessm.recipe.recipe import Recipe
 from sparsessm.recipe.rules import assign
-from sparsessm.recipe.sizes import is_structured, order
+from sparsessm.recipe.sizes import order
 
 __all__ = ["Plan", "make_plan"]
 
@@ -34,6 +34,6 @@ def make_plan(recipe: Recipe, architecture: Architecture) -> Plan:
     Raises:
         ValueError: as `recipe.rules.assign` and `recipe.sizes.order`: what does not fit the model.
     """
-    if is_structured(recipe):
+    if recipe.takes_units:
         return UnitPlan(recipe, order(recipe, architecture))
     return EntryPlan(recipe, assign(recipe, architecture.targets))

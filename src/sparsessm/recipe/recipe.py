@@ -110,6 +110,11 @@ class Recipe(Choice):
         return name
 
     @property
+    def takes_units(self) -> bool:
+        """Whether whole units are taken out."""
+        return _takes_units(self.pattern)
+
+    @property
     def families(self) -> tuple[str, ...]:
         """The target families that `target` names; with rules, any."""
         return _families(self.target, self.rules)
@@ -121,7 +126,7 @@ class Recipe(Choice):
                 f"target is {self.target!r}, but the rules say what is pruned; give only one of them"
             )
         refuse_idle_column(self.data, self.column)
-        if _takes_units(self.pattern):
+        if self.takes_units:
             if self.samples == "auto":
                 raise ValueError(
                     "samples 'auto' supports single entries only; give a number of samples for whole units"
@@ -212,7 +217,7 @@ class Recipe(Choice):
             brought |= {"sparsity", "allocation"}
             if _takes_units(fields["pattern"]):
                 brought |= {"target", "rules", "ignore", "removed", "diagonal", "time_weights"}
-            if _takes_units(fields["pattern"]) != _takes_units(self.pattern):  # other methods and repairs
+            if _takes_units(fields["pattern"]) != self.takes_units:  # other methods and repairs
                 brought |= self._strange(_takes_units(fields["pattern"]))
         if fields.get("data", self.data) != self.data:
             brought |= {"column"}
@@ -220,7 +225,7 @@ class Recipe(Choice):
             brought |= {"target"}
         if (target := fields.get("target")) is not None:
             brought |= {"rules"}
-            if target in TARGETS and not _takes_units(self.pattern):
+            if target in TARGETS and not self.takes_units:
                 brought |= self.idle(_families(target)).keys() - {"method"}
         return Recipe(**{name: value for name, value in kept.items() if name not in brought} | fields)
 

@@ -79,11 +79,6 @@ class Order:
         return list(dict.fromkeys(self.methods[axis].name for axis in self.sizes or self.methods))
 
 
-def is_structured(recipe: Recipe) -> bool:
-    """Whether the recipe takes out whole units."""
-    return isinstance(parse(recipe.pattern or "unstructured"), Structured)
-
-
 def order(recipe: Recipe, architecture: Architecture) -> Order:
     """What a recipe with a structured pattern asks of a model.
 
