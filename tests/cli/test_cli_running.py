@@ -126,7 +126,7 @@ def test_generate_refuses_in_one_line(arguments: list[str], words: str) -> None:
 
 def test_generate_needs_a_model_and_a_prompt() -> None:
     assert "no such directory: 'absent/x/y'" in refused("generate", "absent/x/y", "a")
-    assert "prompt" in run("generate", "dense", code=2).stderr
+    assert "PROMPT" in run("generate", "dense", code=2).stderr
     assert "max-new-tokens" in run("generate", "dense", "a", "-n", "-1", code=2).stderr
 
 

@@ -272,4 +272,4 @@ def test_bench_refuses_in_one_line(arguments: list[str], words: str) -> None:
     (line,) = outcome.stderr.splitlines()
     assert line.startswith("error: ") and words in line
     assert outcome.stdout == ""
-    assert "DIR" in run(code=2).stderr
+    assert "MODEL" in run(code=2).stderr

@@ -34,7 +34,7 @@ from .answering import (
 )
 
 Models = Annotated[
-    list[str], argument(metavar="MODELS...", help="Models. The others are compared with the first.")
+    list[str], argument(metavar="MODEL", help="Models. The others are compared with the first.")
 ]
 TEXT_HELP = str(Recipe.model_fields["data"].description).replace("Calibration", "Evaluation")
 Text = Annotated[str | None, option(help=f"{TEXT_HELP} [default: stdlib]")]

@@ -128,7 +128,7 @@ def pack(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Store a pruned model without its zeros, so that it is smaller and runs faster here."""
+    """Store a pruned model without its zeros: smaller, and faster in our runtime."""
     with answering(quiet, out) as progress:
         from ..checkpoint import pack as packing
 
