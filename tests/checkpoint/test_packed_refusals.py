@@ -367,7 +367,7 @@ def test_a_header_that_would_not_be_read(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_both_kinds_of_weights(golden: Path) -> None:
     (golden / "model.safetensors").touch()
-    for attempt in (packed.read, checkpoint.load, checkpoint.open_checkpoint):
+    for attempt in (packed.read, checkpoint.load, lambda path: checkpoint.open_checkpoint(path).packed):
         with pytest.raises(
             ValueError, match=r"holds both packed\.safetensors and model\.safetensors; remove"
         ):

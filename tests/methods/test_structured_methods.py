@@ -59,7 +59,7 @@ def refitted(readers: list[Reader], gone: list[int]) -> float:
         if left:
             V[:, left] = torch.linalg.lstsq(root.mT[:, left], root.mT @ W.mT, driver="gelsd").solution.mT
         error = ((V - W) @ root).square().sum(1)
-        total += float(error.sum() if one.cost is None else error @ one.cost)
+        total += float(error.sum() if one.prices is None else error @ one.prices)
     return total
 
 
@@ -128,7 +128,7 @@ def test_costs_are_those_of_the_best_refit(width: int, cost: bool) -> None:
     units = 5
     columns = torch.randperm(units * width, generator=torch.Generator().manual_seed(0)).view(units, width)
     one = reader(3, 4, columns, units * width, cost)
-    weight = one.weight if one.cost is None else one.weight * one.cost.sqrt()[:, None]
+    weight = one.weight if one.prices is None else one.weight * one.prices.sqrt()[:, None]
     costs = structured._costs(weight, damped(one.seen.gram).inverse(), columns)
     want = [refitted([one], [unit]) for unit in range(units)]
     np.testing.assert_allclose(costs, want, rtol=1e-8)
@@ -202,7 +202,7 @@ def test_elimination_leaves_what_it_was_given_alone() -> None:
     weight, gram = one.weight.clone(), one.seen.gram.clone()
     eliminate(Units([6], 3, readers=[one]))
     assert torch.equal(one.weight, weight) and torch.equal(one.seen.gram, gram)
-    single = Reader(weight.float(), one.cost, Moments(gram), columns)
+    single = Reader(weight.float(), one.prices, Moments(gram), columns)
     assert torch.equal(
         eliminate(Units([6], 3, readers=[single]))[0], eliminate(Units([6], 3, readers=[one]))[0]
     )

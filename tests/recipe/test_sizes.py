@@ -127,10 +127,10 @@ def test_a_method_must_fit_every_axis_of_a_mix() -> None:
 
 def test_what_a_recipe_says_of_repair_weight_and_seed() -> None:
     plain = ordered(MAMBA, pattern="structured:state")
-    assert (plain.strength, plain.fisher, plain.seed, plain.share) == (1.0, True, 0, None)
+    assert (plain.strength, plain.priced, plain.seed, plain.share) == (1.0, True, 0, None)
     assert plain.sizes == {"state": 4} and plain.looks and plain.names == ["exact"]
     other = ordered(MAMBA, pattern="structured:state", repair="none", price="none", seed=7, method="random")
-    assert (other.strength, other.fisher, other.seed, other.looks) == (0.0, False, 7, False)
+    assert (other.strength, other.priced, other.seed, other.looks) == (0.0, False, 7, False)
     assert ordered(MAMBA, pattern="structured:state", repair="dense-target:0.25").strength == 0.25
     for repair in ("dense-target:0.25", None):
         assert ordered(MAMBA, pattern="structured:state", method="random", repair=repair).looks
