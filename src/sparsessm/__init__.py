@@ -236,9 +236,8 @@ class Run:
             before = checkpoint.model in _pruned
             _pruned.add(checkpoint.model)  # before the work: an interrupted run has changed the model too
             report = self.plan.run(self.architecture, tokens, self._progress)
-            checkpoint.stored = dict(
-                self.architecture.stored
-            )  # a layer that has gone takes its tensors along
+            # a layer that has gone takes its tensors along
+            checkpoint.stored = dict(self.architecture.stored)
             report.pruned_before, report.packed = before, bool(Own.of(checkpoint.model))
             report.advice = self.advice
             kinds = contents(checkpoint.model.state_dict(), checkpoint.stored)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from sparsessm import kernels
 from sparsessm.architectures.axes import Axis, Part
 from sparsessm.architectures.base import Tap
-from sparsessm.architectures.mixer import MixerKind, convolve, matrices, precise, windows
+from sparsessm.architectures.mixer import MixerKind, convolve, feeding, matrices, precise, windows
 from sparsessm.architectures.target import Target
 
 
@@ -92,12 +92,7 @@ class Mamba1Kind(MixerKind):
         taps: Mapping[str, Tap],
         until: str | None = None,
     ) -> tuple[Tensor | None, MixerState | None]:
-
-        def fed(kind: str, what: Tensor) -> bool:
-            if tap := taps.get(kind):
-                tap.add(what)
-            return kind == until
-
+        fed = feeding(taps, until)
         channels = mixer.A_log.shape[0]
         before, scan_state, removed_state = (None, None, None) if state is None else state
         if fed("in_proj", x):

@@ -7,7 +7,7 @@ is what both kinds have in common.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +50,17 @@ class MixerKind(ABC):
             state: what this returned for the slab before, None at the beginning. taps, until: as in
                 `Block.forward`.
         """
+
+
+def feeding(taps: Mapping[str, Tap], until: str | None) -> Callable[[str, Tensor], bool]:
+    """A function that hands a kind's inputs to its tap, if it has one, and says whether to stop there."""
+
+    def fed(kind: str, what: Tensor) -> bool:
+        if tap := taps.get(kind):
+            tap.add(what)
+        return kind == until
+
+    return fed
 
 
 def matrices(

@@ -199,7 +199,7 @@ class Stop:
 
     def _run_to_last_use(self, target: Target, observer: Any) -> None:
         hidden = self.hidden.clone()
-        here = Stop(self._block, None, Streams(hidden), (), None)
+        here = Stop(self._block, None, Streams(hidden), (), None)  # this block is open already
         here.run({target.kind: observer})
         last = target.uses[-1]
         for stop in _over([block for block in self._ahead if block.index <= last], Streams(hidden)):

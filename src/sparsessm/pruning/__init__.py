@@ -1,6 +1,7 @@
 """The loops: a recipe and a model make a plan, and running it leaves a pruned model and its report.
 
 plan.py         what every plan can be asked
+naming.py       errors begin with the name of what they are about
 entries.py      single entries, block after block: calibrate, score, mask, repair
 shares.py       which matrix loses how much
 structured.py   whole units: which of the files below does what

@@ -23,8 +23,9 @@ from sparsessm.methods.hessian import Factor, factorise
 from sparsessm.methods.observers import Moments
 from sparsessm.methods.repair import dense_target, output_error, refit, sweep
 from sparsessm.pruning import preview
+from sparsessm.pruning.naming import naming
 from sparsessm.pruning.plan import Outcome, Plan, Preview
-from sparsessm.pruning.shares import naming, starved, surveyed
+from sparsessm.pruning.shares import starved, surveyed
 from sparsessm.recipe.recipe import Recipe
 from sparsessm.recipe.rules import Assignment, words
 from sparsessm.report.record import Row
@@ -76,7 +77,7 @@ class EntryPlan(Plan):
         rows: list[Row] = []
         paired = any(rule.paired for rule in rules.values())
         for target, look in visit(architecture, rules, _watching(rules), tokens, progress, paired=paired):
-            with naming(target):
+            with naming(target.name):
                 rows.append(_prune(target, rules[target.name], look))
         order = list(rules)
         rows.sort(key=lambda row: order.index(row.target))  # a tied head was first, experts took turns
@@ -90,17 +91,13 @@ def _prune(target: Target, rule: Rule, look: Look) -> Row:
     tokens = seen.tokens if target.routed and isinstance(seen, Moments) else None
     if starved(target, seen):
         rule, seen = replace(rule, method=WITHOUT_DATA, repair="none", price="none", prices=None), None
-    method = rule.method
     done = solve(target, rule, seen)
-    target.replace(done.weight.masked_fill(~done.keep, target.removed[rule.removed]))
-    changes = method.companions(done.seen, done.keep, rule) if method.companions else {}
-    for companion, change in changes.items():
-        target.shift(companion, change)
-    error = method.error(done.seen, done.keep, rule) if method.error else None
+    companions = write(target, rule, done)
+    error = rule.method.error(done.seen, done.keep, rule) if rule.method.error else None
     if done.factor is not None:
         gram, start, unit = done.seen.gram, done.start, done.unit
         error = unit * output_error(target.matrix - start, gram), unit * output_error(start, gram)
-    return replace(_row(target, rule, done.keep, done.factor, tuple(changes), error), tokens=tokens)
+    return replace(_row(target, rule, done.keep, done.factor, companions, error), tokens=tokens)
 
 
 class Solution(NamedTuple):
@@ -140,6 +137,15 @@ def solve(target: Target, rule: Rule, seen: Any) -> Solution:
     if not torch.isfinite(pruned).all():
         raise ValueError("the repaired weights are not finite")
     return Solution(pruned, keep, start, seen, factor, unit)
+
+
+def write(target: Target, rule: Rule, done: Solution) -> tuple[str, ...]:
+    """Put a solution into the model: the matrix, and what is changed beside it; returns the names of that."""
+    target.replace(done.weight.masked_fill(~done.keep, target.removed[rule.removed]))
+    changes = rule.method.companions(done.seen, done.keep, rule) if rule.method.companions else {}
+    for companion, change in changes.items():
+        target.shift(companion, change)
+    return tuple(changes)
 
 
 def _watching(rules: Rules) -> Watch:

@@ -18,6 +18,7 @@ from sparsessm.calibration.progress import Progress, Steps
 from sparsessm.calibration.walk import slab_width, walk
 from sparsessm.methods.balanced import balanced_truncation, energies
 from sparsessm.methods.observers import StateMoments, StateSums
+from sparsessm.pruning.naming import naming
 from sparsessm.pruning.units import EVERY, LOOKED
 from sparsessm.recipe.sizes import Order
 from sparsessm.report.record import Row
@@ -78,10 +79,8 @@ def _look(
     for stop in walk(architecture, tokens):
         moments = StateMoments(every, prices.get(stop.block.target("out_proj").name))
         stop.run({"states": moments})
-        try:
+        with naming(stop.block.name):
             sums.append(moments.result())
-        except ValueError as error:
-            raise ValueError(f"{stop.block.name}: {error}") from None
         steps()
     return sums
 

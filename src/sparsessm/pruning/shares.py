@@ -5,8 +5,7 @@ Place in the flow: before the loop of entries.py. The arithmetic is in methods/a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,18 +18,10 @@ from sparsessm.calibration.walk import first_tokens, slab_count
 from sparsessm.methods import Rule
 from sparsessm.methods.base import Member
 from sparsessm.methods.observers import Moments
+from sparsessm.pruning.naming import naming
 from sparsessm.recipe.rules import Assignment
 
 SURVEY_TOKENS = 32_768  # of the calibration windows: shares need less than masks (docs/methods.md)
-
-
-@contextmanager
-def naming(target: Target) -> Iterator[None]:
-    """What is wrong is said of this target."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{target.name}: {error}") from None
 
 
 def starved(target: Target, seen: Any) -> bool:
@@ -78,7 +69,7 @@ def unequal(assignment: Assignment) -> dict[str, Rule]:
 def reduced(target: Target, rule: Rule, seen: Any) -> Any:
     """What a target's allocation keeps of what was seen of it."""
     keep = rule.allocation[0].reduce
-    with naming(target):
+    with naming(target.name):
         return keep and keep(target.matrix, seen, rule, target.matrix == target.removed[rule.removed])
 
 

@@ -38,6 +38,7 @@ from sparsessm.methods.patterns import Structured
 from sparsessm.methods.repair import dense_target, readout, remix
 from sparsessm.methods.structured import Reader, Units
 from sparsessm.pruning.blocks import chosen_blocks
+from sparsessm.pruning.naming import naming
 from sparsessm.recipe.sizes import INNER, REPAIRED, Order, mixable
 from sparsessm.report.record import Row
 
@@ -94,12 +95,10 @@ def shrink(
         dense = embedded(architecture, looked) if looked is not None and any(refits) else None
         steps = Steps("shrink", len(architecture.blocks) - len(gone), progress)
         for stop in walk(architecture, looked, dense=dense, without=gone):
-            try:
+            with naming(stop.block.name):
                 own = {"channel": widths[stop.block.index]} if widths else order.sizes
                 asked = replace(order, sizes=own)
                 rows += _shrink_block(architecture, stop, asked, inner, prices, refits[stop.block.index])
-            except ValueError as error:
-                raise ValueError(f"{stop.block.name}: {error}") from None
             steps()
     for index in sorted(gone, reverse=True):
         architecture.drop(index)

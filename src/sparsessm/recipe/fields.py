@@ -39,6 +39,16 @@ PRICED = {"fisher": ("ssm", "projections", "head"), "norms": ("ssm", "projection
 MOST_SAMPLES = 100_000
 
 
+def _defaults(option: str) -> str:
+    """A sentence without its full stop: what the methods do where the option is not given."""
+    found: dict[str, list[str]] = {}
+    for name, method in entry_methods().items():
+        if option in method.defaults:
+            found.setdefault(method.defaults[option], []).append(name)
+    said = [f"{value} ({', '.join(names)})" for value, names in found.items()]
+    return f"By default {', '.join(said)}"
+
+
 class Choice(BaseModel):
     """What is said; None: what the recipe says (in a rule), or the method's own.
 
@@ -73,19 +83,19 @@ class Choice(BaseModel):
     repair: str | None = Field(
         None,
         description="What the remaining weights restore: none; self (the layer's own output); "
-        "dense-target[:STRENGTH] (its output in the dense model; STRENGTH from 0 to 1). By default "
-        "dense-target for absorb and self for sparsegpt; other methods repair nothing.",
+        "dense-target[:STRENGTH] (its output in the dense model; STRENGTH from 0 to 1). "
+        f"{_defaults('repair')}; other methods repair nothing.",
     )
     price: Literal["none", "fisher", "norms"] | None = Field(
         None,
         description="What an error in an output row costs: none (all rows the same), fisher (its effect on "
-        "the loss, from one backward pass), norms (estimated from the weights that read the row). By default "
-        "fisher for absorb, else none.",
+        "the loss, from one backward pass), norms (estimated from the weights that read the row). "
+        f"{_defaults('price')}.",
     )
     allocation: str | None = Field(
         None,
-        description=f"How the sparsity is shared among matrices: {listed()}, with numbers from 0 to 1. By "
-        "default loss for absorb and exact, else uniform. With structured:channel on Mamba-1: uniform, or "
+        description=f"How the sparsity is shared among matrices: {listed()}, with numbers from 0 to 1. "
+        f"{_defaults('allocation')}. With structured:channel on Mamba-1: uniform, or "
         "loss (each layer keeps as many channels as it needs; the result is a packed directory).",
     )
     diagonal: bool | None = Field(

@@ -26,7 +26,8 @@ from sparsessm.calibration.walk import Stop, final, grouped, slab_count, through
 from sparsessm.evaluation.perplexity import BATCH
 from sparsessm.methods import Rule
 from sparsessm.methods.repair import output_error
-from sparsessm.pruning.entries import solve
+from sparsessm.pruning.entries import solve, write
+from sparsessm.pruning.naming import naming
 
 LOGITS = ROWS // 4  # rows of logits alive at a time: here they are float64, and those of two models
 
@@ -95,12 +96,10 @@ def measure(
         for target in here:
             began = time.perf_counter()
             wanted = [replace(rules[target.name], sparsity=sparsity) for sparsity in missing[target.name]]
-            try:
+            with naming(target.name):
                 seen = observers.pop(target.kind).result()
                 pruned = [_pruned(stop.block, target, rule, seen) for rule in wanted]
                 kls = held.divergences(stop, [variant for variant, _ in pruned], steps)
-            except ValueError as error:
-                raise ValueError(f"{target.name}: {error}") from None
             seconds = (time.perf_counter() - began) / len(pruned)
             yield [replace(cell, kl=kl, seconds=seconds) for kl, (_, cell) in zip(kls, pruned, strict=True)]
             if target is targets[-1]:
@@ -172,10 +171,7 @@ def _pruned(block: Block, target: Target, rule: Rule, seen: Any) -> tuple[Block,
     method, solution = rule.method, solve(target, rule, seen)
     variant = block.copy()
     own = variant.target(target.kind)
-    own.replace(solution.weight.masked_fill(~solution.keep, own.removed[rule.removed]))
-    changes = method.companions(solution.seen, solution.keep, rule) if method.companions else {}
-    for companion, change in changes.items():
-        own.shift(companion, change)
+    write(own, rule, solution)
     if solution.factor is not None:
         change, gram = own.matrix - target.matrix, solution.seen.gram
         error, signal = (solution.unit * output_error(part, gram) for part in (change, target.matrix))

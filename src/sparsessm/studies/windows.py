@@ -25,6 +25,7 @@ from sparsessm.methods import Rule
 from sparsessm.methods.observers import ErrorSums, InputGram, Moments, StateError
 from sparsessm.methods.repair import error_of, output_error
 from sparsessm.pruning.entries import priced, solve
+from sparsessm.pruning.naming import naming
 from sparsessm.pruning.shares import allocated, reduced, unequal
 from sparsessm.recipe.rules import Assignment, Group
 
@@ -240,12 +241,12 @@ def _agreement(
     targets: Mapping[str, Target], assignment: Assignment, halves: Sequence[Sums], bar: Steps
 ) -> float:
     """Of the masks by the sums of two halves, where no entry was removed before."""
+    # the refit changes no mask
     hasty = {
-        name: replace(rule.method, refit=False) for name, rule in assignment.rules.items()
-    }  # changes no mask
-    assignment = replace(
-        assignment, rules={name: replace(rule, method=hasty[name]) for name, rule in assignment.rules.items()}
-    )
+        name: replace(rule, method=replace(rule.method, refit=False))
+        for name, rule in assignment.rules.items()
+    }
+    assignment = replace(assignment, rules=hasty)
     first, second = (
         {name: keep for name, _, keep in _pruned(targets, assignment, sums.__getitem__, bar)}
         for sums in halves
@@ -282,17 +283,10 @@ def _pruned(
         {name: reduced(targets[name], rule, seen(name)) for name, rule in unequal(assignment).items()},
     )
     for name, target in targets.items():
-        solution = _named(name, solve, target, rules[name], seen(name))
+        with naming(name):
+            solution = solve(target, rules[name], seen(name))
         bar()
         yield name, solution.weight, solution.keep
-
-
-def _named(name: str, work: Callable[..., Any], *what: Any) -> Any:
-    """An error names the target."""
-    try:
-        return work(*what)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
 
 
 def _error(target: Target, rule: Rule, weight: Tensor, keep: Tensor, seen: Any, held: Any) -> float:
