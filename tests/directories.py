@@ -41,6 +41,17 @@ def write_mixed(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
     return mixed
 
 
+def assert_written_as_it_came(came: Path, written: Path, *, tied: bool) -> None:
+    """Directories of the original format: the same config, tensors, dtypes, and head and embedding as one."""
+    assert (written / "config.json").read_bytes() == (came / "config.json").read_bytes()
+    before, after = (torch.load(d / "pytorch_model.bin", weights_only=True) for d in (came, written))
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        assert after[name].dtype == value.dtype and torch.equal(after[name], value), name
+    head, embedding = after["lm_head.weight"], after["backbone.embedding.weight"]
+    assert (head.data_ptr() == embedding.data_ptr()) == tied
+
+
 def write_original(
     folder: Path, model: PreTrainedModel, dtype: torch.dtype = torch.float32, **fields: object
 ) -> None:

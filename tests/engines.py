@@ -38,6 +38,28 @@ def stepped(engine: Engine, ids: torch.Tensor, state: torch.Tensor) -> torch.Ten
     return torch.cat([engine.step(token[None], state) for token in ids])
 
 
+def assert_rows_are_alone(
+    engine: Engine, draw: Callable[[int, int], torch.Tensor], rows: int, threads: Callable[[int], None]
+) -> None:
+    """A row of a batch is bit for bit what it is alone, whatever the number of threads of the batch.
+
+    Args:
+        draw: (number of tokens, seed) -> tokens. threads: sets the number of them, which is 1 otherwise.
+    """
+    states = engine.new_state(rows)
+    for row in range(rows):
+        engine.prompt(draw(3 + 2 * row, row), states[row])
+    alone = states.clone()
+    for turn in range(3):
+        ids = draw(rows, turn)
+        threads(1 + turn)
+        together = engine.step(ids, states)
+        threads(1)
+        for row in range(rows):
+            assert torch.equal(engine.step(ids[row : row + 1], alone[row : row + 1])[0], together[row])
+        assert torch.equal(alone, states)
+
+
 def last_bits(model: Any, ids: torch.Tensor) -> float:
     """What the last bit of every weight does to a stock model's logits, relative to the largest: no engine in
     float32 can be held to less, on any processor. FalconMamba's norms of small vectors make it large."""

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from directories import TOKENS, dtypes, logits, names, stock_logits, write_original
+from directories import TOKENS, assert_written_as_it_came, dtypes, logits, names, stock_logits, write_original
 from pico import pico_falcon_mamba, pico_mamba, pico_mamba2, pico_tokenizer
 from safetensors.torch import load_file
 from torch import Tensor
@@ -120,13 +120,7 @@ def test_the_original_mamba_2_there_and_back(tmp_path: Path, tied: bool) -> None
     assert came.stored["backbone.layers.1.mixer.A_log"] == torch.float32
     assert came.stored["backbone.layers.1.mixer.dt_bias"] == torch.float16
     checkpoint.save(came, tmp_path / "out")
-    assert (tmp_path / "out/config.json").read_bytes() == (tmp_path / "in/config.json").read_bytes()
-    before, after = (torch.load(tmp_path / d / "pytorch_model.bin", weights_only=True) for d in ("in", "out"))
-    assert before.keys() == after.keys()
-    for name, value in before.items():
-        assert after[name].dtype == value.dtype and torch.equal(after[name], value), name
-    head, embedding = after["lm_head.weight"], after["backbone.embedding.weight"]
-    assert (head.data_ptr() == embedding.data_ptr()) == tied
+    assert_written_as_it_came(tmp_path / "in", tmp_path / "out", tied=tied)
     again = checkpoint.load(tmp_path / "out")
     assert torch.equal(logits(again.model), logits(came.model))
 
@@ -264,10 +258,10 @@ def test_every_number_of_channels_has_an_expansion() -> None:
     assert up > 100  # the quotient alone would not do
 
 
-@pytest.mark.parametrize("layout", ["transformers", "state-spaces"])
-def test_a_config_that_does_not_say_the_shapes(tmp_path: Path, layout: str) -> None:
+@pytest.mark.parametrize("format", ["transformers", "state-spaces"])
+def test_a_config_that_does_not_say_the_shapes(tmp_path: Path, format: str) -> None:
     """A model changed behind its config's back is not written: nothing could read it."""
-    if layout == "transformers":
+    if format == "transformers":
         came = write(tmp_path / "in", pico_mamba())
     else:
         write_original(tmp_path / "in", pico_mamba())
@@ -280,7 +274,7 @@ def test_a_config_that_does_not_say_the_shapes(tmp_path: Path, layout: str) -> N
     ):
         checkpoint.save(in_place_of(came, changed), tmp_path / "out")
     wide = pico_mamba(hidden_size=24)
-    if layout == "state-spaces":  # no pruning changes this, and the file is not told
+    if format == "state-spaces":  # no pruning changes this, and the file is not told
         with pytest.raises(
             ValueError, match=r"cannot describe the shapes of this model: \S+embeddings\.weight, "
         ):
@@ -288,9 +282,9 @@ def test_a_config_that_does_not_say_the_shapes(tmp_path: Path, layout: str) -> N
     assert names(tmp_path) == {"in"}
 
 
-@pytest.mark.parametrize("layout", ["transformers", "state-spaces"])
-def test_other_shapes_packed_and_unpacked(tmp_path: Path, layout: str) -> None:
-    if layout == "transformers":
+@pytest.mark.parametrize("format", ["transformers", "state-spaces"])
+def test_other_shapes_packed_and_unpacked(tmp_path: Path, format: str) -> None:
+    if format == "transformers":
         came = write(tmp_path / "in", pico_mamba())
     else:
         write_original(tmp_path / "in", pico_mamba())

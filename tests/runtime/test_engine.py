@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from engines import assert_rows_are_alone
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pico import pico_mamba
@@ -227,18 +228,9 @@ def test_a_sequence_is_bit_for_bit_what_it_is_alone(level: str, dtype: str) -> N
     kernels.LEVEL = level
     for case in ("dense", "uneven states"):  # 72 and 144 columns: more than a block
         engine = native(made(case), dtype=dtype, head="int8" if dtype == "int8" else "")
-        states = engine.new_state(7)
-        for i in range(7):
-            engine.prompt(tokens(3 + 2 * i, seed=i), states[i])
-        alone = states.clone()
-        for turn in range(3):
-            ids = tokens(7, seed=turn)
-            engine._threads = 1 + turn
-            together = engine.step(ids, states)
-            engine._threads = 1
-            for i in range(7):
-                assert torch.equal(engine.step(ids[i : i + 1], alone[i : i + 1])[0], together[i])
-            assert torch.equal(alone, states)
+        assert_rows_are_alone(
+            engine, lambda n, seed: tokens(n, seed=seed), 7, lambda n, e=engine: setattr(e, "_threads", n)
+        )
 
 
 def test_two_python_threads_may_step_one_engine() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import Make, both, held, native, needs_native
+from engines import Make, assert_rows_are_alone, both, held, native, needs_native
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mamba2_cases import CASES, MAMBA2, PACKED, SHELVED, encoded, made, mixers, near, stock, thin, tokens
@@ -70,18 +70,9 @@ def test_a_sequence_is_bit_for_bit_what_it_is_alone(level: str, dtype: str | Non
     for name in ("odd sizes", "heads of 48 channels", "falcon, biases, thin"):
         engine = runtime.load(shelf / f"{name}, {dtype}").engine
         assert isinstance(engine, NativeEngine)
-        states = engine.new_state(7)
-        for i in range(7):
-            engine.prompt(tokens(3 + 2 * i, seed=i), states[i])
-        alone = states.clone()
-        for turn in range(3):
-            ids = tokens(7, seed=turn)
-            engine._threads = 1 + turn
-            together = engine.step(ids, states)
-            engine._threads = 1
-            for i in range(7):
-                assert torch.equal(engine.step(ids[i : i + 1], alone[i : i + 1])[0], together[i])
-            assert torch.equal(alone, states)
+        assert_rows_are_alone(
+            engine, lambda n, seed: tokens(n, seed=seed), 7, lambda n, e=engine: setattr(e, "_threads", n)
+        )
 
 
 @both
