@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
 
+    from sparsessm.calibration.journal import Journal
     from sparsessm.evaluation.before_after import Yardstick
     from sparsessm.evaluation.perplexity import Perplexity
     from sparsessm.recipe.recipe import Recipe
@@ -52,12 +53,14 @@ def __getattr__(name: str) -> str:
         return "0+unknown"
 
 
-def load(source: str | Path, tokenizer: str | None = None) -> Checkpoint:
+def load(source: str | Path, tokenizer: str | None = None, *, memory: str | int | None = None) -> Checkpoint:
     """Load a model and its tokenizer, in float32 on the CPU.
 
     Args:
         source: a hub id, a local directory (transformers or state-spaces format), or "builtin:pycode".
         tokenizer: hub id or directory of a tokenizer, for a model that has none.
+        memory: what all may take, "6GB" or a number of bytes: a larger model is read block by block where it
+            is pruned or measured. None: the whole model is in memory.
 
     Raises:
         ValueError: no such model, an architecture without an adapter, or tensors that are missing, extra,
@@ -69,8 +72,9 @@ def load(source: str | Path, tokenizer: str | None = None) -> Checkpoint:
     checked_path("source", source)
     if tokenizer is not None:
         checked_path("tokenizer", tokenizer)
+    streaming = None if memory is None else checkpoint.Streaming.within(memory)
     with undisturbed():
-        return checkpoint.load(str(source), tokenizer=tokenizer)
+        return checkpoint.load(str(source), tokenizer=tokenizer, streaming=streaming)
 
 
 def prune(
@@ -126,13 +130,15 @@ class Run:
         *,
         progress: Progress | None = None,
         say: Callable[[str], None] | None = None,
+        journal: Journal | None = None,
         **fields: Any,
     ) -> None:
         """
         Args:
             progress, fields: as of `prune`. say: called with the title of each step of the work.
+            journal: keeps what is done, for a run that goes on from there; the checkpoint's weights are in
+                its directory then.
         """
-        from sparsessm.architectures import adapt
         from sparsessm.checkpoint.given import working
         from sparsessm.pruning import make_plan
         from sparsessm.recipe.recipe import Recipe
@@ -149,10 +155,11 @@ class Run:
         self.advice: list[dict[str, Any]] = []
         self._yardstick: Yardstick | None = None
         self._report: Report | None = None
+        self._journal, self._begun = journal, False
         with working(checkpoint, "prune"):
             wanted = (recipe or Recipe()).updated(**{**fields, "tokenizer": checkpoint.tokenizer_source})
             wanted = wanted.resolved(model=checkpoint.source, trained_length=checkpoint.trained_length)
-            self.architecture = adapt(checkpoint.model, checkpoint.stored)
+            self.architecture = checkpoint.architecture()
             self.plan = make_plan(wanted, self.architecture)
 
     @property
@@ -191,9 +198,13 @@ class Run:
                 distinct=auto,
                 column=recipe.column,
             )
+            journal = self._begin(tokens)
             if not auto:
                 return tokens
-            samples, self.advice = choose(self.architecture, self.plan.assignment, tokens, self._progress)
+            samples, self.advice = journal.once(
+                "samples",
+                lambda: choose(self.architecture, self.plan.assignment, tokens, self._progress),
+            )
             self.plan.settle(samples)
             return tokens[:samples]
 
@@ -220,22 +231,25 @@ class Run:
         Raises:
             ValueError: as `windows`, `measure` and `pruning.Plan.run`.
         """
+        from dataclasses import asdict
+
         from sparsessm.architectures.own import Own
         from sparsessm.checkpoint.given import working
         from sparsessm.evaluation.before_after import compared
+        from sparsessm.evaluation.perplexity import Perplexity
         from sparsessm.report.contents import contents
 
         checkpoint = self.checkpoint
         with working(checkpoint, "prune"):
             tokens = self.windows() if tokens is None else tokens
-            dense = None
+            journal, dense = self._begin(tokens), None
             if measure:
                 self._say("dense model")
-                dense = self.measure()
+                dense = Perplexity.restored(journal.once("dense", lambda: asdict(self.measure())))
             self._say(f"pruning by {' and '.join(self.plan.methods)}")
             before = checkpoint.model in _pruned
             _pruned.add(checkpoint.model)  # before the work: an interrupted run has changed the model too
-            report = self.plan.run(self.architecture, tokens, self._progress)
+            report = self.plan.run(self.architecture, tokens, self._progress, journal)
             # a layer that has gone takes its tensors along
             checkpoint.stored = dict(self.architecture.stored)
             report.pruned_before, report.packed = before, bool(Own.of(checkpoint.model))
@@ -251,6 +265,22 @@ class Run:
     def save(self, path: str | Path, *, force: bool = False) -> Path:
         """Write the model with the report of `prune`; as `sparsessm.save`."""
         return save(self.checkpoint, path, self._report, force=force)
+
+    def _begin(self, tokens: Tensor | None) -> Journal:
+        """The journal, which knows what the run is: what is given here must be the same when it goes on."""
+        from sparsessm.calibration.journal import Forgetful
+        from sparsessm.data.texts import fingerprint
+        from sparsessm.report import machine
+
+        if self._journal is None:
+            return Forgetful(self.architecture)
+        if not self._begun:
+            calibration = "" if tokens is None else fingerprint(tokens)
+            what = {"recipe": self.recipe.model_dump(), "weights": self.checkpoint.digest}
+            what |= {"calibration": calibration, "machine": {**machine.current(), **machine.versions()}}
+            self._journal.begin(what)
+            self._begun = True
+        return self._journal
 
 
 def evaluate(
@@ -279,7 +309,7 @@ def evaluate(
     """
     from sparsessm.checkpoint.given import checked_path, working
     from sparsessm.data.texts import evaluation_windows
-    from sparsessm.evaluation.perplexity import perplexity
+    from sparsessm.evaluation.perplexity import measure
     from sparsessm.recipe.recipe import window_length
     from sparsessm.runtime.threads import refuse_torch_threads
 
@@ -296,7 +326,7 @@ def evaluate(
         windows, n_bytes = evaluation_windows(
             str(data), checkpoint.tokenizer, length=length, limit=limit, column=column
         )  # (W, length)
-        return perplexity(checkpoint.model, windows, n_bytes, data=str(data), progress=progress)
+        return measure(checkpoint.architecture(), windows, n_bytes, data=str(data), progress=progress)
 
 
 def _refuse_uncallable(progress: object) -> None:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from sparsessm.architectures import Architecture, Target, adapt
 from sparsessm.calibration import walk as walking
+from sparsessm.calibration.journal import Stream
 from sparsessm.calibration.loss import head_losses, losses
 from sparsessm.calibration.prices import output_fisher, output_norms
 from sparsessm.calibration.progress import Steps
@@ -140,7 +141,7 @@ def test_only_blocks_that_stay_are_opened_unless_the_dense_model_runs(doors: Doo
     architecture = adapt(pico_mamba(num_hidden_layers=4))
     assert [stop.block.index for stop in walk(architecture, TOKENS, without=[1, 3])] == [0, 2]
     assert doors.opened == [0, 2]
-    dense = walking.embedded(architecture, TOKENS)
+    dense = Stream("dense", [walking.embedded(architecture, TOKENS)])
     assert [s.block.index for s in walk(architecture, TOKENS, dense=dense, without=[1, 3])] == [0, 2]
     assert doors.opened[2:] == doors.closed[2:] == [0, 1, 2]
 
@@ -162,7 +163,7 @@ def test_several_streams_are_what_single_ones_are(make: Callable[[], nn.Module])
 
     def looks(beside: bool) -> list[Tensor]:
         architecture, found = adapt(make()), []
-        dense = walking.embedded(architecture, TOKENS)
+        dense = Stream("dense", [walking.embedded(architecture, TOKENS)])
         for stop in walk(architecture, TOKENS, *(groups if beside else ()), dense=dense):
             target = stop.block.targets[-1]
             seen = stop.look(target, InputGram(paired=True))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sparsessm.architectures import Target, adapt
 from sparsessm.architectures.stack import StackBlock
 from sparsessm.calibration import walk as walking
+from sparsessm.calibration.journal import Stream
 from sparsessm.calibration.paired import Pair, Recorder
 from sparsessm.calibration.progress import Steps
 from sparsessm.calibration.visit import survey
@@ -46,6 +47,10 @@ def halve(target: Target, seed: int = 0) -> None:
     target.replace(target.matrix.masked_fill(torch.rand(target.matrix.shape, generator=g) < 0.5, removed))
     for companion, (parameter, _) in target.companions.items():
         target.shift(companion, torch.rand(parameter.shape, generator=g))
+
+
+def stream(model: Any) -> Stream:
+    return Stream("dense", [embedded(model)])
 
 
 def embedded(model: Any) -> Tensor:
@@ -117,7 +122,7 @@ def test_another_order_shows_other_inputs(kind: str, before: str) -> None:
 def test_the_head_sees_the_final_norm_behind_the_pruned_layers() -> None:
     model = pico_mamba()
     seen = []
-    for stop in walk(adapt(model), TOKENS, dense=embedded(model), tail=True):
+    for stop in walk(adapt(model), TOKENS, dense=stream(model), tail=True):
         if stop.block.index == 2:
             seen.append(stop.look(stop.block.targets[0], InputGram(paired=True)))
         else:
@@ -140,7 +145,7 @@ def test_cross_moments_equal_two_stock_models(
     monkeypatch.setattr(walking, "LONGEST", longest)
     model = pico_mamba(time_step_rank=3).double()
     dense = stock_inputs(model, TOKENS)
-    for stop in walk(adapt(model), TOKENS, dense=embedded(model), tail=True):
+    for stop in walk(adapt(model), TOKENS, dense=stream(model), tail=True):
         if stop.block.index < 2:
             assert_same(stop.dense_hidden, dense[stop.block.index, "block"], 1e-6)
         for target in stop.block.targets:
@@ -157,7 +162,7 @@ def test_cross_moments_equal_two_stock_models(
 
 def test_what_wants_one_stream_gets_one() -> None:
     model = pico_mamba()
-    stops = walk(adapt(model), TOKENS, dense=embedded(model))
+    stops = walk(adapt(model), TOKENS, dense=stream(model))
     stop = next(stops)
     assert stop.look(stop.block.targets[0], InputGram()).cross is None
     stops = walk(adapt(model), TOKENS)
@@ -206,7 +211,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str | None]]:
 def test_moments_that_follow_equal_a_look(paired: bool, pruned: bool, passes: list[Any]) -> None:
     """dt_proj's from those of x_proj, in both streams, after x_proj was pruned."""
     model = pico_mamba(time_step_rank=3).double()
-    for stop in walk(adapt(model), TOKENS, dense=embedded(model) if paired else None):
+    for stop in walk(adapt(model), TOKENS, dense=stream(model) if paired else None):
         halve(of_kind(stop, "in_proj"))
         stop.look(of_kind(stop, "x_proj"), InputGram(paired))
         if pruned:
@@ -239,7 +244,7 @@ def test_moments_that_do_not_follow_are_looked_at(passes: list[Any]) -> None:
         assert isinstance(got, Moments) and got.power.shape == (3,)
         return sum(until == "dt_proj" for _, until in passes)
 
-    first, second = walk(adapt(model), TOKENS, dense=embedded(model)), walk(adapt(model), TOKENS)
+    first, second = walk(adapt(model), TOKENS, dense=stream(model)), walk(adapt(model), TOKENS)
     stop = next(first)
     assert looks(stop, "x_proj", InputGram(), InputGram()) == 0
     assert looks(stop, "x_proj", InputGram(paired=True), InputGram()) == 0
@@ -259,7 +264,7 @@ def test_each_target_costs_one_pass_up_to_it_and_one_through_the_block(
     model = pico_mamba()
     progress: list[tuple[str, int, int]] = []
     told = lambda *call: progress.append(call)  # noqa: E731
-    dense = embedded(model) if paired else None
+    dense = stream(model) if paired else None
     for stop in walk(adapt(model), TOKENS, dense=dense, steps=Steps("calibrate", 11, told)):
         for kind in ["in_proj", "x_proj", "dt_proj", "A_log", "out_proj"]:
             state = StateError("unit", diagonal=True)
@@ -294,7 +299,7 @@ def test_slab_width_does_not_matter(rows: int, monkeypatch: pytest.MonkeyPatch) 
     for value in (walking.ROWS, rows):
         monkeypatch.setattr(walking, "ROWS", value)
         model = pico_mamba()
-        for stop in walk(adapt(model), TOKENS, dense=embedded(model)):
+        for stop in walk(adapt(model), TOKENS, dense=stream(model)):
             results.append(stop.look(a_log(stop), StateError("unit", diagonal=False)))
             for kind in ["in_proj", "conv1d", "x_proj", "dt_proj", "out_proj"]:
                 moments.append(stop.look(of_kind(stop, kind), InputGram(paired=True)))

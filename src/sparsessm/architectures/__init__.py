@@ -12,6 +12,7 @@ from torch import nn
 from sparsessm.architectures.axes import Axis, Part
 from sparsessm.architectures.base import Architecture, Block, Tail, Tap
 from sparsessm.architectures.hybrid import Bamba, FalconH1, GraniteMoeHybrid, Hybrid, Jamba, NemotronH, Zamba2
+from sparsessm.architectures.residence import InMemory, Residence
 from sparsessm.architectures.stack import FalconMamba, Mamba, Mamba2, Stack
 from sparsessm.architectures.target import (
     REMOVED_A_LOG,
@@ -41,7 +42,9 @@ __all__ = [
     "Architecture",
     "Axis",
     "Block",
+    "InMemory",
     "Part",
+    "Residence",
     "Tail",
     "Tap",
     "Target",
@@ -73,13 +76,18 @@ def refuse_older(model_type: str, groups: int = 1) -> None:
         )
 
 
-def adapt(model: nn.Module, stored: Mapping[str, torch.dtype] | None = None) -> Architecture:
+def adapt(
+    model: nn.Module,
+    stored: Mapping[str, torch.dtype] | None = None,
+    residence: Residence | None = None,
+) -> Architecture:
     """Wrap a transformers causal language model.
 
     Args:
         model: e.g. `MambaForCausalLM`, in float32.
         stored: parameter name -> dtype of its checkpoint; pruned values are rounded to it. Not given: the
             live dtype.
+        residence: where its weights are; None: all in memory.
 
     Raises:
         ValueError: the model type has no adapter; the supported ones are listed. Or as `refuse_older`.
@@ -93,4 +101,7 @@ def adapt(model: nn.Module, stored: Mapping[str, torch.dtype] | None = None) -> 
     config: Any = model.config
     refuse_older(model_type, config.n_groups if model_type == "mamba2" else 1)
     model.eval()
-    return MODEL_TYPES[model_type](model, stored or {})
+    architecture = MODEL_TYPES[model_type](model, stored or {})
+    if residence is not None:
+        architecture.residence = residence
+    return architecture

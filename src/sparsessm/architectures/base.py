@@ -21,12 +21,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any, Protocol, final
 
 import torch
 from torch import Tensor, nn
 
 from sparsessm.architectures.axes import Axis
+from sparsessm.architectures.residence import InMemory, Residence
 from sparsessm.architectures.target import Target
 
 
@@ -56,7 +57,8 @@ class Block(ABC):
     Attributes:
         targets: in the order in which data meets them.
         axes: what can be taken out of it whole.
-        layer: the stock layer. mixer: name of the Mamba mixer inside it, None if it has none.
+        layer: the stock layer, of the tail the head, which never leaves memory.
+        mixer: name of the Mamba mixer inside it, None if it has none.
         attends: whether it has attention.
     """
 
@@ -115,7 +117,7 @@ class Tail(Block):
         self, norm: Any, head: Any, name: str, index: int, stored: Mapping[str, torch.dtype]
     ) -> None:
         self.index, self.name = index, name.removesuffix(".weight")
-        self._norm = norm
+        self._norm, self.layer = norm, head
         dtype = stored.get(name, head.weight.dtype)
         self.targets = (Target(name, "head", "lm_head", index, head.weight, dtype),)
 
@@ -149,9 +151,11 @@ class Architecture(ABC):
         projects: whether its states can be projected, for our runtime alone. widens: whether its layers can
             have channels of their own number, for our runtime alone.
         stored: parameter name -> dtype of its checkpoint.
+        residence: where the weights of its blocks are while no walk stands there.
     """
 
     model: nn.Module
+    residence: Residence = InMemory()
     blocks: tuple[Block, ...]
     tail: Block
     tied: bool
@@ -227,6 +231,18 @@ class Architecture(ABC):
         Raises:
             ValueError: not `projects`.
         """
+
+    @final
+    def copied(self) -> tuple[nn.Module, Mapping[str, torch.dtype], Residence]:
+        """What `adapt` makes an architecture of that can be changed without changing this one."""
+        model, residence = self.residence.copied(self.model)
+        return model, self.stored, residence
+
+    @final
+    def holding(self, index: int) -> AbstractContextManager[None]:
+        """The weights of a block, or of the tail, are in memory inside."""
+        block = self.tail if index == len(self.blocks) else self.blocks[index]
+        return self.residence.holding(block)
 
     def settle(self, fields: Mapping[str, Any]) -> None:
         """Write fields into the model's own configuration, when all layers have their new shapes."""

@@ -48,7 +48,6 @@ def targets(
     for kind in kinds(experts):
         _, name, number = kind.split(".")
         parameter = experts.get_parameter(name)
-        # A view that shares memory with the parameter, outside of any graph: it is written through.
         yield (
             kind,
             Target(
@@ -56,9 +55,10 @@ def targets(
                 "projections",
                 kind,
                 layer,
-                parameter.detach()[int(number)],
+                parameter,
                 stored.get(prefix + name, parameter.dtype),
                 module_class=type(experts).__name__,
+                slice=int(number),
             ),
         )
 

@@ -51,8 +51,8 @@ class Target:
         family: "ssm" (A_log), "projections" (linear layers), "conv1d" or "head".
         kind: the parameter's own name inside its layer, e.g. "A_log", "in_proj".
         layer: index of its block.
-        parameter: the live parameter or a view of it, [out, in] after flattening; for A_log [channel, state],
-            in Mamba-2 [head, 1].
+        parameter: the live parameter, [out, in] after flattening; for A_log [channel, state], in Mamba-2
+            [head, 1].
         stored: dtype in which the checkpoint holds it; values are rounded to it, so that what we measure is
             what gets saved.
         removed: name of a removed value -> the number stored for it.
@@ -62,6 +62,7 @@ class Target:
         depthwise: every row has inputs of its own (a depthwise convolution's taps).
         uses: indices of all blocks whose data meets it, ascending, where several share it; it is a target of
             the first of them. `Stop.look` sees them all.
+        slice: of a parameter (E, out, in) that holds the matrices of all experts, which of them; else None.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Target:
     fed_by: tuple[str, int] | None = None
     depthwise: bool = False
     uses: tuple[int, ...] = ()
+    slice: int | None = None
 
     @property
     def module(self) -> str:
@@ -95,7 +97,7 @@ class Target:
     @property
     def matrix(self) -> Tensor:
         """The weight as a detached view [out, in]; a vector is one column."""
-        parameter = self.parameter.detach()
+        parameter = self._values
         return parameter[:, None] if parameter.ndim == 1 else parameter.flatten(1)
 
     def replace(self, weight: Tensor) -> None:
@@ -105,7 +107,13 @@ class Target:
             ValueError: as `rounded`.
         """
         with torch.no_grad():
-            self.parameter.copy_(rounded(weight, self.stored).view_as(self.parameter))
+            self._values.copy_(rounded(weight, self.stored).view_as(self._values))
+
+    @property
+    def _values(self) -> Tensor:
+        """Its part of the parameter, outside of any graph; a residence may move that, so ask anew."""
+        values = self.parameter.detach()
+        return values if self.slice is None else values[self.slice]
 
     def shift(self, companion: str, change: Tensor) -> None:
         """Add `change` to a companion parameter, rounded to its stored dtype.

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsessm.architectures import Architecture, Block
+from sparsessm.calibration.journal import Forgetful, Journal
 from sparsessm.calibration.loss import nats, predictions
 from sparsessm.calibration.progress import Progress, Steps
 from sparsessm.calibration.walk import backwards, first_tokens, grouped, walk
@@ -31,12 +33,14 @@ def priced(
     asked: Mapping[str, str],
     tokens: Tensor | None,
     progress: Progress | None = None,
+    journal: Journal | None = None,
 ) -> dict[str, Tensor]:
     """The prices of output rows, each target's in the way that it asks for.
 
     Args:
         asked: target name -> a name of `PRICES`; others ask for none.
         tokens: (W, L) int64 calibration windows; None where there are none, then nothing that needs them.
+        journal: keeps what each group of windows says.
 
     Returns:
         Target name -> (out,) float64; targets that have none of this kind are left out.
@@ -47,23 +51,33 @@ def priced(
     found: dict[str, Tensor] = {}
     for name, price in PRICES.items():
         if names := {target for target, kind in asked.items() if kind == name}:
-            values = price(architecture, names, tokens, progress)
+            values = price(architecture, names, tokens, progress, journal)
             found |= {target: row for target, row in values.items() if target in names}
     return found
 
 
 def row_prices(
-    architecture: Architecture, tokens: Tensor, progress: Progress | None = None, *, head: bool = False
+    architecture: Architecture,
+    tokens: Tensor,
+    progress: Progress | None = None,
+    journal: Journal | None = None,
+    *,
+    head: bool = False,
 ) -> dict[str, Tensor]:
     """What an error in each output row of the dense model's matrices costs the loss, by target.
 
     Args, Returns, Raises: as `output_fisher`, of the first of the calibration windows.
     """
-    return output_fisher(architecture, first_tokens(tokens, PRICED_TOKENS), progress, head=head)
+    return output_fisher(architecture, first_tokens(tokens, PRICED_TOKENS), progress, journal, head=head)
 
 
 def output_fisher(
-    architecture: Architecture, tokens: Tensor, progress: Progress | None = None, *, head: bool = False
+    architecture: Architecture,
+    tokens: Tensor,
+    progress: Progress | None = None,
+    journal: Journal | None = None,
+    *,
+    head: bool = False,
 ) -> dict[str, Tensor]:
     """Mean squared gradient of the loss at every output of every linear layer of the dense model.
 
@@ -79,6 +93,7 @@ def output_fisher(
     Args:
         tokens: (W, L) int64 calibration windows, L at least 2.
         progress: called with ("fisher", steps done, steps in all); a step is a block forward or backward.
+        journal: keeps what each group of windows says.
         head: the logits too, under the name of the tail's first target; costs (rows, vocabulary) of work.
 
     Returns:
@@ -94,26 +109,14 @@ def output_fisher(
             f"output_fisher needs windows of shape (at least 1, at least 2), got {tuple(tokens.shape)}"
         )
     groups = grouped(tokens, ROWS)
-    sums: dict[str, Tensor] = {}
     steps = Steps("fisher", 2 * len(groups) * len(architecture.blocks), progress)
-
-    def add(name: str, grad: Tensor) -> None:  # (..., out)
-        # squares in float64: gradients of a model that is sure of itself have squares below float32's range
-        energy = grad.flatten(0, -2).double().square().sum(0)
-        sums[name] = sums[name] + energy if name in sums else energy
-
+    journal = journal or Forgetful(architecture)
+    sums: dict[str, Tensor] = {}
     # Tensors made in inference mode could not be part of a graph, so this pass leaves that mode if it is on.
     with torch.inference_mode(False), _frozen(architecture.model):
-        for group in groups:
-            group = group.clone()
-            entering = _forward(architecture, group, steps)
-            back = torch.empty_like(entering[-1])
-            for stop in backwards(architecture):
-                if stop.block is architecture.tail:
-                    back = _head_backward(architecture, entering.pop(), group, add if head else None)
-                else:
-                    back = _block_backward(architecture, stop.block, entering.pop(), back, add)
-                    steps()
+        for number, group in enumerate(groups):
+            found = journal.once(f"prices {number}", partial(_energies, architecture, group, steps, head))
+            sums = {name: sums[name] + energy if name in sums else energy for name, energy in found.items()}
     return {
         target.name: sums[target.name] / tokens.numel()
         for target in architecture.targets
@@ -121,14 +124,41 @@ def output_fisher(
     }
 
 
-def _forward(architecture: Architecture, tokens: Tensor, steps: Steps) -> list[Tensor]:
-    """The input of each block and of the tail, (W, L, d_model) each."""
-    entering: list[Tensor] = []
+def _energies(architecture: Architecture, group: Tensor, steps: Steps, head: bool) -> dict[str, Tensor]:
+    """Squared gradients at the outputs of each layer, summed over a group of windows (W, L)."""
+    sums: dict[str, Tensor] = {}
+
+    def add(name: str, grad: Tensor) -> None:  # (..., out)
+        # squares in float64: gradients of a model that is sure of itself have squares below float32's range
+        energy = grad.flatten(0, -2).double().square().sum(0)
+        sums[name] = sums[name] + energy if name in sums else energy
+
+    group = group.clone()
+    entering = _forward(architecture, group, steps)
+    back = torch.empty_like(entering[-1])
+    for stop in backwards(architecture):
+        if stop.block is architecture.tail:
+            back = _head_backward(architecture, entering[-1], group, add if head else None)
+        else:
+            back = _block_backward(architecture, stop.block, entering[stop.block.index], back, add)
+            architecture.residence.release(entering)
+            steps()
+    return sums
+
+
+def _forward(architecture: Architecture, tokens: Tensor, steps: Steps) -> Tensor:
+    """The input of each block and of the tail, (blocks + 1, W, L, d_model)."""
+    blocks = len(architecture.blocks)
+    entering = torch.empty(0)
     for stop in walk(architecture, None, tokens, tail=True):
-        entering.append(stop.groups[0].clone())  # a walk's own tensors are of inference mode
+        (states,) = stop.groups
+        if not len(entering):
+            entering = architecture.residence.room(blocks + 1, *states.shape)
+        entering[min(stop.block.index, blocks)] = states
         if stop.block is not architecture.tail:
             stop.advance()
             _refuse_non_finite(stop.groups[0], f"{stop.block.name}: the output")
+            architecture.residence.release(entering)
             steps()
     return entering
 
@@ -193,17 +223,21 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 def _by_fisher(
-    architecture: Architecture, names: Collection[str], tokens: Tensor | None, progress: Progress | None
+    architecture: Architecture,
+    names: Collection[str],
+    tokens: Tensor | None,
+    progress: Progress | None,
+    journal: Journal | None,
 ) -> Mapping[str, Tensor]:
     head = any(target.name in names for target in architecture.tail.targets)
-    return {} if tokens is None else row_prices(architecture, tokens, progress, head=head)
+    return {} if tokens is None else row_prices(architecture, tokens, progress, journal, head=head)
 
 
 def _by_norms(architecture: Architecture, *_: object) -> Mapping[str, Tensor]:
     return output_norms(architecture)
 
 
-# Name -> (architecture, targets that ask, windows, progress) -> prices of these targets, or of more.
+# Name -> (architecture, targets that ask, windows, progress, journal) -> prices of these targets, or of more.
 PRICES: Mapping[str, Callable[..., Mapping[str, Tensor]]] = {"norms": _by_norms, "fisher": _by_fisher}
 
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from sparsessm.architectures import Architecture, Target
 from sparsessm.architectures.experts import abreast
+from sparsessm.calibration.journal import Forgetful, Stage, Stream
 from sparsessm.calibration.progress import Progress, Steps
-from sparsessm.calibration.walk import Stop, embedded, slab_count, walk
+from sparsessm.calibration.walk import Stop, slab_count, walk
 from sparsessm.methods.observers import InputGram
 
 # A new observer of a target, None: it needs none.
@@ -33,6 +34,8 @@ def visit(
     progress: Progress | None = None,
     *,
     paired: bool = False,
+    stage: Stage | None = None,
+    note: Callable[[], Any] = lambda: None,
 ) -> Iterator[tuple[Target, Look]]:
     """The targets of these names in the order of the data, each with a way to look at it.
 
@@ -43,20 +46,25 @@ def visit(
         tokens: (W, L) int64 calibration windows; None if nothing is watched.
         progress: called with ("calibrate", slabs done, slabs in all).
         paired: carry what the dense model makes of the windows, for observers that compare.
+        stage, note: as of `walk`; targets of blocks that were left are passed over.
 
     Raises:
         ValueError: as `walk`.
     """
+    stage = stage or Forgetful(architecture)
     head = [target for target in architecture.tail.targets if target.name in names]
     watched = {t.name for t in architecture.targets if t.name in names and watch(t) is not None}
     if tokens is None or not watched:
-        for stop in walk(architecture, None, tail=True):
+        for stop in walk(architecture, None, tail=True, stage=stage, note=note):
             yield from ((target, lambda _: None) for target in stop.block.targets if target.name in names)
         return
-    dense = embedded(architecture, tokens) if paired else None
+    dense = Stream.of(architecture, tokens, stage, "dense") if paired else None
     if architecture.tied and head:
         # The head is the embedding too: changed before anything sees its rows, on the dense model's states.
-        yield head[0], lambda it: _look_behind(architecture, it, watch(it), tokens, progress)
+        if architecture.tail.index not in stage.left:
+            with architecture.holding(architecture.tail.index):
+                yield head[0], lambda it: _look_behind(architecture, it, watch(it), tokens, progress)
+            stage.leave(architecture.tail, note(), {"dense": 0} if paired else {})
         head = []
     behind = any(target.name in watched for target in head)
     parts = (part for block in architecture.blocks for part in together(block.targets, watch))
@@ -64,7 +72,10 @@ def visit(
     looks = sum(any(t.name in watched and not t.uses for t in part) for part in parts)
     passes = len(architecture.blocks) + looks + (1 if behind else -1)
     steps = Steps("calibrate", passes * slab_count(*tokens.shape), progress)
-    for stop in walk(architecture, tokens, dense=dense, tail=bool(head), steps=steps):
+    if stage.left:
+        steps(passes * len(stage.left) // (len(architecture.blocks) + 1) * slab_count(*tokens.shape))
+    how: dict[str, Any] = {"dense": dense, "tail": bool(head), "steps": steps}
+    for stop in walk(architecture, tokens, **how, stage=stage, note=note):
         for part in together(stop.block.targets, watch):
             look = _looking(stop, part, watch)
             yield from ((target, look) for target in part if target.name in names)
@@ -97,7 +108,13 @@ def _look_behind(
 
 
 def survey(
-    architecture: Architecture, tokens: Tensor, watch: Watch, steps: Steps | None = None
+    architecture: Architecture,
+    tokens: Tensor,
+    watch: Watch,
+    steps: Steps | None = None,
+    *,
+    stage: Stage | None = None,
+    note: Callable[[], Any] = lambda: None,
 ) -> Iterator[tuple[Target, Any]]:
     """Look at the model as it is, every target in one pass through each block.
 
@@ -105,6 +122,7 @@ def survey(
         tokens: (W, L) int64 calibration windows.
         watch: target -> its observer, or None to leave it out.
         steps: counts the slabs of each block.
+        stage, note: as of `walk`; not where blocks share a matrix, whose sums span them.
 
     Yields:
         (target, the observer's result) in the order of the model; a matrix that blocks share after its last
@@ -115,7 +133,7 @@ def survey(
     """
     shared: list[tuple[Target, Any]] = []  # whose later uses are still to come
     tail = any(watch(target) is not None for target in architecture.tail.targets)
-    for stop in walk(architecture, tokens, tail=tail, steps=steps):
+    for stop in walk(architecture, tokens, tail=tail, steps=steps, stage=stage, note=note):
         block = stop.block
         watched = [(target, observer) for target in block.targets if (observer := watch(target)) is not None]
         again = [(target, observer) for target, observer in shared if block.index in target.uses]

@@ -12,7 +12,7 @@ of one block, however many layers there are. A group goes through in one piece.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsessm.architectures import Architecture, Block, Tap, Target
+from sparsessm.architectures import Architecture, Block, Residence, Tap, Target
+from sparsessm.calibration.journal import Forgetful, Stage, Stream
 from sparsessm.calibration.paired import Pair, Twice
 from sparsessm.calibration.progress import Steps
 from sparsessm.methods.observers import InputGram, Moments
@@ -37,14 +38,27 @@ class Streams:
     """What a walk carries: hidden states (W, L, d_model) before the block at which it stands.
 
     Attributes:
-        hidden: of the windows that are looked at, None where nobody looks. They are overwritten.
-        dense: of the same windows in the dense model, None where nobody compares. They are overwritten.
+        residence: of the model; gives the states their place.
+        hidden: of the windows that are looked at, None where nobody looks.
+        dense: of the same windows in the dense model, None where nobody compares.
         groups: of windows that only go through; replaced by new tensors.
     """
 
-    hidden: Tensor | None = None
-    dense: Tensor | None = None
+    residence: Residence
+    hidden: Stream | None = None
+    dense: Stream | None = None
     groups: list[Tensor] = field(default_factory=list)
+
+    def release(self) -> None:
+        """What was used of the states need not stay in memory."""
+        for stream in (self.hidden, self.dense):
+            for states in () if stream is None else (stream.now, stream.behind):
+                self.residence.release(states)
+
+    @property
+    def which(self) -> dict[str, int]:
+        """Place of the states, by name."""
+        return {stream.name: stream.which for stream in (self.hidden, self.dense) if stream is not None}
 
 
 class Stop:
@@ -85,12 +99,12 @@ class Stop:
         """
         if self._streams.hidden is None:
             raise ValueError(f"{self._block.name}: the walk carries no windows to look at")
-        return self._streams.hidden
+        return self._streams.hidden.now
 
     @property
     def dense_hidden(self) -> Tensor | None:
         """(W, L, d_model), the same windows as the dense blocks before this one made them."""
-        return self._streams.dense
+        return self._streams.dense and self._streams.dense.now
 
     @property
     def groups(self) -> list[Tensor]:
@@ -134,7 +148,8 @@ class Stop:
         self._refuse_closed()
         if self._windows_are_through or (until is None and windows != ALL):
             raise RuntimeError(f"{self._block.name}: windows go through a block once, and all together")
-        hidden, dense = self.hidden[windows], self._streams.dense
+        streams = self._streams
+        hidden, dense = self.hidden[windows], self.dense_hidden
         width = slab_width(*hidden.shape[:2])
         paired = {kind: tap for kind, tap in taps.items() if tap.paired}
         if self._dense is None or dense is None:
@@ -156,15 +171,22 @@ class Stop:
                     out, dense_state = self._dense.forward(
                         dense[:, slab], dense_state, recorders, dense_until
                     )
-                    if out is not None:
-                        dense[:, slab].copy_(out)
+                    if out is not None and streams.dense is not None:
+                        streams.dense.behind[:, slab].copy_(out)
                 out, state = self._block.forward(hidden[:, slab], state, {**taps, **pairs}, until)
-                if out is not None:
+                if out is not None and streams.hidden is not None:
                     _refuse_non_finite(out, self._block.name, start)
-                    hidden[:, slab].copy_(out)
+                    streams.hidden.behind[:, slab].copy_(out)
                 self._count()
-        self._dense_is_through |= bool(both) and dense_until is None
-        self._windows_are_through = until is None
+                streams.release()
+        if both and dense_until is None:
+            self._dense_is_through = True
+            if streams.dense is not None:
+                streams.dense.passed()
+        if until is None:
+            self._windows_are_through = True
+            if streams.hidden is not None:
+                streams.hidden.passed()
 
     def advance(self) -> None:
         """Take all that the walk carries through the block as it is now, what is not through yet; the walk
@@ -195,14 +217,16 @@ class Stop:
             groups: (W, L, d_model) hidden states that have left this block.
         """
         self._refuse_closed()
-        return _over(self._ahead, Streams(groups=list(groups)))
+        return _over(self._ahead, Streams(self._streams.residence, groups=list(groups)))
 
     def _run_to_last_use(self, target: Target, observer: Any) -> None:
-        hidden = self.hidden.clone()
-        here = Stop(self._block, None, Streams(hidden), (), None)  # this block is open already
+        residence = self._streams.residence
+        copied = residence.room(*self.hidden.shape).copy_(self.hidden)
+        streams = Streams(residence, Stream("ahead", [copied]))
+        here = Stop(self._block, None, streams, (), None)  # this block is open already
         here.run({target.kind: observer})
         last = target.uses[-1]
-        for stop in _over([block for block in self._ahead if block.index <= last], Streams(hidden)):
+        for stop in _over([block for block in self._ahead if block.index <= last], streams):
             if stop.block.index in target.uses:
                 stop.run({target.kind: observer}, until=target.kind if stop.block.index == last else None)
 
@@ -230,10 +254,12 @@ def walk(
     architecture: Architecture,
     tokens: Tensor | None,
     *groups: Tensor,
-    dense: Tensor | None = None,
+    dense: Stream | None = None,
     without: Collection[int] = (),
     tail: bool = False,
     steps: Steps | None = None,
+    stage: Stage | None = None,
+    note: Callable[[], Any] = lambda: None,
 ) -> Iterator[Stop]:
     """Stop before each block in turn; afterwards what is carried goes through it as the caller left it.
 
@@ -242,30 +268,39 @@ def walk(
     Args:
         tokens: (W, L) int64 windows to look at, None for none.
         groups: (W, L) int64 each, windows that go along in one piece; bound their tokens, see `grouped`.
-        dense: (W, L, d_model), `tokens` as the dense model embeds them, to be carried beside them.
+        dense: `tokens` as the dense model embeds them, to be carried beside them; of the same stage.
         without: indices of blocks that the windows pass by as if they were not there, the dense ones apart.
         tail: stop before the head as well.
         steps: counts the slabs of `tokens` in each pass.
+        stage: keeps what each block was left with; the walk does not stop at those that an earlier one left.
+        note: what is to be kept with a block, asked when it is left.
 
     Raises:
         ValueError: an activation of `tokens` that is not finite; names the block, the first window and
             position.
     """
-    hidden = None if tokens is None else embedded(architecture, tokens)
-    streams = Streams(hidden, dense, [embedded(architecture, group) for group in groups])
+    stage = stage or Forgetful(architecture)
+    hidden = None if tokens is None else Stream.of(architecture, tokens, stage, "hidden")
+    carried = [embedded(architecture, group) for group in groups]
+    streams = Streams(architecture.residence, hidden, dense, carried)
     blocks = (*architecture.blocks, architecture.tail) if tail else architecture.blocks
-    yield from _over(blocks, streams, without, steps)
+    blocks = tuple(block for block in blocks if block.index not in stage.left)
+    return _over(blocks, streams, without, steps, lambda block: stage.leave(block, note(), streams.which))
 
 
 def backwards(architecture: Architecture) -> Iterator[Stop]:
     """Stop at each block from the tail to the first; nothing is carried."""
-    return _over((architecture.tail, *reversed(architecture.blocks)), Streams())
+    return _over((architecture.tail, *reversed(architecture.blocks)), Streams(architecture.residence))
 
 
 def _over(
-    blocks: Sequence[Block], streams: Streams, without: Collection[int] = (), steps: Steps | None = None
+    blocks: Sequence[Block],
+    streams: Streams,
+    without: Collection[int] = (),
+    steps: Steps | None = None,
+    leave: Callable[[Block], None] = lambda block: None,
 ) -> Iterator[Stop]:
-    """The one loop."""
+    """The one loop; `leave` is called when a block is closed and all that is carried is behind it."""
     for place, block in enumerate(blocks):
         ahead = [later for later in blocks[place + 1 :] if later.index not in without]
         if block.index not in without:
@@ -273,25 +308,36 @@ def _over(
                 yield stop
                 if ahead:
                     stop.advance()
+            leave(stop.block)
         elif ahead and streams.dense is not None:
-            with opened(block, Streams(streams.dense), (), None) as stop:
+            with opened(block, Streams(streams.residence, streams.dense), (), None) as stop:
                 stop.advance()
+            leave(block)
 
 
 @contextmanager
 def opened(block: Block, streams: Streams, ahead: Sequence[Block], steps: Steps | None) -> Iterator[Stop]:
     """A block while a walk stands there: the only place where one is opened and closed, whoever walks."""
-    stop = Stop(block, None if streams.dense is None else block.copy(), streams, ahead, steps)
+    residence = streams.residence
+    residence.open(block)
+    stop = Stop(block, None, streams, ahead, steps)
     try:
+        if streams.dense is not None:
+            stop._dense = block.copy()
         yield stop
     finally:
         stop._closed, stop._dense = True, None
+        residence.close(stop.block)
 
 
 def embedded(architecture: Architecture, tokens: Tensor) -> Tensor:
     """(W, L) token ids -> (W, L, d_model), a new tensor."""
     with torch.inference_mode():
-        return architecture.embed(tokens)
+        first = architecture.embed(tokens[:1])
+        states = architecture.residence.room(len(tokens), *first.shape[1:])
+        for window, row in enumerate(tokens):
+            states[window] = architecture.embed(row[None])[0]
+    return states
 
 
 def through(block: Block, hidden: Tensor) -> Tensor:

@@ -11,6 +11,11 @@ beside it (`docs/checkpoint.md` describes the files).
     tokenizing.py     the tokenizer, from its own files
     companions.py     what lies beside the weights, and what is no checkpoint
     assembly.py       check the tensors, make the model of them
+    skeleton.py       the same without the weights of its blocks
+    streamed.py       which are read when a block is opened
+    mapped.py         hidden states in files
+    memory.py         how much memory there is
+    journal.py        what a run has done: how a killed one goes on
     stock_names.py    what the tensors of a model are called in its files
     writing.py        the way back
     atomic.py         a directory appears whole or not at all
@@ -26,16 +31,20 @@ beside it (`docs/checkpoint.md` describes the files).
 from . import packed
 from .atomic import refuse_room, refuse_target
 from .encoding import Encoded
+from .journal import Journal, folder_of, unfinished
 from .opened import Opened, local_folder, open_checkpoint, read_record
 from .packed import Packed, pack, save, unpack
-from .reading import Checkpoint, load
+from .reading import Checkpoint, Streaming, load
 from .writing import refuse_existing, refuse_full
 
 __all__ = [
     "Checkpoint",
     "Encoded",
+    "Journal",
     "Opened",
     "Packed",
+    "Streaming",
+    "folder_of",
     "load",
     "local_folder",
     "open_checkpoint",
@@ -47,5 +56,6 @@ __all__ = [
     "refuse_room",
     "refuse_target",
     "save",
+    "unfinished",
     "unpack",
 ]

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import transformers
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from ..architectures import projected
 from ..architectures.own import Own
+from ..kernels.checksum import crc32c
 from . import container, state_spaces
 from .encoding import finite
 from .files import CONFIG, SAFETENSORS, few, read_tensors
@@ -39,12 +40,14 @@ class Assembled:
         stored: dtype on disk of each tensor, by its name in `model.state_dict()`.
         extra: tensors that stock code leaves out on purpose, as they came, by their names in the files.
         prefix: what the names in the files leave out, "" but for a bare backbone.
+        digest: SHA-256 of all that the files hold; "" where all is in memory.
     """
 
     model: PreTrainedModel
     stored: dict[str, torch.dtype]
-    extra: dict[str, Tensor]
+    extra: Mapping[str, Tensor]
     prefix: str = ""
+    digest: str = ""
 
 
 @dataclass(frozen=True)
@@ -135,27 +138,63 @@ def refuse_misfit(
 
 def assemble(opened: Opened) -> Assembled:
     """Read, check and assemble the tensors of a checkpoint."""
-    config, own = opened.config, opened.own
-    found = _checked(opened)
-    empty, held, tensors, prefix = found.empty, found.places.held, found.tensors, found.places.prefix
+    found = checked(opened)
+    prefix = prefix_in_files(opened, found)
+    tensors = found.tensors
     if opened.packed is not None:  # It has the names in memory; with those on disk `save` writes the like.
-        parts = {name: in_files(empty, name, tensors[name]) for name in held}
+        parts = {name: in_files(found.empty, name, tensors[name]) for name in found.places.held}
         tensors = {part: tensor for some in parts.values() for part, tensor in some.items()}
-        bare = opened.fields.get("architectures") == [type(empty.base_model).__name__]
-        prefix = _bare_prefix(empty, tensors) if bare else ""
+    model = build(opened, found.empty, tensors)
+    return Assembled(model, most_precise(found), found.extra, prefix)
+
+
+def float32_bytes(opened: Opened) -> int:
+    """What a model takes in memory."""
+    _, expected, _ = stock_model(opened.source, opened.config, opened.own)
+    return sum(4 * tensor.numel() for tensor in expected.values())
+
+
+def build(
+    opened: Opened, empty: PreTrainedModel, tensors: Mapping[str, Tensor], device: str = "cpu"
+) -> PreTrainedModel:
+    """The model of these tensors, in float32 and in eval mode.
+
+    Args:
+        tensors: by their names in files, or in memory.
+    """
+    own, tensors = opened.own, dict(tensors)
     # What no stock model has comes in behind the stock code, which would leave it out.
     wide = tuple(f"backbone.layers.{index}." for index in own.widths)
     names = [*projected.named_in(tensors), *(name for name in tensors if wide and name.startswith(wide))]
     ours = {name: tensors.pop(name) for name in names}
+    placed: dict[str, Any] = {} if device == "cpu" else {"device_map": {"": device}}
     with torch.random.fork_rng([], enabled=bool(own)):  # stock code draws for what is left out here
-        model = type(empty).from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32)
+        model = type(empty).from_pretrained(
+            None, config=opened.config, state_dict=tensors, dtype=torch.float32, **placed
+        )
     own.give(model)
     model.load_state_dict(ours, strict=False)
-    most_precise = {
+    return model.eval()
+
+
+def most_precise(found: Checked) -> dict[str, torch.dtype]:
+    """The dtype on disk of each tensor, by its name in memory."""
+    return {
         name: reduce(torch.promote_types, [found.stored[part] for part in parts])
-        for name, parts in held.items()
+        for name, parts in found.places.held.items()
     }
-    return Assembled(model.eval(), most_precise, found.extra, prefix)
+
+
+def prefix_in_files(opened: Opened, found: Checked) -> str:
+    """What the names in the files leave out, or in those of a stock checkpoint that a packed one is written
+    as."""
+    if opened.packed is None:
+        return found.places.prefix
+    if opened.fields.get("architectures") != [type(found.empty.base_model).__name__]:
+        return ""
+    first = {name: tensor[:2] if tensor.ndim else tensor for name, tensor in found.tensors.items()}
+    names = {part for name, tensor in first.items() for part in in_files(found.empty, name, tensor)}
+    return _bare_prefix(found.empty, names)
 
 
 def one_by_one(opened: Opened) -> Stored:
@@ -164,31 +203,41 @@ def one_by_one(opened: Opened) -> Stored:
     Only for models whose tensors have the same names in files and in memory, which those that run have.
     """
     shelf = Shelf(opened.heads, safetensors=opened.folder.stock_files.kind == SAFETENSORS)
-    found = _checked(opened, shelf)
+    found = checked(opened, shelf)
     whole = {name: part for name, parts in found.places.held.items() for part in parts}
     shapes = {name: tuple(found.tensors[part].shape) for name, part in whole.items()}
     return Stored(shelf, {name: found.names[part] for name, part in whole.items()}, shapes)
 
 
-class _Checked(NamedTuple):
+class Source(Protocol):
+    """Tensors by their names in the files, each read when it is asked for."""
+
+    def __getitem__(self, name: str, /) -> Tensor: ...
+
+
+class Checked(NamedTuple):
     """Tensors of a checkpoint that fit its model.
 
     Attributes:
-        empty: the model, without memory for its weights. places: where the files hold what.
+        empty: the model, without memory for its weights. shapes: of its tensors, by their names in memory.
+        places: where the files hold what.
         tensors: by their names in full in the files, in float32; on `meta` if they can be had again.
         stored: the dtypes that they had. names: the names that they had, which may be the other one of two.
         extra: those that stock code leaves out on purpose, as they came.
+        checksums: of what the files hold, by the names there; only where no tensor is kept.
     """
 
     empty: PreTrainedModel
+    shapes: dict[str, tuple[int, ...]]
     places: Places
     tensors: dict[str, Tensor]
     stored: dict[str, torch.dtype]
     names: dict[str, str]
     extra: dict[str, Tensor]
+    checksums: dict[str, str]
 
 
-def _checked(opened: Opened, shelf: Shelf | None = None) -> _Checked:
+def checked(opened: Opened, shelf: Source | None = None) -> Checked:
     """Read all tensors and hold them against the model.
 
     Args:
@@ -202,6 +251,7 @@ def _checked(opened: Opened, shelf: Shelf | None = None) -> _Checked:
     names: dict[str, str] = {}
     extra: dict[str, Tensor] = {}
     not_finite: list[str] = []
+    checksums: dict[str, str] = {}
 
     def differ(name: str, value: Tensor) -> bool:
         other = tensors[name] if shelf is None else shelf[names[name]]
@@ -215,6 +265,9 @@ def _checked(opened: Opened, shelf: Shelf | None = None) -> _Checked:
         name = places.in_full(given)
         if dtype in STORED and not finite(tensor):
             not_finite.append(name)
+        if shelf is not None:
+            bits = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+            checksums[given] = f"{dtype} {tuple(tensor.shape)} {crc32c(bits):08x}"
         if name in tensors and differ(name, tensor):
             raise ValueError(f"{source!r} holds two different tensors for {name}, under two names")
         if shelf is not None:
@@ -235,7 +288,8 @@ def _checked(opened: Opened, shelf: Shelf | None = None) -> _Checked:
         elif not {copy, name} & set(not_finite) and differ(name, value if shelf is None else shelf[given]):
             raise ValueError(f"{source!r}: {copy} differs from {name}, although {CONFIG} ties the two")
     refuse_misfit(source, places, {name: tuple(t.shape) for name, t in tensors.items()}, not_finite)
-    return _Checked(empty, places, tensors, stored, names, extra)
+    shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+    return Checked(empty, shapes, places, tensors, stored, names, extra, checksums)
 
 
 def _ignored(empty: PreTrainedModel, name: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,12 +11,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..architectures import Architecture, InMemory, Residence, adapt
 from . import companions, state_spaces, tokenizing
-from .assembly import assemble
+from .assembly import Assembled, assemble, float32_bytes
 from .container import Format
 from .folder import Folder
+from .memory import allowed
 from .opened import Opened, find, open_checkpoint, quiet
 from .shelf import give_back
+from .skeleton import skeleton
+
+SHARE = 16  # of the memory that is allowed, what one tensor of hidden states may take
 
 
 @dataclass
@@ -34,6 +40,8 @@ class Checkpoint:
         extra: tensors that stock code leaves out on purpose, as they came; `save` writes them back.
         prefix: what the names in the files leave out, "" but for a bare backbone (`MambaModel`).
         notes: what of the source is not followed or not written back; the command shows them.
+        residence: where the model's weights are; not all need be in memory.
+        digest: SHA-256 of the tensors as they were read; "" where all are in memory.
     """
 
     model: PreTrainedModel
@@ -44,13 +52,46 @@ class Checkpoint:
     trained_length: int | None
     files: dict[str, bytes] = field(default_factory=dict, repr=False)
     tokenizer_source: str | None = None
-    extra: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    extra: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     prefix: str = ""
     notes: tuple[str, ...] = ()
+    residence: Residence = InMemory()
+    digest: str = ""
+
+    def architecture(self) -> Architecture:
+        """The model as the loops see it."""
+        return adapt(self.model, self.stored, self.residence)
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """How a model is held that need not be in memory as a whole.
+
+    Attributes:
+        memory: bytes that all may take. A model that takes more than half of it in float32 is read block by
+            block, each time it is needed.
+        folder: where what is changed is written, in any case; None: only where the model is not in memory,
+            into a temporary directory.
+    """
+
+    memory: int
+    folder: Path | None = None
+
+    @classmethod
+    def within(cls, memory: str | int | None, folder: Path | None = None) -> Streaming:
+        """Of a size as a user says it, "6GB"; None: half of what is free.
+
+        Raises:
+            ValueError: as `memory.size_of`.
+        """
+        return cls(allowed(memory), folder)
 
 
 def load(
-    source: str | os.PathLike[str] | Opened, *, tokenizer: str | os.PathLike[str] | None = None
+    source: str | os.PathLike[str] | Opened,
+    *,
+    tokenizer: str | os.PathLike[str] | None = None,
+    streaming: Streaming | None = None,
 ) -> Checkpoint:
     """Read a model and its tokenizer.
 
@@ -58,6 +99,7 @@ def load(
         source: a hub id, a transformers directory (safetensors or `.bin`, one file or sharded), an original
             state-spaces directory, `builtin:NAME`, or a packed directory of either; or one that is open.
         tokenizer: a hub id, a directory or a `tokenizer.json` to use instead of the one in `source`.
+        streaming: how much memory there is; None: as much as the model takes.
 
     Raises:
         ValueError: the source cannot be found or read, its model type has no adapter, its tensors are
@@ -66,7 +108,7 @@ def load(
     """
     opened = open_checkpoint(source)
     with quiet():
-        found = assemble(opened)
+        found, residence = _held(opened, streaming)
         files, notes = opened.files, opened.notes
         if opened.generation is not None:
             found.model.generation_config = opened.generation
@@ -84,7 +126,18 @@ def load(
         extra=found.extra,
         prefix=found.prefix,
         notes=(*notes, *tokenizing.notes(words, opened.config.vocab_size)),
+        residence=residence,
+        digest=found.digest,
     )
+
+
+def _held(opened: Opened, streaming: Streaming | None) -> tuple[Assembled, Residence]:
+    if streaming is None:
+        return assemble(opened), InMemory()
+    fits = 2 * float32_bytes(opened) <= streaming.memory
+    if fits and streaming.folder is None:
+        return assemble(opened), InMemory()
+    return skeleton(opened, streaming.folder, keep=fits, limit=streaming.memory // SHARE)
 
 
 def read_tokenizer(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 from rich.markup import escape
@@ -21,6 +21,9 @@ from .. import kernels
 from ..recipe.recipe import Recipe
 from ..report.record import finite
 from . import ending, tables
+
+if TYPE_CHECKING:
+    from ..checkpoint import Checkpoint
 
 app = typer.Typer(
     name="sparsessm",
@@ -40,7 +43,7 @@ PANELS = {
     "How much": ("pattern", "allocation"),
     "How": ("method", "repair", "price", "removed", "diagonal", "time_weights"),
     "Calibration data": ("data", "column", "samples", "length", "seed", "tokenizer"),
-    "Output": ("force", "no_eval", "as_json", "quiet"),
+    "Output": ("memory", "resume", "force", "no_eval", "as_json", "quiet"),
 }
 PANEL_OF = {name: panel for panel, names in PANELS.items() for name in names}
 
@@ -131,11 +134,25 @@ Length = Annotated[
     option("--length", min=2, help="Tokens in a window [default: 2048, or the model's length if shorter]."),
 ]
 Tokenizer = Annotated[str | None, field("tokenizer")]
+Memory = Annotated[
+    str | None,
+    option(
+        "--memory",
+        metavar="SIZE",
+        help="How much memory to use, such as 6GB; a larger model is read block by block, each time it is "
+        "needed [default: half of what is free].",
+        rich_help_panel="Output",
+    ),
+]
 
 
 @contextmanager
 def answering(
-    quiet: bool, *writes: Path | None, grown: bool = False, streaming: bool = False
+    quiet: bool,
+    *writes: Path | None,
+    grown: bool = False,
+    streaming: bool = False,
+    kept: Path | None = None,
 ) -> Iterator[tables.Progress]:
     """Run a command's work; whatever goes wrong ends in one line and an exit code (ending.py).
 
@@ -144,12 +161,14 @@ def answering(
         writes: what the command writes, None: nothing after all.
         grown: a file that grows while the command works.
         streaming: no progress, because the command prints its result as it comes.
+        kept: the directory that keeps what is done, for `--resume`.
     """
     progress = tables.Progress(quiet or streaming)
     try:
         if not kernels.NATIVE and not quiet:
             tables.echo("note: the native kernels are not installed; the slow reference is used", err=True)
-        with ending.writing(*writes, grown=grown, nothing="the text ends here" if streaming else ""):
+        nothing = "the text ends here" if streaming else ""
+        with ending.writing(*writes, grown=grown, nothing=nothing, kept=kept):
             with ending.restoring(progress.restored), progress:
                 yield progress
     except (BrokenPipeError, SystemExit):
@@ -162,6 +181,28 @@ def tell(notes: Iterable[str], progress: tables.Progress) -> None:
     """Say on stderr what of a source is not followed or not written back (`Checkpoint.notes`)."""
     for note in notes:
         progress.note(f"note: {note}")
+
+
+def loaded(
+    model: str,
+    tokenizer: str | None,
+    memory: str | None,
+    progress: tables.Progress,
+    folder: Path | None = None,
+) -> Checkpoint:
+    """A model, read block by block if it is larger than the memory; what of it is not followed is said.
+
+    Args:
+        memory: as `Memory`. folder: where what is changed is written.
+    """
+    from ..checkpoint import Streaming, load
+    from ..checkpoint.given import checked_path, undisturbed
+
+    checked_path("source", model)
+    with undisturbed():
+        found = load(model, tokenizer=tokenizer, streaming=Streaming.within(memory, folder))
+    tell(found.notes, progress)
+    return found
 
 
 def print_json(document: dict[str, Any]) -> None:

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import sparsessm
 
 from .. import runtime
-from ..architectures import adapt
 from ..checkpoint import Checkpoint, load, local_folder, pack, refuse_room
 from ..evaluation.before_after import Yardstick, compared
 from ..evaluation.perplexity import Perplexity
@@ -123,7 +122,7 @@ def run(progress: Progress, out: Path, done: Demo, *, force: bool) -> tuple[list
         packing = pack(out, folder, force=force, **how)
         if not text:
             text = PROMPT + runtime.load(folder).generate(PROMPT, LENGTH).text
-        cost = compared(done.dense, done.yardstick.measure(adapt(load(str(folder)).model), progress))
+        cost = compared(done.dense, done.yardstick.measure(load(str(folder)).architecture(), progress))
         speed = measure(folder, MODEL, rounds=ROUNDS, progress=progress).record()
         size = {"file": packing.after, "share": packing.ratio}
         rows.append({"model": str(folder), "bytes": size, "difference": cost["difference"], "speed": speed})

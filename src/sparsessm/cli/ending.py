@@ -19,6 +19,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -72,6 +73,7 @@ class _Seen(NamedTuple):
 _owner = 0  # the process whose end this is; a forked one just ends
 _targets: list[_Seen] = []
 _nothing = "nothing was written"
+_kept: Path | None = None  # the directory of an unfinished run, for `--resume`
 _worked = False  # the command has done its work, and its result is on the disk
 _restored: list[Callable[[], bytes]] = []
 _reserve: list[bytearray] = []  # given up where there is no memory, so that this can still be said
@@ -153,7 +155,8 @@ def said(error: BaseException, doing: str = "") -> int:
         return 1
     if os.environ.get(TRACEBACK):
         traceback.print_exception(error)
-    sys.stderr.write(f"error: {visible(' '.join(words(error, doing).split()))}\n")
+    told = "; ".join(filter(None, (words(error, doing), kept_now())))
+    sys.stderr.write(f"error: {visible(' '.join(told.split()))}\n")
     sys.stderr.flush()
     return 1
 
@@ -188,16 +191,22 @@ def is_shortage(error: BaseException | None) -> bool:
 
 
 @contextmanager
-def writing(*paths: str | os.PathLike[str] | None, grown: bool = False, nothing: str = "") -> Iterator[None]:
+def writing(
+    *paths: str | os.PathLike[str] | None,
+    grown: bool = False,
+    nothing: str = "",
+    kept: Path | None = None,
+) -> Iterator[None]:
     """Note what is there before the work, so that the truth can be told if it is cut short.
 
     Args:
         paths: what the command writes.
         grown: files that grow while the command works.
         nothing: what to say of a command that writes nothing.
+        kept: the directory that keeps what is done, for `--resume`.
     """
-    global _nothing, _worked
-    _worked = False
+    global _nothing, _worked, _kept
+    _worked, _kept = False, kept
     _targets[:] = [
         _Seen(os.fspath(path), grown, _identity(path, grown)) for path in paths if path is not None
     ]
@@ -219,11 +228,20 @@ def there_now() -> str:
             told.append(f"what is in {seen.path} is kept, the same command goes on")
         else:
             told.append(f"{seen.path} is complete" + (", in place of the old one" if seen.before else ""))
+    if kept := kept_now():
+        told.append(kept)
     if not told:
         told.append(_nothing)
     if same:
         told.append(f"{' and '.join(same)} {'is as it was' if len(same) == 1 else 'are as they were'}")
     return visible("; ".join(told))
+
+
+def kept_now() -> str:
+    """Where what is done is kept, and how to go on; empty if nothing is."""
+    if _kept is None or not _kept.is_dir():
+        return ""
+    return f"what is done is kept in {_kept}: the same command with --resume goes on"
 
 
 def _identity(path: str | os.PathLike[str], grown: bool) -> tuple[int, ...] | None:

@@ -22,12 +22,14 @@ from .answering import (
     START,
     Json,
     Length,
+    Memory,
     Quiet,
     Tokenizer,
     answering,
     app,
     argument,
     field,
+    loaded,
     option,
     print_json,
     tell,
@@ -60,6 +62,7 @@ def evaluate(
     tasks: Tasks = None,
     include_path: IncludePath = None,
     tokenizer: Tokenizer = None,
+    memory: Memory = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -75,8 +78,7 @@ def evaluate(
             raise ValueError(f"{given[0]} has no effect with{'out' if tasks is None else ''} --tasks")
         for model in models:
             progress.say(f"model {model}")
-            checkpoint = sparsessm.load(model, tokenizer=tokenizer)
-            tell(checkpoint.notes, progress)
+            checkpoint = loaded(model, tokenizer, memory, progress)
             options: dict[str, Any] = {"limit": limit, "progress": progress}
             if tasks is not None:
                 zero_shots[model] = zero_shot(

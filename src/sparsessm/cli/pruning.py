@@ -27,21 +27,23 @@ from .answering import (
     Force,
     Json,
     Length,
+    Memory,
     Quiet,
     Tokenizer,
     answering,
     app,
     argument,
     field,
+    loaded,
     option,
     print_json,
     takes_recipe,
-    tell,
 )
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..checkpoint import Journal
     from ..report.record import Report
 
 Out = Annotated[Path | None, option("--out", "-o", help="The directory to write.")]
@@ -64,6 +66,10 @@ DryRun = Annotated[
     option(
         "--dry-run", help="Say what would be pruned and how many bytes it is; read no text, write nothing."
     ),
+]
+Resume = Annotated[
+    bool,
+    option("--resume", help="Go on with a run that was cut short.", rich_help_panel="Output"),
 ]
 NoEval = Annotated[
     bool,
@@ -93,6 +99,8 @@ def prune(
     structured: Share = None,
     recipe: FromFile = None,
     dry_run: DryRun = False,
+    memory: Memory = None,
+    resume: Resume = False,
     force: Force = False,
     no_eval: NoEval = False,
     as_json: Json = False,
@@ -108,9 +116,18 @@ def prune(
             "missing; name the directory to write, or --dry-run", param_hint="--out / -o"
         )
     given |= {name: value for name, value in (("model", model), ("sparsity", sparsity)) if value is not None}
-    with answering(quiet, None if dry_run else out) as progress:
-        run = _planned(given, structured, recipe, out, force, progress)
-        report = None if dry_run or out is None else _pruned(run, out, recipe, not no_eval, force, progress)
+    from ..checkpoint import folder_of, unfinished
+
+    target = None if dry_run else out
+    with answering(quiet, target, kept=target and folder_of(target)) as progress:
+        wanted = _wanted(given, structured, recipe, out, force)
+        report = None
+        if target is None:
+            run = _planned(wanted, memory, None, progress)
+        else:
+            with unfinished(target, resume=resume, force=force) as journal:
+                run = _planned(wanted, memory, journal, progress)
+                report = _pruned(run, target, recipe, not no_eval, force, journal, progress)
     if report is None:
         preview = run.plan.preview(run.architecture)
         if as_json:
@@ -124,15 +141,10 @@ def prune(
         _show(report, out)
 
 
-def _planned(
-    given: dict[str, Any],
-    structured: float | None,
-    recipe: Path | None,
-    out: Path | None,
-    force: bool,
-    progress: tables.Progress,
-) -> sparsessm.Run:
-    """The model is loaded and the recipe fits it.
+def _wanted(
+    given: dict[str, Any], structured: float | None, recipe: Path | None, out: Path | None, force: bool
+) -> Recipe:
+    """What was asked for.
 
     Args:
         given: fields of the recipe, from the command line. recipe: the file that they replace fields of.
@@ -150,13 +162,27 @@ def _planned(
         raise ValueError("no model was given; name one on the command line or in the recipe")
     if out is not None:
         refuse_existing(out, force, wanted.model)
-    checkpoint = sparsessm.load(wanted.model, tokenizer=wanted.tokenizer)
-    tell(checkpoint.notes, progress)
-    return sparsessm.Run(checkpoint, wanted, progress=progress, say=progress.say)
+    return wanted
+
+
+def _planned(
+    recipe: Recipe, memory: str | None, journal: Journal | None, progress: tables.Progress
+) -> sparsessm.Run:
+    """The model is opened and the recipe fits it."""
+    checkpoint = loaded(str(recipe.model), recipe.tokenizer, memory, progress, journal and journal.folder)
+    if journal is not None:
+        journal.holds(checkpoint.residence)
+    return sparsessm.Run(checkpoint, recipe, progress=progress, say=progress.say, journal=journal)
 
 
 def _pruned(
-    run: sparsessm.Run, out: Path, recipe: Path | None, measure: bool, force: bool, progress: tables.Progress
+    run: sparsessm.Run,
+    out: Path,
+    recipe: Path | None,
+    measure: bool,
+    force: bool,
+    journal: Journal,
+    progress: tables.Progress,
 ) -> Report:
     """Prune, measure and save.
 
@@ -166,6 +192,11 @@ def _pruned(
     from ..checkpoint import refuse_full
 
     refuse_full(out, run.checkpoint, run.plan.share_left(run.architecture))
+    if journal.resumed:
+        progress.note(f"going on in {journal.folder}")
+        now = {**machine.current(), **machine.versions()}
+        if other := machine.differences(journal.before.get("machine", {}), now):
+            progress.note(f"note: it was begun with {', '.join(other)}; masks may differ")
     torch.manual_seed(run.recipe.seed)
     tokens = run.windows()
     if run.advice:
@@ -175,6 +206,7 @@ def _pruned(
             progress.note(f"note: {note}; masks may differ")
     report = run.prune(tokens, measure=measure)
     run.save(out, force=force)
+    journal.clear()
     return report
 
 
@@ -271,6 +303,7 @@ def analyze(
     length: Length = None,
     seed: Annotated[int, field("seed")] = 0,
     tokenizer: Tokenizer = None,
+    memory: Memory = None,
     force: Annotated[bool, option("--force", help="Replace another analysis in --out.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -287,8 +320,7 @@ def analyze(
             if (picture := out / findings.PICTURE).is_dir():
                 raise ValueError(f"{str(picture)!r} is a directory; the picture cannot be written there")
         shares = tolerance.parse_sparsities(sparsities)
-        checkpoint = sparsessm.load(model, tokenizer=tokenizer)
-        tell(checkpoint.notes, progress)
+        checkpoint = loaded(model, tokenizer, memory, progress)
         options: dict[str, Any] = {"data": data, "column": column, "samples": samples, "windows": windows}
         options |= {"length": length, "price": price, "seed": seed}
         options |= {"out": out, "force": force, "progress": progress}

@@ -11,6 +11,7 @@ the true mean in 80 % of cases with 4 windows, in 87 % with 8, in about 95 % fro
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -60,6 +61,11 @@ class Perplexity:
     bits_per_byte: float
     window_nll: tuple[float, ...] = field(repr=False)
     fingerprint: str = field(default="", repr=False)
+
+    @classmethod
+    def restored(cls, fields: Mapping[str, Any]) -> Perplexity:
+        """Of its fields as plain values."""
+        return cls(**{**fields, "window_nll": tuple(fields["window_nll"])})
 
     def record(self) -> dict[str, Any]:
         """Returns the fields as JSON values (a number that is not finite is null), and as "text" the

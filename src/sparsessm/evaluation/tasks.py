@@ -29,7 +29,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sparsessm.architectures import adapt
 from sparsessm.calibration.progress import Progress
 from sparsessm.calibration.walk import final
 from sparsessm.checkpoint.tokenizing import splitting
@@ -111,7 +110,7 @@ def language_model(checkpoint: Checkpoint) -> Any:
             f'zero-shot tasks need lm-evaluation-harness: pip install "sparsessm[eval]" ({error})'
         ) from error
     harness: Any = HFLM
-    architecture = adapt(checkpoint.model)
+    architecture = checkpoint.architecture()
     config: Any = checkpoint.model.config
     room = max(1, min(TOKENS, LOGITS // config.vocab_size))
     tokenizer = deepcopy(checkpoint.tokenizer)  # the harness gives its tokenizer a padding token

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sparsessm.architectures import Architecture, Target
 from sparsessm.calibration import prices
+from sparsessm.calibration.journal import Journal
 from sparsessm.calibration.progress import Progress
 from sparsessm.calibration.visit import Look, Watch, visit
 from sparsessm.methods import WITHOUT_DATA, Rule
@@ -24,7 +25,7 @@ from sparsessm.methods.observers import Moments
 from sparsessm.methods.repair import dense_target, output_error, refit, sweep
 from sparsessm.pruning import preview
 from sparsessm.pruning.naming import naming
-from sparsessm.pruning.plan import Outcome, Plan, Preview
+from sparsessm.pruning.plan import Outcome, Plan, Preview, Rows
 from sparsessm.pruning.shares import starved, surveyed
 from sparsessm.recipe.recipe import Recipe
 from sparsessm.recipe.rules import Assignment, words
@@ -70,18 +71,22 @@ class EntryPlan(Plan):
         return 1.0  # zeros are stored
 
     def _carry_out(
-        self, architecture: Architecture, tokens: Tensor | None, progress: Progress | None
+        self, architecture: Architecture, tokens: Tensor | None, progress: Progress | None, journal: Journal
     ) -> Outcome:
-        rules = priced(architecture, self._assignment.rules, tokens, progress)
-        rules = surveyed(architecture, replace(self._assignment, rules=rules), tokens, progress)
-        rows: list[Row] = []
-        paired = any(rule.paired for rule in rules.values())
-        for target, look in visit(architecture, rules, _watching(rules), tokens, progress, paired=paired):
+        rules = priced(architecture, self._assignment.rules, tokens, progress, journal)
+        rules = surveyed(architecture, replace(self._assignment, rules=rules), tokens, progress, journal)
+        stage = journal.stage("prune")
+        rows = Rows(stage)
+        for block in (*architecture.blocks, architecture.tail):
+            if block.index in stage.left:
+                stage.restore(block)
+        how = {"paired": any(rule.paired for rule in rules.values()), "stage": stage, "note": rows.new}
+        for target, look in visit(architecture, rules, _watching(rules), tokens, progress, **how):
             with naming(target.name):
-                rows.append(_prune(target, rules[target.name], look))
+                rows.all.append(_prune(target, rules[target.name], look))
         order = list(rules)
-        rows.sort(key=lambda row: order.index(row.target))  # a tied head was first, experts took turns
-        return Outcome(rows)
+        # a tied head was first, experts took turns
+        return Outcome(sorted(rows.all, key=lambda row: order.index(row.target)))
 
 
 def _prune(target: Target, rule: Rule, look: Look) -> Row:
@@ -159,11 +164,15 @@ def _watching(rules: Rules) -> Watch:
 
 
 def priced(
-    architecture: Architecture, rules: Rules, tokens: Tensor | None, progress: Progress | None
+    architecture: Architecture,
+    rules: Rules,
+    tokens: Tensor | None,
+    progress: Progress | None,
+    journal: Journal | None = None,
 ) -> dict[str, Rule]:
     """The rules, with what an error in each output row costs where they ask for it."""
     asked = {target.name: rules[target.name].price for target in architecture.targets if target.name in rules}
-    found = prices.priced(architecture, asked, tokens, progress)
+    found = prices.priced(architecture, asked, tokens, progress, journal)
     return {
         name: replace(rule, prices=found[name]) if name in found else rule for name, rule in rules.items()
     }

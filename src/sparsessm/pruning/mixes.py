@@ -8,16 +8,17 @@ for each saved parameter, axis against axis.
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from sparsessm.architectures import Architecture, Axis, Block, adapt
+from sparsessm.calibration.journal import Forgetful, Journal
 from sparsessm.calibration.loss import losses
 from sparsessm.calibration.prices import row_prices
 from sparsessm.calibration.progress import Progress, Steps
@@ -49,12 +50,17 @@ class Trial:
 
 
 def find(
-    architecture: Architecture, order: Order, tokens: Tensor, progress: Progress | None = None
+    architecture: Architecture,
+    order: Order,
+    tokens: Tensor,
+    progress: Progress | None = None,
+    journal: Journal | None = None,
 ) -> tuple[Order, list[dict[str, Any]]]:
     """The sizes with which `order.share` of all parameters go at the least predicted loss.
 
     Args:
         architecture: of the dense model, which is not changed. tokens: (W, L) int64.
+        journal: keeps each trial.
 
     Returns:
         The order with its sizes, and the trials as plain values.
@@ -65,27 +71,41 @@ def find(
     assert order.share is not None
     if len(tokens) < 2:  # one to calibrate on, one to measure on
         raise ValueError(f"pattern 'structured' needs at least 2 calibration windows, got {len(tokens)}")
+    journal = journal or Forgetful(architecture)
     aside = max(1, min(HELD_TOKENS // tokens.shape[1], len(tokens) // 4))
     held, few = tokens[-aside:], first_tokens(tokens[:-aside], TRIAL_TOKENS, least=2)
-    dense = float(losses(architecture, held).mean())
+    dense = journal.once("mix dense", lambda: float(losses(architecture, held).mean()))
     axes = list(order.methods)
     jobs = [(axis, size) for axis in axes for size in _tried(architecture, axis)]
-    prices = row_prices(architecture, few) if order.priced else {}
+    prices = journal.once("mix prices", lambda: row_prices(architecture, few)) if order.priced else {}
     leaving: list[int] = []  # blocks in the order in which they go: asked once for all sizes
     if fewest := min((size for axis, size in jobs if axis == "block"), default=0):
-        leaving = chosen_blocks(architecture, replace(order, sizes={"block": fewest}), few, None)
+        alone = replace(order, sizes={"block": fewest})
+        leaving = journal.once("mix blocks", lambda: chosen_blocks(architecture, alone, few, None))
     trials = []
     steps = Steps("mix", len(jobs), progress)
     for axis, size in jobs:
-        copied = adapt(copy.deepcopy(architecture.model), architecture.stored)
         alone = replace(order, sizes={axis: size}, share=None)
-        shrink(copied, alone, few, prices=prices, leaving=leaving)
-        loss = float(losses(copied, held).mean()) - dense
-        del copied  # before the next copy is made
+        lossy = partial(_loss_of, architecture, alone, few, held, prices, leaving)
+        loss = journal.once(f"mix {axis} {size}", lossy) - dense
         trials.append(Trial(axis, size, saved(architecture, {axis: size}), loss))
         steps()
     sizes = cheapest(architecture, trials, order.share)
     return replace(order, sizes=sizes, share=None), [asdict(trial) for trial in trials]
+
+
+def _loss_of(
+    architecture: Architecture,
+    order: Order,
+    tokens: Tensor,
+    held: Tensor,
+    prices: Mapping[str, Tensor],
+    leaving: Sequence[int],
+) -> float:
+    """Nats a token on held-out windows of a copy of the model that is shrunk."""
+    copied = adapt(*architecture.copied())
+    shrink(copied, order, tokens, prices=prices, leaving=leaving)
+    return float(losses(copied, held).mean())
 
 
 def _tried(architecture: Architecture, axis: str) -> list[int]:

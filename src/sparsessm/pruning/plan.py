@@ -6,15 +6,15 @@ same questions of every kind: what it looks at, by which methods, what it will h
 
 from __future__ import annotations
 
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, final
 
 from torch import Tensor
 
 from sparsessm.architectures import Architecture
+from sparsessm.calibration.journal import Forgetful, Journal, Stage
 from sparsessm.calibration.progress import Progress
 from sparsessm.data.edition import edition
 from sparsessm.data.texts import fingerprint
@@ -40,6 +40,25 @@ class Outcome:
     parameters: dict[str, int] = field(default_factory=dict)
     shape: dict[str, int] = field(default_factory=dict)
     trials: list[dict[str, Any]] = field(default_factory=list)
+
+
+@final
+class Rows:
+    """The rows of a report as they come, behind those that an earlier run noted with the blocks it left.
+
+    Attributes:
+        all: of them.
+    """
+
+    def __init__(self, stage: Stage) -> None:
+        notes = (row for note in stage.left.values() for row in note or ())
+        self.all = [Row(**{**row, "repaired": tuple(row["repaired"])}) for row in notes]
+        self._noted = len(self.all)
+
+    def new(self) -> list[dict[str, Any]]:
+        """Those since this was asked last, as plain values."""
+        rows, self._noted = self.all[self._noted :], len(self.all)
+        return [asdict(row) for row in rows]
 
 
 class Plan(ABC):
@@ -77,7 +96,7 @@ class Plan(ABC):
 
     @abstractmethod
     def _carry_out(
-        self, architecture: Architecture, tokens: Tensor | None, progress: Progress | None
+        self, architecture: Architecture, tokens: Tensor | None, progress: Progress | None, journal: Journal
     ) -> Outcome:
         """Change the model in place; `tokens` are there where the plan `asks`."""
 
@@ -94,7 +113,11 @@ class Plan(ABC):
 
     @final
     def run(
-        self, architecture: Architecture, tokens: Tensor | None, progress: Progress | None = None
+        self,
+        architecture: Architecture,
+        tokens: Tensor | None,
+        progress: Progress | None = None,
+        journal: Journal | None = None,
     ) -> Report:
         """Prune the model in place, block after block, each seeing what the pruned blocks before it produce.
 
@@ -102,21 +125,23 @@ class Plan(ABC):
             architecture: that the plan was made for.
             tokens: (W, L) int64 calibration windows; may be None where nothing looks at them.
             progress: called as (stage, done, total).
+            journal: keeps what is done, and says what an earlier run did; the same plan on the same model.
 
         Raises:
             ValueError: no windows where they are needed; a target whose scores, Hessian or activations are
                 not finite, by name.
         """
-        began = time.perf_counter()
         if self.looks and tokens is None:
             raise ValueError(f"{self.asks} needs calibration windows, but none were given")
-        done = self._carry_out(architecture, tokens if self.looks else None, progress)
+        journal = journal or Forgetful(architecture)
+        journal.start()
+        done = self._carry_out(architecture, tokens if self.looks else None, progress, journal)
         sha256 = fingerprint(tokens) if tokens is not None and self.looks else ""
         return Report(
             self.recipe.model_dump(),
             done.rows,
             sha256,
-            time.perf_counter() - began,
+            journal.seconds,
             parameters=done.parameters,
             shape=done.shape,
             trials=done.trials,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sparsessm.architectures import Architecture
+from sparsessm.calibration.journal import Forgetful, Journal, Stage
 from sparsessm.calibration.prices import row_prices
 from sparsessm.calibration.progress import Progress, Steps
 from sparsessm.calibration.walk import slab_width, walk
@@ -27,7 +28,11 @@ LOOKS = 16  # for each state, at least
 
 
 def project(
-    architecture: Architecture, order: Order, tokens: Tensor, progress: Progress | None = None
+    architecture: Architecture,
+    order: Order,
+    tokens: Tensor,
+    progress: Progress | None = None,
+    journal: Journal | None = None,
 ) -> list[Row]:
     """Project the states of every layer in place.
 
@@ -35,6 +40,7 @@ def project(
         architecture: from `adapt(model)`, one that `projects`.
         order: `sizes` says how many directions a layer keeps on average.
         tokens: (W, L) int64 calibration windows.
+        journal: keeps what each layer's states do.
 
     Returns:
         A row for each layer.
@@ -42,8 +48,9 @@ def project(
     Raises:
         ValueError: activations that are not finite, with the block's name.
     """
-    prices = row_prices(architecture, tokens, progress) if order.priced else {}
-    sums = _look(architecture, tokens, prices, progress)
+    journal = journal or Forgetful(architecture)
+    prices = row_prices(architecture, tokens, progress, journal) if order.priced else {}
+    sums = _look(architecture, tokens, prices, progress, journal.stage("states"))
     counts = allot([energies(layer) for layer in sums], order.sizes["state"])
     rows = []
     for stop, layer, count in zip(walk(architecture, None), sums, counts, strict=True):
@@ -67,16 +74,20 @@ def project(
 
 
 def _look(
-    architecture: Architecture, tokens: Tensor, prices: Mapping[str, Tensor], progress: Progress | None
+    architecture: Architecture,
+    tokens: Tensor,
+    prices: Mapping[str, Tensor],
+    progress: Progress | None,
+    stage: Stage,
 ) -> list[StateSums]:
     """What the states of every layer do in the dense model."""
     tokens = tokens[:LOOKED]
     # as many looks as the sums need to have full rank, where there are few tokens
     enough = max(1, tokens.numel() // (LOOKS * architecture.states))
     every = min(EVERY, enough, slab_width(*tokens.shape))
-    sums = []
+    sums = [StateSums(**note) for note in stage.left.values()]
     steps = Steps("survey", len(architecture.blocks), progress)
-    for stop in walk(architecture, tokens):
+    for stop in walk(architecture, tokens, stage=stage, note=lambda: vars(sums[-1])):
         moments = StateMoments(every, prices.get(stop.block.target("out_proj").name))
         stop.run({"states": moments})
         with naming(stop.block.name):

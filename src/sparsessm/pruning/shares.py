@@ -12,10 +12,12 @@ from typing import Any
 from torch import Tensor
 
 from sparsessm.architectures import Architecture, Target
+from sparsessm.calibration.journal import Journal
 from sparsessm.calibration.progress import Progress, Steps
 from sparsessm.calibration.visit import survey
 from sparsessm.calibration.walk import first_tokens, slab_count
 from sparsessm.methods import Rule
+from sparsessm.methods.allocation import Profile
 from sparsessm.methods.base import Member
 from sparsessm.methods.observers import Moments
 from sparsessm.pruning.naming import naming
@@ -31,13 +33,29 @@ def starved(target: Target, seen: Any) -> bool:
 
 
 def surveyed(
-    architecture: Architecture, assignment: Assignment, tokens: Tensor | None, progress: Progress | None
+    architecture: Architecture,
+    assignment: Assignment,
+    tokens: Tensor | None,
+    progress: Progress | None,
+    journal: Journal,
 ) -> dict[str, Rule]:
     """The rules, each with the sparsity that it gets after one pass over the dense model.
 
     Args:
         tokens: (W, L) int64; may be None where no allocation looks at anything.
+        journal: keeps what is seen of each block, and the sparsities.
     """
+    shares = journal.once("shares", lambda: _shares(architecture, assignment, tokens, progress, journal))
+    return {name: replace(rule, sparsity=shares[name]) for name, rule in assignment.rules.items()}
+
+
+def _shares(
+    architecture: Architecture,
+    assignment: Assignment,
+    tokens: Tensor | None,
+    progress: Progress | None,
+    journal: Journal,
+) -> dict[str, float]:
     rules = unequal(assignment)
 
     def watch(target: Target) -> Any | None:
@@ -47,18 +65,44 @@ def surveyed(
         return look(target.matrix, replace(rule, repair="none")) if rule and look else None
 
     targets = {target.name: target for target in architecture.targets if target.name in rules}
-    unseen = dict(targets)
     seen: dict[str, Any] = {}
+    little: set[str] = set()  # experts of which nothing is known: they keep the rule's own share
     if any(watch(target) is not None for target in targets.values()):
         assert tokens is not None
         few = first_tokens(tokens, SURVEY_TOKENS)
         steps = Steps("survey", slab_count(*few.shape) * len(architecture.blocks), progress)
-        for target, what in survey(architecture, few, watch, steps):
-            del unseen[target.name]
-            if not starved(target, what):  # an expert of which nothing is known keeps the rule's own share
+        # sums over what blocks share would be lost between them
+        stage = None if any(target.uses for target in targets.values()) else journal.stage("survey")
+        for past in stage.left.values() if stage else ():
+            seen |= {name: _restored(what) for name, what in past["seen"].items()}
+            little |= set(past["little"])
+        told = seen.keys() | little
+
+        def note() -> dict[str, Any]:
+            nonlocal told
+            new, told = (seen.keys() | little) - told, seen.keys() | little
+            plain = {name: seen[name] for name in sorted(new - little)}
+            return {"seen": {n: _plain(what) for n, what in plain.items()}, "little": sorted(new & little)}
+
+        for target, what in survey(architecture, few, watch, steps, stage=stage, note=note):
+            if starved(target, what):
+                little.add(target.name)
+            else:
                 seen[target.name] = reduced(target, rules[target.name], what)
-    seen |= {name: reduced(target, rules[name], None) for name, target in unseen.items()}
-    return allocated(assignment, seen)
+    for name in sorted(targets.keys() - seen.keys() - little):
+        with architecture.holding(targets[name].layer):
+            seen[name] = reduced(targets[name], rules[name], None)
+    return {name: rule.sparsity for name, rule in allocated(assignment, seen).items()}
+
+
+def _plain(what: Any) -> Any:
+    """As a journal takes it."""
+    return {"scores": what.scores, "total": what.total} if isinstance(what, Profile) else what
+
+
+def _restored(what: Any) -> Any:
+    """The reverse of `_plain`."""
+    return Profile(**what) if isinstance(what, dict) else what
 
 
 def unequal(assignment: Assignment) -> dict[str, Rule]:

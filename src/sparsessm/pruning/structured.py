@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from sparsessm.architectures import Architecture
+from sparsessm.calibration.journal import Journal
 from sparsessm.calibration.prices import row_prices
 from sparsessm.calibration.progress import Progress
 from sparsessm.pruning import mixes, preview, projection, units, widths
@@ -50,23 +51,24 @@ class UnitPlan(Plan):
         return 1.0 if counts["after"] is None else counts["after"] / counts["now"]
 
     def _carry_out(
-        self, architecture: Architecture, tokens: Tensor | None, progress: Progress | None
+        self, architecture: Architecture, tokens: Tensor | None, progress: Progress | None, journal: Journal
     ) -> Outcome:
-        order, dense = self.order, _parameters(architecture)
+        order = self.order
+        dense = journal.once("parameters", lambda: _parameters(architecture))
         trials: list[dict[str, Any]] = []
         if order.share is not None:
             assert tokens is not None
-            order, trials = mixes.find(architecture, order, tokens, progress)
+            order, trials = mixes.find(architecture, order, tokens, progress, journal)
         if any(method.projects for method in order.methods.values()):
             assert tokens is not None
-            rows = projection.project(architecture, order, tokens, progress)
+            rows = projection.project(architecture, order, tokens, progress, journal)
         else:
             prices = own = None
             if order.by_layer:
                 assert tokens is not None
-                prices = row_prices(architecture, tokens, progress) if order.priced else {}
-                own = widths.find(architecture, order, tokens, prices, progress)
-            rows = units.shrink(architecture, order, tokens, progress, prices, widths=own)
+                prices = row_prices(architecture, tokens, progress, journal) if order.priced else {}
+                own = widths.find(architecture, order, tokens, prices, progress, journal)
+            rows = units.shrink(architecture, order, tokens, progress, prices, widths=own, journal=journal)
         parameters = {"dense": dense, "pruned": _parameters(architecture)}
         return Outcome(rows, parameters, dict(order.sizes), trials)
 

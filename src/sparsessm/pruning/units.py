@@ -20,9 +20,10 @@ from sparsessm.architectures import Architecture, Axis, Block, Part, Target
 from sparsessm.architectures.axes import cut
 from sparsessm.architectures.own import guard, level
 from sparsessm.architectures.target import rounded
+from sparsessm.calibration.journal import Forgetful, Journal, Stage, Stream
 from sparsessm.calibration.prices import row_prices
 from sparsessm.calibration.progress import Progress, Steps
-from sparsessm.calibration.walk import LONGEST, Stop, embedded, slab_width, walk
+from sparsessm.calibration.walk import LONGEST, Stop, slab_width, walk
 from sparsessm.kernels import MAX_STATES
 from sparsessm.methods.base import seed_of
 from sparsessm.methods.hessian import factorise
@@ -39,6 +40,7 @@ from sparsessm.methods.repair import dense_target, readout, remix
 from sparsessm.methods.structured import Reader, Units
 from sparsessm.pruning.blocks import chosen_blocks
 from sparsessm.pruning.naming import naming
+from sparsessm.pruning.plan import Rows
 from sparsessm.recipe.sizes import INNER, REPAIRED, Order, mixable
 from sparsessm.report.record import Row
 
@@ -56,6 +58,7 @@ def shrink(
     prices: Mapping[str, Tensor] | None = None,
     leaving: Sequence[int] = (),
     widths: Mapping[int, int] | None = None,
+    journal: Journal | None = None,
 ) -> list[Row]:
     """Take units out of the model in place.
 
@@ -65,6 +68,7 @@ def shrink(
         prices: what `row_prices` returned; None: it is asked where it is needed.
         widths: layer -> channels that it keeps, where layers differ.
         leaving: what `chosen_blocks` returned for as many blocks or more; empty: it is asked.
+        journal: keeps what is done.
 
     Returns:
         A row for each layer and axis, named after the layers of the dense model.
@@ -74,31 +78,43 @@ def shrink(
     """
     if order.looks and tokens is None:
         raise ValueError("structured removal needs calibration windows, but none were given")
-    rows: list[Row] = []
+    journal = journal or Forgetful(architecture)
+    stage = journal.stage("shrink")
+    rows = Rows(stage)
     inner = [axis for axis in INNER if axis in order.sizes]
     priced = order.priced and any(order.methods[axis].prices for axis in inner)
     if not priced or tokens is None:
         prices = {}
     elif prices is None:
-        prices = row_prices(architecture, tokens, progress)
+        prices = row_prices(architecture, tokens, progress, journal)
     count = len(architecture.blocks) - order.sizes.get("block", len(architecture.blocks))
-    known = len(leaving) >= count
-    gone = leaving[:count] if known else chosen_blocks(architecture, order, tokens, progress)
+    gone = list(leaving[:count])
+    if len(leaving) < count:
+        gone = journal.once("blocks", lambda: chosen_blocks(architecture, order, tokens, progress))
+    first = []
     if count:
         chosen = order.methods["block"].name
-        rows.append(_row("blocks", -1, "block", chosen, len(architecture.blocks), len(gone), order.repair))
+        first = [_row("blocks", -1, "block", chosen, len(architecture.blocks), len(gone), order.repair)]
     if widths is not None:  # also if what follows is interrupted
         guard(architecture.model)
     refits = [order.refits(block) for block in architecture.blocks]
+
+    def sizes(index: int) -> Mapping[str, int]:
+        return {"channel": widths[index]} if widths else order.sizes
+
+    for index in stage.left:
+        if index not in gone:
+            _restore(architecture, stage, index, {axis: sizes(index)[axis] for axis in inner})
     if inner or (gone and order.strength):
         looked = tokens if order.looks else None
-        dense = embedded(architecture, looked) if looked is not None and any(refits) else None
+        dense = None
+        if looked is not None and any(refits):
+            dense = Stream.of(architecture, looked, stage, "dense")
         steps = Steps("shrink", len(architecture.blocks) - len(gone), progress)
-        for stop in walk(architecture, looked, dense=dense, without=gone):
+        for stop in walk(architecture, looked, dense=dense, without=gone, stage=stage, note=rows.new):
             with naming(stop.block.name):
-                own = {"channel": widths[stop.block.index]} if widths else order.sizes
-                asked = replace(order, sizes=own)
-                rows += _shrink_block(architecture, stop, asked, inner, prices, refits[stop.block.index])
+                asked = replace(order, sizes=sizes(stop.block.index))
+                rows.all += _shrink_block(architecture, stop, asked, inner, prices, refits[stop.block.index])
             steps()
     for index in sorted(gone, reverse=True):
         architecture.drop(index)
@@ -106,7 +122,16 @@ def shrink(
         architecture.settle(architecture.fields({axis: order.sizes[axis] for axis in inner}))
     else:
         level(architecture.model)
-    return rows
+    return [*first, *rows.all]
+
+
+def _restore(architecture: Architecture, stage: Stage, index: int, sizes: Mapping[str, int]) -> None:
+    """Put a block that an earlier run shrank into its place."""
+    block = architecture.blocks[index]
+    names = {axis.name for axis in block.axes}
+    if own := {axis: size for axis, size in sizes.items() if axis in names}:
+        block = architecture.resize(block, architecture.fields(own), stage.tensors(block))
+    stage.restore(block)
 
 
 def _row(

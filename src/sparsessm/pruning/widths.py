@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sparsessm.architectures import Architecture
+from sparsessm.calibration.journal import Forgetful, Journal
 from sparsessm.calibration.progress import Progress, Steps
 from sparsessm.calibration.walk import walk
 from sparsessm.methods.structured import elimination
@@ -29,21 +30,31 @@ def find(
     tokens: Tensor,
     prices: Mapping[str, Tensor],
     progress: Progress | None = None,
+    journal: Journal | None = None,
 ) -> dict[int, int]:
     """Layer -> channels that stay, `order.sizes` on average.
 
     Args:
         architecture: of the dense model, which is not changed. tokens: (W, L) int64.
         prices: of output rows (`row_prices`), in the unit that layers share.
+        journal: keeps what each layer says.
     """
     now = size_of(architecture, "channel")
     step, gone_each = width_step(now), now - order.sizes["channel"]
     # channels that one layer may lose
     most = max((now - max(step, now // LEAST)) // step * step, gone_each)
     alone = replace(order, sizes={"channel": now - most})
-    curves = []
+    stage = (journal or Forgetful(architecture)).stage("widths")
+    curves = [curve for note in stage.left.values() for curve in note]
+    noted = len(curves)
+
+    def note() -> list[list[float]]:
+        nonlocal noted
+        new, noted = curves[noted:], len(curves)
+        return new
+
     done = Steps("widths", len(architecture.blocks), progress)
-    for stop in walk(architecture, tokens):
+    for stop in walk(architecture, tokens, stage=stage, note=note):
         axes = [axis for axis in stop.block.axes if axis.name == "channel"]
         _, errors = elimination(look(stop, "channel", axes, most, alone, prices))
         curves.append(errors.view(-1, step).sum(1).tolist())

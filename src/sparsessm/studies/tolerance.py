@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from sparsessm.architectures import Architecture, adapt
+from sparsessm.architectures import Architecture
 from sparsessm.calibration.progress import Progress
 from sparsessm.checkpoint import Checkpoint
 from sparsessm.data.foreign import from_json, read_bytes
@@ -100,7 +100,7 @@ def analyze(
             that are not finite, by name.
     """
     length = length or window_length(checkpoint.trained_length)
-    architecture = adapt(checkpoint.model, checkpoint.stored)
+    architecture = checkpoint.architecture()
     asked = sorted(set(sparsities))
     # Alone, a matrix has the dense model's inputs: there is nothing to absorb and nobody to share with.
     what: dict[str, Any] = {
@@ -164,9 +164,11 @@ def _methods(architecture: Architecture, rules: Mapping[str, Rule]) -> dict[str,
 def weights_sha256(checkpoint: Checkpoint) -> str:
     """SHA-256 of every tensor: its name, shape, dtype in the checkpoint, and values."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(checkpoint.model.state_dict().items()):
+    for name, tensor in sorted(checkpoint.model.state_dict(keep_vars=True).items()):
         digest.update(f"{name} {list(tensor.shape)} {checkpoint.stored.get(name)} ".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(
+            checkpoint.residence.value(tensor).cpu().contiguous().flatten().view(torch.uint8).numpy()
+        )
     return digest.hexdigest()
 
 

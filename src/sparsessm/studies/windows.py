@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -102,8 +103,11 @@ def steps(
         bar = Steps(f"{size} windows", walked + 3 * len(targets), progress)
         for part, sums in zip(new, halves, strict=True):
             _look(architecture, part, lambda target: _observer(target, rules), sums, bar)
-        same = _agreement(targets, chosen, halves, bar)
-        error = _mean_error(targets, chosen, halves, held, bar)
+        with ExitStack() as stack:  # at most `LAYERS` blocks
+            for layer in sorted({target.layer for target in targets.values()}):
+                stack.enter_context(architecture.holding(layer))
+            same = _agreement(targets, chosen, halves, bar)
+            error = _mean_error(targets, chosen, halves, held, bar)
         yield Step(size, same, error, time.perf_counter() - began)
         began, size, done = time.perf_counter(), 2 * size, size
 

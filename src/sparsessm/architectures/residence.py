@@ -1,0 +1,94 @@
+"""Where the weights of a model's blocks and its hidden states are while nobody computes with them.
+
+A walk opens a block before it stands there and closes it behind (calibration/walk.py, `opened`): the one
+place where weights come and go. `InMemory` is a model as transformers loads it, which is always open;
+`checkpoint/streamed.py` reads a block's weights when it is opened and keeps only the open ones.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol, final
+
+import torch
+from torch import Tensor, nn
+
+
+class Layer(Protocol):
+    """What a residence needs to know of a block (`base.Block`)."""
+
+    index: int
+    name: str
+    layer: nn.Module
+
+
+class Residence(ABC):
+    """Of one model."""
+
+    @abstractmethod
+    def open(self, block: Layer) -> None:
+        """The weights of a block are in memory until it is closed as often as it was opened.
+
+        Raises:
+            ValueError: they cannot be read any more.
+        """
+
+    @abstractmethod
+    def close(self, block: Layer) -> None:
+        """Nobody needs the block's weights any more; what was changed of them is kept.
+
+        Raises:
+            OSError: there is no room to keep it.
+        """
+
+    @abstractmethod
+    def value(self, parameter: Tensor) -> Tensor:
+        """What a tensor of the model holds, whether it is in memory or not; not to be changed."""
+
+    @abstractmethod
+    def room(self, *shape: int) -> Tensor:
+        """A float32 tensor for hidden states, of arbitrary values."""
+
+    @abstractmethod
+    def release(self, states: Tensor) -> None:
+        """States of `room` that are not used for a while need not stay in memory; they keep their values."""
+
+    @abstractmethod
+    def copied(self, model: nn.Module) -> tuple[nn.Module, Residence]:
+        """A copy of the model, which can be changed without changing it, and its residence."""
+
+    @final
+    @contextmanager
+    def holding(self, block: Layer) -> Iterator[None]:
+        """The block is open inside."""
+        self.open(block)
+        try:
+            yield
+        finally:
+            self.close(block)
+
+
+@final
+class InMemory(Residence):
+    """All of it, always."""
+
+    def open(self, block: Layer) -> None:
+        pass
+
+    def close(self, block: Layer) -> None:
+        pass
+
+    def value(self, parameter: Tensor) -> Tensor:
+        return parameter.detach()
+
+    def room(self, *shape: int) -> Tensor:
+        return torch.empty(shape)
+
+    def release(self, states: Tensor) -> None:
+        pass
+
+    def copied(self, model: nn.Module) -> tuple[Any, Residence]:
+        return copy.deepcopy(model), self

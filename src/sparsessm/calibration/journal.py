@@ -1,0 +1,167 @@
+"""What a long run has done, kept so that it can go on from there after it was killed.
+
+`checkpoint/journal.py` keeps it on a disk, beside the result; `Forgetful` keeps nothing. Results are asked
+for by name (`once`), and a walk tells its `Stage` each block that it leaves, so that at most one is lost.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, final
+
+import torch
+from torch import Tensor
+
+from sparsessm.architectures import Architecture, Block
+
+
+class Stage(Protocol):
+    """One walk of a run."""
+
+    @property
+    def left(self) -> Mapping[int, Any]:
+        """Index of each block that the walk left in the run before -> what was noted then."""
+        ...
+
+    def places(self, name: str, shape: Sequence[int]) -> tuple[list[Tensor], int | None]:
+        """Room for hidden states: one tensor, or two that take turns, as what was must last until a block is
+        done; and which of them holds the states before the first block not `left`, None: neither."""
+        ...
+
+    def placed(self, name: str, which: int) -> None:
+        """The states of this name, before the first block, are in one of their places."""
+        ...
+
+    def leave(self, block: Block, note: Any, which: Mapping[str, int]) -> None:
+        """The walk has left a block, what was changed in it is kept, and the states are behind it.
+
+        Args:
+            note: plain values and tensors, in lists and dictionaries. which: place of the states, by name.
+        """
+        ...
+
+    def tensors(self, block: Block) -> Mapping[str, Tensor]:
+        """What the run before made of a block that it left, by the names inside its layer.
+
+        Raises:
+            ValueError: that is damaged.
+        """
+        ...
+
+    def restore(self, block: Block) -> None:
+        """Put into a block what the run before made of it; it has these shapes already.
+
+        Raises:
+            ValueError: that is damaged.
+        """
+        ...
+
+
+class Journal(Protocol):
+    """Of one run."""
+
+    def begin(self, what: Mapping[str, Any]) -> None:
+        """Say what the run is, before anything else.
+
+        Raises:
+            ValueError: the run before was another one; names in what.
+        """
+        ...
+
+    @property
+    def seconds(self) -> float:
+        """Of work, that of the runs before included."""
+        ...
+
+    def start(self) -> None:
+        """The work that is counted begins."""
+        ...
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """What `make` gives or gave in the run before: plain values and tensors, in lists and dictionaries
+        with names as keys."""
+        ...
+
+    def stage(self, name: str) -> Stage:
+        """The walk of this name, where the run before stopped."""
+        ...
+
+
+@final
+class Forgetful:
+    """A journal that keeps nothing, and a stage of it."""
+
+    left: Mapping[int, Any] = {}
+
+    def __init__(self, architecture: Architecture) -> None:
+        self._residence, self._began = architecture.residence, 0.0
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._began
+
+    def start(self) -> None:
+        self._began = time.perf_counter()
+
+    def begin(self, what: Mapping[str, Any]) -> None:
+        pass
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        return make()
+
+    def stage(self, name: str) -> Stage:
+        return self
+
+    def places(self, name: str, shape: Sequence[int]) -> tuple[list[Tensor], int | None]:
+        return [self._residence.room(*shape)], None
+
+    def placed(self, name: str, which: int) -> None:
+        pass
+
+    def leave(self, block: Block, note: Any, which: Mapping[str, int]) -> None:
+        pass
+
+    def tensors(self, block: Block) -> Mapping[str, Tensor]:
+        raise RuntimeError(f"{block.name}: nothing was kept")
+
+    def restore(self, block: Block) -> None:
+        self.tensors(block)
+
+
+class Stream:
+    """Hidden states (W, L, d_model) of the same windows, which a walk carries.
+
+    Attributes:
+        name: in the stage. which: of the places, where the states are.
+    """
+
+    def __init__(self, name: str, places: Sequence[Tensor], which: int = 0) -> None:
+        self.name, self.which, self._places = name, which, places
+
+    @property
+    def now(self) -> Tensor:
+        """Before the block at which the walk stands."""
+        return self._places[self.which]
+
+    @property
+    def behind(self) -> Tensor:
+        """Where the block's output goes; the same place where there is one."""
+        return self._places[(self.which + 1) % len(self._places)]
+
+    def passed(self) -> None:
+        """All are through the block."""
+        self.which = (self.which + 1) % len(self._places)
+
+    @classmethod
+    def of(cls, architecture: Architecture, tokens: Tensor, stage: Stage, name: str) -> Stream:
+        """Where the run before left windows (W, L), or as the model embeds them."""
+        with torch.inference_mode():
+            first = architecture.embed(tokens[:1])
+            places, which = stage.places(name, (len(tokens), *first.shape[1:]))
+            if which is None:
+                for window, row in enumerate(tokens):
+                    places[0][window] = architecture.embed(row[None])[0]
+        if which is None:
+            stage.placed(name, which := 0)
+        return cls(name, places, which)

@@ -1,0 +1,373 @@
+"""What a run has done, on the disk beside its result: how a killed run goes on (`docs/large-models.md`).
+
+The directory `OUT.unfinished` belongs to one run that writes `OUT`:
+
+    journal.jsonl       first what the run is, then a line for each thing done; a line counts when it is whole
+    NNNNN.safetensors   the blocks that were changed (`streamed.py` writes them)
+    value-N.safetensors the tensors of line N
+    states-*            the hidden states that the walk carries: two files that take turns, so that what was
+                        before a block lasts until the block is done
+
+Each line tells the checksums of the files that it speaks of. What was interrupted between two lines is done
+again. Nothing in it is executed: plain values are JSON, tensors are safetensors.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import cached_property
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from ..architectures import Block, Residence
+from ..data.unfinished import undoing
+from ..kernels.checksum import crc32c
+from .container import checksum
+from .files import open_safetensors, write_one
+from .mapped import Mapped
+from .streamed import Streamed
+
+FORMAT = 1
+FILE = "journal.jsonl"
+SUFFIX = ".unfinished"
+_TENSOR = "__tensor__"
+
+
+@contextmanager
+def unfinished(
+    out: str | os.PathLike[str], *, resume: bool = False, force: bool = False
+) -> Iterator[Journal]:
+    """The journal of a run that writes `out`. It stays where the block ends before the run, if anything is
+    done; `clear` it when the result is there.
+
+    Args, Raises: as `Journal`.
+    """
+    journal: Journal | None = None
+
+    def close() -> None:
+        if journal is not None:
+            journal.close()
+
+    with undoing(close):
+        journal = Journal(out, resume=resume, force=force)
+        yield journal
+
+
+def folder_of(out: str | os.PathLike[str]) -> Path:
+    """Where a run that writes `out` keeps what it has done."""
+    target = Path(out).resolve()
+    return target.with_name(target.name + SUFFIX)
+
+
+@final
+class Journal:
+    """Of one run; a `calibration.journal.Journal`.
+
+    Attributes:
+        folder: the directory. resumed: whether it held something of an earlier run. before: what that was.
+    """
+
+    def __init__(self, out: str | os.PathLike[str], *, resume: bool = False, force: bool = False) -> None:
+        """Make the directory, or go on in it.
+
+        Args:
+            out: the directory of the result. resume: go on with what is there. force: replace what is there.
+
+        Raises:
+            ValueError: there is something, and neither `resume` nor `force`; another process works there; or
+                what is there is damaged, or of another version.
+            OSError: it cannot be made.
+        """
+        self.folder = folder_of(out)
+        self._lines: list[dict[str, Any]] = []
+        there = self.folder.exists()
+        if there and not resume and not force:
+            raise ValueError(
+                f"{str(self.folder)!r} holds an unfinished run ({said(self.folder)}); go on with it "
+                "(--resume), or replace it (--force)"
+            )
+        self._parents = [path for path in self.folder.parents if not path.exists()]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock: int | None = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._lock)
+            raise ValueError(f"{str(self.folder)!r}: another process works there; wait for it") from None
+        except OSError:  # a file system without locks
+            pass
+        if there and resume:
+            self._lines = _read(self.folder / FILE)
+        elif there:
+            for path in self.folder.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self.resumed = bool(self._lines)
+        self.before: dict[str, Any] = self._lines[0] if self._lines else {}
+        self._spent: float = self._lines[-1].get("seconds", 0.0) if self._lines else 0.0
+        self._began: float | None = None
+        self._states = Mapped()
+        self._residence: Streamed | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Of work, that of the runs before included."""
+        return self._spent + (0.0 if self._began is None else time.perf_counter() - self._began)
+
+    def start(self) -> None:
+        """The work that is counted begins."""
+        self._began = time.perf_counter()
+
+    @property
+    def worth(self) -> bool:
+        """Whether anything is done that would be lost."""
+        return len(self._lines) > 1
+
+    def holds(self, residence: Residence) -> None:
+        """Whose changed blocks are in the directory."""
+        assert isinstance(residence, Streamed) and residence.folder == self.folder
+        self._residence = residence
+
+    def begin(self, what: Mapping[str, Any]) -> None:
+        """Say what the run is, before anything else.
+
+        Args:
+            what: by name, plain values; "machine" may differ.
+
+        Raises:
+            ValueError: the run before was another one; names in what.
+        """
+        what = json.loads(json.dumps({"format": FORMAT, **what}))
+        if not self._lines:
+            self._add(what)
+            return
+        before = self.before
+        changed = [name for name in what if name != "machine" and before.get(name) != what[name]]
+        if changed:
+            told = "; ".join(_difference(name, before.get(name), what[name]) for name in changed)
+            raise ValueError(
+                f"{str(self.folder)!r} is the unfinished run of something else: {told}; give what was given "
+                "then, or begin anew (--force)"
+            )
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        for line in self._lines[1:]:
+            if line.get("value") == name:
+                return self._value(line)
+        made = make()
+        self._add({"value": name, **self._kept(made)})
+        return made
+
+    def stage(self, name: str) -> _Stage:
+        assert self._residence is not None, "holds comes first"
+        for path in self.folder.glob("states-*"):
+            if not path.name.startswith(f"states-{name}-"):  # of a walk that has come to its end
+                path.unlink()
+        lines = [line for line in self._lines[1:] if line.get("stage") == name]
+        return _Stage(self, name, lines, self._residence, self._states)
+
+    def clear(self) -> None:
+        """Remove the directory: the result is there, or nothing was done."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        for parent in self._parents:  # those that hold the result, or something of others, stay
+            with suppress(OSError):
+                parent.rmdir()
+
+    def close(self) -> None:
+        """Nothing more is done here; what is worth nothing goes."""
+        if not self.worth:
+            self.clear()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _add(self, line: Mapping[str, Any]) -> None:
+        """A line is on the disk when this returns, and the files that it speaks of before it."""
+        with open(self.folder / FILE, "ab") as file:
+            file.write(json.dumps({**line, "seconds": round(self.seconds, 3)}).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self._lines.append(dict(line))
+
+    def _kept(self, what: Any) -> dict[str, Any]:
+        """A value as fields of a line; its tensors are in a file."""
+        tensors: list[Tensor] = []
+        plain = _plain(what, tensors)
+        if not tensors:
+            return {"content": plain}
+        file = self.folder / f"value-{len(self._lines)}.safetensors"
+        write_one(file, {str(i): tensor.contiguous() for i, tensor in enumerate(tensors)}, {})
+        return {"content": plain, "file": file.name, "checksum": flushed(file)}
+
+    def _value(self, line: Mapping[str, Any]) -> Any:
+        if "file" not in line:
+            return line["content"]
+        file = self.folder / line["file"]
+        _refuse_damaged(file, line["checksum"])
+        with open_safetensors(file) as content:
+            tensors = {name: content.get_tensor(name).clone() for name in content.keys()}
+        return _filled(line["content"], tensors)
+
+
+@final
+class _Stage:
+    """A walk of a run, as `calibration.journal.Stage` says."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        name: str,
+        lines: Sequence[Mapping[str, Any]],
+        residence: Streamed,
+        states: Mapped,
+    ) -> None:
+        self._journal, self._name, self._residence, self._states = journal, name, residence, states
+        self._left = {line["block"]: line for line in lines if "block" in line}
+        self._began: dict[str, dict[str, Any]] = {}
+        for line in lines:  # the last word on each of the states
+            self._began |= line["states"]
+        self._places: dict[str, list[Tensor]] = {}
+
+    @cached_property
+    def left(self) -> Mapping[int, Any]:
+        return {index: self._journal._value(line) for index, line in self._left.items()}
+
+    def places(self, name: str, shape: Sequence[int]) -> tuple[list[Tensor], int | None]:
+        folder = self._journal.folder
+        files = [folder / f"states-{self._name}-{name}-{number}" for number in (0, 1)]
+        began = self._began.get(name)
+        if began is not None and not all(file.is_file() for file in files):
+            raise ValueError(f"{files[0]}: the hidden states have gone; begin anew (--force)")
+        self._places[name] = [self._states.tensor(folder, shape, file) for file in files]
+        if began is None:
+            return self._places[name], None
+        which = began["place"]
+        if (found := _checksum_of(self._places[name][which])) != began["checksum"]:
+            told = f"their checksum is {found}, the journal says {began['checksum']}"
+            raise ValueError(f"{files[which]}: the hidden states are damaged: {told}; begin anew (--force)")
+        return self._places[name], which
+
+    def placed(self, name: str, which: int) -> None:
+        self._journal._add({"stage": self._name, "states": self._told({name: which})})
+
+    def leave(self, block: Block, note: Any, which: Mapping[str, int]) -> None:
+        line = {"stage": self._name, "block": block.index, **self._journal._kept(note)}
+        if self._residence.changed(block):
+            line |= {"weights": flushed(self._residence.file(block))}
+        self._journal._add(line | {"states": self._told(which)})
+
+    def tensors(self, block: Block) -> Mapping[str, Tensor]:
+        line, file = self._left[block.index], self._residence.file(block)
+        if "weights" not in line:
+            return {}
+        _refuse_damaged(file, line["weights"])
+        with open_safetensors(file) as content:
+            return {name: content.get_tensor(name).float() for name in content.keys()}
+
+    def restore(self, block: Block) -> None:
+        line = self._left[block.index]
+        if "weights" in line:
+            _refuse_damaged(self._residence.file(block), line["weights"])
+            self._residence.adopt(block)
+
+    def _told(self, which: Mapping[str, int]) -> dict[str, Any]:
+        found = {}
+        for name, place in which.items():
+            states = self._places[name][place]
+            self._states.flush(states)
+            found[name] = {"place": place, "checksum": _checksum_of(states)}
+            self._residence.release(states)
+        return found
+
+
+def said(folder: Path) -> str:
+    """How far a run is, in words."""
+    try:
+        lines = _read(folder / FILE)
+    except ValueError as error:
+        return str(error)
+    blocks = len({(line["stage"], line["block"]) for line in lines[1:] if "block" in line})
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    return f"{blocks} blocks done, {size:,} bytes"
+
+
+def flushed(file: Path) -> str:
+    """The checksum of a file that is on the disk when this returns."""
+    with open(file, "rb") as content:
+        os.fsync(content.fileno())
+    return _checksum_in(file)
+
+
+def _checksum_in(file: Path) -> str:
+    with open(file, "rb", buffering=0) as content:
+        return checksum(iter(lambda: content.read(1 << 24), b""))
+
+
+def _checksum_of(states: Tensor) -> str:
+    return f"{crc32c(states.view(-1).view(torch.uint8).numpy(), 0):08x}"
+
+
+def _refuse_damaged(file: Path, expected: str) -> None:
+    try:
+        found = _checksum_in(file)
+    except OSError as error:
+        raise ValueError(f"{file}: not readable ({error}); begin anew (--force)") from error
+    if found != expected:
+        told = f"its checksum is {found}, the journal says {expected}"
+        raise ValueError(f"{file}: it is damaged: {told}; begin anew (--force)")
+
+
+def _read(file: Path) -> list[dict[str, Any]]:
+    """The whole lines of a journal; what was cut off is not one."""
+    if not file.is_file():
+        return []
+    *lines, rest = file.read_bytes().split(b"\n")
+    try:
+        found = [json.loads(line) for line in lines]
+        if found and found[0]["format"] != FORMAT:
+            raise ValueError(f"format {found[0]['format']!r}; known: {FORMAT}")
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{file}: not a journal ({error}); begin anew (--force)") from None
+    if rest:
+        with open(file, "r+b") as content:
+            content.truncate(sum(len(line) + 1 for line in lines))
+    return found
+
+
+def _plain(what: Any, tensors: list[Tensor]) -> Any:
+    """With a number in place of each tensor, which joins `tensors`."""
+    if isinstance(what, Tensor):
+        tensors.append(what)
+        return {_TENSOR: len(tensors) - 1}
+    if isinstance(what, Mapping):
+        return {name: _plain(part, tensors) for name, part in what.items()}
+    if isinstance(what, (list, tuple)):
+        return [_plain(part, tensors) for part in what]
+    return what
+
+
+def _filled(plain: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(plain, dict):
+        if plain.keys() == {_TENSOR}:
+            return tensors[str(plain[_TENSOR])]
+        return {name: _filled(part, tensors) for name, part in plain.items()}
+    return [_filled(part, tensors) for part in plain] if isinstance(plain, list) else plain
+
+
+def _difference(name: str, before: Any, now: Any) -> str:
+    if isinstance(before, dict) and isinstance(now, dict):
+        inner = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+        return "; ".join(f"{key} {before.get(key)!r}, now {now.get(key)!r}" for key in inner)
+    return f"{name} {_short(before)}, now {_short(now)}"
+
+
+def _short(value: Any) -> str:
+    return f"{value[:12]}..." if isinstance(value, str) and len(value) == 64 else repr(value)
