@@ -12,9 +12,12 @@ beside it (`docs/checkpoint.md` describes the files).
     companions.py     what lies beside the weights, and what is no checkpoint
     assembly.py       check the tensors, make the model of them
     stock_names.py    what the tensors of a model are called in its files
+    at_rest.py        a checkpoint whose values stay in its files: packed, unpacked, counted one by one
     writing.py        the way back
+    values.py         the values that it writes, one by one
     atomic.py         a directory appears whole or not at all
     files.py          JSON, safetensors and .bin, one file or sharded
+    tensor_file.py    one safetensors file, written tensor by tensor
     state_spaces.py   the original format in the words of transformers
     packed.py         packed directories (`docs/sparse-format.md`): what is encoded how, there and back
     encoding.py       one tensor of them: dense, bitmask, N:M, int8
@@ -24,6 +27,7 @@ beside it (`docs/checkpoint.md` describes the files).
 """
 
 from . import packed
+from .at_rest import AtRest, at_rest
 from .atomic import refuse_room, refuse_target
 from .encoding import Encoded
 from .opened import Opened, local_folder, open_checkpoint, read_record
@@ -32,10 +36,12 @@ from .reading import Checkpoint, load
 from .writing import refuse_existing, refuse_full
 
 __all__ = [
+    "AtRest",
     "Checkpoint",
     "Encoded",
     "Opened",
     "Packed",
+    "at_rest",
     "load",
     "local_folder",
     "open_checkpoint",

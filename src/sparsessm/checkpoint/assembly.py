@@ -20,7 +20,7 @@ from .encoding import finite
 from .files import CONFIG, SAFETENSORS, few, read_tensors
 from .known_fields import optional
 from .opened import Opened
-from .shelf import Shelf, Stored, give_back
+from .shelf import Shelf, Stored, Unread, give_back
 from .stock_names import held_as, in_files
 
 STOCK = Own()  # nothing of its own
@@ -141,8 +141,7 @@ def assemble(opened: Opened) -> Assembled:
     if opened.packed is not None:  # It has the names in memory; with those on disk `save` writes the like.
         parts = {name: in_files(empty, name, tensors[name]) for name in held}
         tensors = {part: tensor for some in parts.values() for part, tensor in some.items()}
-        bare = opened.fields.get("architectures") == [type(empty.base_model).__name__]
-        prefix = _bare_prefix(empty, tensors) if bare else ""
+        prefix = _packed_prefix(opened, empty, tensors)
     # What no stock model has comes in behind the stock code, which would leave it out.
     wide = tuple(f"backbone.layers.{index}." for index in own.widths)
     names = [*projected.named_in(tensors), *(name for name in tensors if wide and name.startswith(wide))]
@@ -151,23 +150,61 @@ def assemble(opened: Opened) -> Assembled:
         model = type(empty).from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32)
     own.give(model)
     model.load_state_dict(ours, strict=False)
-    most_precise = {
-        name: reduce(torch.promote_types, [found.stored[part] for part in parts])
-        for name, parts in held.items()
-    }
-    return Assembled(model.eval(), most_precise, found.extra, prefix)
+    return Assembled(model.eval(), _most_precise(found), found.extra, prefix)
 
 
-def one_by_one(opened: Opened) -> Stored:
-    """Read and check a stock checkpoint as `assemble` does, without a model: its tensors come when asked for.
+class Apart(NamedTuple):
+    """A checkpoint that was checked and whose tensors stay in its files.
 
-    Only for models whose tensors have the same names in files and in memory, which those that run have.
+    Attributes:
+        model: without memory for its weights.
+        tensors: by their names in the model, each read when it is asked for.
+        stored, prefix: as of `Assembled`.
+        extra: names in the files of what stock code leaves out on purpose.
     """
+
+    model: PreTrainedModel
+    tensors: Unread
+    stored: dict[str, torch.dtype]
+    prefix: str
+    extra: frozenset[str] = frozenset()
+
+
+def one_by_one(opened: Opened) -> Apart:
+    """Read and check the tensors of a checkpoint as `assemble` does, without a model.
+
+    Raises:
+        ValueError: as `assemble`.
+    """
+    if (header := opened.packed) is not None:
+        model, expected, _ = stock_model(opened.source, opened.config, opened.own)
+        tensors = container.Tensors(header, {name: tuple(t.shape) for name, t in expected.items()})
+        for name in tensors:
+            tensors[name]  # refuses a damaged one
+        stored = {name: header.stock[name][1] for name in tensors}
+        names = {part for name, tensor in expected.items() for part in in_files(model, name, tensor)}
+        return Apart(model, tensors, stored, _packed_prefix(opened, model, names))
     shelf = Shelf(opened.heads, safetensors=opened.folder.stock_files.kind == SAFETENSORS)
     found = _checked(opened, shelf)
-    whole = {name: part for name, parts in found.places.held.items() for part in parts}
-    shapes = {name: tuple(found.tensors[part].shape) for name, part in whole.items()}
-    return Stored(shelf, {name: found.names[part] for name, part in whole.items()}, shapes)
+    places, parts = found.places, {}
+    for name, some in places.held.items():
+        parts[name] = {part: found.names[part] for part in some}
+    stored = _most_precise(found)
+    return Apart(found.empty, Stored(shelf, found.empty, parts, stored), stored, places.prefix, places.extra)
+
+
+def _most_precise(found: _Checked) -> dict[str, torch.dtype]:
+    """Name in the model -> dtype of the tensor; of one that is several in the files one that holds all."""
+    return {
+        name: reduce(torch.promote_types, [found.stored[part] for part in parts])
+        for name, parts in found.places.held.items()
+    }
+
+
+def _packed_prefix(opened: Opened, model: PreTrainedModel, names: Collection[str]) -> str:
+    """What the names in the stock files of a packed model leave out; `names` are those in full."""
+    bare = opened.fields.get("architectures") == [type(model.base_model).__name__]
+    return _bare_prefix(model, names) if bare else ""
 
 
 class _Checked(NamedTuple):
