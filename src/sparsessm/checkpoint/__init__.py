@@ -18,6 +18,7 @@ beside it (`docs/checkpoint.md` describes the files).
     atomic.py         a directory appears whole or not at all
     files.py          JSON, safetensors and .bin, one file or sharded
     tensor_file.py    one safetensors file, written tensor by tensor
+    bin_file.py       one pytorch_model.bin, written likewise
     state_spaces.py   the original format in the words of transformers
     packed.py         packed directories (`docs/sparse-format.md`): what is encoded how, there and back
     encoding.py       one tensor of them: dense, bitmask, N:M, int8

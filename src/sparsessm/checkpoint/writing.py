@@ -20,7 +20,7 @@ from transformers import PretrainedConfig
 
 from ..architectures.own import Own
 from ..data.foreign import from_json
-from . import atomic, state_spaces
+from . import atomic, bin_file, state_spaces
 from .assembly import stock_model, untied
 from .companions import CARD, GENERATION, RECORD, TEMPLATES, is_tokenizer_file, is_usual, unusual
 from .encoding import finite
@@ -250,14 +250,18 @@ def _write_safetensors(checkpoint: Checkpoint, stored: Callable[[str], Tensor], 
 
 def _write_bin(checkpoint: Checkpoint, stored: Callable[[str], Tensor], folder: Path) -> None:
     """The original writer keeps both names of a tied tensor, over one storage."""
+    forms, extra, prefix = stored_forms(checkpoint), checkpoint.extra, checkpoint.prefix
     _, copies = untied(checkpoint.model)
-    values = {name: _written(name, stored(name)) for name in stored_forms(checkpoint)}
-    if not checkpoint.prefix:
-        values |= {copy: values[name] for copy, name in copies.items()}
-    with open(folder / BIN, "wb") as file:
-        prefix = checkpoint.prefix  # of a bare backbone, whose names lack it
-        named = {state_spaces.to_original(name).removeprefix(prefix): value for name, value in values.items()}
-        torch.save(named | checkpoint.extra, file)
+    named = {name: name for name in forms} | ({} if prefix else copies)
+    # that of a bare backbone, whose names lack it
+    names = {state_spaces.to_original(name).removeprefix(prefix): each for name, each in named.items()}
+    names |= {name: name for name in extra}
+    forms |= {name: Form.of(tensor) for name, tensor in extra.items()}
+
+    def value(name: str) -> Tensor:
+        return extra[name] if name in extra else _written(name, stored(name))
+
+    bin_file.write(folder / BIN, names, forms, value)
 
 
 def _write_small_files(checkpoint: Checkpoint, folder: Path, fields: dict[str, Any] | None) -> None:
