@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
 
-    from sparsessm.calibration.journal import Journal
     from sparsessm.evaluation.before_after import Yardstick
     from sparsessm.evaluation.perplexity import Perplexity
+    from sparsessm.pruning import Journal
     from sparsessm.recipe.recipe import Recipe
     from sparsessm.report.record import Report
 
@@ -268,8 +268,8 @@ class Run:
 
     def _begin(self, tokens: Tensor | None) -> Journal:
         """The journal, which knows what the run is: what is given here must be the same when it goes on."""
-        from sparsessm.calibration.journal import Forgetful
         from sparsessm.data.texts import fingerprint
+        from sparsessm.pruning import Forgetful
         from sparsessm.report import machine
 
         if self._journal is None:

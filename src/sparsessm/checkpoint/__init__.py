@@ -17,9 +17,13 @@ beside it (`docs/checkpoint.md` describes the files).
     memory.py         how much memory there is
     journal.py        what a run has done: how a killed one goes on
     stock_names.py    what the tensors of a model are called in its files
+    at_rest.py        a checkpoint whose values stay in its files: packed, unpacked, counted one by one
     writing.py        the way back
+    values.py         the values that it writes, one by one
     atomic.py         a directory appears whole or not at all
     files.py          JSON, safetensors and .bin, one file or sharded
+    tensor_file.py    one safetensors file, written tensor by tensor
+    bin_file.py       one pytorch_model.bin, written likewise
     state_spaces.py   the original format in the words of transformers
     packed.py         packed directories (`docs/sparse-format.md`): what is encoded how, there and back
     encoding.py       one tensor of them: dense, bitmask, N:M, int8
@@ -29,6 +33,7 @@ beside it (`docs/checkpoint.md` describes the files).
 """
 
 from . import packed
+from .at_rest import AtRest, at_rest
 from .atomic import refuse_room, refuse_target
 from .encoding import Encoded
 from .journal import Journal, folder_of, unfinished
@@ -38,12 +43,14 @@ from .reading import Checkpoint, Streaming, load
 from .writing import refuse_existing, refuse_full
 
 __all__ = [
+    "AtRest",
     "Checkpoint",
     "Encoded",
     "Journal",
     "Opened",
     "Packed",
     "Streaming",
+    "at_rest",
     "folder_of",
     "load",
     "local_folder",

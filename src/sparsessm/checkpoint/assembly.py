@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import reduce
-from typing import Any, NamedTuple, Protocol
+from functools import partial, reduce
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -21,7 +23,7 @@ from .encoding import finite
 from .files import CONFIG, SAFETENSORS, few, read_tensors
 from .known_fields import optional
 from .opened import Opened
-from .shelf import Shelf, Stored, give_back
+from .shelf import Later, Shelf, Stored, Unread, give_back
 from .stock_names import held_as, in_files
 
 STOCK = Own()  # nothing of its own
@@ -138,14 +140,13 @@ def refuse_misfit(
 
 def assemble(opened: Opened) -> Assembled:
     """Read, check and assemble the tensors of a checkpoint."""
-    found = checked(opened)
-    prefix = prefix_in_files(opened, found)
-    tensors = found.tensors
+    found = _checked(opened)
+    tensors, prefix = found.tensors, found.places.prefix
     if opened.packed is not None:  # It has the names in memory; with those on disk `save` writes the like.
         parts = {name: in_files(found.empty, name, tensors[name]) for name in found.places.held}
         tensors = {part: tensor for some in parts.values() for part, tensor in some.items()}
-    model = build(opened, found.empty, tensors)
-    return Assembled(model, most_precise(found), found.extra, prefix)
+        prefix = _packed_prefix(opened, found.empty, tensors)
+    return Assembled(build(opened, found.empty, tensors), _most_precise(found), found.extra, prefix)
 
 
 def float32_bytes(opened: Opened) -> int:
@@ -177,50 +178,75 @@ def build(
     return model.eval()
 
 
-def most_precise(found: Checked) -> dict[str, torch.dtype]:
-    """The dtype on disk of each tensor, by its name in memory."""
+class Apart(NamedTuple):
+    """A checkpoint that was checked and whose tensors stay in its files.
+
+    Attributes:
+        model: without memory for its weights.
+        tensors: by their names in the model, each read when it is asked for.
+        held: name in the model -> names in full in the stock files, with the shapes there.
+        stored, prefix: as of `Assembled`.
+        extra: what stock code leaves out on purpose, by name in the files; each read when it is asked for.
+        digest: SHA-256 of all that the files hold.
+    """
+
+    model: PreTrainedModel
+    tensors: Unread
+    held: dict[str, dict[str, Tensor]]
+    stored: dict[str, torch.dtype]
+    prefix: str
+    extra: Mapping[str, Tensor]
+    digest: str
+
+
+def one_by_one(opened: Opened) -> Apart:
+    """Read and check the tensors of a checkpoint as `assemble` does, without a model.
+
+    Raises:
+        ValueError: as `assemble`.
+    """
+    if (header := opened.packed) is not None:
+        model, expected, _ = stock_model(opened.source, opened.config, opened.own)
+        tensors = container.Tensors(header, {name: tuple(t.shape) for name, t in expected.items()})
+        for name in tensors:
+            tensors[name]  # refuses a damaged one
+        stored = {name: header.stock[name][1] for name in tensors}
+        held = {name: in_files(model, name, tensor) for name, tensor in expected.items()}
+        names = {part for parts in held.values() for part in parts}
+        prefix, digest = _packed_prefix(opened, model, names), _digest(header.checksums)
+        return Apart(model, tensors, held, stored, prefix, {}, digest)
+    shelf = Shelf(opened.heads, safetensors=opened.folder.stock_files.kind == SAFETENSORS)
+    found = _checked(opened, shelf)
+    places, stored = found.places, _most_precise(found)
+    parts = {name: {part: found.names[part] for part in some} for name, some in places.held.items()}
+    tensors = Stored(shelf, found.empty, parts, stored)
+    extra, digest = Later({name: partial(shelf.__getitem__, name) for name in places.extra}), found.checksums
+    return Apart(found.empty, tensors, places.held, stored, places.prefix, extra, _digest(digest))
+
+
+def _most_precise(found: _Checked) -> dict[str, torch.dtype]:
+    """Name in the model -> dtype of the tensor; of one that is several in the files one that holds all."""
     return {
         name: reduce(torch.promote_types, [found.stored[part] for part in parts])
         for name, parts in found.places.held.items()
     }
 
 
-def prefix_in_files(opened: Opened, found: Checked) -> str:
-    """What the names in the files leave out, or in those of a stock checkpoint that a packed one is written
-    as."""
-    if opened.packed is None:
-        return found.places.prefix
-    if opened.fields.get("architectures") != [type(found.empty.base_model).__name__]:
-        return ""
-    first = {name: tensor[:2] if tensor.ndim else tensor for name, tensor in found.tensors.items()}
-    names = {part for name, tensor in first.items() for part in in_files(found.empty, name, tensor)}
-    return _bare_prefix(found.empty, names)
+def _digest(checksums: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(dict(checksums), sort_keys=True).encode()).hexdigest()
 
 
-def one_by_one(opened: Opened) -> Stored:
-    """Read and check a stock checkpoint as `assemble` does, without a model: its tensors come when asked for.
-
-    Only for models whose tensors have the same names in files and in memory, which those that run have.
-    """
-    shelf = Shelf(opened.heads, safetensors=opened.folder.stock_files.kind == SAFETENSORS)
-    found = checked(opened, shelf)
-    whole = {name: part for name, parts in found.places.held.items() for part in parts}
-    shapes = {name: tuple(found.tensors[part].shape) for name, part in whole.items()}
-    return Stored(shelf, {name: found.names[part] for name, part in whole.items()}, shapes)
+def _packed_prefix(opened: Opened, model: PreTrainedModel, names: Collection[str]) -> str:
+    """What the names in the stock files of a packed model leave out; `names` are those in full."""
+    bare = opened.fields.get("architectures") == [type(model.base_model).__name__]
+    return _bare_prefix(model, names) if bare else ""
 
 
-class Source(Protocol):
-    """Tensors by their names in the files, each read when it is asked for."""
-
-    def __getitem__(self, name: str, /) -> Tensor: ...
-
-
-class Checked(NamedTuple):
+class _Checked(NamedTuple):
     """Tensors of a checkpoint that fit its model.
 
     Attributes:
-        empty: the model, without memory for its weights. shapes: of its tensors, by their names in memory.
-        places: where the files hold what.
+        empty: the model, without memory for its weights. places: where the files hold what.
         tensors: by their names in full in the files, in float32; on `meta` if they can be had again.
         stored: the dtypes that they had. names: the names that they had, which may be the other one of two.
         extra: those that stock code leaves out on purpose, as they came.
@@ -228,7 +254,6 @@ class Checked(NamedTuple):
     """
 
     empty: PreTrainedModel
-    shapes: dict[str, tuple[int, ...]]
     places: Places
     tensors: dict[str, Tensor]
     stored: dict[str, torch.dtype]
@@ -237,7 +262,7 @@ class Checked(NamedTuple):
     checksums: dict[str, str]
 
 
-def checked(opened: Opened, shelf: Source | None = None) -> Checked:
+def _checked(opened: Opened, shelf: Shelf | None = None) -> _Checked:
     """Read all tensors and hold them against the model.
 
     Args:
@@ -288,8 +313,7 @@ def checked(opened: Opened, shelf: Source | None = None) -> Checked:
         elif not {copy, name} & set(not_finite) and differ(name, value if shelf is None else shelf[given]):
             raise ValueError(f"{source!r}: {copy} differs from {name}, although {CONFIG} ties the two")
     refuse_misfit(source, places, {name: tuple(t.shape) for name, t in tensors.items()}, not_finite)
-    shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
-    return Checked(empty, shapes, places, tensors, stored, names, extra, checksums)
+    return _Checked(empty, places, tensors, stored, names, extra, checksums)
 
 
 def _ignored(empty: PreTrainedModel, name: str) -> bool:

@@ -168,39 +168,87 @@ class Tensors(Unread):
             raise ValueError(f"{file}: {error}") from error
 
 
-def write(file: Path, format: Format, tensors: Mapping[str, Encoded]) -> None:
-    """Write a packed file; the same tensors in the same order always give the same bytes.
+@dataclass(frozen=True)
+class Outline:
+    """How tensors lie in a packed file, known before it is written.
+
+    Attributes:
+        head: the file up to its first array.
+        starts: where each array begins in the file, by its name there.
+        forms: stock tensor -> in two words how it is stored: label of its kind, dtype of its values.
+        sizes: stock tensor -> bytes of its arrays.
+    """
+
+    head: bytes
+    starts: Mapping[str, int]
+    forms: Mapping[str, tuple[str, torch.dtype]]
+    sizes: Mapping[str, int]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the file."""
+        return len(self.head) + sum(self.sizes.values())
+
+
+def outline(format: Format, tensors: Mapping[str, Encoded]) -> Outline:
+    """How `write` stores tensors.
+
+    Args:
+        tensors: each is asked for once, and not kept.
 
     Raises:
-        OSError: as the file system reports it.
+        ValueError: too many of them.
     """
     described = {}
-    arrays: dict[str, Tensor] = {}
+    forms: dict[str, tuple[str, torch.dtype]] = {}
+    sizes: dict[str, int] = {}
+    arrays: dict[str, tuple[torch.dtype, list[int], int]] = {}
     for name, tensor in tensors.items():
         entry = {"shape": list(tensor.shape), "dtype": _NAMES[tensor.dtype], "kind": tensor.label}
         entry |= {} if tensor.kind == "dense" else {"fill": tensor.removed}
         described[name] = entry | {"checksum": checksum(map(_bytes, tensor.parts.values()))}
-        arrays |= tensor.parts
+        forms[name], sizes[name] = (tensor.label, tensor.values.dtype), tensor.nbytes
+        for part, array in tensor.parts.items():
+            arrays[part] = array.dtype, list(array.shape), array.nbytes
+        del tensor  # before the next one is made
     # Wide elements first, as the library does: every array then begins at a multiple of its element size.
-    arrays = dict(sorted(arrays.items(), key=lambda item: -item[1].itemsize))
+    arrays = dict(sorted(arrays.items(), key=lambda item: -item[1][0].itemsize))
     text = json.dumps(described)
     metadata = {"format": PACKING, "version": VERSION, "layout": format, "tensors": text}
     metadata["checksum"] = checksum([text.encode()])
     header: dict[str, Any] = {"__metadata__": metadata}
+    starts: dict[str, int] = {}
     end = 0
-    for name, array in arrays.items():
-        begin, end = end, end + array.nbytes
-        entry = {"dtype": _CODES[array.dtype], "shape": list(array.shape), "data_offsets": [begin, end]}
-        header[name] = entry
+    for name, (dtype, shape, nbytes) in arrays.items():
+        starts[name], end = end, end + nbytes
+        header[name] = {"dtype": _CODES[dtype], "shape": shape, "data_offsets": [starts[name], end]}
     head = json.dumps(header, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)
     if len(head) > HEADER_BYTES:
-        raise ValueError(f"{file}: a header of {len(head)} bytes; at most {HEADER_BYTES}")
+        raise ValueError(f"{PACKED}: a header of {len(head)} bytes; at most {HEADER_BYTES}")
+    head = len(head).to_bytes(8, "little") + head
+    return Outline(head, {name: len(head) + start for name, start in starts.items()}, forms, sizes)
+
+
+def write(file: Path, format: Format, tensors: Mapping[str, Encoded], found: Outline | None = None) -> None:
+    """Write a packed file; the same tensors in the same order always give the same bytes.
+
+    Args:
+        tensors: each is asked for twice, and not kept.
+        found: their outline, if it was made before; each is then asked for once.
+
+    Raises:
+        ValueError: as `outline`.
+        OSError: as the file system reports it.
+    """
+    found = found or outline(format, tensors)
     with open(file, "wb") as content:
-        content.write(len(head).to_bytes(8, "little"))
-        content.write(head)
-        for array in arrays.values():
-            content.write(_bytes(array).data)
+        content.write(found.head)
+        for tensor in tensors.values():
+            for name, array in tensor.parts.items():
+                content.seek(found.starts[name])
+                content.write(_bytes(array).data)
+            del tensor  # before the next one is made
 
 
 def checksum(parts: Iterable[bytes | NDArray[np.uint8]]) -> str:

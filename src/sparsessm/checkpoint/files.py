@@ -1,12 +1,13 @@
 """The files of a checkpoint: JSON, and tensors as safetensors or `pytorch_model.bin`, one file or sharded.
 
-Knows nothing of models. `reading.py` takes tensors from here one by one, `writing.py` hands them over in
-shards; the runtime keeps a sequence's state in a file of its own (`write_one`, `read_one`).
+Knows nothing of models. Tensors are read from here one by one, and written one by one in shards; the runtime
+keeps a sequence's state in a file of its own (`write_one`, `read_one`).
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import re
@@ -23,10 +24,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..data.foreign import first_line, from_json, read_bytes
+from . import tensor_file
+from .tensor_file import Form
 
 CONFIG, SAFETENSORS, BIN = "config.json", "model.safetensors", "pytorch_model.bin"
 SHARD_BYTES = 5 * 10**9
 """Most bytes in one safetensors file, the stock writer's limit."""
+MAPPED = 1 << 26
+"""Bytes of tensors that are taken from a mapped file before it is mapped anew."""
 _NO_JSON = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}
 
 
@@ -119,8 +124,11 @@ def _names_in_bin(file: Path) -> Iterator[str]:
 
 
 def read_tensors(stock: StockFiles) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a stock checkpoint, in the dtype it is stored in."""
-    read = _read_safetensors if stock.kind == SAFETENSORS else read_bin
+    """Every tensor of a stock checkpoint, in the dtype it is stored in, one by one.
+
+    They may be mapped. Of those that were dropped only `MAPPED` bytes stay in memory.
+    """
+    read = _read_safetensors if stock.kind == SAFETENSORS else _read_bin
     seen: set[str] = set()
     for file in stock.paths:
         for tensor_name, tensor in read(_readable(file)):
@@ -128,12 +136,36 @@ def read_tensors(stock: StockFiles) -> Iterator[tuple[str, Tensor]]:
                 raise ValueError(f"{file}: tensor {tensor_name} is in more than one shard")
             seen.add(tensor_name)
             yield tensor_name, tensor
+            del tensor
 
 
 def _read_safetensors(file: Path) -> Iterator[tuple[str, Tensor]]:
-    with open_safetensors(file) as content:
-        for name in content.keys():
-            yield name, content.get_tensor(name)
+    done, left = 0, True
+    while left:
+        with open_safetensors(file) as content:  # anew: what was looked at of a mapped file stays in memory
+            waiting, used = list(content.keys())[done:], 0
+            while waiting and used <= MAPPED:
+                name = waiting.pop(0)
+                tensor = content.get_tensor(name)
+                done, used = done + 1, used + tensor.nbytes
+                yield name, tensor
+                del tensor
+            left = bool(waiting)
+
+
+def _read_bin(file: Path) -> Iterator[tuple[str, Tensor]]:
+    """The same of a `.bin`; one that is no zip file is in memory as a whole."""
+    done, left = 0, True
+    most = MAPPED if zipfile.is_zipfile(file) else math.inf
+    while left:
+        waiting, used = list(read_bin(file))[done:], 0
+        while waiting and used <= most:
+            name, tensor = waiting.pop(0)
+            done, used = done + 1, used + tensor.nbytes
+            yield name, tensor
+            del tensor
+        left = bool(waiting)
+        del waiting  # before the file is mapped again
 
 
 @contextmanager
@@ -168,32 +200,34 @@ def read_bin(file: Path) -> Iterator[tuple[str, Tensor]]:
         yield name, tensor
 
 
-def write_safetensors(folder: Path, sizes: Mapping[str, int], tensor: Callable[[str], Tensor]) -> None:
+def write_safetensors(folder: Path, forms: Mapping[str, Form], tensor: Callable[[str], Tensor]) -> None:
     """Write tensors as the stock writer does: shards of at most `SHARD_BYTES`, with an index if there are
     several.
 
     Args:
         folder: where to.
-        sizes: bytes of each tensor, by name, in the order to write them.
-        tensor: the tensor of a name; asked for one shard at a time, so a large model is never in memory
-            twice.
+        forms: of each tensor, by name, in the order to write them.
+        tensor: the tensor of a name; asked for one by one in that order, and dropped before the next.
+
+    Raises:
+        ValueError, OSError: as `tensor_file.write`.
     """
     shards: list[list[str]] = [[]]
     filled = 0
-    for name, size in sizes.items():
-        if shards[-1] and filled + size > SHARD_BYTES:
+    for name, form in forms.items():
+        if shards[-1] and filled + form.nbytes > SHARD_BYTES:
             shards.append([])
             filled = 0
         shards[-1].append(name)
-        filled += size
+        filled += form.nbytes
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = SAFETENSORS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file({name: tensor(name) for name in names}, folder / file, {"format": "pt"})
-        (folder / file).chmod(folder.stat().st_mode & 0o666)  # safetensors lets only the owner read
+        tensor_file.write(folder / file, {name: forms[name] for name in names}, tensor, {"format": "pt"})
         weight_map.update(dict.fromkeys(names, file))
     if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        total = sum(form.nbytes for form in forms.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / f"{SAFETENSORS}.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 

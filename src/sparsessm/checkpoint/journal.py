@@ -21,7 +21,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import cached_property
 from pathlib import Path
 from typing import Any, final
 
@@ -231,14 +230,11 @@ class _Stage:
     ) -> None:
         self._journal, self._name, self._residence, self._states = journal, name, residence, states
         self._left = {line["block"]: line for line in lines if "block" in line}
+        self.left: Mapping[int, Any] = {index: journal._value(line) for index, line in self._left.items()}
         self._began: dict[str, dict[str, Any]] = {}
         for line in lines:  # the last word on each of the states
             self._began |= line["states"]
         self._places: dict[str, list[Tensor]] = {}
-
-    @cached_property
-    def left(self) -> Mapping[int, Any]:
-        return {index: self._journal._value(line) for index, line in self._left.items()}
 
     def places(self, name: str, shape: Sequence[int]) -> tuple[list[Tensor], int | None]:
         folder = self._journal.folder

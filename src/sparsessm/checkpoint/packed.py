@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -23,12 +23,15 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizer
 from ..architectures import REMOVED_A_LOG, REMOVED_A_LOG_FLOAT16
 from ..architectures.own import Own
 from . import container, reading, writing
-from .assembly import one_by_one, stock_model, untied
-from .container import PACKED, Format
+from .assembly import one_by_one, stock_model
+from .at_rest import at_rest
+from .container import PACKED, Format, Outline
 from .encoding import TRIED, Encoded, encode
 from .files import few
 from .opened import Opened, open_checkpoint, quiet
 from .reading import Checkpoint
+from .shelf import Unread
+from .values import stored_forms, stored_tensor
 from .writing import refuse_existing, stock_weights, write
 
 DTYPES = ("fp32", "bf16", "int8")
@@ -75,16 +78,27 @@ class Packing:
     """What `pack` did.
 
     Attributes:
-        tensors: what was written, by stock name.
+        file: what was written.
         sizes: bytes of the source's tensors by stock name, in their stored dtypes; of tied ones once.
-        after: bytes of the packed file, its header included.
+        outline: how they lie in the file.
         notes: what of the source is not followed, or not in what was written.
     """
 
-    tensors: Mapping[str, Encoded]
+    file: Path
     sizes: dict[str, int]
-    after: int
+    outline: Outline
     notes: tuple[str, ...] = ()
+
+    @property
+    def tensors(self) -> Mapping[str, Encoded]:
+        """What was written, by stock name; each is read from the file when it is asked for."""
+        header = container.read_header(self.file)
+        return container.Tensors(header, header.shapes)
+
+    @property
+    def after(self) -> int:
+        """Bytes of the packed file, its header included."""
+        return self.outline.nbytes
 
     @property
     def before(self) -> int:
@@ -130,7 +144,7 @@ def stream(source: str | os.PathLike[str] | Opened, *, check: bool = True) -> Pa
     with quiet():
         config, header = opened.config, opened.packed
         if header is None:
-            tensors: Mapping[str, Encoded] = one_by_one(opened)
+            tensors: Mapping[str, Encoded] = one_by_one(opened).tensors
         else:
             _, expected, _ = stock_model(opened.source, config, opened.own)
             shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
@@ -142,7 +156,8 @@ def stream(source: str | os.PathLike[str] | Opened, *, check: bool = True) -> Pa
 
 def of(checkpoint: Checkpoint) -> Packed:
     """A checkpoint in memory in the same form, every tensor dense in its stored dtype."""
-    tensors = {name: encode(name, tensor, kind="dense") for name, tensor in _stored(checkpoint)}
+    names = stored_forms(checkpoint)
+    tensors = {name: encode(name, stored_tensor(checkpoint, name), kind="dense") for name in names}
     config, generation = copy.deepcopy((checkpoint.model.config, checkpoint.model.generation_config))
     words = partial(_held, checkpoint.tokenizer)
     return Packed(checkpoint.source, checkpoint.format, config, tensors, generation, words, checkpoint.notes)
@@ -187,16 +202,18 @@ def pack(
             )
         if any(name.endswith(".scale") for name in opened.packed.spans):
             raise ValueError(f"{source!r} is already in int8; pack the model it was made from")
-    checkpoint = reading.load(opened, tokenizer=tokenizer)
-    tensors = _encoded(checkpoint, opened.record or {}, dtype, head)
-    sizes = {name: tensor.nbytes for name, tensor in _stored(checkpoint)}
-    after = sum(tensor.nbytes for tensor in tensors.values())
-    write(checkpoint, out, partial(_write, checkpoint.format, tensors), after, opened.ours, force)
+    found = at_rest(opened, tokenizer)
+    checkpoint = found.checkpoint
+    tensors = _Smallest(found.tensors.shapes, found.stored, opened.record or {}, dtype, head)
+    outline = container.outline(checkpoint.format, tensors)
+    weights = partial(_write, checkpoint.format, tensors, outline)
+    write(checkpoint, out, weights, outline.nbytes, opened.ours, force)
     notes = checkpoint.notes
-    if checkpoint.extra:  # the format has the tensors of the model and no others
-        names = few([ascii(name)[1:-1] for name in sorted(checkpoint.extra)])
+    if found.extra:  # the format has the tensors of the model and no others
+        names = few([ascii(name)[1:-1] for name in found.extra])
         notes = (*notes, f"not in the packed file, because transformers does not load them: {names}")
-    return Packing(tensors, sizes, (Path(out) / PACKED).stat().st_size, notes)
+    sizes = {name: form.nbytes for name, form in stored_forms(checkpoint).items()}
+    return Packing(Path(out) / PACKED, sizes, outline, notes)
 
 
 def save(
@@ -211,31 +228,60 @@ def save(
     if not Own.of(checkpoint.model):
         return writing.save(checkpoint, path, record=record, card=card, force=force)
     refuse_existing(path, force, checkpoint.source)  # before the work
-    tensors = _encoded(checkpoint, record or {})
+    shapes = {name: form.shape for name, form in stored_forms(checkpoint).items()}
+    tensors = _Smallest(shapes, partial(stored_tensor, checkpoint), record or {})
+    outline = container.outline(checkpoint.format, tensors)
     ours = writing.beside(record, card)
-    after = sum(tensor.nbytes for tensor in tensors.values())
-    return write(checkpoint, path, partial(_write, checkpoint.format, tensors), after, ours, force)
+    weights = partial(_write, checkpoint.format, tensors, outline)
+    return write(checkpoint, path, weights, outline.nbytes, ours, force)
 
 
-def _write(format: Format, tensors: Mapping[str, Encoded], folder: Path) -> None:
-    container.write(folder / PACKED, format, tensors)
+def _write(format: Format, tensors: Mapping[str, Encoded], outline: Outline, folder: Path) -> None:
+    container.write(folder / PACKED, format, tensors, outline)
 
 
-def _encoded(
-    checkpoint: Checkpoint, record: Mapping[str, Any], dtype: str | None = None, head: str | None = None
-) -> dict[str, Encoded]:
-    """The tensors of a checkpoint, each in the form that takes the least room."""
-    patterns = _patterns(record)
-    tensors = {}
-    for name, tensor in _stored(checkpoint):
-        quantised = dtype == "int8" and bool(_INT8.fullmatch(name))
-        quantised |= head == "int8" and bool(_HEAD.fullmatch(name))
-        if dtype in _FLOATS and (_LINEAR.fullmatch(name) or _HEAD.fullmatch(name)):
-            tensor = tensor.to(_FLOATS[dtype])
+class _Smallest(Unread):
+    """The tensors of a checkpoint, each in the form that takes the least room, made when it is asked for."""
+
+    def __init__(
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        stored: Callable[[str], Tensor],
+        record: Mapping[str, Any],
+        dtype: str | None = None,
+        head: str | None = None,
+    ) -> None:
+        """Of a checkpoint.
+
+        Args:
+            shapes: by name. stored: the tensor of a name in the dtype it is stored in.
+            record: of the run that it came from. dtype, head: as of `pack`.
+        """
+        self._shapes, self._stored, self._dtype, self._head = shapes, stored, dtype, head
+        self._patterns = _patterns(record)
+        self._found: dict[
+            str, tuple[str, float]
+        ] = {}  # kind and removed value: the second time nothing is tried
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """As `Unread.shapes`."""
+        return self._shapes
+
+    def __getitem__(self, name: str) -> Encoded:
+        tensor = self._stored(name)
+        quantised = self._dtype == "int8" and bool(_INT8.fullmatch(name))
+        quantised |= self._head == "int8" and bool(_HEAD.fullmatch(name))
+        if self._dtype in _FLOATS and (_LINEAR.fullmatch(name) or _HEAD.fullmatch(name)):
+            tensor = tensor.to(_FLOATS[self._dtype])
+        if name in self._found:
+            kind, value = self._found[name]
+            return encode(name, tensor, int8=quantised, patterns=(), removed=(value,), kind=kind)
         removed = _REMOVED if name.endswith(".A_log") else (0.0,)
-        tried = (patterns[name],) if name in patterns else TRIED
-        tensors[name] = encode(name, tensor, int8=quantised, patterns=tried, removed=removed)
-    return tensors
+        tried = (self._patterns[name],) if name in self._patterns else TRIED
+        found = encode(name, tensor, int8=quantised, patterns=tried, removed=removed)
+        self._found[name] = found.label, found.removed
+        return found
 
 
 def unpack(
@@ -256,20 +302,14 @@ def unpack(
     opened = open_checkpoint(source)
     _refuse_stock(opened)
     refuse_existing(out, force, opened.source)
-    checkpoint = reading.load(opened, tokenizer=tokenizer)
-    weights, nbytes = stock_weights(checkpoint), writing.stored_bytes(checkpoint)
-    return write(checkpoint, out, weights, nbytes, opened.ours, force)
+    found = at_rest(opened, tokenizer)
+    weights, nbytes = stock_weights(found.checkpoint, found.stored), writing.stored_bytes(found.checkpoint)
+    return write(found.checkpoint, out, weights, nbytes, opened.ours, force)
 
 
 def _refuse_stock(opened: Opened) -> None:
     if opened.packed is None:
         raise ValueError(f"{opened.source!r} is not packed: it has no {PACKED}")
-
-
-def _stored(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
-    """(stock name, tensor in its stored dtype) of a checkpoint, tied ones once."""
-    for name, tensor in untied(checkpoint.model)[0].items():
-        yield name, tensor.detach().to(checkpoint.stored.get(name, tensor.dtype))
 
 
 def _patterns(record: Mapping[str, Any]) -> dict[str, tuple[int, int]]:

@@ -9,16 +9,18 @@ from __future__ import annotations
 import ctypes
 import zipfile
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import final
 
+import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from .encoding import Encoded, encode
-from .files import open_safetensors, read_bin
-
-_PARTS = 16  # of a `.bin`, which is mapped as a whole: after so much of it was used it is mapped anew
-_LEAST = 1 << 26
+from .files import MAPPED, open_safetensors, read_bin
+from .stock_names import joined
+from .tensor_file import Form
 
 
 class Shelf:
@@ -52,7 +54,7 @@ class Shelf:
         if self._safetensors:
             with open_safetensors(file) as content:
                 return content.get_tensor(name)
-        if self._open != file or self._used > max(self._states[file][0] // _PARTS, _LEAST):
+        if self._open != file or self._used > MAPPED:
             self._open, self._content = None, {}  # first: two of them would be in memory together
             self._content, self._open, self._used = dict(read_bin(file)), file, 0
         tensor = self._content[name]
@@ -89,16 +91,27 @@ def shapes_of(tensors: Mapping[str, Encoded]) -> Mapping[str, tuple[int, ...]]:
 class Stored(Unread):
     """The tensors of a stock checkpoint by their names in the model, each dense in its stored dtype.
 
-    None is kept: each is read and encoded when it is asked for, and must be dropped before the files change.
+    None is kept: each is read, joined of its parts and encoded when it is asked for, and must be dropped
+    before the files change.
     """
 
-    def __init__(self, shelf: Shelf, names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def __init__(
+        self,
+        shelf: Shelf,
+        model: PreTrainedModel,
+        parts: Mapping[str, Mapping[str, str]],
+        stored: Mapping[str, torch.dtype],
+    ) -> None:
         """Of a checkpoint that was checked.
 
         Args:
-            names: name in the model -> name in the files. shapes: by name in the model.
+            model: without memory for its weights.
+            parts: name in the model -> name in full of each part in the files -> its name there.
+            stored: the dtype of each tensor, by its name in the model.
         """
-        self._shelf, self._names, self._shapes = shelf, names, shapes
+        self._shelf, self._model, self._parts, self._stored = shelf, model, parts, stored
+        tensors = model.state_dict()
+        self._shapes = {name: tuple(tensors[name].shape) for name in parts}
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -106,7 +119,26 @@ class Stored(Unread):
         return self._shapes
 
     def __getitem__(self, name: str) -> Encoded:
-        return encode(name, self._shelf[self._names[name]], kind="dense")
+        parts, form = self._parts[name], Form(self._stored[name], self._shapes[name])
+        whole = joined(self._model, name, form, parts, lambda part: self._shelf[parts[part]])
+        return encode(name, whole, kind="dense")
+
+
+@final
+class Later(Mapping[str, Tensor]):
+    """Tensors by name, each read when it is asked for and not kept."""
+
+    def __init__(self, reads: Mapping[str, Callable[[], Tensor]]) -> None:
+        self._reads = reads
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._reads[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._reads)
+
+    def __len__(self) -> int:
+        return len(self._reads)
 
 
 def give_back() -> None:

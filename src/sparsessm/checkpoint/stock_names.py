@@ -8,10 +8,14 @@ about files.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from math import prod
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from .tensor_file import Form
 
 
 def in_files(model: PreTrainedModel, name: str, tensor: Tensor) -> dict[str, Tensor]:
@@ -55,6 +59,38 @@ def held_as(
     if gone and any(n in present and _names(model, n, tensor) != {n} for n, tensor in wanted.items()):
         found |= {name: {name: wanted[name]} for name in gone}  # a file with names as in memory lacks those
     return found
+
+
+def joined(
+    model: PreTrainedModel,
+    name: str,
+    form: Form,
+    parts: Collection[str],
+    part: Callable[[str], Tensor],
+) -> Tensor:
+    """One tensor of `model.state_dict()`, made of its parts in files: what `in_files` takes apart.
+
+    Args:
+        model: without memory for its weights.
+        form: of the tensor.
+        parts: their names. part: the part of a name; asked for one by one.
+
+    Returns:
+        The tensor; where there is only one part, that part itself if it has the dtype.
+    """
+    dtype, shape = form
+    if len(parts) == 1:
+        (only,) = parts
+        return part(only).to(dtype).reshape(shape)
+    # Stock code takes tensors apart along their first two axes, and tells only by doing it: it is given the
+    # numbers of the rows, of one entry each, and what comes out are the rows of each part.
+    rows = torch.arange(prod(shape[:2])).reshape(*shape[:2], *[1] * len(shape[2:]))
+    whole = torch.empty(shape, dtype=dtype)
+    for short, places in in_files(model, name, rows).items():
+        value = part(short)
+        whole.view(rows.numel(), -1)[places.reshape(-1)] = value.reshape(places.numel(), -1).to(dtype)
+        del value
+    return whole
 
 
 def _names(model: PreTrainedModel, name: str, tensor: Tensor) -> set[str]:

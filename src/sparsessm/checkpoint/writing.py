@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
-from functools import lru_cache
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,17 @@ from transformers import PretrainedConfig
 
 from ..architectures.own import Own
 from ..data.foreign import from_json
-from . import atomic, state_spaces
+from . import atomic, bin_file, state_spaces
 from .assembly import stock_model, untied
 from .companions import CARD, GENERATION, RECORD, TEMPLATES, is_tokenizer_file, is_usual, unusual
+from .encoding import finite
 from .files import BIN, CONFIG, few, parse_json, read_json, write_safetensors
 from .known_fields import optional
 from .opened import local_folder, quiet, stock_config
 from .reading import Checkpoint
 from .stock_names import in_files
+from .tensor_file import Form
+from .values import stored_forms, stored_tensor
 
 # Names that older files have beside today's; stock code reads neither, but other readers do.
 _OLDER = {"num_hidden_layers": "n_layer", "intermediate_size": "d_inner"}
@@ -168,8 +171,7 @@ def write(
 
 def stored_bytes(checkpoint: Checkpoint) -> int:
     """Bytes of the tensors in the dtypes that they are stored in, of tied ones once."""
-    tensors = untied(checkpoint.model)[0].items()
-    return sum(t.numel() * checkpoint.stored.get(name, t.dtype).itemsize for name, t in tensors)
+    return sum(form.nbytes for form in stored_forms(checkpoint).values())
 
 
 def refuse_full(path: str | os.PathLike[str], checkpoint: Checkpoint, share: float = 1.0) -> None:
@@ -198,8 +200,13 @@ def _listing(checkpoint: Checkpoint, ours: Mapping[str, bytes]) -> dict[str, byt
     return dict(ours) | {RECORD: (json.dumps(record, indent=2) + "\n").encode()}
 
 
-def stock_weights(checkpoint: Checkpoint) -> Callable[[Path], None]:
-    """What writes the weights of a checkpoint into a directory, in the format they came in.
+def stock_weights(
+    checkpoint: Checkpoint, value: Callable[[str], Tensor] | None = None
+) -> Callable[[Path], None]:
+    """What writes the weights of a checkpoint into a directory, in the format they came in, one by one.
+
+    Args:
+        value: the tensor of a name in the dtype it is stored in, where it is not in the checkpoint's model.
 
     Raises:
         ValueError: it has what no stock configuration can say.
@@ -208,52 +215,53 @@ def stock_weights(checkpoint: Checkpoint) -> Callable[[Path], None]:
         what = "projected states" if own.directions else "layers of different widths"
         raise ValueError(f"{checkpoint.source!r} has {what}, which no stock checkpoint can hold")
     writer = _write_bin if checkpoint.format == "state-spaces" else _write_safetensors
-    return lambda folder: writer(checkpoint, folder)
+    return partial(writer, checkpoint, value or partial(stored_tensor, checkpoint))
 
 
-def _as_stored(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    value = tensor.detach().to(dtype).contiguous()
-    if not torch.isfinite(value).all():
-        raise ValueError(f"{name} has NaN or Inf values in {value.dtype} and is not written")
-    return value
+def _written(name: str, tensor: Tensor) -> Tensor:
+    if not finite(tensor):
+        raise ValueError(f"{name} has NaN or Inf values in {tensor.dtype} and is not written")
+    return tensor
 
 
-def _write_safetensors(checkpoint: Checkpoint, folder: Path) -> None:
-    model = checkpoint.model
-    tensors, _ = untied(model)
-    dtypes = {name: checkpoint.stored.get(name, tensor.dtype) for name, tensor in tensors.items()}
-    prefix, extra = checkpoint.prefix, checkpoint.extra
+def _write_safetensors(checkpoint: Checkpoint, stored: Callable[[str], Tensor], folder: Path) -> None:
+    model, prefix, extra = checkpoint.model, checkpoint.prefix, checkpoint.extra
     whole: dict[str, tuple[str, str]] = {}  # name in the file -> what it is a part of in memory, which part
-    sizes: dict[str, int] = {}
-    for name, tensor in tensors.items():
-        for part, shape in in_files(model, name, tensor.to("meta")).items():
+    forms: dict[str, Form] = {}
+    for name, form in stored_forms(checkpoint).items():
+        shape = torch.empty(form.shape, dtype=form.dtype, device="meta")
+        for part, tensor in in_files(model, name, shape).items():
             short = part.removeprefix(prefix)
-            whole[short], sizes[short] = (name, part), shape.numel() * dtypes[name].itemsize
-    sizes |= {name: tensor.nbytes for name, tensor in extra.items()}
-
-    @lru_cache(1)  # the parts of a tensor are written one after the other
-    def split(name: str) -> dict[str, Tensor]:
-        return in_files(model, name, tensors[name])
+            whole[short], forms[short] = (name, part), Form.of(tensor)
+    forms |= {name: Form.of(tensor) for name, tensor in extra.items()}
+    parts: dict[str, Tensor] = {}  # of one tensor, those that are not written yet
 
     def value(short: str) -> Tensor:
         if short in extra:
-            return extra[short].contiguous()
+            return extra[short]
         name, part = whole[short]
-        return _as_stored(part, split(name)[part], dtypes[name])
+        if part not in parts:
+            parts.clear()  # before the next one is made
+            parts.update(in_files(model, name, stored(name)))
+        return _written(part, parts.pop(part))
 
-    write_safetensors(folder, sizes, value)
+    write_safetensors(folder, forms, value)
 
 
-def _write_bin(checkpoint: Checkpoint, folder: Path) -> None:
+def _write_bin(checkpoint: Checkpoint, stored: Callable[[str], Tensor], folder: Path) -> None:
     """The original writer keeps both names of a tied tensor, over one storage."""
-    tensors, copies = untied(checkpoint.model)
-    values = {name: _as_stored(name, t, checkpoint.stored.get(name, t.dtype)) for name, t in tensors.items()}
-    if not checkpoint.prefix:
-        values |= {copy: values[name] for copy, name in copies.items()}
-    with open(folder / BIN, "wb") as file:
-        prefix = checkpoint.prefix  # of a bare backbone, whose names lack it
-        named = {state_spaces.to_original(name).removeprefix(prefix): value for name, value in values.items()}
-        torch.save(named | checkpoint.extra, file)
+    forms, extra, prefix = stored_forms(checkpoint), checkpoint.extra, checkpoint.prefix
+    _, copies = untied(checkpoint.model)
+    named = {name: name for name in forms} | ({} if prefix else copies)
+    # that of a bare backbone, whose names lack it
+    names = {state_spaces.to_original(name).removeprefix(prefix): each for name, each in named.items()}
+    names |= {name: name for name in extra}
+    forms |= {name: Form.of(tensor) for name, tensor in extra.items()}
+
+    def value(name: str) -> Tensor:
+        return extra[name] if name in extra else _written(name, stored(name))
+
+    bin_file.write(folder / BIN, names, forms, value)
 
 
 def _write_small_files(checkpoint: Checkpoint, folder: Path, fields: dict[str, Any] | None) -> None:

@@ -105,15 +105,15 @@ def inspect(
 ) -> None:
     """Show what a result contains: its record, its recipe, and the zeros counted in its tensors."""
     with answering(quiet) as progress:
-        from ..checkpoint import load, open_checkpoint
+        from ..checkpoint import at_rest, open_checkpoint
         from ..checkpoint.given import checked_path
         from ..report.contents import inspection, inspection_tables
 
         opened = open_checkpoint(checked_path("source", directory))
-        checkpoint = load(opened, tokenizer=tokenizer)
-        tell(checkpoint.notes, progress)
+        found = at_rest(opened, tokenizer)
+        tell(found.checkpoint.notes, progress)
         record = checked(opened.record, f"{directory}/pruning.json")
-        facts = inspection(checkpoint, directory, record)
+        facts = inspection(found, directory, record)
     if as_json:
         print_json(facts)
     elif not quiet:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from ..report.record import kind_of, percent
 from . import tables
@@ -25,9 +25,6 @@ from .answering import (
     print_json,
     tell,
 )
-
-if TYPE_CHECKING:
-    from ..checkpoint import Encoded
 
 Generating = Annotated[
     bool, option("--quiet", "-q", help="Print nothing but the text (or the JSON) and errors.")
@@ -136,11 +133,11 @@ def pack(
         done = packing(model, out, dtype=dtype, head=head, force=force, tokenizer=tokenizer)
         tell(done.notes, progress)
     kinds: dict[str, list[Any]] = {}
-    for name, tensor in done.tensors.items():
+    for name, (label, values) in done.outline.forms.items():
         kind = kinds.setdefault(kind_of(name), [0, 0, set()])
         kind[0] += done.sizes[name]
-        kind[1] += tensor.nbytes
-        kind[2].add(_form(tensor))
+        kind[1] += done.outline.sizes[name]
+        kind[2].add(f"{label} {str(values).removeprefix('torch.')}")
     found = sorted(kinds.items(), key=lambda item: -item[1][0])
     if as_json:
         rows = {
@@ -178,8 +175,3 @@ def unpack(
         print_json({"model": model, "out": str(out)})
     elif not quiet:
         tables.show(f"Saved to {out}: a stock checkpoint.")
-
-
-def _form(tensor: Encoded) -> str:
-    """How a tensor is stored, in two words."""
-    return f"{tensor.label} {str(tensor.values.dtype).removeprefix('torch.')}"

@@ -16,6 +16,7 @@ preview.py      what a plan would do, before it is done
 from __future__ import annotations
 
 from sparsessm.architectures import Architecture
+from sparsessm.calibration.journal import Forgetful, Journal
 from sparsessm.pruning.entries import EntryPlan
 from sparsessm.pruning.plan import Plan
 from sparsessm.pruning.structured import UnitPlan
@@ -23,7 +24,7 @@ from sparsessm.recipe.recipe import Recipe
 from sparsessm.recipe.rules import assign
 from sparsessm.recipe.sizes import order
 
-__all__ = ["Plan", "make_plan"]
+__all__ = ["Forgetful", "Journal", "Plan", "make_plan"]
 
 
 def make_plan(recipe: Recipe, architecture: Architecture) -> Plan:

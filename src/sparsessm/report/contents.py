@@ -5,7 +5,7 @@ Place in the flow: beside it. Nothing here looks at data or changes a weight.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, dtype
@@ -14,7 +14,7 @@ from sparsessm.architectures import REMOVED_A_LOG, REMOVED_A_LOG_FLOAT16, REMOVE
 from sparsessm.report.record import kind_of, percent, recipe_table, removed_table, targets_table
 
 if TYPE_CHECKING:
-    from sparsessm.checkpoint import Checkpoint
+    from sparsessm.checkpoint import AtRest
 
 # Word of a record -> the numbers that it may be stored as.
 REMOVED = {word: {value, REMOVED_A_LOG_FLOAT16[word]} for word, value in REMOVED_A_LOG.items()}
@@ -37,8 +37,8 @@ def contents(tensors: Mapping[str, Tensor], stored: Mapping[str, dtype]) -> dict
     return dict(sorted(kinds.items(), key=lambda item: -item[1][0]))
 
 
-def inspection(checkpoint: Checkpoint, directory: str, record: dict[str, Any] | None) -> dict[str, Any]:
-    """What is in a checkpoint; plain values.
+def inspection(found: AtRest, directory: str, record: dict[str, Any] | None) -> dict[str, Any]:
+    """What is in a checkpoint; plain values. One tensor is read at a time.
 
     Args:
         directory: where it came from. record: its own, if it is a result; see `record.checked`.
@@ -47,16 +47,22 @@ def inspection(checkpoint: Checkpoint, directory: str, record: dict[str, Any] | 
         "model", "format"; "tensors": bytes and dtypes by kind; "removed": see `recount`; "record".
 
     Raises:
-        ValueError: as `recount`.
+        ValueError: as `recount`; a file was changed.
     """
-    state = checkpoint.model.state_dict()
-    found = recount(record, state, f"{directory}/pruning.json") if record else {}
+    checkpoint = found.checkpoint
+    state = checkpoint.model.state_dict(keep_vars=True)
+    places = {id(state[name]): name for name in found.tensors}
+
+    def value(name: str) -> Tensor:
+        return found.exact(places[id(state[name])])  # a tied one lies under its other name
+
+    counts = recount(record, state, value, f"{directory}/pruning.json") if record else {}
     sizes = {
         kind: {"bytes": size, "dtypes": sorted(str(form).removeprefix("torch.") for form in forms)}
         for kind, (size, forms) in contents(state, checkpoint.stored).items()
     }
     facts = {"model": directory, "format": checkpoint.format, "tensors": sizes}
-    return {**facts, "removed": found, "record": record}
+    return {**facts, "removed": counts, "record": record}
 
 
 def inspection_tables(facts: Mapping[str, Any]) -> list[Table]:
@@ -78,34 +84,48 @@ def inspection_tables(facts: Mapping[str, Any]) -> list[Table]:
     return found
 
 
-def recount(record: Mapping[str, Any], tensors: Mapping[str, Tensor], path: str) -> dict[str, int]:
+def recount(
+    record: Mapping[str, Any], tensors: Mapping[str, Tensor], value: Callable[[str], Tensor], path: str
+) -> dict[str, int]:
     """Target -> entries of the tensor that have the removed value, which a record must not exceed.
 
     There may be more: of an earlier pruning, and `unit` stores 0, as do models near their start.
 
     Args:
+        tensors: by name; only their shapes are read.
+        value: the tensor of a name; asked for once each, and dropped before the next.
         path: of the record.
 
     Raises:
         ValueError: a target that the model has not, or that has fewer; named.
     """
-    found = {}
-    for row in record["targets"]:
+    rows = [row for row in record["targets"] if row["removed"] != "cut"]  # that is not there to be counted
+    inside: dict[str, list[tuple[int, int | None]]] = {}  # tensor -> (number of a row, its slice of it)
+    counts: dict[int, int] = {}
+    for number, row in enumerate(rows):
         name = row["target"]
-        if row["removed"] == "cut":  # what is gone is not there to be counted
-            continue
-        if row["removed"] == "projected":
-            found[name] = _projected(tensors, name.removesuffix(".state"))
-            _refuse_fewer(found[name], row, path)
-            continue
         held, _, expert = name.rpartition(".")
-        slices = tensors[held] if expert.isdigit() and held in tensors else ()
-        tensor = slices[int(expert)] if expert.isdigit() and int(expert) < len(slices) else tensors.get(name)
-        if tensor is None:
-            raise ValueError(f"{path}: the model has no {name}")
-        found[name] = sum(int((tensor == value).sum()) for value in REMOVED[row["removed"]])
-        _refuse_fewer(found[name], row, path)
-    return found
+        if row["removed"] == "projected":
+            counts[number] = _projected(tensors, name.removesuffix(".state"))
+        elif expert.isdigit() and held in tensors and int(expert) < len(tensors[held]):
+            inside.setdefault(held, []).append((number, int(expert)))
+        elif name in tensors:
+            inside.setdefault(name, []).append((number, None))
+    for held, parts in inside.items():
+        whole = value(held)
+        for number, expert in parts:
+            counts[number] = _count(whole if expert is None else whole[expert], rows[number]["removed"])
+        del whole  # before the next one is read
+    for number, row in enumerate(rows):
+        if number not in counts:
+            raise ValueError(f"{path}: the model has no {row['target']}")
+        _refuse_fewer(counts[number], row, path)
+    return {row["target"]: counts[number] for number, row in enumerate(rows)}
+
+
+def _count(tensor: Tensor, removed: str) -> int:
+    """Entries that have the values of a record's word."""
+    return sum(int((tensor == value).sum()) for value in REMOVED[removed])
 
 
 def _projected(tensors: Mapping[str, Tensor], layer: str) -> int:

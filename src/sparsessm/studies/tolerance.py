@@ -166,9 +166,8 @@ def weights_sha256(checkpoint: Checkpoint) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(checkpoint.model.state_dict(keep_vars=True).items()):
         digest.update(f"{name} {list(tensor.shape)} {checkpoint.stored.get(name)} ".encode())
-        digest.update(
-            checkpoint.residence.value(tensor).cpu().contiguous().flatten().view(torch.uint8).numpy()
-        )
+        values: Any = checkpoint.residence.value(tensor).cpu().contiguous().flatten()
+        digest.update(values.view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

@@ -1,0 +1,79 @@
+"""A checkpoint whose values stay in its files: all that `load` tells of it, and its tensors one by one.
+
+For who passes over the tensors once: to pack a directory, to unpack it, to count what was removed. However
+large the model is, one of its tensors is in memory.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import reading, tokenizing
+from .assembly import one_by_one
+from .opened import Opened, quiet
+from .reading import Checkpoint
+from .shelf import Unread, give_back
+
+
+@dataclass(frozen=True, eq=False)
+class AtRest:
+    """A checkpoint that was checked, and none of it read.
+
+    Attributes:
+        checkpoint: as `load` gives it, but that its model has no memory for its weights.
+        tensors: by their names in `checkpoint.model.state_dict()`, tied ones once; each is read when it is
+            asked for, and must be dropped before the files change.
+        extra: names of the tensors that stock code leaves out on purpose.
+    """
+
+    checkpoint: Checkpoint
+    tensors: Unread
+    extra: tuple[str, ...]
+
+    def stored(self, name: str) -> Tensor:
+        """A tensor in the dtype that it is stored in; it may be mapped."""
+        return self._value(name, None)
+
+    def exact(self, name: str) -> Tensor:
+        """The values that the model computes with: those of int8 in float32, others as they are stored."""
+        return self._value(name, torch.float32)
+
+    def _value(self, name: str, dtype: torch.dtype | None) -> Tensor:
+        tensor = self.tensors[name]
+        whole = tensor.kind == "dense" and tensor.scale is None
+        return tensor.values if whole else tensor.decode(None if tensor.scale is None else dtype)
+
+
+def at_rest(opened: Opened, tokenizer: str | os.PathLike[str] | None = None) -> AtRest:
+    """Check a checkpoint as `load` does, and read its tokenizer.
+
+    Args:
+        tokenizer: as for `load`.
+
+    Raises:
+        ValueError: as `load`.
+    """
+    with quiet():
+        found = one_by_one(opened)
+        files, notes = opened.files, opened.notes
+        if opened.generation is not None:
+            found.model.generation_config = opened.generation
+        words, its_files = reading.read_tokenizer(opened, tokenizer)
+    give_back()
+    checkpoint = Checkpoint(
+        model=found.model,
+        tokenizer=words,
+        source=opened.source,
+        format=opened.format,
+        stored=found.stored,
+        trained_length=tokenizing.trained_length(words),
+        files=files | its_files,
+        tokenizer_source=None if tokenizer is None else os.fspath(tokenizer),
+        prefix=found.prefix,
+        notes=(*notes, *tokenizing.notes(words, opened.config.vocab_size)),
+    )
+    return AtRest(checkpoint, found.tensors, tuple(sorted(found.extra)))
