@@ -57,6 +57,11 @@ class Residence(ABC):
         """States of `room` that are not used for a while need not stay in memory; they keep their values."""
 
     @abstractmethod
+    def at_once(self, nbytes: int, most: int, *, free: int) -> int:
+        """How many groups of hidden states of so many bytes should go through the model together: `free`
+        where opening a block costs nothing, else as many as memory allows, up to `most`."""
+
+    @abstractmethod
     def copied(self, model: nn.Module) -> tuple[nn.Module, Residence]:
         """A copy of the model, which can be changed without changing it, and its residence."""
 
@@ -89,6 +94,9 @@ class InMemory(Residence):
 
     def release(self, states: Tensor) -> None:
         pass
+
+    def at_once(self, nbytes: int, most: int, *, free: int) -> int:
+        return free
 
     def copied(self, model: nn.Module) -> tuple[Any, Residence]:
         return copy.deepcopy(model), self

@@ -69,6 +69,7 @@ class Streamed(Residence):
         *,
         keep: bool = False,
         limit: int = 1 << 28,
+        beside: Path | None = None,
     ) -> None:
         """
         Args:
@@ -76,11 +77,12 @@ class Streamed(Residence):
             folder: the working directory; None: a temporary one, which goes with this object.
             keep: what was read stays in memory, as there is enough.
             limit: bytes of hidden states that one tensor may have in memory; larger ones are in a file.
+            beside: where a temporary working directory is made; None: where the system has them.
         """
         self._homes = {id(parameter): _Home(parameter, read) for parameter, read in homes.items()}
         self._staying = {id(parameter): parameter for parameter in staying}
         self._open: dict[int, _Open] = {}
-        self._keep, self._limit, self._given = keep, limit, folder
+        self._keep, self._limit, self._given, self._beside = keep, limit, folder, beside
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._states = Mapped()
         self._written: set[int] = set()
@@ -91,7 +93,8 @@ class Streamed(Residence):
     def folder(self) -> Path:
         if self._given is not None:
             return self._given
-        self._temporary = self._temporary or tempfile.TemporaryDirectory(prefix="sparsessm-")
+        if self._temporary is None:
+            self._temporary = tempfile.TemporaryDirectory(prefix="sparsessm-", dir=self._beside)
         return Path(self._temporary.name)
 
     def open(self, block: Layer) -> None:
@@ -160,6 +163,9 @@ class Streamed(Residence):
     def release(self, states: Tensor) -> None:
         self._states.release(states)
 
+    def at_once(self, nbytes: int, most: int, *, free: int) -> int:
+        return free if self._keep else max(1, min(most, 2 * self._limit // nbytes))
+
     def copied(self, model: nn.Module) -> tuple[Any, Residence]:
         if self._keep:
             return copy.deepcopy(model), InMemory()
@@ -170,7 +176,7 @@ class Streamed(Residence):
             memo[id(home.parameter)], homes[other] = other, partial(self.value, home.parameter)
         copied = copy.deepcopy(model, memo)
         staying = [parameter for parameter in copied.parameters() if parameter not in homes]
-        return copied, Streamed(homes, staying, limit=self._limit)
+        return copied, Streamed(homes, staying, limit=self._limit, beside=self.folder)
 
     def _of(self, block: Layer) -> Iterable[_Home]:
         return [self._homes[id(p)] for p in block.layer.parameters() if id(p) in self._homes]

@@ -137,12 +137,16 @@ def measure(
         )
     nlls: list[float] = []
     steps = Steps("evaluate", count, progress)
-    for batch in grouped(windows, BATCH):
-        for nll in losses(architecture, batch).tolist():
+    batches = grouped(windows, BATCH)
+    wide = 4 * batches[0].numel() * config.hidden_size
+    width = architecture.residence.at_once(wide, len(batches), free=1)
+    for first in range(0, len(batches), width):
+        some = batches[first : first + width]
+        for nll in losses(architecture, *some).tolist():
             if not math.isfinite(nll):
                 raise ValueError(f"perplexity: the likelihood of window {len(nlls)} is not finite ({nll})")
             nlls.append(nll)
-        steps(len(batch))
+        steps(sum(map(len, some)))
     nll = math.fsum(nlls) / count
     tokens = count * (length - 1)
     low, high = _interval(nlls)

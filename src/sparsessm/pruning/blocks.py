@@ -6,7 +6,7 @@ Place in the flow: `units.py` asks before it walks through the blocks that stay.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -101,19 +101,34 @@ def _loss_without(architecture: Architecture, tokens: Tensor, gone: Sequence[int
 def _each_alone(architecture: Architecture, tokens: Tensor) -> tuple[float, dict[int, float]]:
     """Nats a token of the model, and by index without each of the blocks, the others being there.
 
-    Memory: hidden states of `GROUP` tokens for each block; so every block is opened once for each group.
+    Memory: hidden states of `GROUP` tokens for each block that is left out in the same walk: all of them
+    where blocks are in memory; else as many as there is room for, and every block is opened once for those.
     """
     found = []
+    blocks = range(len(architecture.blocks))
     for group in grouped(tokens, GROUP):
-        for stop in walk(architecture, None, group, tail=True):
-            if stop.block is architecture.tail:
-                found.append(torch.stack([head_losses(architecture, one, group) for one in stop.groups]))
-            else:
-                entering = stop.groups[0]
-                stop.advance()
-                stop.groups.append(entering)  # goes on as if this block were not there
+        losses: list[Tensor] = []
+        for out in _in_walks(architecture, blocks, group):
+            for stop in walk(architecture, None, group, tail=True):
+                if stop.block is architecture.tail:
+                    every = stop.groups if not losses else stop.groups[1:]  # the first is the whole model
+                    losses += [head_losses(architecture, one, group) for one in every]
+                else:
+                    entering = stop.groups[0]
+                    stop.advance()
+                    if stop.block.index in out:
+                        stop.groups.append(entering)  # goes on as if this block were not there
+        found.append(torch.stack(losses))
     whole, *alone = torch.cat(found, 1).mean(1).tolist()
     return whole, {block.index: loss for block, loss in zip(architecture.blocks, alone, strict=True)}
+
+
+def _in_walks(architecture: Architecture, blocks: Sequence[int], group: Tensor) -> Iterator[Sequence[int]]:
+    """The blocks, as many at a time as hidden states of the group have room for."""
+    (states,) = next(walk(architecture, None, group)).groups
+    count = architecture.residence.at_once(states.nbytes, len(blocks), free=len(blocks))
+    for first in range(0, len(blocks), count):
+        yield blocks[first : first + count]
 
 
 def _change(architecture: Architecture, tokens: Tensor) -> dict[int, float]:
