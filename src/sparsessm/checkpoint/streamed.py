@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import copy
 import math
+import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -83,7 +85,7 @@ class Streamed(Residence):
         self._staying = {id(parameter): parameter for parameter in staying}
         self._open: dict[int, _Open] = {}
         self._keep, self._limit, self._given, self._beside = keep, limit, folder, beside
-        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self._temporary: Path | None = None
         self._states = Mapped()
         self._written: set[int] = set()
         for parameter in homes:
@@ -94,8 +96,9 @@ class Streamed(Residence):
         if self._given is not None:
             return self._given
         if self._temporary is None:
-            self._temporary = tempfile.TemporaryDirectory(prefix="sparsessm-", dir=self._beside)
-        return Path(self._temporary.name)
+            self._temporary = Path(tempfile.mkdtemp(prefix="sparsessm-", dir=self._beside))
+            weakref.finalize(self, shutil.rmtree, self._temporary, ignore_errors=True)
+        return self._temporary
 
     def open(self, block: Layer) -> None:
         if block.index in self._open:
