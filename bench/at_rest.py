@@ -1,4 +1,4 @@
-"""Peak memory of pack, unpack and inspect by the number of layers: they hold one tensor at a time.
+"""Peak memory of pack, unpack and inspect by the number of layers, which it must not depend on.
 
     python bench/at_rest.py --layers 4 --layers 32 --json bench/results/at_rest.json
 
@@ -45,10 +45,10 @@ def main() -> None:
     for layers in given.layers or [4, 32]:
         with tempfile.TemporaryDirectory(dir=given.folder) as name:
             folder = Path(name)
-            arguments = (layers, given.width, given.vocabulary, given.original)
-            code = "import at_rest; from pathlib import Path; "
-            code += f"at_rest.write(Path({name!r}) / 'stock', *{arguments})"
-            subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent)
+            numbers = (layers, given.width, given.vocabulary, given.original)
+            code = f"import at_rest as bench; bench.write(bench.Path({name!r}) / 'stock', *{numbers})"
+            made = [sys.executable, "-c", code]  # in a process of its own: this one stays small
+            subprocess.run(made, check=True, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL)
             for command in COMMANDS:
                 source, out = ("packed", "stock") if command == "unpack" else ("stock", "packed")
                 if command == "unpack":

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparsessm.checkpoint import Encoded, container
-from sparsessm.checkpoint.encoding import encode
+from sparsessm.checkpoint.encoding import encode, finite
 
 
 @st.composite
@@ -243,3 +243,19 @@ def test_arrays_that_stand_for_no_tensor(encoded: Encoded, fields: dict[str, Any
     encoded.check()
     with pytest.raises(ValueError, match=f"^t: {message}"):
         replace(encoded, **fields).check()
+
+
+@given(
+    values=st.lists(st.integers(-(2**31), 2**31 - 1), min_size=1, max_size=9),
+    dtype=st.sampled_from([*FLOATS, torch.float64]),
+)
+@settings(deadline=None, max_examples=150)
+def test_whether_a_tensor_is_finite_is_asked_of_its_bits(values: list[int], dtype: torch.dtype) -> None:
+    """Random bits are often NaN or Inf in narrow dtypes; beside them stand the ends of every range."""
+    tensor = torch.tensor(values, dtype=torch.int32).repeat(2).view(dtype)
+    assert finite(tensor) == bool(torch.isfinite(tensor).all())
+    ends = torch.finfo(dtype)
+    assert finite(torch.tensor([ends.max, ends.min, ends.tiny, -0.0], dtype=dtype))
+    for one in (torch.inf, -torch.inf, torch.nan, -torch.nan):
+        assert not finite(torch.tensor([[1.0, 2.0], [one, 3.0]], dtype=dtype).T)
+    assert finite(torch.empty(0, dtype=dtype)) and finite(torch.tensor(1.0, dtype=dtype))

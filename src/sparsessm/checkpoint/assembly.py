@@ -280,7 +280,9 @@ def _checked(opened: Opened, shelf: Shelf | None = None) -> _Checked:
 
     def differ(name: str, value: Tensor) -> bool:
         other = tensors[name] if shelf is None else shelf[names[name]]
-        return not torch.equal(other.float(), value.float())
+        if other.dtype != value.dtype:
+            other, value = other.float(), value.float()
+        return not torch.equal(other, value)
 
     for given, tensor, dtype in _weights(opened, expected):
         if given in places.extra:

@@ -19,13 +19,10 @@ from torch import Tensor
 
 from .tensor_file import Form, raw
 
-_FINGERPRINT = "archive/.data/serialization_id"
-_LOCAL, _DESCRIPTOR, _ENTRY = (
-    14,
-    4,
-    16,
-)  # where the checksum is in a record's head, behind its data, in the table
-_DESCRIBED = 8  # flag of a record: its checksum is behind its data
+_FINGERPRINT = ".data/serialization_id"
+# Where the checksum of a record is: in its head, behind its data, in the table at the end of the archive.
+_HEAD, _BEHIND, _TABLE = 14, 4, 16
+_IS_BEHIND = 8  # flag of a record: its head does not have it
 
 
 def write(
@@ -43,18 +40,18 @@ def write(
         OSError, RuntimeError: as the file system or torch reports it.
     """
     # memory that nobody touches is not taken
-    room = {each: torch.empty(forms[each].shape, dtype=forms[each].dtype) for each in names.values()}
+    room = {name: torch.empty(forms[name].shape, dtype=forms[name].dtype) for name in names.values()}
     with open(file, "wb") as content, torch.serialization.skip_data():
         torch.save({name: room[each] for name, each in names.items()}, content)
     with zipfile.ZipFile(file) as archive:
         table, records = archive.start_dir, archive.infolist()
-    by_name = {record.filename: record for record in records}
+    by_name = {record.filename.partition("/")[2]: record for record in records}  # all are in one folder
     with open(file, "r+b") as content:
         for number, each in enumerate(room):  # torch counts storages as it meets them
             value = tensor(each)
             if (found := Form.of(value)) != forms[each]:
                 raise ValueError(f"{each}: it is {found}, not {forms[each]}")
-            _fill(content, by_name[f"archive/data/{number}"], raw(value))
+            _fill(content, by_name[f"data/{number}"], raw(value))
             del value  # before the next one is made
         if mark := by_name.get(_FINGERPRINT):
             content.seek(_start(content, mark))
@@ -62,7 +59,7 @@ def write(
             _fill(content, mark, of_names + b"%020d" % _together(records, but=mark))
         at = table
         for record in records:
-            content.seek(at + _ENTRY)
+            content.seek(at + _TABLE)
             content.write(record.CRC.to_bytes(4, "little"))
             content.seek(at + 28)
             at += 46 + sum(struct.unpack("<HHH", content.read(6)))
@@ -82,8 +79,8 @@ def _fill(content: IO[bytes], record: zipfile.ZipInfo, data: bytes | memoryview)
     content.seek(start)
     content.write(data)
     record.CRC = zlib.crc32(data)
-    behind = record.flag_bits & _DESCRIBED
-    content.seek(start + len(data) + _DESCRIPTOR if behind else record.header_offset + _LOCAL)
+    behind = record.flag_bits & _IS_BEHIND
+    content.seek(start + len(data) + _BEHIND if behind else record.header_offset + _HEAD)
     content.write(record.CRC.to_bytes(4, "little"))
 
 

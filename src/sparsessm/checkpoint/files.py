@@ -30,7 +30,7 @@ from .tensor_file import Form
 CONFIG, SAFETENSORS, BIN = "config.json", "model.safetensors", "pytorch_model.bin"
 SHARD_BYTES = 5 * 10**9
 """Most bytes in one safetensors file, the stock writer's limit."""
-MAPPED = 1 << 26
+MAPPED = 1 << 25
 """Bytes of tensors that are taken from a mapped file before it is mapped anew."""
 _NO_JSON = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}
 

@@ -259,9 +259,8 @@ class _Smallest(Unread):
         """
         self._shapes, self._stored, self._dtype, self._head = shapes, stored, dtype, head
         self._patterns = _patterns(record)
-        self._found: dict[
-            str, tuple[str, float]
-        ] = {}  # kind and removed value: the second time nothing is tried
+        # Kind and removed value of what was made before: the second time nothing is tried.
+        self._found: dict[str, tuple[str, float]] = {}
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
