@@ -11,25 +11,24 @@ nothing may be left beside it. Prints a line for each kind of run.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import random
+import runpy
 import shutil
 import signal
 import sys
 import tempfile
 import time
+from importlib.resources import files
 from pathlib import Path
 
 import torch
 from transformers import MambaConfig, MambaForCausalLM
 
-import sparsessm.checkpoint
-import sparsessm.cli.commands
-import sparsessm.evaluation.before_after
-import sparsessm.pruning
-import sparsessm.studies.windows
-
+# loaded before the first fork: a child would take seconds for it
+LOADED = ("checkpoint", "evaluation.before_after", "pruning", "studies.windows")
 KINDS = {
     "entries, default": ["--sparsity", "0.5"],
     "entries and head": ["--target", "all", "--target", "head", "--method", "sparsegpt"],
@@ -41,7 +40,7 @@ KINDS = {
 
 def model_at(folder: Path) -> None:
     """A Mamba of six small layers with the built-in tokenizer."""
-    source = Path(sparsessm.__file__).parent / "builtin" / "pycode"
+    source = Path(str(files("sparsessm"))) / "builtin" / "pycode"
     vocabulary = json.loads((source / "config.json").read_text())["vocab_size"]
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "state_size": 8, "num_hidden_layers": 6, "time_step_rank": 4}
@@ -56,7 +55,7 @@ def run(arguments: list[str], seconds: float | None) -> int:
     if child == 0:
         sys.argv = ["sparsessm", *arguments]
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        sparsessm.cli.main()
+        runpy.run_module("sparsessm", run_name="__main__")
     if seconds is not None:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
@@ -93,6 +92,8 @@ def main() -> int:
     parser.add_argument("--memory", default="256MiB", help="as of prune: a size that has no room streams")
     given = parser.parse_args()
     torch.set_num_threads(1)
+    for name in LOADED:
+        importlib.import_module(f"sparsessm.{name}")
     draw = random.Random(given.seed)
     kills = wrong = 0
     root = Path(tempfile.mkdtemp())  # by hand: a child ends as a program does, and would remove it

@@ -77,6 +77,9 @@ sparsessm.cli.main()
 """
 
 
+KEPT = "interrupted; what is done is kept in out.unfinished: the same command with --resume goes on"
+
+
 def interrupted(module: str, name: str, number: int, *words: str) -> subprocess.CompletedProcess[str]:
     code = CUT.replace("MODULE", repr(module)).replace("NAME", repr(name)).replace("NUMBER", str(number))
     line = [sys.executable, "-c", code, "-", "-", "-", *words]
@@ -88,6 +91,7 @@ def interrupted(module: str, name: str, number: int, *words: str) -> subprocess.
     [
         (("os", "mkdir", 1), "interrupted; nothing was written"),
         (("os", "fsync", 2), "interrupted; nothing was written"),
+        (("atomic", "_flush", 1), KEPT),
         (("os", "rename", 1), "interrupted; out is complete"),
         (("atomic", "_settle", 1), "interrupted; out is complete"),
     ],
@@ -101,7 +105,11 @@ def test_an_interrupt_while_saving_says_what_is_there(
     done = interrupted(*place, *PRUNE, "-q", "--method", "magnitude", "-o", "out")
     assert (done.stderr, done.returncode) in [(f"{told}\n", 130), (f"{told}\n", 143)]
     complete = "complete" in told
-    assert sorted(path.name for path in here.iterdir()) == sorted(before + ["out"] * complete)
+    left = ["out"] * complete + ["out.unfinished"] * (told == KEPT)
+    assert sorted(path.name for path in here.iterdir()) == sorted(before + left)
+    if told == KEPT:
+        assert ran(*PRUNE, "-q", "--method", "magnitude", "-o", "out", "--resume").returncode == 0
+        assert sorted(path.name for path in here.iterdir()) == sorted([*before, "out"])
     if complete:
         assert ran("inspect", "out", "--quiet").returncode == 0
 
@@ -115,7 +123,8 @@ def test_an_interrupt_while_replacing_keeps_the_old_or_the_new(number: int, told
     marked = Path("out/model.safetensors").stat().st_ino
     done = interrupted("os", "rename", number, *PRUNE, "-q", "--method", "random", "-o", "out", "--force")
     assert told in done.stderr and len(done.stderr.splitlines()) == 1
-    assert sorted(path.name for path in here.iterdir()) == ["dense", "out", "text.txt"]
+    kept = ["out.unfinished"] * (number == 1)
+    assert sorted(path.name for path in here.iterdir()) == ["dense", "out", *kept, "text.txt"]
     assert (Path("out/model.safetensors").stat().st_ino == marked) == (number == 1)
     assert load_file("out/model.safetensors").keys() == old.keys()
 
@@ -281,7 +290,7 @@ def test_a_bug_is_one_line_with_its_place(
     def broken(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr("sparsessm.load", broken)
+    monkeypatch.setattr("sparsessm.checkpoint.load", broken)
     outcome = CliRunner().invoke(cli.app, ["prune", "dense", "-o", "out"])
     assert outcome.exit_code == 1
     assert outcome.stderr.count("\n") == 1

@@ -11,7 +11,8 @@ beside it (`docs/checkpoint.md` describes the files).
     tokenizing.py     the tokenizer, from its own files
     companions.py     what lies beside the weights, and what is no checkpoint
     assembly.py       check the tensors, make the model of them
-    skeleton.py       the same without the weights of its blocks
+    apart.py          check them, and leave them in their files
+    skeleton.py       a model without the weights of its blocks
     streamed.py       which are read when a block is opened
     mapped.py         hidden states in files
     memory.py         how much memory there is

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial, reduce
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -20,10 +18,10 @@ from ..architectures.own import Own
 from ..kernels.checksum import crc32c
 from . import container, state_spaces
 from .encoding import finite
-from .files import CONFIG, SAFETENSORS, few, read_tensors
+from .files import CONFIG, few, read_tensors
 from .known_fields import optional
 from .opened import Opened
-from .shelf import Later, Shelf, Stored, Unread, give_back
+from .shelf import Shelf, give_back
 from .stock_names import held_as, in_files
 
 STOCK = Own()  # nothing of its own
@@ -140,13 +138,13 @@ def refuse_misfit(
 
 def assemble(opened: Opened) -> Assembled:
     """Read, check and assemble the tensors of a checkpoint."""
-    found = _checked(opened)
+    found = checked(opened)
     tensors, prefix = found.tensors, found.places.prefix
     if opened.packed is not None:  # It has the names in memory; with those on disk `save` writes the like.
         parts = {name: in_files(found.empty, name, tensors[name]) for name in found.places.held}
         tensors = {part: tensor for some in parts.values() for part, tensor in some.items()}
-        prefix = _packed_prefix(opened, found.empty, tensors)
-    return Assembled(build(opened, found.empty, tensors), _most_precise(found), found.extra, prefix)
+        prefix = packed_prefix(opened, found.empty, tensors)
+    return Assembled(build(opened, found.empty, tensors), most_precise(found), found.extra, prefix)
 
 
 def float32_bytes(opened: Opened) -> int:
@@ -178,53 +176,7 @@ def build(
     return model.eval()
 
 
-class Apart(NamedTuple):
-    """A checkpoint that was checked and whose tensors stay in its files.
-
-    Attributes:
-        model: without memory for its weights.
-        tensors: by their names in the model, each read when it is asked for.
-        held: name in the model -> names in full in the stock files, with the shapes there.
-        stored, prefix: as of `Assembled`.
-        extra: what stock code leaves out on purpose, by name in the files; each read when it is asked for.
-        digest: SHA-256 of all that the files hold.
-    """
-
-    model: PreTrainedModel
-    tensors: Unread
-    held: dict[str, dict[str, Tensor]]
-    stored: dict[str, torch.dtype]
-    prefix: str
-    extra: Mapping[str, Tensor]
-    digest: str
-
-
-def one_by_one(opened: Opened) -> Apart:
-    """Read and check the tensors of a checkpoint as `assemble` does, without a model.
-
-    Raises:
-        ValueError: as `assemble`.
-    """
-    if (header := opened.packed) is not None:
-        model, expected, _ = stock_model(opened.source, opened.config, opened.own)
-        tensors = container.Tensors(header, {name: tuple(t.shape) for name, t in expected.items()})
-        for name in tensors:
-            tensors[name]  # refuses a damaged one
-        stored = {name: header.stock[name][1] for name in tensors}
-        held = {name: in_files(model, name, tensor) for name, tensor in expected.items()}
-        names = {part for parts in held.values() for part in parts}
-        prefix, digest = _packed_prefix(opened, model, names), _digest(header.checksums)
-        return Apart(model, tensors, held, stored, prefix, {}, digest)
-    shelf = Shelf(opened.heads, safetensors=opened.folder.stock_files.kind == SAFETENSORS)
-    found = _checked(opened, shelf)
-    places, stored = found.places, _most_precise(found)
-    parts = {name: {part: found.names[part] for part in some} for name, some in places.held.items()}
-    tensors = Stored(shelf, found.empty, parts, stored)
-    extra, digest = Later({name: partial(shelf.__getitem__, name) for name in places.extra}), found.checksums
-    return Apart(found.empty, tensors, places.held, stored, places.prefix, extra, _digest(digest))
-
-
-def _most_precise(found: _Checked) -> dict[str, torch.dtype]:
+def most_precise(found: Checked) -> dict[str, torch.dtype]:
     """Name in the model -> dtype of the tensor; of one that is several in the files one that holds all."""
     return {
         name: reduce(torch.promote_types, [found.stored[part] for part in parts])
@@ -232,17 +184,13 @@ def _most_precise(found: _Checked) -> dict[str, torch.dtype]:
     }
 
 
-def _digest(checksums: Mapping[str, str]) -> str:
-    return hashlib.sha256(json.dumps(dict(checksums), sort_keys=True).encode()).hexdigest()
-
-
-def _packed_prefix(opened: Opened, model: PreTrainedModel, names: Collection[str]) -> str:
+def packed_prefix(opened: Opened, model: PreTrainedModel, names: Collection[str]) -> str:
     """What the names in the stock files of a packed model leave out; `names` are those in full."""
     bare = opened.fields.get("architectures") == [type(model.base_model).__name__]
     return _bare_prefix(model, names) if bare else ""
 
 
-class _Checked(NamedTuple):
+class Checked(NamedTuple):
     """Tensors of a checkpoint that fit its model.
 
     Attributes:
@@ -262,7 +210,7 @@ class _Checked(NamedTuple):
     checksums: dict[str, str]
 
 
-def _checked(opened: Opened, shelf: Shelf | None = None) -> _Checked:
+def checked(opened: Opened, shelf: Shelf | None = None) -> Checked:
     """Read all tensors and hold them against the model.
 
     Args:
@@ -315,7 +263,7 @@ def _checked(opened: Opened, shelf: Shelf | None = None) -> _Checked:
         elif not {copy, name} & set(not_finite) and differ(name, value if shelf is None else shelf[given]):
             raise ValueError(f"{source!r}: {copy} differs from {name}, although {CONFIG} ties the two")
     refuse_misfit(source, places, {name: tuple(t.shape) for name, t in tensors.items()}, not_finite)
-    return _Checked(empty, places, tensors, stored, names, extra, checksums)
+    return Checked(empty, places, tensors, stored, names, extra, checksums)
 
 
 def _ignored(empty: PreTrainedModel, name: str) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import reading, tokenizing
-from .assembly import one_by_one
+from .apart import one_by_one
 from .opened import Opened, quiet
 from .reading import Checkpoint
 from .shelf import Unread, give_back

@@ -87,6 +87,7 @@ class Journal:
             OSError: it cannot be made.
         """
         self.folder = folder_of(out)
+        self._result = Path(out).resolve(), _identity(Path(out).resolve())
         self._lines: list[dict[str, Any]] = []
         there = self.folder.exists()
         if there and not resume and not force:
@@ -157,6 +158,17 @@ class Journal:
                 "then, or begin anew (--force)"
             )
 
+    def room(self, states: int, share: float) -> int:
+        """Bytes that its directory will take more than now.
+
+        Args:
+            states: entries of the hidden states of all windows. share: of the model that is changed.
+        """
+        assert self._residence is not None, "holds comes first"
+        now = sum(path.stat().st_size for path in self.folder.iterdir())
+        # those of two models, in two places each
+        return max(0, 16 * states + round(share * self._residence.nbytes) - now)
+
     def once(self, name: str, make: Callable[[], Any]) -> Any:
         for line in self._lines[1:]:
             if line.get("value") == name:
@@ -181,8 +193,9 @@ class Journal:
                 parent.rmdir()
 
     def close(self) -> None:
-        """Nothing more is done here; what is worth nothing goes."""
-        if not self.worth:
+        """Nothing more is done here; what is worth nothing goes, so does all when the result is there."""
+        out, before = self._result
+        if not self.worth or _identity(out) not in (None, before):
             self.clear()
         if self._lock is not None:
             os.close(self._lock)
@@ -282,6 +295,15 @@ class _Stage:
             found[name] = {"place": place, "checksum": _checksum_of(states)}
             self._residence.release(states)
         return found
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Which directory a path names."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def said(folder: Path) -> str:

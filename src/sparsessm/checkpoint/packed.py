@@ -23,7 +23,8 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizer
 from ..architectures import REMOVED_A_LOG, REMOVED_A_LOG_FLOAT16
 from ..architectures.own import Own
 from . import container, reading, writing
-from .assembly import one_by_one, stock_model
+from .apart import one_by_one
+from .assembly import stock_model
 from .at_rest import at_rest
 from .container import PACKED, Format, Outline
 from .encoding import TRIED, Encoded, encode

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..architectures import adapt
-from .assembly import Apart, Assembled, build, one_by_one
+from .apart import Apart, one_by_one
+from .assembly import Assembled, build
 from .opened import Opened
 from .shelf import Unread, give_back
 from .streamed import Read, Streamed, nowhere

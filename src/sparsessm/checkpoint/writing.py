@@ -174,18 +174,21 @@ def stored_bytes(checkpoint: Checkpoint) -> int:
     return sum(form.nbytes for form in stored_forms(checkpoint).values())
 
 
-def refuse_full(path: str | os.PathLike[str], checkpoint: Checkpoint, share: float = 1.0) -> None:
+def refuse_full(
+    path: str | os.PathLike[str], checkpoint: Checkpoint, share: float = 1.0, beside: int = 0
+) -> None:
     """Refuse to begin the work for a result that the disk has no room for.
 
     Args:
         path: the directory that will be made; what it replaces stays until then.
         share: the result's bytes, as a share of the checkpoint's.
+        beside: bytes of what is kept beside it until it is there.
 
     Raises:
         ValueError: says both numbers.
     """
     files = sum(map(len, checkpoint.files.values()))
-    atomic.refuse_room(path, int(share * stored_bytes(checkpoint)) + files)
+    atomic.refuse_room(path, int(share * stored_bytes(checkpoint)) + files + beside)
 
 
 def _listing(checkpoint: Checkpoint, ours: Mapping[str, bytes]) -> dict[str, bytes]:

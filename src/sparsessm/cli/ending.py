@@ -241,7 +241,8 @@ def kept_now() -> str:
     """Where what is done is kept, and how to go on; empty if nothing is."""
     if _kept is None or not _kept.is_dir():
         return ""
-    return f"what is done is kept in {_kept}: the same command with --resume goes on"
+    shown = min(str(_kept), os.path.relpath(_kept), key=len)
+    return f"what is done is kept in {shown}: the same command with --resume goes on"
 
 
 def _identity(path: str | os.PathLike[str], grown: bool) -> tuple[int, ...] | None:

@@ -191,7 +191,8 @@ def _pruned(
     """
     from ..checkpoint import refuse_full
 
-    refuse_full(out, run.checkpoint, run.plan.share_left(run.architecture))
+    share = run.plan.share_left(run.architecture)
+    refuse_full(out, run.checkpoint, share)
     if journal.resumed:
         progress.note(f"going on in {journal.folder}")
         now = {**machine.current(), **machine.versions()}
@@ -199,6 +200,8 @@ def _pruned(
             progress.note(f"note: it was begun with {', '.join(other)}; masks may differ")
     torch.manual_seed(run.recipe.seed)
     tokens = run.windows()
+    states = 0 if tokens is None else tokens.numel() * run.checkpoint.model.config.hidden_size
+    refuse_full(out, run.checkpoint, share, journal.room(states, share))
     if run.advice:
         progress.note(f"calibrating on {run.recipe.samples} windows")
     if recipe and tokens is not None:  # what looks at no data gives the same masks everywhere
