@@ -7,9 +7,11 @@ here but shares.
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Self, TextIO
 
@@ -54,6 +56,7 @@ class Progress:
                 TimeElapsedColumn(),
                 TextColumn("left"),
                 TimeRemainingColumn(),
+                TextColumn("{task.fields[memory]}"),
             )
             self._bars = Bars(*columns, console=self._console, redirect_stdout=False)
 
@@ -89,9 +92,8 @@ class Progress:
         self._stage, self._step = "", title
         if self._bars:
             self._finish()
-            self._bar = self._bars.add_task(
-                visible(title), total=None
-            )  # a moving bar until its length is known
+            # a moving bar until its length is known
+            self._bar = self._bars.add_task(visible(title), total=None, memory="")
         else:
             self.note(title)
 
@@ -101,8 +103,8 @@ class Progress:
             self._begun = self._printed = time.monotonic()
         self._done = done
         if self._bars:
-            self._bar = self._bars.add_task(visible(stage)) if self._bar is None else self._bar
-            self._bars.update(self._bar, completed=done, total=total)
+            self._bar = self._bars.add_task(visible(stage), memory="") if self._bar is None else self._bar
+            self._bars.update(self._bar, completed=done, total=total, memory=resident())
         elif not self._quiet:
             self._line(stage, done, total)
 
@@ -122,6 +124,15 @@ class Progress:
         """Fill the bar of a step that reported nothing."""
         if self._bars and self._bar is not None and self._bars.tasks[self._bar].total is None:
             self._bars.update(self._bar, completed=1, total=1)
+
+
+def resident() -> str:
+    """What this process has in memory, for people; empty where the system does not say."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, ValueError, IndexError):
+        return ""
+    return f"{pages * os.sysconf('SC_PAGE_SIZE') / 1e9:.1f} GB"
 
 
 def console(stream: TextIO) -> Console:
