@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from sparsessm.evaluation.before_after import Yardstick
     from sparsessm.evaluation.perplexity import Perplexity
     from sparsessm.pruning import Journal
+    from sparsessm.pruning.forecast import Forecast
     from sparsessm.recipe.recipe import Recipe
     from sparsessm.report.record import Report
 
@@ -220,6 +221,27 @@ class Run:
         with working(self.checkpoint, "evaluate"):
             self._yardstick = self._yardstick or Yardstick.of(self.checkpoint, self.recipe, WINDOWS)
             return self._yardstick.measure(self.architecture, self._progress)
+
+    def forecast(self, *, measure: bool = True) -> Forecast | None:
+        """What the run takes on this machine, by a measurement of seconds; nothing is changed.
+
+        Returns:
+            None where whole units go: how many trials that takes is found out in the run.
+        """
+        from sparsessm.checkpoint.given import working
+        from sparsessm.checkpoint.memory import resident
+        from sparsessm.evaluation.before_after import LONGEST, WINDOWS
+        from sparsessm.pruning.forecast import forecast
+        from sparsessm.recipe.recipe import window_length
+
+        recipe, rules = self.recipe, self.plan.assignment.rules
+        if not rules:
+            return None
+        length = recipe.length or window_length(self.checkpoint.trained_length)
+        samples = 64 if recipe.samples == "auto" else recipe.samples
+        measured = WINDOWS * min(length, LONGEST) * measure
+        with working(self.checkpoint, "forecast"):
+            return forecast(self.architecture, rules, samples, length, measured=measured, resident=resident())
 
     def prune(self, tokens: Tensor | None = None, *, measure: bool = True) -> Report:
         """Change the model in place.

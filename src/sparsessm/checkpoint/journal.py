@@ -32,7 +32,6 @@ from ..data.unfinished import undoing
 from ..kernels.checksum import crc32c
 from .container import checksum
 from .files import open_safetensors, write_one
-from .mapped import Mapped
 from .streamed import Streamed
 
 FORMAT = 1
@@ -114,7 +113,6 @@ class Journal:
         self.before: dict[str, Any] = self._lines[0] if self._lines else {}
         self._spent: float = self._lines[-1].get("seconds", 0.0) if self._lines else 0.0
         self._began: float | None = None
-        self._states = Mapped()
         self._residence: Streamed | None = None
 
     @property
@@ -183,7 +181,7 @@ class Journal:
             if not path.name.startswith(f"states-{name}-"):  # of a walk that has come to its end
                 path.unlink()
         lines = [line for line in self._lines[1:] if line.get("stage") == name]
-        return _Stage(self, name, lines, self._residence, self._states)
+        return _Stage(self, name, lines, self._residence)
 
     def clear(self) -> None:
         """Remove the directory: the result is there, or nothing was done."""
@@ -239,9 +237,8 @@ class _Stage:
         name: str,
         lines: Sequence[Mapping[str, Any]],
         residence: Streamed,
-        states: Mapped,
     ) -> None:
-        self._journal, self._name, self._residence, self._states = journal, name, residence, states
+        self._journal, self._name, self._residence = journal, name, residence
         self._left = {line["block"]: line for line in lines if "block" in line}
         self.left: Mapping[int, Any] = {index: journal._value(line) for index, line in self._left.items()}
         self._began: dict[str, dict[str, Any]] = {}
@@ -255,7 +252,7 @@ class _Stage:
         began = self._began.get(name)
         if began is not None and not all(file.is_file() for file in files):
             raise ValueError(f"{files[0]}: the hidden states have gone; begin anew (--force)")
-        self._places[name] = [self._states.tensor(folder, shape, file) for file in files]
+        self._places[name] = [self._residence.mapped.tensor(folder, shape, file) for file in files]
         if began is None:
             return self._places[name], None
         which = began["place"]
@@ -291,7 +288,7 @@ class _Stage:
         found = {}
         for name, place in which.items():
             states = self._places[name][place]
-            self._states.flush(states)
+            self._residence.mapped.flush(states)
             found[name] = {"place": place, "checksum": _checksum_of(states)}
             self._residence.release(states)
         return found

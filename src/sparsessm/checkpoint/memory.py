@@ -48,6 +48,13 @@ def free() -> int:
     return found
 
 
+def resident() -> int:
+    """Bytes that this process has in memory; 0 where the system does not say."""
+    with suppress(OSError, ValueError, IndexError):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
+
+
 def allowed(memory: str | int | None) -> int:
     """What was said; half of what is free, where nothing was."""
     return max(free() // 2, _LEAST) if memory is None else size_of(memory)

@@ -61,6 +61,7 @@ class Streamed(Residence):
 
     Attributes:
         folder: the working directory, whose `NNNNN.safetensors` are the changed blocks.
+        mapped: hidden states that are in files.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class Streamed(Residence):
         self._open: dict[int, _Open] = {}
         self._keep, self._limit, self._given, self._beside = keep, limit, folder, beside
         self._temporary: Path | None = None
-        self._states = Mapped()
+        self.mapped = Mapped()
         self._written: set[int] = set()
         for parameter in homes:
             _empty(parameter)
@@ -167,10 +168,11 @@ class Streamed(Residence):
     def room(self, *shape: int) -> Tensor:
         if 4 * math.prod(shape) <= self._limit:
             return torch.empty(shape)
-        return self._states.tensor(self.folder, shape)
+        return self.mapped.tensor(self.folder, shape)
 
     def release(self, states: Tensor) -> None:
-        self._states.release(states)
+        if states.nbytes > self._limit:
+            self.mapped.release(states)
 
     def at_once(self, nbytes: int, most: int, *, free: int) -> int:
         return free if self._keep else max(1, min(most, 2 * self._limit // nbytes))

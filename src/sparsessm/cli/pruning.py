@@ -7,6 +7,7 @@ is an option of `prune`, with the field's own help text.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +19,7 @@ import sparsessm
 from ..data.texts import fingerprint
 from ..recipe.recipe import Recipe
 from ..report import machine
+from ..report.cost import cost_table
 from ..report.record import percent, perplexity_table, removed_table
 from . import tables
 from .answering import (
@@ -64,7 +66,8 @@ FromFile = Annotated[
 DryRun = Annotated[
     bool,
     option(
-        "--dry-run", help="Say what would be pruned and how many bytes it is; read no text, write nothing."
+        "--dry-run",
+        help="Say what would be pruned, how many bytes it is, and how long it takes here; write nothing.",
     ),
 ]
 Resume = Annotated[
@@ -121,20 +124,18 @@ def prune(
     target = None if dry_run else out
     with answering(quiet, target, kept=target and folder_of(target)) as progress:
         wanted = _wanted(given, structured, recipe, out, force)
-        report = None
+        report = cost = None
         if target is None:
             run = _planned(wanted, memory, None, progress)
+            progress.say("measuring a block")
+            found = run.forecast(measure=not no_eval)
+            cost = found and asdict(found)
         else:
             with unfinished(target, resume=resume, force=force) as journal:
                 run = _planned(wanted, memory, journal, progress)
                 report = _pruned(run, target, recipe, not no_eval, force, journal, progress)
     if report is None:
-        preview = run.plan.preview(run.architecture)
-        if as_json:
-            print_json({"recipe": run.recipe.model_dump(), **preview.record})
-        elif not quiet:
-            tables.show(*(tables.table(*parts) for parts in preview.tables))
-            tables.show("A dry run: nothing was read but the model, nothing was written.")
+        _show_preview(run, cost, as_json, quiet)
     elif as_json:
         print_json({"out": str(out), **report.record()})
     elif not quiet:
@@ -222,6 +223,18 @@ def _differences(recipe: Recipe, file: Path, tokens: Tensor) -> Iterator[str]:
     now = {**machine.current(), **machine.versions()}
     if other := machine.differences(Recipe.made_with(file), now):
         yield f"{file} was made with {', '.join(other)}"
+
+
+def _show_preview(run: sparsessm.Run, cost: dict[str, Any] | None, as_json: bool, quiet: bool) -> None:
+    """What a run would do and take."""
+    preview = run.plan.preview(run.architecture)
+    if as_json:
+        print_json({"recipe": run.recipe.model_dump(), **preview.record, "cost": cost})
+    elif not quiet:
+        tables.show(*(tables.table(*parts) for parts in preview.tables))
+        if cost is not None:
+            tables.show(tables.table(*cost_table(cost)), *cost["faster"])
+        tables.show("A dry run: nothing was read but the model, nothing was written.")
 
 
 def _show(report: Report, out: Path | None) -> None:

@@ -7,11 +7,9 @@ here but shares.
 from __future__ import annotations
 
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Self, TextIO
 
@@ -104,7 +102,7 @@ class Progress:
         self._done = done
         if self._bars:
             self._bar = self._bars.add_task(visible(stage), memory="") if self._bar is None else self._bar
-            self._bars.update(self._bar, completed=done, total=total, memory=resident())
+            self._bars.update(self._bar, completed=done, total=total, memory=in_memory())
         elif not self._quiet:
             self._line(stage, done, total)
 
@@ -126,13 +124,11 @@ class Progress:
             self._bars.update(self._bar, completed=1, total=1)
 
 
-def resident() -> str:
+def in_memory() -> str:
     """What this process has in memory, for people; empty where the system does not say."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except (OSError, ValueError, IndexError):
-        return ""
-    return f"{pages * os.sysconf('SC_PAGE_SIZE') / 1e9:.1f} GB"
+    from ..checkpoint.memory import resident  # late: this file is imported before anything slow
+
+    return f"{used / 1e9:.1f} GB" if (used := resident()) else ""
 
 
 def console(stream: TextIO) -> Console:

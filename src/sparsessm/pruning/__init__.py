@@ -11,6 +11,7 @@ mixes.py        how much of which axis
 widths.py       layers of different widths
 projection.py   projected states of Mamba-2
 preview.py      what a plan would do, before it is done
+forecast.py     how long that takes on this machine
 """
 
 from __future__ import annotations

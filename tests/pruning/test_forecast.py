@@ -1,0 +1,64 @@
+"""What a dry run says of time, memory and disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from whereabouts import MODELS, NOTHING, same, values, written
+
+from sparsessm import Run
+from sparsessm.checkpoint import load
+from sparsessm.pruning import forecast as forecasts
+from sparsessm.report.cost import cost_table, time_in_words
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_is_measured_and_not_changed(name: str, tmp_path: Path) -> None:
+    checkpoint = load(written(name, tmp_path / "m"), streaming=NOTHING)
+    before = values(checkpoint)
+    found = Run(checkpoint, length=40).forecast()
+    assert found is not None and found.memory > 0 and found.disk > 0
+    assert all(seconds >= 0 for seconds in found.seconds.values()) and found.seconds["blocks"] > 0
+    assert same(before, values(checkpoint))
+
+
+def forecast(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **fields: Any) -> forecasts.Forecast:
+    """By a clock that takes a second between two looks."""
+    ticks = iter(range(1 << 30))
+    monkeypatch.setattr(forecasts.time, "perf_counter", lambda: float(next(ticks)))
+    folder = tmp_path / "m"
+    checkpoint = load(folder if folder.exists() else written("mamba", folder))
+    found = Run(checkpoint, length=64, **fields).forecast(measure=fields.get("seed", 0) == 0)
+    assert found is not None
+    return found
+
+
+def test_what_grows_with_the_windows_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    one, two = (forecast(monkeypatch, tmp_path, samples=count) for count in (1024, 2048))
+    looking = two.seconds["blocks"] - one.seconds["blocks"]
+    # 1,024 windows of 64 tokens, each a second for 1,024 tokens: 2 layers, 5 looks, 1 forward of 2 models
+    assert looking == pytest.approx(2 * (5 + 2) * 1024 * 64 / 1024, rel=0.01)
+    assert two.seconds["prices"] == one.seconds["prices"] and two.seconds["survey"] == one.seconds["survey"]
+    assert one.faster[0].startswith("half of the samples (512) saves about ")
+    assert two.disk > one.disk
+
+
+def test_what_is_not_done_takes_no_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found = forecast(
+        monkeypatch, tmp_path, method="magnitude", target="projections", allocation="uniform", seed=1
+    )
+    assert found.seconds["prices"] == found.seconds["survey"] == found.seconds["perplexity"] == 0
+
+
+def test_whole_units_are_not_foretold(tmp_path: Path) -> None:
+    checkpoint = load(written("mamba", tmp_path / "m"))
+    assert Run(checkpoint, length=40, pattern="structured:state").forecast() is None
+
+
+def test_the_table_adds_up() -> None:
+    seconds = {"prices": 100.0, "survey": 200.0, "blocks": 7000.0, "perplexity": 0.0}
+    *_, cells, _ = cost_table({"seconds": seconds, "memory": 5 * 10**9, "disk": 0})
+    assert ["in all, about", "2.0 h"] in cells and ["memory, about", "5.0 GB"] in cells
+    assert [time_in_words(s) for s in (0, 89, 90, 5399, 5400)] == ["0 s", "89 s", "2 min", "90 min", "1.5 h"]
