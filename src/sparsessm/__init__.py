@@ -202,10 +202,8 @@ class Run:
             journal = self._begin(tokens)
             if not auto:
                 return tokens
-            samples, self.advice = journal.once(
-                "samples",
-                lambda: choose(self.architecture, self.plan.assignment, tokens, self._progress),
-            )
+            what = self.architecture, self.plan.assignment, tokens, self._progress
+            samples, self.advice = journal.once("samples", lambda: choose(*what))
             self.plan.settle(samples)
             return tokens[:samples]
 
@@ -294,15 +292,12 @@ class Run:
         from sparsessm.pruning import Forgetful
         from sparsessm.report import machine
 
-        if self._journal is None:
-            return Forgetful(self.architecture)
-        if not self._begun:
-            calibration = "" if tokens is None else fingerprint(tokens)
+        if self._journal is not None and not self._begun:
             what = {"recipe": self.recipe.model_dump(), "weights": self.checkpoint.digest}
-            what |= {"calibration": calibration, "machine": {**machine.current(), **machine.versions()}}
-            self._journal.begin(what)
+            what["calibration"] = "" if tokens is None else fingerprint(tokens)
+            self._journal.begin(what | {"machine": {**machine.current(), **machine.versions()}})
             self._begun = True
-        return self._journal
+        return self._journal or Forgetful(self.architecture)
 
 
 def evaluate(
@@ -398,8 +393,5 @@ def _saved(checkpoint: Checkpoint, path: str | Path, report: Report | None, forc
         source = checkpoint.source
         hub_id = source if local_folder(source) is None else None
         format = "packed" if Own.of(checkpoint.model) else checkpoint.format
-        record, card = (
-            report.record(),
-            cards.card(report, source, base_model=hub_id, format=format),
-        )
+        record, card = report.record(), cards.card(report, source, base_model=hub_id, format=format)
     return files.save(checkpoint, path, record=record, card=card, force=force)
