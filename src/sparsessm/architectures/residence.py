@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, final
 
-import torch
 from torch import Tensor, nn
 
 
@@ -49,8 +48,8 @@ class Residence(ABC):
         """What a tensor of the model holds, whether it is in memory or not; not to be changed."""
 
     @abstractmethod
-    def room(self, *shape: int) -> Tensor:
-        """A float32 tensor for hidden states, of arbitrary values."""
+    def room(self, like: Tensor, *shape: int) -> Tensor:
+        """A tensor for hidden states of the kind and on the device of others, of arbitrary values."""
 
     @abstractmethod
     def release(self, states: Tensor) -> None:
@@ -89,8 +88,8 @@ class InMemory(Residence):
     def value(self, parameter: Tensor) -> Tensor:
         return parameter.detach()
 
-    def room(self, *shape: int) -> Tensor:
-        return torch.empty(shape)
+    def room(self, like: Tensor, *shape: int) -> Tensor:
+        return like.new_empty(shape)
 
     def release(self, states: Tensor) -> None:
         pass

@@ -24,9 +24,10 @@ class Stage(Protocol):
         """Index of each block that the walk left in the run before -> what was noted then."""
         ...
 
-    def places(self, name: str, shape: Sequence[int]) -> tuple[list[Tensor], int | None]:
-        """Room for hidden states: one tensor, or two that take turns, as what was must last until a block is
-        done; and which of them holds the states before the first block not `left`, None: neither."""
+    def places(self, name: str, like: Tensor, shape: Sequence[int]) -> tuple[list[Tensor], int | None]:
+        """Room for hidden states of the kind of others: one tensor, or two that take turns, as what was must
+        last until a block is done; and which holds the states before the first block not `left`, if any does.
+        """
         ...
 
     def placed(self, name: str, which: int) -> None:
@@ -113,8 +114,8 @@ class Forgetful:
     def stage(self, name: str) -> Stage:
         return self
 
-    def places(self, name: str, shape: Sequence[int]) -> tuple[list[Tensor], int | None]:
-        return [self._residence.room(*shape)], None
+    def places(self, name: str, like: Tensor, shape: Sequence[int]) -> tuple[list[Tensor], int | None]:
+        return [self._residence.room(like, *shape)], None
 
     def placed(self, name: str, which: int) -> None:
         pass
@@ -158,7 +159,7 @@ class Stream:
         """Where the run before left windows (W, L), or as the model embeds them."""
         with torch.inference_mode():
             first = architecture.embed(tokens[:1])
-            places, which = stage.places(name, (len(tokens), *first.shape[1:]))
+            places, which = stage.places(name, first, (len(tokens), *first.shape[1:]))
             if which is None:
                 for window, row in enumerate(tokens):
                     places[0][window] = architecture.embed(row[None])[0]

@@ -153,7 +153,7 @@ def _forward(architecture: Architecture, tokens: Tensor, steps: Steps) -> Tensor
     for stop in walk(architecture, None, tokens, tail=True):
         (states,) = stop.groups
         if not len(entering):
-            entering = architecture.residence.room(blocks + 1, *states.shape)
+            entering = architecture.residence.room(states, blocks + 1, *states.shape)
         entering[min(stop.block.index, blocks)] = states
         if stop.block is not architecture.tail:
             stop.advance()

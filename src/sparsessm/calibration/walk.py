@@ -221,7 +221,7 @@ class Stop:
 
     def _run_to_last_use(self, target: Target, observer: Any) -> None:
         residence = self._streams.residence
-        copied = residence.room(*self.hidden.shape).copy_(self.hidden)
+        copied = residence.room(self.hidden, *self.hidden.shape).copy_(self.hidden)
         streams = Streams(residence, Stream("ahead", [copied]))
         here = Stop(self._block, None, streams, (), None)  # this block is open already
         here.run({target.kind: observer})
@@ -334,7 +334,7 @@ def embedded(architecture: Architecture, tokens: Tensor) -> Tensor:
     """(W, L) token ids -> (W, L, d_model), a new tensor."""
     with torch.inference_mode():
         first = architecture.embed(tokens[:1])
-        states = architecture.residence.room(len(tokens), *first.shape[1:])
+        states = architecture.residence.room(first, len(tokens), *first.shape[1:])
         for window, row in enumerate(tokens):
             states[window] = architecture.embed(row[None])[0]
     return states

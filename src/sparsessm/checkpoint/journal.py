@@ -246,7 +246,7 @@ class _Stage:
             self._began |= line["states"]
         self._places: dict[str, list[Tensor]] = {}
 
-    def places(self, name: str, shape: Sequence[int]) -> tuple[list[Tensor], int | None]:
+    def places(self, name: str, like: Tensor, shape: Sequence[int]) -> tuple[list[Tensor], int | None]:
         folder = self._journal.folder
         files = [folder / f"states-{self._name}-{name}-{number}" for number in (0, 1)]
         began = self._began.get(name)

@@ -165,9 +165,9 @@ class Streamed(Residence):
         home = self._homes.get(id(parameter))
         return home.read() if home is not None and _is_empty(home.parameter) else parameter.detach()
 
-    def room(self, *shape: int) -> Tensor:
-        if 4 * math.prod(shape) <= self._limit:
-            return torch.empty(shape)
+    def room(self, like: Tensor, *shape: int) -> Tensor:
+        if 4 * math.prod(shape) <= self._limit or like.device.type != "cpu" or like.dtype != torch.float32:
+            return like.new_empty(shape)
         return self.mapped.tensor(self.folder, shape)
 
     def release(self, states: Tensor) -> None:

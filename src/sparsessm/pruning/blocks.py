@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from sparsessm.architectures import Architecture
 from sparsessm.calibration.loss import head_losses, losses
 from sparsessm.calibration.progress import Progress, Steps
-from sparsessm.calibration.walk import first_tokens, grouped, walk
+from sparsessm.calibration.walk import embedded, first_tokens, grouped, walk
 from sparsessm.methods.base import seed_of
 from sparsessm.recipe.sizes import Order
 
@@ -125,8 +125,8 @@ def _each_alone(architecture: Architecture, tokens: Tensor) -> tuple[float, dict
 
 def _in_walks(architecture: Architecture, blocks: Sequence[int], group: Tensor) -> Iterator[Sequence[int]]:
     """The blocks, as many at a time as hidden states of the group have room for."""
-    (states,) = next(walk(architecture, None, group)).groups
-    count = architecture.residence.at_once(states.nbytes, len(blocks), free=len(blocks))
+    one = embedded(architecture, group[:1, :1])
+    count = architecture.residence.at_once(one.nbytes * group.numel(), len(blocks), free=len(blocks))
     for first in range(0, len(blocks), count):
         yield blocks[first : first + count]
 
