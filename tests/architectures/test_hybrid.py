@@ -136,7 +136,7 @@ def test_all_matrices_are_targets_under_their_stored_names(name: str) -> None:
     assert sorted(target.name for target in targets) == sorted(first.values())
     stored = model.state_dict()
     for target in targets:
-        assert target.parameter.data_ptr() == wanted[target.name].data_ptr()
+        assert target.matrix.data_ptr() == wanted[target.name].data_ptr()
         assert target.matrix.shape[0] == wanted[target.name].shape[0]
         assert target.name in stored or target.name.rpartition(".")[0] in stored
     for index, block in enumerate((*architecture.blocks, architecture.tail)):

@@ -9,13 +9,11 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from pico import pico_tokenizer
 
 from sparsessm.evaluation import comparison
 from sparsessm.evaluation.comparison import MEAN, PAPER, Metric, Score, ZeroShot
@@ -295,7 +293,7 @@ def test_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer.bos_token = tokenizer.eos_token = None
     with pytest.raises(ValueError, match="a token for the beginning or end of a text"):
         zero_shot(checkpoint, ["piqa"])
-    other: Any = SimpleNamespace(model=torch.nn.Linear(1, 1), tokenizer=pico_tokenizer(), trained_length=None)
+    other: Any = replace(pico(), model=torch.nn.Linear(1, 1))
     with pytest.raises(ValueError, match="model type 'Linear' has no adapter"):
         zero_shot(other, ["piqa"])
     monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", None)
