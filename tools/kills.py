@@ -21,7 +21,7 @@ import signal
 import sys
 import tempfile
 import time
-from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -40,7 +40,9 @@ KINDS = {
 
 def model_at(folder: Path) -> None:
     """A Mamba of six small layers with the built-in tokenizer."""
-    source = Path(str(files("sparsessm"))) / "builtin" / "pycode"
+    found = find_spec("sparsessm")
+    assert found is not None and found.origin is not None
+    source = Path(found.origin).parent / "builtin" / "pycode"
     vocabulary = json.loads((source / "config.json").read_text())["vocab_size"]
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "state_size": 8, "num_hidden_layers": 6, "time_step_rank": 4}
