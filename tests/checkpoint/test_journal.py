@@ -163,6 +163,25 @@ def test_a_journal_of_something_else_is_refused(tmp_path: Path, content: bytes) 
         pass
 
 
+@pytest.mark.parametrize("how", [{"force": True}, {"resume": True}, {}], ids=str)
+@pytest.mark.parametrize("kind", ["directory", "file", "link"])
+def test_what_somebody_else_has_there_is_left_alone(tmp_path: Path, kind: str, how: dict[str, bool]) -> None:
+    folder = folder_of(tmp_path / "out")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/thesis.txt").write_text("years of work")
+    if kind == "directory":
+        (tmp_path / "other").rename(folder)
+    elif kind == "link":
+        folder.symlink_to(tmp_path / "other")
+    else:
+        folder.write_text("years of work")
+    with pytest.raises(ValueError, match="is in the way: it is no unfinished run"):
+        with unfinished(tmp_path / "out", **how):
+            pass
+    file = folder if kind == "file" else folder / "thesis.txt"
+    assert file.read_text() == "years of work"
+
+
 def test_two_processes_do_not_work_on_one_result(tmp_path: Path) -> None:
     with unfinished(tmp_path / "out"):
         with pytest.raises(ValueError, match="another process"), unfinished(tmp_path / "out", force=True):

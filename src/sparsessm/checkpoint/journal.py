@@ -82,13 +82,18 @@ class Journal:
 
         Raises:
             ValueError: there is something, and neither `resume` nor `force`; another process works there; or
-                what is there is damaged, or of another version.
+                what is there is of somebody else, damaged, or of another version.
             OSError: it cannot be made.
         """
         self.folder = folder_of(out)
         self._result = Path(out).resolve(), _identity(Path(out).resolve())
         self._lines: list[dict[str, Any]] = []
-        there = self.folder.exists()
+        there = os.path.lexists(self.folder)
+        if there and not _ours(self.folder):
+            raise ValueError(
+                f"{str(self.folder)!r} is in the way: it is no unfinished run; rename it, or choose another "
+                "name for the result"
+            )
         if there and not resume and not force:
             raise ValueError(
                 f"{str(self.folder)!r} holds an unfinished run ({said(self.folder)}); go on with it "
@@ -292,6 +297,13 @@ class _Stage:
             found[name] = {"place": place, "checksum": _checksum_of(states)}
             self._residence.release(states)
         return found
+
+
+def _ours(folder: Path) -> bool:
+    """Whether a directory is that of a run, or empty: a slip must not take somebody's files."""
+    if not folder.is_dir() or folder.is_symlink():
+        return False
+    return (folder / FILE).is_file() or not any(folder.iterdir())
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
