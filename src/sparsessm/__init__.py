@@ -152,7 +152,8 @@ class Run:
         with working(checkpoint, "prune"):
             wanted = (recipe or Recipe()).updated(**{**fields, "tokenizer": checkpoint.tokenizer_source})
             wanted = wanted.resolved(model=checkpoint.source, trained_length=checkpoint.trained_length)
-            self.architecture = adapt(checkpoint.model, checkpoint.stored)
+            self.architecture = adapt(checkpoint.model, checkpoint.stored, wanted.compute)
+            wanted = wanted.updated(compute=self.architecture.compute.used)
             self.plan = make_plan(wanted, self.architecture)
 
     @property
@@ -239,7 +240,7 @@ class Run:
             # a layer that has gone takes its tensors along
             checkpoint.stored = dict(self.architecture.stored)
             report.pruned_before, report.packed = before, bool(Own.of(checkpoint.model))
-            report.advice = self.advice
+            report.advice, report.compute = self.advice, self.architecture.compute.record()
             kinds = contents(checkpoint.model.state_dict(), checkpoint.stored)
             report.sizes = {kind: size for kind, (size, _) in kinds.items()}
             if dense is not None:
@@ -260,6 +261,7 @@ def evaluate(
     length: int | None = None,
     limit: int | None = None,
     column: str | None = None,
+    compute: str = "auto",
     progress: Progress | None = None,
 ) -> Perplexity:
     """Measure perplexity and bits per byte on the evaluation split of a text, in non-overlapping windows.
@@ -270,6 +272,7 @@ def evaluate(
         length: tokens in a window; 2048, or the model's own length if that is shorter.
         limit: use only so many windows, evenly spaced over the text.
         column: the field or column that holds the text; `text`, of a named data set its own.
+        compute: precision of products: float32, bfloat16, or auto (bfloat16 where the CPU has AMX).
         progress: called with (stage, done, total).
 
     Raises:
@@ -296,7 +299,9 @@ def evaluate(
         windows, n_bytes = evaluation_windows(
             str(data), checkpoint.tokenizer, length=length, limit=limit, column=column
         )  # (W, length)
-        return perplexity(checkpoint.model, windows, n_bytes, data=str(data), progress=progress)
+        return perplexity(
+            checkpoint.model, windows, n_bytes, data=str(data), compute=compute, progress=progress
+        )
 
 
 def _refuse_uncallable(progress: object) -> None:

@@ -20,6 +20,7 @@ from sparsessm.architectures.target import (
     Target,
     removed_a_log,
 )
+from sparsessm.kernels import products
 
 MODEL_TYPES: Mapping[str, type[Stack | Hybrid]] = {
     "mamba": Mamba,
@@ -73,13 +74,16 @@ def refuse_older(model_type: str, groups: int = 1) -> None:
         )
 
 
-def adapt(model: nn.Module, stored: Mapping[str, torch.dtype] | None = None) -> Architecture:
+def adapt(
+    model: nn.Module, stored: Mapping[str, torch.dtype] | None = None, compute: str = "float32"
+) -> Architecture:
     """Wrap a transformers causal language model.
 
     Args:
         model: e.g. `MambaForCausalLM`, in float32.
         stored: parameter name -> dtype of its checkpoint; pruned values are rounded to it. Not given: the
             live dtype.
+        compute: the precision of products where its blocks are walked over: "float32", "bfloat16", or "auto".
 
     Raises:
         ValueError: the model type has no adapter; the supported ones are listed. Or as `refuse_older`.
@@ -93,4 +97,6 @@ def adapt(model: nn.Module, stored: Mapping[str, torch.dtype] | None = None) -> 
     config: Any = model.config
     refuse_older(model_type, config.n_groups if model_type == "mamba2" else 1)
     model.eval()
-    return MODEL_TYPES[model_type](model, stored or {})
+    architecture = MODEL_TYPES[model_type](model, stored or {})
+    architecture.compute = products.choose(compute)
+    return architecture

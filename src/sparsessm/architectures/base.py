@@ -21,13 +21,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any, Protocol, final
 
 import torch
 from torch import Tensor, nn
 
 from sparsessm.architectures.axes import Axis
+from sparsessm.architectures.computing import computing
 from sparsessm.architectures.target import Target
+from sparsessm.kernels.products import FLOAT32, Choice
 
 
 class Tap(Protocol):
@@ -96,6 +98,18 @@ class Block(ABC):
         """
 
     @abstractmethod
+    def linear(self) -> dict[str, nn.Module]:
+        """Its linear layers, by target name; those that are targets of an earlier block are among them."""
+
+    @final
+    def computing(self, compute: str) -> AbstractContextManager[None]:
+        """Its products have this precision meanwhile, "float32" or "bfloat16" (kernels/products.py).
+
+        Its weights must stay as they are, and rounded products have no gradient.
+        """
+        return computing(self.linear().values(), compute)
+
+    @abstractmethod
     def outputs(self) -> AbstractContextManager[dict[str, Tensor]]:
         """Yields what holds the outputs of its linear layers and experts, by target name, after a forward.
 
@@ -115,7 +129,7 @@ class Tail(Block):
         self, norm: Any, head: Any, name: str, index: int, stored: Mapping[str, torch.dtype]
     ) -> None:
         self.index, self.name = index, name.removesuffix(".weight")
-        self._norm = norm
+        self._norm, self._head = norm, head
         dtype = stored.get(name, head.weight.dtype)
         self.targets = (Target(name, "head", "lm_head", index, head.weight, dtype),)
 
@@ -129,6 +143,9 @@ class Tail(Block):
         if tap := (taps or {}).get("lm_head"):
             tap.add(self._norm(hidden))
         return hidden, None
+
+    def linear(self) -> dict[str, nn.Module]:
+        return {self.targets[0].name: self._head}
 
     def outputs(self) -> AbstractContextManager[dict[str, Tensor]]:
         return nullcontext({})
@@ -149,6 +166,7 @@ class Architecture(ABC):
         projects: whether its states can be projected, for our runtime alone. widens: whether its layers can
             have channels of their own number, for our runtime alone.
         stored: parameter name -> dtype of its checkpoint.
+        compute: the precision of products where a walk runs its blocks.
     """
 
     model: nn.Module
@@ -160,6 +178,7 @@ class Architecture(ABC):
     projects: bool = False
     widens: bool = False
     stored: Mapping[str, torch.dtype]
+    compute: Choice = FLOAT32
 
     @abstractmethod
     def fields(self, sizes: Mapping[str, int]) -> dict[str, Any]:

@@ -40,11 +40,13 @@ class Streams:
         hidden: of the windows that are looked at, None where nobody looks. They are overwritten.
         dense: of the same windows in the dense model, None where nobody compares. They are overwritten.
         groups: of windows that only go through; replaced by new tensors.
+        compute: the precision of products on the way (`Architecture.compute`).
     """
 
     hidden: Tensor | None = None
     dense: Tensor | None = None
     groups: list[Tensor] = field(default_factory=list)
+    compute: str = "float32"
 
 
 class Stop:
@@ -147,7 +149,7 @@ class Stop:
         dense_until = None if until in pairs and until == self._block.targets[-1].kind else until
         both = (pairs or until is None) and not self._dense_is_through
         state = dense_state = None
-        with torch.inference_mode():
+        with torch.inference_mode(), self._computing():
             for start in range(0, hidden.shape[1], width):
                 slab = slice(start, start + width)
                 for recorder in recorders.values():
@@ -174,7 +176,8 @@ class Stop:
             return
         if self._streams.hidden is not None and not self._windows_are_through:
             self.run({})
-        self._streams.groups[:] = [through(self._block, group) for group in self._streams.groups]
+        with self._computing():
+            self._streams.groups[:] = [through(self._block, group) for group in self._streams.groups]
         self._advanced = True
 
     def replace(self, block: Block) -> None:
@@ -195,14 +198,15 @@ class Stop:
             groups: (W, L, d_model) hidden states that have left this block.
         """
         self._refuse_closed()
-        return _over(self._ahead, Streams(groups=list(groups)))
+        return _over(self._ahead, Streams(groups=list(groups), compute=self._streams.compute))
 
     def _run_to_last_use(self, target: Target, observer: Any) -> None:
         hidden = self.hidden.clone()
-        here = Stop(self._block, None, Streams(hidden), (), None)  # this block is open already
+        streams = Streams(hidden, compute=self._streams.compute)
+        here = Stop(self._block, None, streams, (), None)  # this block is open already
         here.run({target.kind: observer})
         last = target.uses[-1]
-        for stop in _over([block for block in self._ahead if block.index <= last], Streams(hidden)):
+        for stop in _over([block for block in self._ahead if block.index <= last], streams):
             if stop.block.index in target.uses:
                 stop.run({target.kind: observer}, until=target.kind if stop.block.index == last else None)
 
@@ -216,6 +220,16 @@ class Stop:
         return moments.through(
             *(block.target(kind).matrix[:rows] for block in (self._block, self._dense or self._block))
         )
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """The blocks here multiply as the walk says; their weights stay as they are."""
+        with self._block.computing(self._streams.compute):
+            if self._dense is None:
+                yield
+                return
+            with self._dense.computing(self._streams.compute):
+                yield
 
     def _count(self) -> None:
         if self._steps:
@@ -252,7 +266,8 @@ def walk(
             position.
     """
     hidden = None if tokens is None else embedded(architecture, tokens)
-    streams = Streams(hidden, dense, [embedded(architecture, group) for group in groups])
+    states = [embedded(architecture, group) for group in groups]
+    streams = Streams(hidden, dense, states, architecture.compute.used)
     blocks = (*architecture.blocks, architecture.tail) if tail else architecture.blocks
     yield from _over(blocks, streams, without, steps)
 
@@ -274,7 +289,7 @@ def _over(
                 if ahead:
                     stop.advance()
         elif ahead and streams.dense is not None:
-            with opened(block, Streams(streams.dense), (), None) as stop:
+            with opened(block, Streams(streams.dense, compute=streams.compute), (), None) as stop:
                 stop.advance()
 
 

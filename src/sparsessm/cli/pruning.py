@@ -269,6 +269,14 @@ def analyze(
     samples: Annotated[int, option("--samples", min=1, help="Number of calibration windows.")] = 16,
     windows: Annotated[int, option("--windows", min=1, help="Number of held-out windows.")] = 8,
     length: Length = None,
+    compute: Annotated[
+        str,
+        option(
+            "--compute",
+            help="Precision of products, as for prune. What is compared here may differ by less than bfloat16 "
+            "rounds.",
+        ),
+    ] = "float32",
     seed: Annotated[int, field("seed")] = 0,
     tokenizer: Tokenizer = None,
     force: Annotated[bool, option("--force", help="Replace another analysis in --out.")] = False,
@@ -290,7 +298,7 @@ def analyze(
         checkpoint = sparsessm.load(model, tokenizer=tokenizer)
         tell(checkpoint.notes, progress)
         options: dict[str, Any] = {"data": data, "column": column, "samples": samples, "windows": windows}
-        options |= {"length": length, "price": price, "seed": seed}
+        options |= {"length": length, "compute": compute, "price": price, "seed": seed}
         options |= {"out": out, "force": force, "progress": progress}
         found = tolerance.analyze(checkpoint, sparsities=shares, **options)
         told = findings.summary(found)

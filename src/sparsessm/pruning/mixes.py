@@ -77,7 +77,7 @@ def find(
     trials = []
     steps = Steps("mix", len(jobs), progress)
     for axis, size in jobs:
-        copied = adapt(copy.deepcopy(architecture.model), architecture.stored)
+        copied = adapt(copy.deepcopy(architecture.model), architecture.stored, architecture.compute.used)
         alone = replace(order, sizes={axis: size}, share=None)
         shrink(copied, alone, few, prices=prices, leaving=leaving)
         loss = float(losses(copied, held).mean()) - dense
