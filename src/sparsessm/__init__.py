@@ -240,7 +240,8 @@ class Run:
             # a layer that has gone takes its tensors along
             checkpoint.stored = dict(self.architecture.stored)
             report.pruned_before, report.packed = before, bool(Own.of(checkpoint.model))
-            report.advice, report.compute = self.advice, self.architecture.compute.record()
+            report.advice = self.advice
+            report.machine["compute"] = self.architecture.compute.record()
             kinds = contents(checkpoint.model.state_dict(), checkpoint.stored)
             report.sizes = {kind: size for kind, (size, _) in kinds.items()}
             if dense is not None:

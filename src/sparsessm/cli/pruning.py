@@ -273,8 +273,8 @@ def analyze(
         str,
         option(
             "--compute",
-            help="Precision of products, as for prune. What is compared here may differ by less than bfloat16 "
-            "rounds.",
+            help="Precision of products: float32, bfloat16 or auto. What is compared here may differ by less "
+            "than bfloat16 rounds.",
         ),
     ] = "float32",
     seed: Annotated[int, field("seed")] = 0,

@@ -232,13 +232,13 @@ void rounded_linear(const std::string &unit, int threads, Floats<2> x, Numbers p
     rounded::linear(unit, from, packed.data(), out, shift, y.data(), bounded(threads));
 }
 
-void add_rounded_moments(const std::string &unit, int threads, Floats<2> left, Floats<2> right,
+bool add_rounded_moments(const std::string &unit, int threads, Floats<2> left, Floats<2> right,
                          Array<double, 2> total) {
     const int64_t rows = left.shape(0), tall = left.shape(1), wide = right.shape(1);
     expect("total", total, {tall, wide}, true);
     const auto first = matrix("left", left, rows, tall), second = matrix("right", right, rows, wide);
     nb::gil_scoped_release release;
-    rounded::add_moments(unit, first, second, total.data(), bounded(threads));
+    return rounded::add_moments(unit, first, second, total.data(), bounded(threads));
 }
 
 void bind_rounded(nb::module_ &m) {

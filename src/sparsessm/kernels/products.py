@@ -112,7 +112,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     A float64 model is never rounded. Rounded products have no gradient.
 
     Raises:
-        ValueError: a gradient is asked for where products are rounded.
+        ValueError: a gradient is asked for where products are rounded, or shapes that do not fit.
     """
     now = _now.get()
     if now is None or not now.rounds or torch.float64 in (x.dtype, weight.dtype):
@@ -121,6 +121,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         raise ValueError("a bfloat16 product has no gradient; compute in float32")
     if not _native(x, weight):
         return F.linear(rounded(x), rounded(weight), bias)
+    if x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"linear: x has {x.shape[-1]} columns, weight {weight.shape[1]}")
     key = (weight.data_ptr(), *weight.shape, *weight.stride())
     if key not in now.packed:
         now.packed[key] = weight, _packed(weight)  # held, so that no other tensor comes to lie there
@@ -128,7 +130,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     y = kernels.empty(len(rows), len(weight))
     shift = None if bias is None else bias.detach().contiguous()
     kernels.extension().rounded_linear(unit(), torch.get_num_threads(), rows, now.packed[key][1], shift, y)
-    return y.view(*x.shape[:-1], -1)
+    return y.view(*x.shape[:-1], len(weight))
 
 
 def rounded(x: Tensor) -> Tensor:
@@ -160,12 +162,10 @@ class Sum:
         else:
             if self.total is None:
                 self.total = left.new_zeros(len(left), len(right), dtype=torch.float64)
-            self._half |= left is right
             first = _rows(left.mT)
             second = first if left is right else _rows(right.mT)
-            kernels.extension().add_rounded_moments(
-                unit(), torch.get_num_threads(), first, second, self.total
-            )
+            add = kernels.extension().add_rounded_moments
+            self._half |= add(unit(), torch.get_num_threads(), first, second, self.total)
 
     def take(self) -> Tensor | None:
         """The sum, handed over: nothing is kept here."""

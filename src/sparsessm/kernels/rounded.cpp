@@ -238,7 +238,8 @@ void linear(const std::string &unit, const Matrix &x, const uint16_t *packed, in
             int threads) {
     refuse_unknown(unit);
     const int64_t deep = up(x.width, DEPTH) / DEPTH, strip = deep * TILE;
-    const int64_t most = std::max(BLOCK, HELD / (deep * DEPTH) / BLOCK * BLOCK);
+    if (!x.rows) return;
+    const int64_t most = std::max(BLOCK, HELD / std::max(DEPTH, deep * DEPTH) / BLOCK * BLOCK);
     const int64_t tall = std::min(most, up((x.rows + threads - 1) / threads, BLOCK)); // rows for one thread at a time
     parallel_for((x.rows + tall - 1) / tall, x.rows * x.width * out / 16, threads, [&](int64_t panel) {
         const int64_t first = panel * tall, blocks = up(std::min(tall, x.rows - first), BLOCK) / BLOCK;
@@ -275,7 +276,7 @@ void linear(const std::string &unit, const Matrix &x, const uint16_t *packed, in
     });
 }
 
-void add_moments(const std::string &unit, const Matrix &left, const Matrix &right, double *total, int threads) {
+bool add_moments(const std::string &unit, const Matrix &left, const Matrix &right, double *total, int threads) {
     refuse_unknown(unit);
     const bool same = left.data == right.data && left.width == right.width && left.stride == right.stride;
     const int64_t most = std::min(up(left.rows, DEPTH), STEPS);
@@ -318,6 +319,7 @@ void add_moments(const std::string &unit, const Matrix &left, const Matrix &righ
             }
         });
     }
+    return same;
 }
 
 } // namespace sparsessm::rounded

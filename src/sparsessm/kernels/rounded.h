@@ -23,8 +23,8 @@ void pack(const Matrix &weight, uint16_t *packed, int threads);
 void linear(const std::string &unit, const Matrix &x, const uint16_t *packed, int64_t out, const float *bias, float *y,
             int threads);
 
-// total (left.width, right.width) += left' right, summed in float32 over the rows of the call. Where right is left only
-// blocks on and above the diagonal are added to.
-void add_moments(const std::string &unit, const Matrix &left, const Matrix &right, double *total, int threads);
+// total (left.width, right.width) += left' right, summed in float32 over some rows at a time. Where right is left only
+// blocks on and above the diagonal are added to; returns whether it is.
+bool add_moments(const std::string &unit, const Matrix &left, const Matrix &right, double *total, int threads);
 
 } // namespace sparsessm::rounded

@@ -96,7 +96,6 @@ class Report:
         pruned_before: the model had been pruned in memory already, so the recipe alone does not repeat it.
         packed: no stock checkpoint can hold it: projected states, or layers of different widths.
         machine: on which it ran; masks may differ on another (`machine.current`).
-        compute: the precision of products: asked for, used, what multiplied, and why; empty if not known.
     """
 
     recipe: dict[str, Any]
@@ -113,7 +112,6 @@ class Report:
     pruned_before: bool = False
     packed: bool = False
     machine: dict[str, Any] = field(default_factory=machine.current)
-    compute: dict[str, str] = field(default_factory=dict)
 
     @property
     def totals(self) -> dict[str, dict[str, Any]]:
@@ -146,7 +144,6 @@ class Report:
             "format": RECORD_FORMAT,
             "versions": machine.versions(),
             "machine": dict(self.machine),
-            "compute": dict(self.compute),
             "recipe": dict(self.recipe),
             "pruned_before": self.pruned_before,
             "calibration": {
