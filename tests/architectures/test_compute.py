@@ -1,4 +1,4 @@
-"""The precision of a model's products: who rounds, that nothing is left behind, and that it changes little."""
+"""The precision of a model's products: who rounds, what is left behind, and how much it changes."""
 
 from __future__ import annotations
 

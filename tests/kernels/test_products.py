@@ -69,7 +69,9 @@ def test_views_and_dimensions_in_front_are_multiplied_as_they_lie(by: str) -> No
     x, part = wide[:, 2:7, 5:45], weight[:33, 7:47]
     y = products.linear(x, part)
     assert y.shape == (4, 5, 33) and near(y, exact(x.reshape(20, 40), part).view(4, 5, 33))
-    assert near(products.linear(x, normal(40, 33).T), exact(x.reshape(20, 40), normal(40, 33).T).view(4, 5, 33))
+    assert near(
+        products.linear(x, normal(40, 33).T), exact(x.reshape(20, 40), normal(40, 33).T).view(4, 5, 33)
+    )
     total = products.Sum()
     total.add(wide[0, :, ::2].T, wide[0, :, ::2].T)
     assert near(total.take(), exact(wide[0, :, ::2].T, wide[0, :, ::2].T))  # type: ignore[arg-type]
@@ -92,7 +94,9 @@ def test_large_small_and_infinite_numbers_come_through(by: str) -> None:
         x = normal(40, 40)
         x[33, 17] = hostile
         y = products.linear(x, normal(20, 40))
-        assert not torch.isfinite(y[33]).any() and torch.isfinite(y[:33]).all() and torch.isfinite(y[34:]).all()
+        assert (
+            not torch.isfinite(y[33]).any() and torch.isfinite(y[:33]).all() and torch.isfinite(y[34:]).all()
+        )
         total = products.Sum()
         total.add(x.T, x.T)
         bad = ~torch.isfinite(total.take())  # type: ignore[arg-type]
