@@ -82,12 +82,13 @@ def test_what_multiplies_is_the_same_up_to_the_order_of_sums(
     assert (here - other).norm() < 0.01 * other.norm()  # a sum that rounds to another bfloat16 now and then
 
 
-def test_prices_are_gradients_and_stay_float32_behind_a_rounded_forward() -> None:
-    model = pico_mamba()
-    exact, rounds = (row_prices(adapt(model, compute=c), TOKENS) for c in ("float32", "bfloat16"))
+def test_prices_are_the_same_up_to_rounding(model: Any) -> None:
+    dense, rounds = adapt(model), adapt(model, compute="bfloat16")
+    exact, coarse = (row_prices(one, TOKENS, head=True) for one in (dense, rounds))
+    assert exact.keys() == coarse.keys()
     for name, price in exact.items():
-        assert not torch.equal(price, rounds[name])
-        assert (price - rounds[name]).norm() < 0.05 * price.norm()
+        assert ".experts." in name or 0 < (price - coarse[name]).norm() < 0.1 * price.norm(), name
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 def test_hooks_of_linear_layers_hear_the_rounded_product() -> None:

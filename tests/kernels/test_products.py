@@ -131,9 +131,17 @@ def test_bits_depend_on_no_number_of_threads(by: str) -> None:
     assert all(torch.equal(a, b) for one in found[1:] for a, b in zip(one, found[0], strict=True))  # type: ignore
 
 
-def test_rounded_products_refuse_gradients_and_shapes_that_do_not_fit(by: str) -> None:
+def test_the_gradient_of_the_input_is_a_rounded_product_too(by: str) -> None:
+    x, weight, dy = normal(2, 9, 40).requires_grad_(), normal(33, 40, seed=1), normal(2, 9, 33, seed=2)
+    with torch.enable_grad():
+        y = products.linear(x, weight, normal(33))
+    (grad,) = torch.autograd.grad(y, x, dy)
+    assert near(grad, exact(dy.view(18, 33), weight.T).view(2, 9, 40))
+
+
+def test_rounded_products_refuse_gradients_of_weights_and_shapes_that_do_not_fit(by: str) -> None:
     with torch.enable_grad(), pytest.raises(ValueError, match="no gradient"):
-        products.linear(normal(2, 3).requires_grad_(), normal(4, 3))
+        products.linear(normal(2, 3), normal(4, 3).requires_grad_())
     if by != "torch":
         with pytest.raises(ValueError, match="x has 30 columns, weight 31"):
             products.linear(normal(2, 30), normal(4, 31))

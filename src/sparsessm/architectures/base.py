@@ -105,7 +105,7 @@ class Block(ABC):
     def computing(self, compute: str) -> AbstractContextManager[None]:
         """Its products have this precision meanwhile, "float32" or "bfloat16" (kernels/products.py).
 
-        Its weights must stay as they are, and rounded products have no gradient.
+        Its weights must stay as they are, and have no gradient where products are rounded.
         """
         return computing(self.linear().values(), compute)
 

@@ -15,9 +15,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from sparsessm import kernels
@@ -109,16 +111,23 @@ def rounds() -> bool:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., in) weight (out, in)' + bias (out,) -> (..., out), in the precision of now.
 
-    A float64 model is never rounded. Rounded products have no gradient.
+    A float64 model is never rounded. Where products are rounded, so are those of x's gradient; the weight has
+    none.
 
     Raises:
-        ValueError: a gradient is asked for where products are rounded, or shapes that do not fit.
+        ValueError: a rounded product of a weight that requires a gradient, or shapes that do not fit.
     """
     now = _now.get()
     if now is None or not now.rounds or torch.float64 in (x.dtype, weight.dtype):
         return F.linear(x, weight, bias)
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        raise ValueError("a bfloat16 product has no gradient; compute in float32")
+    if not torch.is_grad_enabled():
+        return _linear(now, x, weight, bias)
+    if weight.requires_grad:
+        raise ValueError("the weight of a bfloat16 product has no gradient; compute in float32")
+    return _Linear.apply(now, x, weight, bias)
+
+
+def _linear(now: _Now, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if not _native(x, weight):
         return F.linear(rounded(x), rounded(weight), bias)
     if x.shape[-1] != weight.shape[1]:
@@ -131,6 +140,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     shift = None if bias is None else bias.detach().contiguous()
     kernels.extension().rounded_linear(unit(), torch.get_num_threads(), rows, now.packed[key][1], shift, y)
     return y.view(*x.shape[:-1], len(weight))
+
+
+class _Linear(torch.autograd.Function):
+    """A rounded linear layer and the gradient of its input."""
+
+    @staticmethod
+    def forward(ctx: Any, now: _Now, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.now, ctx.weight = now, weight
+        return _linear(now, x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        return None, _linear(ctx.now, grad_outputs[0], ctx.weight.T, None), None, None
 
 
 def rounded(x: Tensor) -> Tensor:
