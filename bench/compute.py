@@ -97,7 +97,7 @@ def whole(rounds: int, layers: int, windows: int, length: int) -> dict[str, Any]
         return once
 
     found: dict[str, Any] = compared(rounds, {way: run(way) for way in WAYS})
-    return found | {f"parts in {way}, s": stages(run(way)) for way in WAYS}
+    return found | {f"parts in {way}, s": stages(run(way), time.process_time) for way in WAYS}
 
 
 def evaluation(rounds: int, layers: int, windows: int, length: int) -> dict[str, float]:
