@@ -15,7 +15,7 @@ from sparsessm.kernels import products
 
 # rows, inputs, outputs: below, at and beyond the edges of tiles (16, 32) and of what is held at once (1,024).
 SHAPES = [(1, 1, 1), (3, 5, 7), (33, 31, 33), (64, 64, 64), (130, 48, 100), (257, 100, 65), (5, 600, 17)]
-SHAPES += [(1025, 3, 16), (2049, 40, 33), (40, 1100, 5), (7, 33, 300)]
+SHAPES += [(1025, 3, 16), (2049, 40, 33), (40, 1100, 5), (7, 33, 300), (35, 9000, 40)]
 
 
 @pytest.fixture(params=[*products.units(), "torch"])
@@ -46,6 +46,7 @@ def test_a_rounded_linear_layer_is_that_of_the_rounded_numbers(
 ) -> None:
     x, weight, bias = normal(rows, inputs), normal(outputs, inputs, seed=1), normal(outputs, seed=2)
     assert near(products.linear(x, weight), exact(x, weight))
+    assert near(products.linear(x, weight.T.contiguous().T), exact(x, weight))
     assert near(products.linear(x, weight, bias), exact(x, weight) + bias.double())
 
 

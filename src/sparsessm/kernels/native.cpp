@@ -212,12 +212,13 @@ rounded::Matrix matrix(const char *name, const Floats<2> &array, int64_t rows, i
     return {array.data(), rows, width, array.stride(0)};
 }
 
-void round_matrix(int threads, Floats<2> weight, Numbers packed) {
+void round_matrix(int threads, Floats<2> weight, bool turned, Numbers packed) {
     const int64_t rows = weight.shape(0), width = weight.shape(1);
-    expect("packed", packed, {rounded::packed_size(rows, width)}, true);
+    const int64_t size = turned ? rounded::packed_size(width, rows) : rounded::packed_size(rows, width);
+    expect("packed", packed, {size}, true);
     const auto from = matrix("weight", weight, rows, width);
     nb::gil_scoped_release release;
-    rounded::pack(from, packed.data(), bounded(threads));
+    rounded::pack(from, turned, packed.data(), bounded(threads));
 }
 
 void rounded_linear(const std::string &unit, int threads, Floats<2> x, Numbers packed, std::optional<Floats<1>> bias,
@@ -245,7 +246,8 @@ void bind_rounded(nb::module_ &m) {
     const auto array = [](const char *name) { return nb::arg(name).noconvert(); };
     m.def("rounded_units", &rounded::units);
     m.def("packed_size", &rounded::packed_size, nb::arg("rows"), nb::arg("width"));
-    m.def("round_matrix", &round_matrix, nb::arg("threads"), array("weight"), array("packed"));
+    m.def("round_matrix", &round_matrix, nb::arg("threads"), array("weight"), nb::arg("turned"),
+          array("packed"));
     m.def("rounded_linear", &rounded_linear, nb::arg("unit"), nb::arg("threads"), array("x"), array("packed"),
           nb::arg("bias").noconvert().none(), array("y"));
     m.def("add_rounded_moments", &add_rounded_moments, nb::arg("unit"), nb::arg("threads"), array("left"),

@@ -205,9 +205,10 @@ def _native(*parts: Tensor) -> bool:
 
 
 def _packed(weight: Tensor) -> Tensor:
-    rows = _rows(weight)
-    packed = torch.empty(kernels.extension().packed_size(*rows.shape), dtype=torch.uint16, device="cpu")
-    kernels.extension().round_matrix(torch.get_num_threads(), rows, packed)
+    turned = weight.stride(0) == 1 and weight.stride(1) != 1  # as the backward pass needs it
+    rows = _rows(weight.T if turned else weight)
+    packed = torch.empty(kernels.extension().packed_size(*weight.shape), dtype=torch.uint16, device="cpu")
+    kernels.extension().round_matrix(torch.get_num_threads(), rows, turned, packed)
     return packed
 
 

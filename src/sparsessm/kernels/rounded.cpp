@@ -30,6 +30,7 @@ namespace {
 constexpr int64_t SIDE = 16, DEPTH = 32, TILE = SIDE * DEPTH; // of a tile: rows, values, numbers
 constexpr int64_t BLOCK = 2 * SIDE;                           // rows and columns of the result made at once
 constexpr int64_t HELD = 1 << 19;                             // numbers of x that stay in the second-level cache
+constexpr int64_t DEEPEST = 128;                              // tiles of a row that are multiplied at once
 constexpr int64_t STEPS = 1024, PANEL = 256;                  // of moments: rows at a time, columns of the left side
 
 int64_t up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
@@ -92,7 +93,7 @@ void pairs_of(const Matrix &m, int64_t row, int64_t last, int64_t at, __m512i (&
     alignas(64) static const uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                    8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     const __m512i turned = _mm512_load_si512(order);
-    const int64_t count = std::min<int64_t>(16, m.width - at);
+    const int64_t count = std::clamp<int64_t>(m.width - at, 0, 16);
     const auto mask = static_cast<__mmask16>((1u << count) - 1);
     const auto one = [&](int64_t i) {
         return i < last ? _mm512_maskz_loadu_ps(mask, m.data + i * m.stride + at) : _mm512_setzero_ps();
@@ -222,13 +223,18 @@ std::vector<std::string> units() {
 
 int64_t packed_size(int64_t rows, int64_t width) { return up(rows, BLOCK) * up(width, DEPTH); }
 
-void pack(const Matrix &weight, uint16_t *packed, int threads) {
-    const int64_t deep = up(weight.width, DEPTH) / DEPTH;
-    parallel_for(up(weight.rows, BLOCK) / SIDE, weight.rows * weight.width, threads, [&](int64_t strip) {
+void pack(const Matrix &weight, bool turned, uint16_t *packed, int threads) {
+    const int64_t deep = up(turned ? weight.rows : weight.width, DEPTH) / DEPTH;
+    const int64_t strips = up(turned ? weight.width : weight.rows, BLOCK) / SIDE;
+    parallel_for(strips, weight.rows * weight.width, threads, [&](int64_t strip) {
         __m512i r[16];
         for (int64_t k = 0; k < deep; ++k) {
-            rows_of(weight, strip * SIDE, k * DEPTH, r);
-            transpose(r);
+            if (turned) {
+                pairs_of(weight, k * DEPTH, weight.rows, strip * SIDE, r);
+            } else {
+                rows_of(weight, strip * SIDE, k * DEPTH, r);
+                transpose(r);
+            }
             store(packed + (strip * deep + k) * TILE, r);
         }
     });
@@ -237,39 +243,47 @@ void pack(const Matrix &weight, uint16_t *packed, int threads) {
 void linear(const std::string &unit, const Matrix &x, const uint16_t *packed, int64_t out, const float *bias, float *y,
             int threads) {
     refuse_unknown(unit);
-    const int64_t deep = up(x.width, DEPTH) / DEPTH, strip = deep * TILE;
     if (!x.rows) return;
-    const int64_t most = std::max(BLOCK, HELD / std::max(DEPTH, deep * DEPTH) / BLOCK * BLOCK);
+    const int64_t deep = up(x.width, DEPTH) / DEPTH, strip = deep * TILE, held = std::clamp<int64_t>(deep, 1, DEEPEST);
+    const int64_t most = std::max(BLOCK, HELD / (held * DEPTH) / BLOCK * BLOCK);
     const int64_t tall = std::min(most, up((x.rows + threads - 1) / threads, BLOCK)); // rows for one thread at a time
     parallel_for((x.rows + tall - 1) / tall, x.rows * x.width * out / 16, threads, [&](int64_t panel) {
         const int64_t first = panel * tall, blocks = up(std::min(tall, x.rows - first), BLOCK) / BLOCK;
-        const Numbers left = numbers(blocks * 2 * strip);
-        __m512i r[16];
-        for (int64_t i = 0; i < 2 * blocks; ++i)
-            for (int64_t k = 0; k < deep; ++k) {
-                rows_of(x, first + i * SIDE, k * DEPTH, r);
-                store(left.get() + i * strip + k * TILE, r);
-            }
+        const Numbers left = numbers(blocks * 2 * held * TILE);
         const Tiles tiles(unit);
         alignas(64) float result[BLOCK * BLOCK];
-        for (int64_t column = 0; column < out; column += BLOCK) {
-            const uint16_t *const b = packed + column / SIDE * strip, *const right[2] = {b, b + strip};
-            const int64_t count = std::min(BLOCK, out - column);
-            const auto low = static_cast<__mmask16>((1u << std::min<int64_t>(count, 16)) - 1);
-            const auto high = static_cast<__mmask16>((1u << std::max<int64_t>(count - 16, 0)) - 1);
-            const __m512 more[2] = {bias ? _mm512_maskz_loadu_ps(low, bias + column) : _mm512_setzero_ps(),
-                                    bias && high ? _mm512_maskz_loadu_ps(high, bias + column + 16)
-                                                 : _mm512_setzero_ps()};
-            for (int64_t block = 0; block < blocks; ++block) {
-                const uint16_t *const a = left.get() + 2 * block * strip, *const rows[2] = {a, a + strip};
-                ahead(right[0] + 2 * strip, column + BLOCK < out ? 2 * strip : 0, block, blocks);
-                tiles.multiply(deep, rows, right, result);
-                const int64_t start = first + block * BLOCK, end = std::min(start + BLOCK, x.rows);
-                for (int64_t row = start; row < end; ++row) {
-                    const float *from = result + (row - start) * BLOCK;
-                    float *to = y + row * out + column;
-                    _mm512_mask_storeu_ps(to, low, _mm512_add_ps(_mm512_load_ps(from), more[0]));
-                    if (high) _mm512_mask_storeu_ps(to + 16, high, _mm512_add_ps(_mm512_load_ps(from + 16), more[1]));
+        for (int64_t begin = 0; begin == 0 || begin < deep; begin += held) { // sums go on in y
+            const int64_t here = std::min(held, deep - begin), tall_strip = here * TILE;
+            __m512i r[16];
+            for (int64_t i = 0; i < 2 * blocks; ++i)
+                for (int64_t k = 0; k < here; ++k) {
+                    rows_of(x, first + i * SIDE, (begin + k) * DEPTH, r);
+                    store(left.get() + i * tall_strip + k * TILE, r);
+                }
+            for (int64_t column = 0; column < out; column += BLOCK) {
+                const uint16_t *const b = packed + column / SIDE * strip + begin * TILE, *const right[2] = {b, b + strip};
+                const int64_t count = std::min(BLOCK, out - column), next = column + BLOCK < out ? tall_strip : 0;
+                const auto low = static_cast<__mmask16>((1u << std::min<int64_t>(count, 16)) - 1);
+                const auto high = static_cast<__mmask16>((1u << std::max<int64_t>(count - 16, 0)) - 1);
+                const auto part = [&](__mmask16 some, const float *from) {
+                    return from && some ? _mm512_maskz_loadu_ps(some, from) : _mm512_setzero_ps();
+                };
+                const float *const shift = begin || !bias ? nullptr : bias + column;
+                const __m512 more[2] = {part(low, shift), part(high, shift ? shift + 16 : nullptr)};
+                for (int64_t block = 0; block < blocks; ++block) {
+                    const uint16_t *const a = left.get() + 2 * block * tall_strip, *const rows[2] = {a, a + tall_strip};
+                    ahead(right[0] + 2 * strip, next, block, blocks);
+                    ahead(right[1] + 2 * strip, next, block, blocks);
+                    tiles.multiply(here, rows, right, result);
+                    const int64_t start = first + block * BLOCK, end = std::min(start + BLOCK, x.rows);
+                    for (int64_t row = start; row < end; ++row) {
+                        const float *from = result + (row - start) * BLOCK;
+                        float *to = y + row * out + column;
+                        const __m512 before[2] = {begin ? part(low, to) : more[0], begin ? part(high, to + 16) : more[1]};
+                        _mm512_mask_storeu_ps(to, low, _mm512_add_ps(_mm512_load_ps(from), before[0]));
+                        if (high)
+                            _mm512_mask_storeu_ps(to + 16, high, _mm512_add_ps(_mm512_load_ps(from + 16), before[1]));
+                    }
                 }
             }
         }

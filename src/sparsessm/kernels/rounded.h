@@ -17,7 +17,8 @@ struct Matrix { // float32, rows `stride` apart
     int64_t rows, width, stride;
 };
 
-void pack(const Matrix &weight, uint16_t *packed, int threads);
+// turned: `weight` is given with its columns as rows.
+void pack(const Matrix &weight, bool turned, uint16_t *packed, int threads);
 
 // y (x.rows, out) = x weight' + bias, weight (out, x.width) as `pack` laid it out; bias may be null.
 void linear(const std::string &unit, const Matrix &x, const uint16_t *packed, int64_t out, const float *bias, float *y,
