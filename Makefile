@@ -19,8 +19,8 @@ test: $(DEVELOPED) ## the whole suite, two workers, coverage of src
 NUMERIC := $(addprefix tests/,$(addsuffix .py,$(addprefix methods/test_,balanced degenerate dense_target hessian \
 	readouts refit removed_before repair structured_methods transcription_linear transcription_sweep) \
 	$(addprefix runtime/test_,engine engine_mamba2 engine_projected engine_widths reference) \
-	$(addprefix architectures/test_,family projected) $(addprefix pruning/test_,projection entries) \
-	calibration/test_prices))
+	$(addprefix architectures/test_,compute family projected) $(addprefix pruning/test_,projection entries) \
+	calibration/test_prices kernels/test_products))
 NUMERIC_METHODS := $(filter tests/methods/%,$(NUMERIC))
 OLDEST := MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41 ATEN_CPU_CAPABILITY=default SPARSESSM_KERNELS=portable
 OLDER := MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 SPARSESSM_KERNELS=avx2
@@ -37,8 +37,9 @@ lint: $(DEVELOPED) ## style, types, and who imports whom
 	$(BIN)/pyright
 	$(BIN)/python tools/rooms.py
 
-bench: $(INSTALLED) ## the kernels, the calibration and the runtime, in time and memory
+bench: $(INSTALLED) ## the kernels, the calibration, its precision and the runtime, in time and memory
 	$(BIN)/python bench/bench.py
+	$(BIN)/python bench/compute.py
 	$(BIN)/python bench/runtime.py
 
 clean: ## what building and testing left, .venv excepted

@@ -212,7 +212,7 @@ STAGES = {
     "sweep": (entries, "sweep"),
     "refit": (entries, "refit"),
     "fisher": (prices, "output_fisher"),
-    "survey": (entries, "_surveyed_and_allocated"),
+    "survey": (entries, "surveyed"),
 }
 PRUNED = {
     "sparsegpt, projections": {"method": "sparsegpt", "target": "projections"},
@@ -262,7 +262,7 @@ def pruning(rounds: int, windows: int) -> dict[str, Any]:
     return result
 
 
-def stages(run: Callable[[], Any]) -> dict[str, float]:
+def stages(run: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> dict[str, float]:
     """Seconds inside the functions of `STAGES`, and what is left: forwards, scans, data on the move."""
     spent = dict.fromkeys(STAGES, 0.0)
     nested: list[str] = []
@@ -270,26 +270,26 @@ def stages(run: Callable[[], Any]) -> dict[str, float]:
     def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **options: Any) -> Any:
             nested.append(name)
-            start = time.perf_counter()
+            start = clock()
             try:
                 return function(*args, **options)
             finally:
                 nested.pop()
                 if not nested:
-                    spent[name] += time.perf_counter() - start
+                    spent[name] += clock() - start
 
         return call
 
     originals = {name: getattr(owner, attribute) for name, (owner, attribute) in STAGES.items()}
     for name, (owner, attribute) in STAGES.items():
         setattr(owner, attribute, timed(name, originals[name]))
-    start = time.perf_counter()
+    start = clock()
     try:
         run()
     finally:
         for name, (owner, attribute) in STAGES.items():
             setattr(owner, attribute, originals[name])
-    whole = time.perf_counter() - start
+    whole = clock() - start
     spent["forwards and the rest"] = whole - sum(spent.values())
     return {name: round(seconds, 2) for name, seconds in spent.items()}
 

@@ -160,7 +160,8 @@ class Run:
         with working(checkpoint, "prune"):
             wanted = (recipe or Recipe()).updated(**{**fields, "tokenizer": checkpoint.tokenizer_source})
             wanted = wanted.resolved(model=checkpoint.source, trained_length=checkpoint.trained_length)
-            self.architecture = checkpoint.architecture()
+            self.architecture = checkpoint.architecture(wanted.compute)
+            wanted = wanted.updated(compute=self.architecture.compute.used)
             self.plan = make_plan(wanted, self.architecture)
 
     @property
@@ -221,11 +222,7 @@ class Run:
             return self._yardstick.measure(self.architecture, self._progress)
 
     def forecast(self, *, measure: bool = True) -> Forecast | None:
-        """What the run takes on this machine, by a measurement of seconds; nothing is changed.
-
-        Returns:
-            None where whole units go: how many trials that takes is found out in the run.
-        """
+        """What the run takes on this machine, by a measurement of seconds; None where whole units go."""
         from sparsessm.checkpoint.given import working
         from sparsessm.checkpoint.memory import resident
         from sparsessm.evaluation.before_after import LONGEST, WINDOWS
@@ -274,6 +271,7 @@ class Run:
             checkpoint.stored = dict(self.architecture.stored)
             report.pruned_before, report.packed = before, bool(Own.of(checkpoint.model))
             report.advice = self.advice
+            report.machine["compute"] = self.architecture.compute.record()
             kinds = contents(checkpoint.model.state_dict(), checkpoint.stored)
             report.sizes = {kind: size for kind, (size, _) in kinds.items()}
             if dense is not None:
@@ -307,6 +305,7 @@ def evaluate(
     length: int | None = None,
     limit: int | None = None,
     column: str | None = None,
+    compute: str = "auto",
     progress: Progress | None = None,
 ) -> Perplexity:
     """Measure perplexity and bits per byte on the evaluation split of a text, in non-overlapping windows.
@@ -317,6 +316,7 @@ def evaluate(
         length: tokens in a window; 2048, or the model's own length if that is shorter.
         limit: use only so many windows, evenly spaced over the text.
         column: the field or column that holds the text; `text`, of a named data set its own.
+        compute: precision of products: float32, bfloat16, or auto (bfloat16 where the CPU has AMX).
         progress: called with (stage, done, total).
 
     Raises:
@@ -343,7 +343,8 @@ def evaluate(
         windows, n_bytes = evaluation_windows(
             str(data), checkpoint.tokenizer, length=length, limit=limit, column=column
         )  # (W, length)
-        return measure(checkpoint.architecture(), windows, n_bytes, data=str(data), progress=progress)
+        architecture = checkpoint.architecture(compute)
+        return measure(architecture, windows, n_bytes, data=str(data), progress=progress)
 
 
 def _refuse_uncallable(progress: object) -> None:

@@ -239,7 +239,7 @@ def test_rules_in_yaml(tmp_path: Path) -> None:
 
 
 def test_what_is_not_said_is_not_written() -> None:
-    assert Recipe().model_dump() == {"data": "stdlib", "samples": 64, "seed": 0}
+    assert Recipe().model_dump() == {"data": "stdlib", "samples": 64, "compute": "auto", "seed": 0}
     values = {"diagonal": True, "time_weights": "linear", "repair": "self", "price": "norms"}
     values |= {"allocation": "owl"}
     for name, method in METHODS.items():

@@ -21,6 +21,7 @@ from sparsessm.architectures.target import (
     Target,
     removed_a_log,
 )
+from sparsessm.kernels import products
 
 MODEL_TYPES: Mapping[str, type[Stack | Hybrid]] = {
     "mamba": Mamba,
@@ -80,6 +81,7 @@ def adapt(
     model: nn.Module,
     stored: Mapping[str, torch.dtype] | None = None,
     residence: Residence | None = None,
+    compute: str = "float32",
 ) -> Architecture:
     """Wrap a transformers causal language model.
 
@@ -88,6 +90,7 @@ def adapt(
         stored: parameter name -> dtype of its checkpoint; pruned values are rounded to it. Not given: the
             live dtype.
         residence: where its weights are; None: all in memory.
+        compute: the precision of products where its blocks are walked over: "float32", "bfloat16", or "auto".
 
     Raises:
         ValueError: the model type has no adapter; the supported ones are listed. Or as `refuse_older`.
@@ -104,4 +107,5 @@ def adapt(
     architecture = MODEL_TYPES[model_type](model, stored or {})
     if residence is not None:
         architecture.residence = residence
+    architecture.compute = products.choose(compute)
     return architecture

@@ -27,8 +27,10 @@ import torch
 from torch import Tensor, nn
 
 from sparsessm.architectures.axes import Axis
+from sparsessm.architectures.computing import computing
 from sparsessm.architectures.residence import InMemory, Residence
 from sparsessm.architectures.target import Target
+from sparsessm.kernels.products import FLOAT32, Choice
 
 
 class Tap(Protocol):
@@ -98,6 +100,18 @@ class Block(ABC):
         """
 
     @abstractmethod
+    def linear(self) -> dict[str, nn.Module]:
+        """Its linear layers, by target name; those that are targets of an earlier block are among them."""
+
+    @final
+    def computing(self, compute: str) -> AbstractContextManager[None]:
+        """Its products have this precision meanwhile, "float32" or "bfloat16" (kernels/products.py).
+
+        Its weights must stay as they are, and have no gradient where products are rounded.
+        """
+        return computing(self.linear().values(), compute)
+
+    @abstractmethod
     def outputs(self) -> AbstractContextManager[dict[str, Tensor]]:
         """Yields what holds the outputs of its linear layers and experts, by target name, after a forward.
 
@@ -132,6 +146,9 @@ class Tail(Block):
             tap.add(self._norm(hidden))
         return hidden, None
 
+    def linear(self) -> dict[str, nn.Module]:
+        return {self.targets[0].name: self.layer}
+
     def outputs(self) -> AbstractContextManager[dict[str, Tensor]]:
         return nullcontext({})
 
@@ -152,6 +169,7 @@ class Architecture(ABC):
             have channels of their own number, for our runtime alone.
         stored: parameter name -> dtype of its checkpoint.
         residence: where the weights of its blocks are while no walk stands there.
+        compute: the precision of products where a walk runs its blocks.
     """
 
     model: nn.Module
@@ -164,6 +182,7 @@ class Architecture(ABC):
     projects: bool = False
     widens: bool = False
     stored: Mapping[str, torch.dtype]
+    compute: Choice = FLOAT32
 
     @abstractmethod
     def fields(self, sizes: Mapping[str, int]) -> dict[str, Any]:
@@ -233,10 +252,10 @@ class Architecture(ABC):
         """
 
     @final
-    def copied(self) -> tuple[nn.Module, Mapping[str, torch.dtype], Residence]:
+    def copied(self) -> tuple[nn.Module, Mapping[str, torch.dtype], Residence, str]:
         """What `adapt` makes an architecture of that can be changed without changing this one."""
         model, residence = self.residence.copied(self.model)
-        return model, self.stored, residence
+        return model, self.stored, residence, self.compute.used
 
     @final
     def holding(self, index: int) -> AbstractContextManager[None]:

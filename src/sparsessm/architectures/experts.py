@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from sparsessm.architectures.target import Target
+from sparsessm.kernels import products
 
 # (kind, inputs (1, n, in), which tokens of the slab they are (n,)): before an expert's product is made.
 Fed = Callable[[str, Tensor, Tensor], None]
@@ -87,11 +87,11 @@ def run(experts: Any, hidden: Tensor, index: Tensor, weights: Tensor, fed: Fed, 
         rows, place = torch.where(index == e)
         x = hidden[rows]
         fed(f"experts.{first}.{e}", x[None], rows)
-        inside = F.linear(x, experts.get_parameter(first)[e])
+        inside = products.linear(x, experts.get_parameter(first)[e])
         made(f"experts.{first}.{e}", inside)
         inside = experts._apply_gate(inside) if experts.has_gate else experts.act_fn(inside)
         fed(f"experts.down_proj.{e}", inside[None], rows)
-        part = F.linear(inside, experts.down_proj[e])
+        part = products.linear(inside, experts.down_proj[e])
         made(f"experts.down_proj.{e}", part)
         out = out.index_add(0, rows, (part * weights[rows, place, None]).to(out.dtype))
     return out

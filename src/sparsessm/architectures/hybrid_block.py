@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from sparsessm.architectures import experts
 from sparsessm.architectures.attention import Keys, causal_mask, positions
 from sparsessm.architectures.base import Block, Tap
+from sparsessm.architectures.computing import instead
 from sparsessm.architectures.mixer import MixerKind
 from sparsessm.architectures.outputs import kept_outputs
 from sparsessm.architectures.target import Target
+from sparsessm.kernels import products
 
 
 class HybridState(NamedTuple):
@@ -145,11 +147,14 @@ class HybridBlock(Block):
                     hook = module.register_forward_pre_hook(_feeding(fed, kind, hidden))
                     stack.callback(hook.remove)
             if self._mixer is not None:
-                stack.enter_context(_instead(self._mixer, mix))
+                stack.enter_context(instead(self._mixer, mix))
             if self._experts is not None and (
-                self._captured is not None or wanted & self._expert_kinds or not experts.groups(self._experts)
+                self._captured is not None
+                or wanted & self._expert_kinds
+                or products.rounds()
+                or not experts.groups(self._experts)
             ):
-                stack.enter_context(_instead(self._experts, route))
+                stack.enter_context(instead(self._experts, route))
             try:
                 out = self._through(hidden, before.start, keys)
             except _Reached:
@@ -175,13 +180,16 @@ class HybridBlock(Block):
             given["position_embeddings"] = self._setting.rotary(hidden, positions(start, hidden))
         return given
 
-    @contextmanager
-    def outputs(self) -> Iterator[dict[str, Tensor]]:
-        linear: dict[str, nn.Module] = {self._names[kind]: module for kind, module in self._linear.items()}
+    def linear(self) -> dict[str, nn.Module]:
+        found: dict[str, nn.Module] = {self._names[kind]: module for kind, module in self._linear.items()}
         if self._mixer is not None:
             parts = {name: inside(self._mixer, kind) for kind, name in self._names.items()}
-            linear |= {name: part for name, part in parts.items() if isinstance(part, nn.Linear)}
-        with kept_outputs(linear) as captured:
+            found |= {name: part for name, part in parts.items() if isinstance(part, nn.Linear)}
+        return found
+
+    @contextmanager
+    def outputs(self) -> Iterator[dict[str, Tensor]]:
+        with kept_outputs(self.linear()) as captured:
             self._captured = captured if self._experts is not None else None
             try:
                 yield captured
@@ -203,17 +211,3 @@ def inside(module: nn.Module, path: str) -> nn.Module | None:
 def _feeding(fed: Callable[[str, Tensor], None], kind: str, slab: Tensor) -> Callable[..., None]:
     """A hook that feeds a tap (W, T, in), also where stock code puts windows and time into one dimension."""
     return lambda module, inputs: fed(kind, inputs[0].reshape(*slab.shape[:2], -1))
-
-
-@contextmanager
-def _instead(module: Any, forward: Callable[..., Tensor]) -> Iterator[None]:
-    """The module computes `forward` meanwhile."""
-    had = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if had is None:
-            del module.forward
-        else:
-            module.forward = had

@@ -20,6 +20,7 @@ from sparsessm.architectures.axes import Axis, Part
 from sparsessm.architectures.base import Tap
 from sparsessm.architectures.mixer import MixerKind, convolve, feeding, matrices, precise, windows
 from sparsessm.architectures.target import Target
+from sparsessm.kernels import products
 
 
 class MixerState(NamedTuple):
@@ -99,7 +100,7 @@ class Mamba1Kind(MixerKind):
             return None, None
         if until in ("conv1d", "x_proj", "dt_proj"):  # they need no gate: half of in_proj
             bias = mixer.in_proj.bias
-            conv_input = F.linear(
+            conv_input = products.linear(
                 x, mixer.in_proj.weight[:channels], None if bias is None else bias[:channels]
             )
             z = None

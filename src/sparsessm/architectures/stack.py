@@ -46,10 +46,13 @@ class StackBlock(Block):
         out, state = self._kind.forward(layer.mixer, layer.norm(hidden), state, taps or {}, until)
         return out if out is None else hidden + out, state
 
-    def outputs(self) -> AbstractContextManager[dict[str, Tensor]]:
+    def linear(self) -> dict[str, nn.Module]:
         linear = [target for target in self.targets if target.module_class == "Linear"]
         mixer: Any = self.layer.mixer
-        return kept_outputs({target.name: mixer.get_submodule(target.kind) for target in linear})
+        return {target.name: mixer.get_submodule(target.kind) for target in linear}
+
+    def outputs(self) -> AbstractContextManager[dict[str, Tensor]]:
+        return kept_outputs(self.linear())
 
     def copy(self) -> StackBlock:
         return StackBlock(self._kind, copy.deepcopy(self.layer), self.index, self._stored)

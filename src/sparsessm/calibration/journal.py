@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol, final
 
 import torch
 from torch import Tensor
 
-from sparsessm.architectures import Architecture, Block
+from sparsessm.architectures import Architecture, Block, Residence
 
 
 class Stage(Protocol):
@@ -166,3 +167,33 @@ class Stream:
         if which is None:
             stage.placed(name, which := 0)
         return cls(name, places, which)
+
+
+@dataclass
+class Streams:
+    """What a walk carries: hidden states (W, L, d_model) before the block at which it stands.
+
+    Attributes:
+        residence: of the model; gives the states their place.
+        hidden: of the windows that are looked at, None where nobody looks.
+        dense: of the same windows in the dense model, None where nobody compares.
+        groups: of windows that only go through; replaced by new tensors.
+        compute: the precision of products on the way (`Architecture.compute`).
+    """
+
+    residence: Residence
+    hidden: Stream | None = None
+    dense: Stream | None = None
+    groups: list[Tensor] = field(default_factory=list)
+    compute: str = "float32"
+
+    def release(self) -> None:
+        """What was used of the states need not stay in memory."""
+        for stream in (self.hidden, self.dense):
+            for states in () if stream is None else (stream.now, stream.behind):
+                self.residence.release(states)
+
+    @property
+    def which(self) -> dict[str, int]:
+        """Place of the states, by name."""
+        return {stream.name: stream.which for stream in (self.hidden, self.dense) if stream is not None}

@@ -168,16 +168,17 @@ def _head_backward(
 ) -> Tensor:
     """d loss / d hidden, (W, L, d_model), after the last block; `add` receives the gradient of the logits."""
     parts = []
-    for rows, right in predictions(hidden, tokens):
-        part = rows.detach().requires_grad_()
-        with torch.enable_grad():
-            logits = architecture.head(part[None])[0]  # (rows, vocabulary)
-            loss = nats(logits, right).sum()
-        dpart, *dlogits = torch.autograd.grad(loss, [part] if add is None else [part, logits])
-        _refuse_non_finite(dpart, f"{architecture.tail.name}: the gradient at its input")
-        parts.append(dpart)
-        if add is not None:
-            add(architecture.tail.targets[0].name, *dlogits)
+    with architecture.tail.computing(architecture.compute.used):
+        for rows, right in predictions(hidden, tokens):
+            part = rows.detach().requires_grad_()
+            with torch.enable_grad():
+                logits = architecture.head(part[None])[0]  # (rows, vocabulary)
+                loss = nats(logits, right).sum()
+            dpart, *dlogits = torch.autograd.grad(loss, [part] if add is None else [part, logits])
+            _refuse_non_finite(dpart, f"{architecture.tail.name}: the gradient at its input")
+            parts.append(dpart)
+            if add is not None:
+                add(architecture.tail.targets[0].name, *dlogits)
     back = torch.cat(parts).view(len(tokens), -1, hidden.shape[-1])
     return F.pad(back, (0, 0, 0, 1))  # the last token predicts nothing
 
@@ -191,7 +192,8 @@ def _block_backward(
             width = block.target("out_proj").matrix.shape[0]
             add(target.name, back[..., :width])
     hidden = hidden.detach().requires_grad_()
-    with torch.enable_grad(), block.outputs() as outputs:
+    compute = architecture.compute.used
+    with torch.enable_grad(), block.computing(compute), block.outputs() as outputs:
         out, _ = block.forward(hidden)
     assert out is not None
     before, *grads = torch.autograd.grad(out, [hidden, *outputs.values()], back, allow_unused=True)

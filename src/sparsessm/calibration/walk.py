@@ -14,14 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparsessm.architectures import Architecture, Block, Residence, Tap, Target
-from sparsessm.calibration.journal import Forgetful, Stage, Stream
+from sparsessm.architectures import Architecture, Block, Tap, Target
+from sparsessm.calibration.journal import Forgetful, Stage, Stream, Streams
 from sparsessm.calibration.paired import Pair, Twice
 from sparsessm.calibration.progress import Steps
 from sparsessm.methods.observers import InputGram, Moments
@@ -31,34 +30,6 @@ ROWS = 2048
 # Most tokens a slab, where windows are few: bounds the (T, D, N) sums of the methods that look at every step.
 LONGEST = 128
 ALL = slice(None)
-
-
-@dataclass
-class Streams:
-    """What a walk carries: hidden states (W, L, d_model) before the block at which it stands.
-
-    Attributes:
-        residence: of the model; gives the states their place.
-        hidden: of the windows that are looked at, None where nobody looks.
-        dense: of the same windows in the dense model, None where nobody compares.
-        groups: of windows that only go through; replaced by new tensors.
-    """
-
-    residence: Residence
-    hidden: Stream | None = None
-    dense: Stream | None = None
-    groups: list[Tensor] = field(default_factory=list)
-
-    def release(self) -> None:
-        """What was used of the states need not stay in memory."""
-        for stream in (self.hidden, self.dense):
-            for states in () if stream is None else (stream.now, stream.behind):
-                self.residence.release(states)
-
-    @property
-    def which(self) -> dict[str, int]:
-        """Place of the states, by name."""
-        return {stream.name: stream.which for stream in (self.hidden, self.dense) if stream is not None}
 
 
 class Stop:
@@ -162,7 +133,7 @@ class Stop:
         dense_until = None if until in pairs and until == self._block.targets[-1].kind else until
         both = (pairs or until is None) and not self._dense_is_through
         state = dense_state = None
-        with torch.inference_mode():
+        with torch.inference_mode(), self._computing():
             for start in range(0, hidden.shape[1], width):
                 slab = slice(start, start + width)
                 for recorder in recorders.values():
@@ -196,7 +167,8 @@ class Stop:
             return
         if self._streams.hidden is not None and not self._windows_are_through:
             self.run({})
-        self._streams.groups[:] = [through(self._block, group) for group in self._streams.groups]
+        with self._computing():
+            self._streams.groups[:] = [through(self._block, group) for group in self._streams.groups]
         self._advanced = True
 
     def replace(self, block: Block) -> None:
@@ -217,12 +189,13 @@ class Stop:
             groups: (W, L, d_model) hidden states that have left this block.
         """
         self._refuse_closed()
-        return _over(self._ahead, Streams(self._streams.residence, groups=list(groups)))
+        streams = Streams(self._streams.residence, groups=list(groups), compute=self._streams.compute)
+        return _over(self._ahead, streams)
 
     def _run_to_last_use(self, target: Target, observer: Any) -> None:
         residence = self._streams.residence
         copied = residence.room(self.hidden, *self.hidden.shape).copy_(self.hidden)
-        streams = Streams(residence, Stream("ahead", [copied]))
+        streams = Streams(residence, Stream("ahead", [copied]), compute=self._streams.compute)
         here = Stop(self._block, None, streams, (), None)  # this block is open already
         here.run({target.kind: observer})
         last = target.uses[-1]
@@ -240,6 +213,16 @@ class Stop:
         return moments.through(
             *(block.target(kind).matrix[:rows] for block in (self._block, self._dense or self._block))
         )
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """The blocks here multiply as the walk says; their weights stay as they are."""
+        with self._block.computing(self._streams.compute):
+            if self._dense is None:
+                yield
+                return
+            with self._dense.computing(self._streams.compute):
+                yield
 
     def _count(self) -> None:
         if self._steps:
@@ -282,7 +265,7 @@ def walk(
     stage = stage or Forgetful(architecture)
     hidden = None if tokens is None else Stream.of(architecture, tokens, stage, "hidden")
     carried = [embedded(architecture, group) for group in groups]
-    streams = Streams(architecture.residence, hidden, dense, carried)
+    streams = Streams(architecture.residence, hidden, dense, carried, architecture.compute.used)
     blocks = (*architecture.blocks, architecture.tail) if tail else architecture.blocks
     blocks = tuple(block for block in blocks if block.index not in stage.left)
     return _over(blocks, streams, without, steps, lambda block: stage.leave(block, note(), streams.which))
@@ -310,7 +293,8 @@ def _over(
                     stop.advance()
             leave(stop.block)
         elif ahead and streams.dense is not None:
-            with opened(block, Streams(streams.residence, streams.dense), (), None) as stop:
+            alone = Streams(streams.residence, streams.dense, compute=streams.compute)
+            with opened(block, alone, (), None) as stop:
                 stop.advance()
             leave(block)
 

@@ -58,9 +58,13 @@ class Checkpoint:
     residence: Residence = InMemory()
     digest: str = ""
 
-    def architecture(self) -> Architecture:
-        """The model as the loops see it."""
-        return adapt(self.model, self.stored, self.residence)
+    def architecture(self, compute: str = "float32") -> Architecture:
+        """The model as the loops see it.
+
+        Args:
+            compute: the precision of products, as of `adapt`.
+        """
+        return adapt(self.model, self.stored, self.residence, compute)
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ GROUPS = START, SMALLER, LOOK, RUN = "Start here", "Make a model smaller", "See 
 PANELS = {
     "What is pruned": ("target", "ignore"),
     "How much": ("pattern", "allocation"),
-    "How": ("method", "repair", "price", "removed", "diagonal", "time_weights"),
+    "How": ("method", "repair", "price", "removed", "diagonal", "time_weights", "compute"),
     "Calibration data": ("data", "column", "samples", "length", "seed", "tokenizer"),
     "Output": ("memory", "resume", "force", "no_eval", "as_json", "quiet"),
 }
@@ -133,6 +133,7 @@ Length = Annotated[
     int | None,
     option("--length", min=2, help="Tokens in a window [default: 2048, or the model's length if shorter]."),
 ]
+Compute = Annotated[str | None, field("compute")]
 Tokenizer = Annotated[str | None, field("tokenizer")]
 Memory = Annotated[
     str | None,

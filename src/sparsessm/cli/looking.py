@@ -20,6 +20,7 @@ from . import tables
 from .answering import (
     LOOK,
     START,
+    Compute,
     Json,
     Length,
     Memory,
@@ -58,6 +59,7 @@ def evaluate(
     data: Text = None,
     column: Annotated[str | None, field("column")] = None,
     length: Length = None,
+    compute: Compute = None,
     limit: Limit = None,
     tasks: Tasks = None,
     include_path: IncludePath = None,
@@ -72,7 +74,7 @@ def evaluate(
         from ..evaluation import comparison
         from ..evaluation.tasks import zero_shot
 
-        of_text = {"--data": data, "--column": column, "--length": length}
+        of_text = {"--data": data, "--column": column, "--length": length, "--compute": compute}
         none = {"--include-path": include_path} if tasks is None else of_text
         if given := [option for option, value in none.items() if value is not None]:
             raise ValueError(f"{given[0]} has no effect with{'out' if tasks is None else ''} --tasks")
@@ -86,9 +88,8 @@ def evaluate(
                 )
             else:
                 length = length or window_length(checkpoint.trained_length)
-                perplexities[model] = sparsessm.evaluate(
-                    checkpoint, data or "stdlib", length=length, column=column, **options
-                )
+                options |= {"length": length, "column": column, "compute": compute or "auto"}
+                perplexities[model] = sparsessm.evaluate(checkpoint, data or "stdlib", **options)
         result = comparison.tasks(zero_shots) if zero_shots else comparison.perplexities(perplexities)
     if as_json:
         print_json(result.document)

@@ -317,6 +317,14 @@ def analyze(
     samples: Annotated[int, option("--samples", min=1, help="Number of calibration windows.")] = 16,
     windows: Annotated[int, option("--windows", min=1, help="Number of held-out windows.")] = 8,
     length: Length = None,
+    compute: Annotated[
+        str,
+        option(
+            "--compute",
+            help="Precision of products: float32, bfloat16 or auto. What is compared here may differ by less "
+            "than bfloat16 rounds.",
+        ),
+    ] = "float32",
     seed: Annotated[int, field("seed")] = 0,
     tokenizer: Tokenizer = None,
     memory: Memory = None,
@@ -338,7 +346,7 @@ def analyze(
         shares = tolerance.parse_sparsities(sparsities)
         checkpoint = loaded(model, tokenizer, memory, progress)
         options: dict[str, Any] = {"data": data, "column": column, "samples": samples, "windows": windows}
-        options |= {"length": length, "price": price, "seed": seed}
+        options |= {"length": length, "compute": compute, "price": price, "seed": seed}
         options |= {"out": out, "force": force, "progress": progress}
         found = tolerance.analyze(checkpoint, sparsities=shares, **options)
         told = findings.summary(found)

@@ -48,6 +48,7 @@ class Perplexity:
         bits_per_byte: total negative log-likelihood in bits over the bytes of the predicted text.
         window_nll: mean negative log-likelihood of each window, in nats per token.
         fingerprint: SHA-256 of the windows' tokens.
+        compute: the precision of products, "float32" or "bfloat16".
     """
 
     data: str
@@ -61,6 +62,7 @@ class Perplexity:
     bits_per_byte: float
     window_nll: tuple[float, ...] = field(repr=False)
     fingerprint: str = field(default="", repr=False)
+    compute: str = field(default="float32", repr=False)
 
     @classmethod
     def restored(cls, fields: Mapping[str, Any]) -> Perplexity:
@@ -90,13 +92,19 @@ class Difference:
 
 
 def perplexity(
-    model: nn.Module, windows: Tensor, n_bytes: int, *, data: str = "", progress: Progress | None = None
+    model: nn.Module,
+    windows: Tensor,
+    n_bytes: int,
+    *,
+    data: str = "",
+    compute: str = "float32",
+    progress: Progress | None = None,
 ) -> Perplexity:
     """Measures a transformers model that `architectures.adapt` knows.
 
     Args, Raises: as `measure`, and as `adapt`.
     """
-    return measure(adapt(model), windows, n_bytes, data=data, progress=progress)
+    return measure(adapt(model, compute=compute), windows, n_bytes, data=data, progress=progress)
 
 
 @torch.inference_mode()
@@ -162,6 +170,7 @@ def measure(
         bits_per_byte=nll * tokens / math.log(2) / n_bytes,
         window_nll=tuple(nlls),
         fingerprint=fingerprint(windows),
+        compute=architecture.compute.used,
     )
 
 

@@ -1,6 +1,9 @@
 // sparsessm.kernels._native: the door from Python. Arrays come in through DLPack (float32, CPU, last stride 1); shapes
 // are checked again here, because a wrong one would read out of bounds.
 #include "native.h"
+#ifdef SPARSESSM_ROUNDED
+#include "rounded.h"
+#endif
 
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
@@ -200,6 +203,65 @@ void ssd_scan(const std::string &level, int threads, Floats<3> u, Floats<3> delt
     kernels.dual(s, bounded(threads));
 }
 
+#ifdef SPARSESSM_ROUNDED
+
+using Numbers = nb::ndarray<uint16_t, nb::ndim<1>, nb::device::cpu>;
+
+rounded::Matrix matrix(const char *name, const Floats<2> &array, int64_t rows, int64_t width) {
+    expect(name, array, {rows, width}, false);
+    return {array.data(), rows, width, array.stride(0)};
+}
+
+void round_matrix(int threads, Floats<2> weight, bool turned, Numbers packed) {
+    const int64_t rows = weight.shape(0), width = weight.shape(1);
+    const int64_t size = turned ? rounded::packed_size(width, rows) : rounded::packed_size(rows, width);
+    expect("packed", packed, {size}, true);
+    const auto from = matrix("weight", weight, rows, width);
+    nb::gil_scoped_release release;
+    rounded::pack(from, turned, packed.data(), bounded(threads));
+}
+
+void rounded_linear(const std::string &unit, int threads, Floats<2> x, Numbers packed, std::optional<Floats<1>> bias,
+                    Floats<2> y) {
+    const int64_t rows = x.shape(0), width = x.shape(1), out = y.shape(1);
+    expect("packed", packed, {rounded::packed_size(out, width)}, true);
+    expect("y", y, {rows, out}, true);
+    const auto from = matrix("x", x, rows, width);
+    if (bias) expect("bias", *bias, {out}, true);
+    const float *shift = bias ? bias->data() : nullptr;
+    nb::gil_scoped_release release;
+    rounded::linear(unit, from, packed.data(), out, shift, y.data(), bounded(threads));
+}
+
+bool add_rounded_moments(const std::string &unit, int threads, Floats<2> left, Floats<2> right,
+                         Array<double, 2> total) {
+    const int64_t rows = left.shape(0), tall = left.shape(1), wide = right.shape(1);
+    expect("total", total, {tall, wide}, true);
+    const auto first = matrix("left", left, rows, tall), second = matrix("right", right, rows, wide);
+    nb::gil_scoped_release release;
+    return rounded::add_moments(unit, first, second, total.data(), bounded(threads));
+}
+
+void bind_rounded(nb::module_ &m) {
+    const auto array = [](const char *name) { return nb::arg(name).noconvert(); };
+    m.def("rounded_units", &rounded::units);
+    m.def("packed_size", &rounded::packed_size, nb::arg("rows"), nb::arg("width"));
+    m.def("round_matrix", &round_matrix, nb::arg("threads"), array("weight"), nb::arg("turned"),
+          array("packed"));
+    m.def("rounded_linear", &rounded_linear, nb::arg("unit"), nb::arg("threads"), array("x"), array("packed"),
+          nb::arg("bias").noconvert().none(), array("y"));
+    m.def("add_rounded_moments", &add_rounded_moments, nb::arg("unit"), nb::arg("threads"), array("left"),
+          array("right"), array("total"));
+}
+
+#else
+
+void bind_rounded(nb::module_ &m) {
+    m.def("rounded_units", [] { return std::vector<std::string>(); });
+}
+
+#endif
+
 char abort_line[512];
 size_t abort_size;
 
@@ -240,6 +302,7 @@ NB_MODULE(_native, m) {
           maybe("initial_state"), array("du"), array("ddelta"), array("dA"), array("dB"), array("dC"), array("dD"),
           maybe("dz"));
     bind_runtime(m);
+    bind_rounded(m);
     m.def("causal_conv1d", &causal_conv1d, nb::arg("level"), nb::arg("threads"), array("x"), array("weight"),
           maybe("bias"), maybe("before"), nb::arg("silu"), array("y"));
     m.def("ssd_scan", &ssd_scan, nb::arg("level"), nb::arg("threads"), array("u"), array("delta"), array("A"),

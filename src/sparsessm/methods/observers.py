@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsessm.kernels import ScanStats
+from sparsessm.kernels import ScanStats, products
 from sparsessm.methods.hessian import near
 from sparsessm.methods.patterns import Pattern, Structured
 
@@ -120,30 +120,29 @@ class InputNorm(Observer):
 
 class InputGram(Observer):
     """The Gram of a linear layer's inputs (the Hessian of SparseGPT), if `paired` also that of the dense
-    model's inputs against them. Products of a slab in the model's dtype, sums in float64."""
+    model's inputs against them. Products of a slab in the precision of now (`products`), sums in float64."""
 
     def __init__(self, paired: bool = False) -> None:
         self.paired = paired
-        self._gram: Tensor | None = None
-        self._cross: Tensor | None = None
+        self._gram, self._cross = products.Sum(), products.Sum()
         self._tokens = 0
 
     def add(self, x: Tensor, dense: Tensor | None = None) -> None:
         """x: (W, T, in), or (W, T, out, in) of a depthwise layer; dense: the same in the dense model."""
         # (in, tokens) or (out, in, tokens): rows last, so that each product is one plain matrix product
         rows = x.flatten(0, 1).movedim(0, -1)
-        self._gram = _added(self._gram, rows @ rows.mT)
+        self._gram.add(rows, rows)
         self._tokens += x.shape[0] * x.shape[1]
         if self.paired:
             assert dense is not None
-            self._cross = _added(self._cross, dense.flatten(0, 1).movedim(0, -1) @ rows.mT)
+            self._cross.add(dense.flatten(0, 1).movedim(0, -1), rows)
 
     def result(self) -> Moments:
-        if self._gram is None:
-            return Moments(torch.empty(0, 0, dtype=torch.float64), tokens=0)
-        gram, cross, tokens = self._gram, self._cross, self._tokens
-        self._gram = self._cross = None  # handed over
+        tokens = self._tokens
         with torch.inference_mode():  # in which the walk made them
+            gram, cross = self._gram.take(), self._cross.take()
+            if gram is None:
+                return Moments(torch.empty(0, 0, dtype=torch.float64), tokens=0)
             return Moments(gram.div_(tokens), None if cross is None else cross.div_(tokens), tokens=tokens)
 
 

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from sparsessm.architectures import Architecture, Block
-from sparsessm.calibration.journal import Stream
+from sparsessm.calibration.journal import Stream, Streams
 from sparsessm.calibration.loss import head_losses
 from sparsessm.calibration.prices import PRICED_TOKENS
-from sparsessm.calibration.walk import Streams, opened, through
+from sparsessm.calibration.walk import opened, through
 from sparsessm.methods import Rule
 from sparsessm.pruning.entries import solve
 from sparsessm.pruning.shares import SURVEY_TOKENS, reduced

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -352,7 +352,9 @@ def _line(detail: ErrorDetails, kind: type[Choice]) -> str:
         if field == "samples":
             return f"samples is {short(given)}; allowed: a number from 1 to {MOST_SAMPLES}, or auto"
         if detail["type"] == "literal_error":
-            known(field, str(given), get_args(get_args(kind.model_fields[field].annotation)[0]))
+            annotation = kind.model_fields[field].annotation
+            words = annotation if get_origin(annotation) is Literal else get_args(annotation)[0]
+            known(field, str(given), get_args(words))
     except ValueError as error:
         return str(error)
     if detail["type"] == "missing":

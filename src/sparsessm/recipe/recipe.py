@@ -84,6 +84,12 @@ class Recipe(Choice):
     length: int | None = Field(
         None, ge=2, description="Tokens in a window. By default 2048, or the model's length if shorter."
     )
+    compute: Literal["float32", "bfloat16", "auto"] = Field(
+        "auto",
+        description="Precision of the products of calibration and evaluation: float32; bfloat16 (inputs are "
+        "rounded, sums stay float32); auto (bfloat16 where the CPU has AMX, else float32). The record says "
+        "which it was.",
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of everything random: windows, random scores.")
 
     _listed = field_validator("ignore", mode="before")(_listed)

@@ -136,7 +136,7 @@ class _HeldOut:
             ValueError: logits that are not finite.
         """
         groups, sums = len(stop.groups), [0.0] * len(variants)
-        pruned = (through(variant, group) for variant in variants for group in stop.groups)
+        pruned = (state for variant in variants for state in self._through(variant, stop.groups))
         for later in stop.behind(*pruned):
             steps(groups * len(variants))  # of the block before
             if later.block is self._architecture.tail:
@@ -148,6 +148,10 @@ class _HeldOut:
             raise ValueError("the logits of the pruned model are not finite")
         return [max(total / self._tokens, 0.0) for total in sums]  # rounding can leave it below 0
 
+    def _through(self, variant: Block, groups: Sequence[Tensor]) -> list[Tensor]:
+        with variant.computing(self._architecture.compute.used):
+            return [through(variant, group) for group in groups]
+
 
 @torch.inference_mode()
 def divergences(architecture: Architecture, dense: Tensor, pruned: Sequence[Tensor]) -> list[float]:
@@ -158,11 +162,12 @@ def divergences(architecture: Architecture, dense: Tensor, pruned: Sequence[Tens
         return F.log_softmax(architecture.head(rows[None])[0].double(), -1)  # (rows, vocabulary)
 
     sums = [0.0] * len(pruned)
-    for rows, *others in in_rows(dense, *pruned, rows=LOGITS):
-        expected = log_probabilities(rows)
-        for number, other in enumerate(others):
-            parts = F.kl_div(log_probabilities(other), expected, reduction="sum", log_target=True)
-            sums[number] += float(parts)
+    with architecture.tail.computing(architecture.compute.used):
+        for rows, *others in in_rows(dense, *pruned, rows=LOGITS):
+            expected = log_probabilities(rows)
+            for number, other in enumerate(others):
+                parts = F.kl_div(log_probabilities(other), expected, reduction="sum", log_target=True)
+                sums[number] += float(parts)
     return sums
 
 

@@ -73,6 +73,7 @@ def analyze(
     samples: int = 16,
     windows: int = 8,
     length: int | None = None,
+    compute: str = "float32",
     seed: int = 0,
     out: str | Path | None = None,
     force: bool = False,
@@ -89,6 +90,8 @@ def analyze(
         sparsities: each in [0, 1).
         price: what an error in an output row costs, as in a recipe; None: what the methods take. With "none"
             there is no backward pass.
+        compute: precision of products, as in a recipe; what is compared here may differ by less than bfloat16
+            rounds, so it is float32 unless asked for.
         data, column, samples, length, seed: of the calibration windows, as in a recipe.
         windows: number of held-out windows, of the same data.
         out: directory of analysis.json, which is written after every matrix; None: nothing is written.
@@ -100,7 +103,7 @@ def analyze(
             that are not finite, by name.
     """
     length = length or window_length(checkpoint.trained_length)
-    architecture = checkpoint.architecture()
+    architecture = checkpoint.architecture(compute)
     asked = sorted(set(sparsities))
     # Alone, a matrix has the dense model's inputs: there is nothing to absorb and nobody to share with.
     what: dict[str, Any] = {
@@ -109,6 +112,7 @@ def analyze(
         "price": price,
         "length": length,
         "seed": seed,
+        "compute": architecture.compute.used,
     }
     what |= {"data": data, "column": column, "samples": samples}
     recipes = [Recipe(sparsity=sparsity, **what) for sparsity in asked]
@@ -131,6 +135,7 @@ def analyze(
         "windows": len(held_out),
         "length": length,
         "seed": seed,
+        "compute": architecture.compute.used,
         "calibration": fingerprint(calibration),
         "held_out": fingerprint(held_out),
     }
