@@ -127,7 +127,6 @@ def prune(
         report = cost = None
         if target is None:
             run = _planned(wanted, memory, None, progress)
-            progress.say("measuring a block")
             found = run.forecast(measure=not no_eval)
             cost = found and asdict(found)
         else:
