@@ -174,7 +174,9 @@ class Measure:
                 "held_out": self._dense.record()["text"],
             }
             self._where = {"cpu": cpu(), "threads": torch.get_num_threads(), "text": splits}
-        run = sparsessm.Run(checkpoint, Recipe(**fields, samples=self._samples, seed=seed))
+        run = sparsessm.Run(
+            checkpoint, Recipe(**{"compute": "float32"} | fields, samples=self._samples, seed=seed)
+        )
         if seed not in self._tokens:
             same = Recipe(samples=self._samples, seed=seed, length=run.recipe.length)
             drawn = sparsessm.Run(checkpoint, same).windows()

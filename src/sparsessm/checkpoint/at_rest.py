@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import reading, tokenizing
+from ..architectures import InMemory
 from .apart import one_by_one
+from .assembly import Assembled
 from .opened import Opened, quiet
-from .reading import Checkpoint
-from .shelf import Unread, give_back
+from .reading import Checkpoint, described
+from .shelf import Unread
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,21 +60,6 @@ def at_rest(opened: Opened, tokenizer: str | os.PathLike[str] | None = None) -> 
     """
     with quiet():
         found = one_by_one(opened)
-        files, notes = opened.files, opened.notes
-        if opened.generation is not None:
-            found.model.generation_config = opened.generation
-        words, its_files = reading.read_tokenizer(opened, tokenizer)
-    give_back()
-    checkpoint = Checkpoint(
-        model=found.model,
-        tokenizer=words,
-        source=opened.source,
-        format=opened.format,
-        stored=found.stored,
-        trained_length=tokenizing.trained_length(words),
-        files=files | its_files,
-        tokenizer_source=None if tokenizer is None else os.fspath(tokenizer),
-        prefix=found.prefix,
-        notes=(*notes, *tokenizing.notes(words, opened.config.vocab_size)),
-    )
+        assembled = Assembled(found.model, found.stored, {}, found.prefix, found.digest)
+        checkpoint = described(opened, assembled, InMemory(), tokenizer)
     return AtRest(checkpoint, found.tensors, tuple(sorted(found.extra)))

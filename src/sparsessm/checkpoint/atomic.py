@@ -66,7 +66,7 @@ def replacing(target: Path, *, force: bool = False) -> Iterator[Path]:
                     raise FileExistsError(f"{target} appeared while the result was being written")
                 os.rename(target, old)
             os.rename(new, target)
-        _flush_directory(target.parent)
+        flush_directory(target.parent)
     finally:
         if lock is not None:
             os.close(lock)
@@ -246,10 +246,10 @@ def _flush(folder: Path) -> None:
         for name in files:
             with open(os.path.join(base, name), "rb") as file:
                 os.fsync(file.fileno())
-        _flush_directory(Path(base))
+        flush_directory(Path(base))
 
 
-def _flush_directory(folder: Path) -> None:
+def flush_directory(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

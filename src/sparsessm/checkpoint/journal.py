@@ -30,6 +30,7 @@ from torch import Tensor
 from ..architectures import Block, Residence
 from ..data.unfinished import undoing
 from ..kernels.checksum import crc32c
+from .atomic import flush_directory
 from .container import checksum
 from .files import open_safetensors, write_one
 from .streamed import Streamed
@@ -153,8 +154,7 @@ class Journal:
             self._add(what)
             return
         before = self.before
-        changed = [name for name in what if name != "machine" and before.get(name) != what[name]]
-        if changed:
+        if changed := [name for name in what if name != "machine" and before.get(name) != what[name]]:
             told = "; ".join(_difference(name, before.get(name), what[name]) for name in changed)
             raise ValueError(
                 f"{str(self.folder)!r} is the unfinished run of something else: {told}; give what was given "
@@ -169,8 +169,7 @@ class Journal:
         """
         assert self._residence is not None, "holds comes first"
         now = sum(path.stat().st_size for path in self.folder.iterdir())
-        # those of two models, in two places each
-        return max(0, 16 * states + round(share * self._residence.nbytes) - now)
+        return max(0, 16 * states + round(share * self._residence.nbytes) - now)  # of two models, twice each
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
         for line in self._lines[1:]:
@@ -210,6 +209,7 @@ class Journal:
             file.write(json.dumps({**line, "seconds": round(self.seconds, 3)}).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
+        flush_directory(self.folder)  # of this file, and of those that the line speaks of
         self._lines.append(dict(line))
 
     def _kept(self, what: Any) -> dict[str, Any]:

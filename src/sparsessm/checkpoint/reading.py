@@ -112,11 +112,27 @@ def load(
     """
     opened = open_checkpoint(source)
     with quiet():
-        found, residence = _held(opened, streaming)
-        files, notes = opened.files, opened.notes
-        if opened.generation is not None:
-            found.model.generation_config = opened.generation
-        words, its_files = read_tokenizer(opened, tokenizer)
+        return described(opened, *_held(opened, streaming), tokenizer)
+
+
+def described(
+    opened: Opened,
+    found: Assembled,
+    residence: Residence,
+    tokenizer: str | os.PathLike[str] | None = None,
+) -> Checkpoint:
+    """A model with all else that its directory says.
+
+    Args:
+        found: whose tensors were checked. tokenizer: as of `load`.
+
+    Raises:
+        ValueError: as `load`, of the tokenizer and the small files.
+    """
+    files, notes = opened.files, opened.notes
+    if opened.generation is not None:
+        found.model.generation_config = opened.generation
+    words, its_files = read_tokenizer(opened, tokenizer)
     give_back()
     return Checkpoint(
         model=found.model,

@@ -142,10 +142,12 @@ def _probe(
         done = work()
         return time.perf_counter() - began, done
 
+    used = architecture.compute.used
     took.open, _ = clock(lambda: architecture.residence.open(block))
     try:
-        through(block, states)  # the first time memory is made
-        seconds, _ = clock(lambda: through(block, states))
+        with block.computing(used):
+            through(block, states)  # the first time memory is made
+            seconds, _ = clock(lambda: through(block, states))
         took.forward = seconds / tokens
         here = [target for target in block.targets if target.name in rules and not target.uses]
         alone = {t.name: replace(rules[t.name], repair="none") for t in here}
@@ -155,7 +157,7 @@ def _probe(
             if (look := rules[target.name].allocation[0].watch)
             and (observer := look(target.matrix, alone[target.name])) is not None
         }
-        streams = Streams(architecture.residence, Stream("probe", [states.clone()]))
+        streams = Streams(architecture.residence, Stream("probe", [states.clone()]), compute=used)
         if watched:
             with opened(block, streams, (), None) as stop:
                 seconds, _ = clock(lambda: stop.run(watched))
@@ -165,7 +167,7 @@ def _probe(
                     seen = watched[target.kind].result()
                     seconds, _ = clock(lambda t=target, s=seen: reduced(t, alone[t.name], s))
                     took.solve += seconds
-        streams = Streams(architecture.residence, Stream("probe", [states.clone()]))
+        streams = Streams(architecture.residence, Stream("probe", [states.clone()]), compute=used)
         if paired:
             streams.dense = Stream("dense", [states.clone()])
         with opened(block, streams, (), None) as stop:

@@ -53,8 +53,7 @@ class UnitPlan(Plan):
     def _carry_out(
         self, architecture: Architecture, tokens: Tensor | None, progress: Progress | None, journal: Journal
     ) -> Outcome:
-        order = self.order
-        dense = journal.once("parameters", lambda: _parameters(architecture))
+        order, dense = self.order, _parameters(architecture)
         trials: list[dict[str, Any]] = []
         if order.share is not None:
             assert tokens is not None
