@@ -109,7 +109,7 @@ def test_a_second_pruning_in_memory_is_said(dense: Checkpoint) -> None:
 
 
 def test_an_interrupted_pruning_counts(dense: Checkpoint) -> None:
-    def stop(stage: str, done: int, total: int) -> None:
+    def stop(stage: str, done: int, total: int, block: str) -> None:
         if done == total:
             raise KeyboardInterrupt
 
@@ -120,9 +120,11 @@ def test_an_interrupted_pruning_counts(dense: Checkpoint) -> None:
 
 def test_progress_is_told_and_evaluate_stays_a_function(dense: Checkpoint) -> None:
     told: list[tuple[str, int, int]] = []
+    places: dict[str, list[str]] = {}
 
-    def progress(stage: str, done: int, total: int) -> None:
+    def progress(stage: str, done: int, total: int, block: str) -> None:
         told.append((stage, done, total))
+        places.setdefault(stage, []).append(block)
 
     for _ in range(2):
         measured = sparsessm.evaluate(dense, "text.txt", length=16, limit=3, progress=progress)
@@ -132,11 +134,16 @@ def test_progress_is_told_and_evaluate_stays_a_function(dense: Checkpoint) -> No
     assert {"evaluate", "calibrate"} == {stage for stage, _, _ in told}
     assert ("evaluate", 3, 3) in told
     assert told[-1][1] == told[-1][2]
-    told.clear()
+    told.clear(), places.clear()
     sparsessm.prune(dense, **FAST, progress=progress, measure=False)
     assert list(dict.fromkeys(stage for stage, _, _ in told)) == ["fisher", "survey", "calibrate"]
     last = {stage: (done, total) for stage, done, total in told}
     assert all(done == total for done, total in last.values()), last
+    blocks = [f"block {number} of 2" for number in (1, 2)]
+    assert list(dict.fromkeys(places["survey"])) == list(dict.fromkeys(places["calibrate"])) == blocks
+    assert places["fisher"][0] == blocks[0]
+    assert "head" in places["fisher"]
+    assert places["fisher"][-1] == blocks[0]  # the way back ends where it began
 
 
 def test_a_window_has_the_length_the_model_was_trained_on(dense: Checkpoint) -> None:

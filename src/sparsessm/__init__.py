@@ -39,7 +39,7 @@ __all__ = ["evaluate", "load", "prune", "runtime", "save"]
 
 # Models that `prune` has changed in this process: their `source` no longer says all that they are.
 _pruned: WeakSet[Module] = WeakSet()
-Progress = Callable[[str, int, int], None]  # (stage, done, total)
+Progress = Callable[[str, int, int, str], None]  # (stage, done, total, block)
 
 
 def __getattr__(name: str) -> str:
@@ -92,7 +92,7 @@ def prune(
         checkpoint: what `load` returned.
         recipe: what to do; the defaults if None.
         measure: perplexity before and after, on 16 held-out windows of the recipe's text; else only pruning.
-        progress: called with (stage, done, total).
+        progress: called with (stage, done, total, block).
         fields: fields of the recipe (see `recipe.Recipe`), which replace those in `recipe`: `sparsity=0.5`.
 
     Returns:
@@ -317,7 +317,7 @@ def evaluate(
         limit: use only so many windows, evenly spaced over the text.
         column: the field or column that holds the text; `text`, of a named data set its own.
         compute: precision of products: float32, bfloat16, or auto (bfloat16 where the CPU has AMX).
-        progress: called with (stage, done, total).
+        progress: called with (stage, done, total, block).
 
     Raises:
         ValueError: unknown data, a column that is not there, or a text shorter than one window; a checkpoint
@@ -349,7 +349,7 @@ def evaluate(
 
 def _refuse_uncallable(progress: object) -> None:
     if progress is not None and not callable(progress):
-        raise TypeError(f"progress is {progress!r}; allowed: a function of (stage, done, total), or none")
+        raise TypeError(f"progress is {progress!r}; allowed: a function of (stage, done, total, block)")
 
 
 def save(

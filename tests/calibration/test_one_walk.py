@@ -327,12 +327,25 @@ def test_another_block_can_take_the_place(doors: Doors) -> None:
 
 
 def test_steps_end_at_their_total() -> None:
-    told: list[tuple[str, int, int]] = []
+    told: list[tuple[str, int, int, str]] = []
     steps = Steps("stage", 5, lambda *call: told.append(call))
     for count in (1, 3, 4, 1):
+        steps.at(count)  # of how many is not known
         steps(count)
-    assert told == [("stage", 1, 5), ("stage", 4, 5), ("stage", 5, 5)]
+    assert told == [("stage", 1, 5, ""), ("stage", 4, 5, ""), ("stage", 5, 5, "")]
     Steps("stage", 5, None)()
+
+
+def test_steps_say_where_the_work_is() -> None:
+    told: list[tuple[str, int, int, str]] = []
+    steps = Steps("stage", 2, lambda *call: told.append(call), blocks=2)
+    for block in range(3):
+        steps.at(block)
+        steps()
+    first, second, head = "block 1 of 2", "block 2 of 2", "head"
+    assert [(done, place) for _, done, _, place in told] == [
+        *((0, first), (1, first), (1, second), (2, second), (2, head))
+    ]
 
 
 @pytest.mark.parametrize("most,first,groups", [(1, 1, 5), (41, 1, 5), (42, 2, 3), (104, 4, 2), (10**6, 5, 1)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from itertools import groupby
 from typing import Any
 
 import pytest
@@ -162,9 +163,11 @@ def test_windows_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
 
 
 def test_progress() -> None:
-    seen: list[tuple[str, int, int]] = []
+    seen: list[tuple[str, int, int, str]] = []
     output_fisher(adapt(pico_mamba()), TOKENS, lambda *step: seen.append(step))
-    assert seen == [("fisher", done, 4) for done in (1, 2, 3, 4)]
+    assert list(dict.fromkeys(step[:3] for step in seen)) == [("fisher", done, 4) for done in range(5)]
+    places = ["block 1 of 2", "block 2 of 2", "head"]
+    assert [place for place, _ in groupby(step[3] for step in seen)] == [*places, *places[1::-1]]
 
 
 def test_norms_by_hand() -> None:

@@ -262,7 +262,7 @@ def test_each_target_costs_one_pass_up_to_it_and_one_through_the_block(
 ) -> None:
     """dt_proj costs none, the last block is not run again, the second stream runs where it is looked at."""
     model = pico_mamba()
-    progress: list[tuple[str, int, int]] = []
+    progress: list[tuple[str, int, int, str]] = []
     told = lambda *call: progress.append(call)  # noqa: E731
     dense = stream(model) if paired else None
     for stop in walk(adapt(model), TOKENS, dense=dense, steps=Steps("calibrate", 11, told)):
@@ -279,7 +279,7 @@ def test_each_target_costs_one_pass_up_to_it_and_one_through_the_block(
 
 def test_passes_are_cut_into_slabs(passes: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(walking, "LONGEST", 20)  # 20, 20 and 10
-    progress: list[tuple[str, int, int]] = []
+    progress: list[tuple[str, int, int, str]] = []
     told = lambda *call: progress.append(call)  # noqa: E731
     for stop in walk(adapt(pico_mamba()), TOKENS, tail=True, steps=Steps("calibrate", 21, told)):
         if stop.block.index == 2:
@@ -349,7 +349,7 @@ def test_non_finite_activations_are_named(value: float) -> None:
 
 
 def test_progress_reaches_the_end() -> None:
-    calls: list[tuple[str, int, int]] = []
+    calls: list[tuple[str, int, int, str]] = []
     told = lambda *call: calls.append(call)  # noqa: E731
     for stop in walk(adapt(pico_mamba()), TOKENS, steps=Steps("calibrate", 3, told)):
         stop.look(a_log(stop), StateError("memoryless", diagonal=True))
@@ -359,7 +359,7 @@ def test_progress_reaches_the_end() -> None:
 
 def test_a_survey_sees_the_dense_model_in_one_pass(passes: list[Any]) -> None:
     """The same sums as a walk that changes nothing, every target in the same run through its block."""
-    calls: list[tuple[str, int, int]] = []
+    calls: list[tuple[str, int, int, str]] = []
 
     def watch(target: Target) -> Any | None:
         if target.kind == "A_log":
@@ -369,7 +369,7 @@ def test_a_survey_sees_the_dense_model_in_one_pass(passes: list[Any]) -> None:
     model = pico_mamba()
     found = list(survey(adapt(model), TOKENS, watch, Steps("survey", 2, lambda *call: calls.append(call))))
     assert passes == [(0, None), (1, None)]
-    assert calls[0] == ("survey", 1, 2) and calls[-1] == ("survey", 2, 2)
+    assert calls[0] == ("survey", 1, 2, "") and calls[-1] == ("survey", 2, 2, "")
     targets = [target for target in adapt(model).targets if (target.layer, target.kind) != (0, "A_log")]
     assert [target.name for target, _ in found] == [target.name for target in targets]
     stock = stock_inputs(model, TOKENS)

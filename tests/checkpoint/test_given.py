@@ -180,7 +180,7 @@ def test_two_threads_do_not_work_on_one_model(dense: Checkpoint) -> None:
                 door(dense)
             refusals.append(str(refusal.value))
 
-    def progress(stage: str, done: int, total: int) -> None:
+    def progress(stage: str, done: int, total: int, block: str) -> None:
         if not refusals:
             other = threading.Thread(target=meanwhile)
             other.start()

@@ -89,9 +89,25 @@ def test_as_a_program_stdout_is_only_the_document() -> None:
     assert "Traceback" not in usage.stderr
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupted_run_leaves_nothing(sent: signal.Signals, code: int, here: Path) -> None:
-    line = ["prune", "dense", "-o", "out", "--data", "text.txt", "--samples", "200", "--length", "2000"]
+@pytest.mark.parametrize(
+    ("sent", "code", "words"), [(signal.SIGINT, 130, []), (signal.SIGTERM, 143, ["--json"])]
+)
+def test_an_interrupted_run_leaves_nothing(
+    sent: signal.Signals, code: int, words: list[str], here: Path
+) -> None:
+    line = [
+        "prune",
+        "dense",
+        "-o",
+        "out",
+        "--data",
+        "text.txt",
+        "--samples",
+        "200",
+        "--length",
+        "2000",
+        *words,
+    ]
     before = sorted(here.iterdir())
     program = subprocess.Popen([*COMMAND, *line], stderr=subprocess.PIPE, text=True, env=os.environ)
     assert program.stderr
@@ -102,6 +118,20 @@ def test_an_interrupted_run_leaves_nothing(sent: signal.Signals, code: int, here
     assert program.returncode == code, rest
     assert "Traceback" not in rest
     assert sorted(here.iterdir()) == before
+    last = rest.splitlines()[-1]
+    told = json.loads(last) if words else last.partition("; ")[::2]
+    assert told == (
+        {"event": "interrupted", "text": "nothing was written"}
+        if words
+        else ("interrupted", "nothing was written")
+    )
+
+
+def test_a_program_is_told_what_went_wrong_as_an_event() -> None:
+    outcome = run("inspect", "no\nwhere", "--json", code=1)
+    assert (outcome.exit_code, outcome.stdout) == (1, "")
+    event = json.loads(outcome.stderr)
+    assert event["event"] == "error" and "nwhere" in event["text"]
 
 
 def test_the_program_that_the_package_installs() -> None:

@@ -66,7 +66,11 @@ def test_results_go_to_stdout_and_progress_to_stderr() -> None:
     document = json.loads(outcome.stdout)
     assert document["recipe"] == json.loads(Path("out/pruning.json").read_text())["recipe"]
     assert document["perplexity"]["pruned"]["windows"] == 4
-    assert "calibrate: " in outcome.stderr
+    events = [json.loads(line) for line in outcome.stderr.splitlines()]
+    assert {event["stage"] for event in events if event["event"] == "progress"} >= {"evaluate", "calibrate"}
+    assert {"event": "step", "text": "dense model"} in events
+    assert "calibrate" not in outcome.stdout
+    outcome = run("prune", "dense", "-o", "again", *FAST)
     assert "evaluate: 4 of 4" in outcome.stderr
     assert "calibrate" not in outcome.stdout
 

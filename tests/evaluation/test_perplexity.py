@@ -71,9 +71,11 @@ def test_windows_are_independent_and_logits_are_cut_anywhere(monkeypatch: pytest
 
 def test_progress_and_record(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules[perplexity.__module__], "BATCH", 80)
-    seen: list[tuple[str, int, int]] = []
+    seen: list[tuple[str, int, int, str]] = []
     result = perplexity(pico_mamba(), WINDOWS[:3], n_bytes=9, progress=lambda *call: seen.append(call))
-    assert seen == [("evaluate", 2, 3), ("evaluate", 3, 3)]
+    places = ["block 1 of 2", "block 2 of 2", "head", "head"]
+    done = [0, 0, 0, 2, 2, 2, 2, 3]
+    assert seen == [("evaluate", *each) for each in zip(done, [3] * 8, 2 * places, strict=True)]
     record = json.loads(json.dumps(result.record(), allow_nan=False))
     assert record["window_nll"] == list(result.window_nll) and record["perplexity"] == result.perplexity
     assert "window_nll" not in repr(result) and "perplexity=" in repr(result)

@@ -72,7 +72,7 @@ def test_every_likelihood_is_that_of_the_harness(
 def test_scores_errors_and_progress(tmp_path: Path) -> None:
     write_task(tmp_path, "choice", CHOICE, noise(9))
     write_task(tmp_path, "cloze", CLOZE, noise(9))
-    seen: list[tuple[str, int, int]] = []
+    seen: list[tuple[str, int, int, str]] = []
     checkpoint = pico()
     found = zero_shot(
         checkpoint, [" choice", "cloze", "", "choice"], limit=7, include_path=tmp_path,
@@ -90,8 +90,8 @@ def test_scores_errors_and_progress(tmp_path: Path) -> None:
     assert cloze.metrics["perplexity"].value == pytest.approx(math.exp(-sum(likelihoods) / 7))
     slope = cloze.metrics["perplexity"].value * mean_stderr(list(likelihoods))
     assert cloze.metrics["perplexity"].stderr == pytest.approx(slope)
-    assert seen[:3] == [("load tasks", 0, 2), ("load tasks", 1, 2), ("load tasks", 2, 2)]
-    assert ("choice", 28, 28) in seen and seen[-1] == ("cloze", 7, 7)
+    assert seen[:3] == [("load tasks", 0, 2, ""), ("load tasks", 1, 2, ""), ("load tasks", 2, 2, "")]
+    assert ("choice", 28, 28, "") in seen and seen[-1] == ("cloze", 7, 7, "")
     record = json.loads(json.dumps(found.record(), allow_nan=False))
     assert record["scores"][0]["metrics"]["acc"]["value"] == choice.metrics["acc"].value
     assert record["mean"] is None and record["harness"] == found.harness

@@ -112,7 +112,7 @@ def test_engines_run_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "SEGMENT", 0.0)
     monkeypatch.setattr(timing, "clean", lambda rounds: [True] * len(rounds))
     log: list[tuple[str, str, list[int]]] = []
-    told: list[tuple[str, int, int]] = []
+    told: list[tuple[str, int, int, str]] = []
     engines = [Recorder("a", log), Recorder("b", log, vocabulary=7)]
     phases = timing.timed(
         engines, prompt=6, batches=(1, 3), rounds=4, progress=lambda *each: told.append(each)
@@ -131,7 +131,7 @@ def test_engines_run_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
         read = {name: [ids for by, what, ids in log if (by, what) == (name, kind)] for name in "ab"}
         assert read["a"] == read["b"]
         assert max(token for ids in read["a"] for token in ids) < 7
-    assert told[-1] == ("bench", 12, 12) and len(told) == 12
+    assert told[-1] == ("bench", 12, 12, "") and len(told) == 12
     again: list[tuple[str, str, list[int]]] = []
     timing.timed([Recorder("a", again)], prompt=6, batches=(1, 3), rounds=1)
     log.clear()
@@ -140,7 +140,7 @@ def test_engines_run_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_does_not_count_is_made_up_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[tuple[str, int, int]] = []
+    told: list[tuple[str, int, int, str]] = []
 
     def run(rounds: int, every: int) -> Phase:
         """Every so many rounds count."""
@@ -154,7 +154,7 @@ def test_what_does_not_count_is_made_up_for(monkeypatch: pytest.MonkeyPatch) -> 
         (phase,) = timing.timed(
             engines, prompt=2, batches=(), rounds=rounds, progress=lambda *each: told.append(each)
         )
-        assert told[-1] == ("bench", rounds, rounds)
+        assert told[-1] == ("bench", rounds, rounds, "")
         return phase
 
     half = run(4, 2)

@@ -166,10 +166,10 @@ def test_nothing_removed_changes_nothing() -> None:
 
 def test_progress_ends_where_it_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measuring, "BATCH", 16)
-    calls: list[tuple[str, int, int]] = []
+    calls: list[tuple[str, int, int, str]] = []
     analyze(sparsessm.load("dense"), price="none", progress=lambda *call: calls.append(call), **SMALL)
-    assert {stage for stage, _, _ in calls} == {"analyze"}
-    steps = [done for _, done, _ in calls]
+    assert {stage for stage, _, _, _ in calls} == {"analyze"}
+    steps = [done for _, done, _, _ in calls]
     assert steps == sorted(steps)
     assert steps[-1] == calls[0][2] == calls[-1][2]
     assert max(after - before for before, after in zip(steps, steps[1:], strict=False)) < calls[0][2] / 20

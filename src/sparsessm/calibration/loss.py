@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsessm.architectures import Architecture
+from sparsessm.calibration.progress import Steps
 from sparsessm.calibration.walk import walk
 
 ROWS = 256  # rows of logits alive at a time: 50 MB for a vocabulary of 50,000
@@ -60,15 +61,17 @@ def head_losses(architecture: Architecture, hidden: Tensor, tokens: Tensor) -> T
     return torch.cat(parts).view(len(tokens), -1).mean(1)
 
 
-def losses(architecture: Architecture, *groups: Tensor, without: Collection[int] = ()) -> Tensor:
+def losses(
+    architecture: Architecture, *groups: Tensor, without: Collection[int] = (), steps: Steps | None = None
+) -> Tensor:
     """(W,) float64, mean nats a predicted token of each window of all groups, by the model as it is.
 
     Args:
         groups: (W, L) int64 each, L at least 2; those of a group go through a block at once.
-        without: indices of blocks that are left out.
+        without: indices of blocks that are left out. steps: is told where the walk stands.
     """
     found: list[Tensor] = []
-    for stop in walk(architecture, None, *groups, without=without, tail=True):
+    for stop in walk(architecture, None, *groups, without=without, tail=True, steps=steps):
         if stop.block is architecture.tail:
             found = [head_losses(architecture, *pair) for pair in zip(stop.groups, groups, strict=True)]
     return torch.cat(found)

@@ -92,7 +92,8 @@ def output_fisher(
 
     Args:
         tokens: (W, L) int64 calibration windows, L at least 2.
-        progress: called with ("fisher", steps done, steps in all); a step is a block forward or backward.
+        progress: called with ("fisher", steps done, steps in all, block); a step is a block, forward or
+            backward.
         journal: keeps what each group of windows says.
         head: the logits too, under the name of the tail's first target; costs (rows, vocabulary) of work.
 
@@ -109,7 +110,8 @@ def output_fisher(
             f"output_fisher needs windows of shape (at least 1, at least 2), got {tuple(tokens.shape)}"
         )
     groups = grouped(tokens, ROWS)
-    steps = Steps("fisher", 2 * len(groups) * len(architecture.blocks), progress)
+    blocks = len(architecture.blocks)
+    steps = Steps("fisher", 2 * len(groups) * blocks, progress, blocks)
     journal = journal or Forgetful(architecture)
     sums: dict[str, Tensor] = {}
     # Tensors made in inference mode could not be part of a graph, so this pass leaves that mode if it is on.
@@ -136,7 +138,7 @@ def _energies(architecture: Architecture, group: Tensor, steps: Steps, head: boo
     group = group.clone()
     entering = _forward(architecture, group, steps)
     back = torch.empty_like(entering[-1])
-    for stop in backwards(architecture):
+    for stop in backwards(architecture, steps):
         if stop.block is architecture.tail:
             back = _head_backward(architecture, entering[-1], group, add if head else None)
         else:
@@ -150,7 +152,7 @@ def _forward(architecture: Architecture, tokens: Tensor, steps: Steps) -> Tensor
     """The input of each block and of the tail, (blocks + 1, W, L, d_model)."""
     blocks = len(architecture.blocks)
     entering = torch.empty(0)
-    for stop in walk(architecture, None, tokens, tail=True):
+    for stop in walk(architecture, None, tokens, tail=True, steps=steps):
         (states,) = stop.groups
         if not len(entering):
             entering = architecture.residence.room(states, blocks + 1, *states.shape)

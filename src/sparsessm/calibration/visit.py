@@ -44,7 +44,7 @@ def visit(
     Args:
         watch: target -> its observer, or None where it can be changed unseen.
         tokens: (W, L) int64 calibration windows; None if nothing is watched.
-        progress: called with ("calibrate", slabs done, slabs in all).
+        progress: called with ("calibrate", slabs done, slabs in all, block).
         paired: carry what the dense model makes of the windows, for observers that compare.
         stage, note: as of `walk`; targets of blocks that were left are passed over.
 
@@ -71,7 +71,7 @@ def visit(
     # looks at what blocks share are not counted by `Stop`
     looks = sum(any(t.name in watched and not t.uses for t in part) for part in parts)
     passes = len(architecture.blocks) + looks + (1 if behind else -1)
-    steps = Steps("calibrate", passes * slab_count(*tokens.shape), progress)
+    steps = Steps("calibrate", passes * slab_count(*tokens.shape), progress, len(architecture.blocks))
     if stage.left:
         steps(passes * len(stage.left) // (len(architecture.blocks) + 1) * slab_count(*tokens.shape))
     how: dict[str, Any] = {"dense": dense, "tail": bool(head), "steps": steps}
@@ -101,7 +101,8 @@ def _look_behind(
     architecture: Architecture, target: Target, observer: Any, tokens: Tensor, progress: Progress | None
 ) -> Any:
     """What the model as it is feeds into its head; both streams are the same."""
-    steps = Steps("calibrate", (len(architecture.blocks) + 1) * slab_count(*tokens.shape), progress)
+    blocks = len(architecture.blocks)
+    steps = Steps("calibrate", (blocks + 1) * slab_count(*tokens.shape), progress, blocks)
     for stop in walk(architecture, tokens, tail=True, steps=steps):
         if stop.block is architecture.tail:
             return stop.look(target, observer)

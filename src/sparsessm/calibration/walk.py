@@ -254,7 +254,7 @@ def walk(
         dense: `tokens` as the dense model embeds them, to be carried beside them; of the same stage.
         without: indices of blocks that the windows pass by as if they were not there, the dense ones apart.
         tail: stop before the head as well.
-        steps: counts the slabs of `tokens` in each pass.
+        steps: is told where the walk stands, and counts the slabs of `tokens` in each pass.
         stage: keeps what each block was left with; the walk does not stop at those that an earlier one left.
         note: what is to be kept with a block, asked when it is left.
 
@@ -271,9 +271,10 @@ def walk(
     return _over(blocks, streams, without, steps, lambda block: stage.leave(block, note(), streams.which))
 
 
-def backwards(architecture: Architecture) -> Iterator[Stop]:
-    """Stop at each block from the tail to the first; nothing is carried."""
-    return _over((architecture.tail, *reversed(architecture.blocks)), Streams(architecture.residence))
+def backwards(architecture: Architecture, steps: Steps | None = None) -> Iterator[Stop]:
+    """Stop at each block from the tail to the first; nothing is carried. `steps` is told where."""
+    blocks = (architecture.tail, *reversed(architecture.blocks))
+    return _over(blocks, Streams(architecture.residence), steps=steps)
 
 
 def _over(
@@ -305,6 +306,8 @@ def opened(block: Block, streams: Streams, ahead: Sequence[Block], steps: Steps 
     residence = streams.residence
     residence.open(block)
     stop = Stop(block, None, streams, ahead, steps)
+    if steps:
+        steps.at(block.index)
     try:
         if streams.dense is not None:
             stop._dense = block.copy()

@@ -95,10 +95,10 @@ class Journal:
                 f"{str(self.folder)!r} is in the way: it is no unfinished run; rename it, or choose another "
                 "name for the result"
             )
-        if there and not resume and not force:
+        if there and not resume and not force and (held := said(self.folder)):
             raise ValueError(
-                f"{str(self.folder)!r} holds an unfinished run ({said(self.folder)}); go on with it "
-                "(--resume), or replace it (--force)"
+                f"{str(self.folder)!r} holds an unfinished run ({held}); go on with it (--resume), or "
+                "replace it (--force)"
             )
         self._parents = [path for path in self.folder.parents if not path.exists()]
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -316,14 +316,14 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 
 def said(folder: Path) -> str:
-    """How far a run is, in words."""
+    """How far a run is, in words; empty where nothing is done that would be lost."""
     try:
         lines = _read(folder / FILE)
     except ValueError as error:
         return str(error)
     blocks = len({(line["stage"], line["block"]) for line in lines[1:] if "block" in line})
     size = sum(path.stat().st_size for path in folder.iterdir())
-    return f"{blocks} blocks done, {size:,} bytes"
+    return f"{blocks} blocks done, {size:,} bytes" if len(lines) > 1 else ""
 
 
 def flushed(file: Path) -> str:

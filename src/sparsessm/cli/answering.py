@@ -21,6 +21,7 @@ from .. import kernels
 from ..recipe.recipe import Recipe
 from ..report.record import finite
 from . import ending, tables
+from .progress import Progress, to_stderr
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
@@ -117,7 +118,12 @@ def _kind(annotation: Any) -> Any:
 
 
 Json = Annotated[
-    bool, option("--json", help="Print one JSON document instead of tables.", rich_help_panel="Output")
+    bool,
+    option(
+        "--json",
+        help="Print one JSON document instead of tables, and on stderr a JSON object a line.",
+        rich_help_panel="Output",
+    ),
 ]
 Quiet = Annotated[
     bool,
@@ -154,7 +160,8 @@ def answering(
     grown: bool = False,
     streaming: bool = False,
     kept: Path | None = None,
-) -> Iterator[tables.Progress]:
+    events: bool = False,
+) -> Iterator[Progress]:
     """Run a command's work; whatever goes wrong ends in one line and an exit code (ending.py).
 
     Args:
@@ -163,13 +170,15 @@ def answering(
         grown: a file that grows while the command works.
         streaming: no progress, because the command prints its result as it comes.
         kept: the directory that keeps what is done, for `--resume`.
+        events: what is told on stderr is for a program (`progress.Events`).
     """
-    progress = tables.Progress(quiet or streaming)
+    notes = to_stderr(quiet=quiet, events=events)
+    progress = to_stderr(quiet=True) if streaming else notes
     try:
-        if not kernels.NATIVE and not quiet:
-            tables.echo("note: the native kernels are not installed; the slow reference is used", err=True)
+        if not kernels.NATIVE:
+            notes.note("note: the native kernels are not installed; the slow reference is used")
         nothing = "the text ends here" if streaming else ""
-        with ending.writing(*writes, grown=grown, nothing=nothing, kept=kept):
+        with ending.writing(*writes, grown=grown, nothing=nothing, kept=kept, events=events):
             with ending.restoring(progress.restored), progress:
                 yield progress
     except (BrokenPipeError, SystemExit):
@@ -178,7 +187,7 @@ def answering(
         raise typer.Exit(ending.said(error, progress.doing)) from None
 
 
-def tell(notes: Iterable[str], progress: tables.Progress) -> None:
+def tell(notes: Iterable[str], progress: Progress) -> None:
     """Say on stderr what of a source is not followed or not written back (`Checkpoint.notes`)."""
     for note in notes:
         progress.note(f"note: {note}")
@@ -188,7 +197,7 @@ def loaded(
     model: str,
     tokenizer: str | None,
     memory: str | None,
-    progress: tables.Progress,
+    progress: Progress,
     folder: Path | None = None,
 ) -> Checkpoint:
     """A model, read block by block if it is larger than the memory; what of it is not followed is said.

@@ -16,7 +16,7 @@ from ..evaluation.before_after import Yardstick, compared
 from ..evaluation.perplexity import Perplexity
 from ..evaluation.speed import measure
 from ..report.record import Report, percent
-from .tables import Progress
+from .progress import Progress
 
 MODEL = "builtin:pycode"
 ROUNDS = 7  # of measuring each packed model beside the dense one

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import atexit
 import errno
+import json
 import os
 import signal
 import sys
@@ -74,6 +75,7 @@ _owner = 0  # the process whose end this is; a forked one just ends
 _targets: list[_Seen] = []
 _nothing = "nothing was written"
 _kept: Path | None = None  # the directory of an unfinished run, for `--resume`
+_events = False  # stderr is read by a program
 _worked = False  # the command has done its work, and its result is on the disk
 _restored: list[Callable[[], bytes]] = []
 _reserve: list[bytearray] = []  # given up where there is no memory, so that this can still be said
@@ -149,16 +151,25 @@ def said(error: BaseException, doing: str = "") -> int:
     """
     _reserve.clear()
     if isinstance(error, KeyboardInterrupt):
-        sys.stderr.write(f"interrupted; {there_now()}\n")
+        sys.stderr.write(_told("interrupted", there_now()))
         return 130
     if isinstance(error, BrokenPipeError):  # whoever read stdout has gone, as `head` does
         return 1
     if os.environ.get(TRACEBACK):
         traceback.print_exception(error)
-    told = "; ".join(filter(None, (words(error, doing), kept_now())))
-    sys.stderr.write(f"error: {visible(' '.join(told.split()))}\n")
+    told, kept = words(error, doing), kept_now()
+    if kept and "--resume" not in told:
+        told = f"{told}; {kept}"
+    sys.stderr.write(_told("error", visible(" ".join(told.split()))))
     sys.stderr.flush()
     return 1
+
+
+def _told(event: str, text: str) -> str:
+    """A last line, for people or for a program."""
+    if _events:
+        return json.dumps({"event": event, "text": text}) + "\n"
+    return f"{event}{';' if event == 'interrupted' else ':'} {text}\n"
 
 
 def words(error: BaseException, doing: str = "") -> str:
@@ -196,6 +207,7 @@ def writing(
     grown: bool = False,
     nothing: str = "",
     kept: Path | None = None,
+    events: bool = False,
 ) -> Iterator[None]:
     """Note what is there before the work, so that the truth can be told if it is cut short.
 
@@ -204,9 +216,10 @@ def writing(
         grown: files that grow while the command works.
         nothing: what to say of a command that writes nothing.
         kept: the directory that keeps what is done, for `--resume`.
+        events: the end is told as a JSON object, too.
     """
-    global _nothing, _worked, _kept
-    _worked, _kept = False, kept
+    global _nothing, _worked, _kept, _events
+    _worked, _kept, _events = False, kept, events
     _targets[:] = [
         _Seen(os.fspath(path), grown, _identity(path, grown)) for path in paths if path is not None
     ]
@@ -276,7 +289,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
         for each in numbers:
             signal.signal(each, signal.SIG_IGN)
         unfinished.clear()
-        line = f"interrupted; {there_now()}\n"
+        line = _told("interrupted", there_now())
         before = b"".join(restored() for restored in _restored)
         for each in numbers:
             signal.signal(each, signal.SIG_DFL)

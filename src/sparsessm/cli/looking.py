@@ -70,7 +70,7 @@ def evaluate(
 ) -> None:
     """Measure perplexity and bits per byte, or zero-shot tasks, of one or several models."""
     perplexities, zero_shots = {}, {}
-    with answering(quiet) as progress:
+    with answering(quiet, events=as_json) as progress:
         from ..evaluation import comparison
         from ..evaluation.tasks import zero_shot
 
@@ -105,7 +105,7 @@ def inspect(
     quiet: Quiet = False,
 ) -> None:
     """Show what a result contains: its record, its recipe, and the zeros counted in its tensors."""
-    with answering(quiet) as progress:
+    with answering(quiet, events=as_json) as progress:
         from ..checkpoint import at_rest, open_checkpoint
         from ..checkpoint.given import checked_path
         from ..report.contents import inspection, inspection_tables

@@ -36,7 +36,7 @@ def bench(
     quiet: Quiet = False,
 ) -> None:
     """Measure bytes, tokens per second and memory bandwidth of a model, or of two side by side."""
-    with answering(quiet) as progress:
+    with answering(quiet, events=as_json) as progress:
         from ..evaluation.speed import measure
 
         progress.say(f"loading {model}" + (f" and {against}" if against is not None else ""))

@@ -41,6 +41,7 @@ from .answering import (
     print_json,
     takes_recipe,
 )
+from .progress import Progress
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -122,7 +123,8 @@ def prune(
     from ..checkpoint import folder_of, unfinished
 
     target = None if dry_run else out
-    with answering(quiet, target, kept=target and folder_of(target)) as progress:
+    kept = target and folder_of(target)
+    with answering(quiet, target, kept=kept, events=as_json) as progress:
         wanted = _wanted(given, structured, recipe, out, force)
         report = cost = None
         if target is None:
@@ -166,7 +168,7 @@ def _wanted(
 
 
 def _planned(
-    recipe: Recipe, memory: str | None, journal: Journal | None, progress: tables.Progress
+    recipe: Recipe, memory: str | None, journal: Journal | None, progress: Progress
 ) -> sparsessm.Run:
     """The model is opened and the recipe fits it."""
     checkpoint = loaded(str(recipe.model), recipe.tokenizer, memory, progress, journal and journal.folder)
@@ -182,7 +184,7 @@ def _pruned(
     measure: bool,
     force: bool,
     journal: Journal,
-    progress: tables.Progress,
+    progress: Progress,
 ) -> Report:
     """Prune, measure and save.
 
@@ -268,7 +270,8 @@ def demo(
     """Prune the built-in model by the main methods, compare them on held-out text, and run a result."""
     from . import demonstration as demos
 
-    with answering(quiet, out, *(demos.packed_folder(out, kind) for kind in demos.PACKED)) as progress:
+    packs = (demos.packed_folder(out, kind) for kind in demos.PACKED)
+    with answering(quiet, out, *packs, events=as_json) as progress:
         from ..checkpoint import read_record, refuse_existing
 
         record = read_record(out) if out.is_dir() else None
@@ -334,7 +337,7 @@ def analyze(
     """Find out which matrices of MODEL tolerate pruning: prune each alone and compare the predictions."""
     from ..studies import findings, tolerance
 
-    with answering(quiet, out and out / tolerance.FILE, grown=True) as progress:
+    with answering(quiet, out and out / tolerance.FILE, grown=True, events=as_json) as progress:
         from ..checkpoint import refuse_target
 
         if out is not None:

@@ -25,6 +25,7 @@ from .answering import (
     print_json,
     tell,
 )
+from .progress import to_stderr
 
 Generating = Annotated[
     bool, option("--quiet", "-q", help="Print nothing but the text (or the JSON) and errors.")
@@ -58,12 +59,13 @@ def generate(
     quiet: Generating = False,
 ) -> None:
     """Continue a text on the CPU. The text streams to stdout; the speed is printed on stderr."""
-    with answering(quiet, streaming=True):
+    with answering(quiet, streaming=True, events=as_json):
         from ..runtime import load
 
         text = _standard_input() if prompt == "-" else prompt
         ready = load(model, tokenizer=tokenizer, threads=threads)
-        tell(ready.notes, tables.Progress(quiet))  # the command's own is silent while it streams
+        # the command's own is silent while it streams
+        tell(ready.notes, to_stderr(quiet=quiet, events=as_json))
 
         def show(piece: str) -> None:
             if not as_json:
@@ -126,7 +128,7 @@ def pack(
     quiet: Quiet = False,
 ) -> None:
     """Store a pruned model without its zeros: smaller, and faster in our runtime."""
-    with answering(quiet, out) as progress:
+    with answering(quiet, out, events=as_json) as progress:
         from ..checkpoint import pack as packing
 
         progress.say(f"packing {model}")
@@ -166,7 +168,7 @@ def unpack(
     quiet: Quiet = False,
 ) -> None:
     """Turn a packed directory back into the checkpoint that it was made from."""
-    with answering(quiet, out) as progress:
+    with answering(quiet, out, events=as_json) as progress:
         from ..checkpoint import unpack as unpacking
 
         progress.say(f"unpacking {model}")

@@ -123,7 +123,7 @@ def measure(
         windows: (W, length) int64, length at least 2.
         n_bytes: UTF-8 bytes of the text of all predicted tokens, for the bits per byte.
         data: the text's name, for the record.
-        progress: called with ("evaluate", windows done, windows).
+        progress: called with ("evaluate", windows done, windows, block).
 
     Raises:
         ValueError: windows of another shape or type, `n_bytes` below 1, a token outside the model's
@@ -144,13 +144,13 @@ def measure(
             f"vocabulary of {config.vocab_size}"
         )
     nlls: list[float] = []
-    steps = Steps("evaluate", count, progress)
+    steps = Steps("evaluate", count, progress, len(architecture.blocks))
     batches = grouped(windows, BATCH)
     wide = 4 * batches[0].numel() * config.hidden_size
     width = architecture.residence.at_once(wide, len(batches), free=1)
     for first in range(0, len(batches), width):
         some = batches[first : first + width]
-        for nll in losses(architecture, *some).tolist():
+        for nll in losses(architecture, *some, steps=steps).tolist():
             if not math.isfinite(nll):
                 raise ValueError(f"perplexity: the likelihood of window {len(nlls)} is not finite ({nll})")
             nlls.append(nll)

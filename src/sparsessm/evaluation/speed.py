@@ -155,7 +155,7 @@ def measure(
         batches: sequences that are decoded together.
         rounds: of each phase; fewer of one that takes longer than `PHASE` seconds, at least `FEWEST`.
         threads: as `runtime.load`.
-        progress: called with (stage, done, total).
+        progress: called with ("bench", done, total, "").
 
     Raises:
         ValueError: as `runtime.load`; a number below 1.

@@ -61,7 +61,8 @@ def zero_shot(
         limit: only so many documents of each task, the first ones (the harness's own `--limit`).
         include_path: a directory with task files (YAML) of your own; their names go before those of lm_eval.
             What a file names with `!function` is Python, and runs.
-        progress: called with ("load tasks", tasks loaded, tasks), then (task, requests done, requests).
+        progress: called with ("load tasks", tasks loaded, tasks, ""), then (task, requests done, requests,
+            "").
 
     Raises:
         ValueError: lm_eval is not installed; no task, an unknown one, or one that generates text; its data
@@ -85,7 +86,7 @@ def zero_shot(
             if task.get_config("num_fewshot") is None:
                 task.set_config(key="num_fewshot", value=0)
             task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
-            model.begin(functools.partial(progress, name) if progress else None)
+            model.begin(progress and functools.partial(_told, progress, name))
             rows[name], scores[name] = _score(model, name, task, limit)
         for name, group in groups.items():
             if group.has_aggregation:
@@ -232,6 +233,10 @@ def _manager(name: str, include_path: str | Path | None, own: Any) -> Any:
     raise ValueError(f"unknown task {name!r}{hint}; {more}")
 
 
+def _told(progress: Progress, task: str, done: int, total: int) -> None:
+    progress(task, done, total, "")
+
+
 def _load(
     names: list[str], include_path: str | Path | None, progress: Progress | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -248,7 +253,7 @@ def _load(
     groups: dict[str, Any] = {}
     for done, (name, manager) in enumerate(zip(names, managers, strict=True)):
         if progress:
-            progress("load tasks", done, len(names))
+            progress("load tasks", done, len(names), "")
         try:
             with redirect_stderr(io.StringIO()):  # bars of `datasets`
                 loaded = manager.load([name])
@@ -264,7 +269,7 @@ def _load(
         tasks |= loaded["tasks"]
         groups |= loaded.get("groups", {})
     if progress:
-        progress("load tasks", len(names), len(names))
+        progress("load tasks", len(names), len(names), "")
     return tasks, groups
 
 

@@ -140,7 +140,7 @@ def timed(
         prompt: tokens of the prompt.
         batches: sequences that are decoded together.
         rounds: of each phase; fewer of one that takes longer than `PHASE` seconds, at least `FEWEST`.
-        progress: called with (stage, done, total).
+        progress: called with ("bench", done, total, "").
 
     Returns:
         The prompt, then decoding at each batch size.
@@ -163,10 +163,10 @@ def timed(
         for each in going:
             each.round(turn)
             if progress is not None:
-                progress("bench", sum(other.counted for other in running), total)
+                progress("bench", sum(other.counted for other in running), total, "")
         turn += 1
     if progress is not None and sum(each.counted for each in running) < total:
-        progress("bench", total, total)  # rounds that were disturbed are not made up for without end
+        progress("bench", total, total, "")  # rounds that were disturbed are not made up for without end
     return [each.phase() for each in running]
 
 

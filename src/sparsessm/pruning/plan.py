@@ -124,7 +124,7 @@ class Plan(ABC):
         Args:
             architecture: that the plan was made for.
             tokens: (W, L) int64 calibration windows; may be None where nothing looks at them.
-            progress: called as (stage, done, total).
+            progress: called as (stage, done, total, block).
             journal: keeps what is done, and says what an earlier run did; the same plan on the same model.
 
         Raises:

@@ -70,7 +70,8 @@ def _shares(
     if any(watch(target) is not None for target in targets.values()):
         assert tokens is not None
         few = first_tokens(tokens, SURVEY_TOKENS)
-        steps = Steps("survey", slab_count(*few.shape) * len(architecture.blocks), progress)
+        blocks = len(architecture.blocks)
+        steps = Steps("survey", slab_count(*few.shape) * blocks, progress, blocks)
         # sums over what blocks share would be lost between them
         stage = None if any(target.uses for target in targets.values()) else journal.stage("survey")
         for past in stage.left.values() if stage else ():

@@ -96,7 +96,7 @@ def analyze(
         windows: number of held-out windows, of the same data.
         out: directory of analysis.json, which is written after every matrix; None: nothing is written.
         force: start anew where there is a file of other settings or of another model.
-        progress: called with ("analyze", steps done, steps in all); a step is about one block forward.
+        progress: called with ("analyze", steps done, steps in all, block); a step is about one block forward.
 
     Raises:
         ValueError: options that are not allowed, a file that does not fit, or activations, Hessians or logits

@@ -69,7 +69,7 @@ def steps(
 
     Args:
         tokens: (W, L) int64, all different: the last are held out, the first are calibrated on.
-        progress: called with ("N windows", steps done, steps in all).
+        progress: called with ("N windows", steps done, steps in all, block).
 
     Raises:
         ValueError: an assignment whose methods look at no windows; too few of them; activations, scores or
