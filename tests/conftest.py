@@ -1,11 +1,14 @@
-"""One torch thread a worker, as two processes run on two cores; or as SPARSESSM_TEST_THREADS says. And
-fixtures for tests of any folder."""
+"""One thread a worker and a program that it starts, as two processes run on two cores; or as
+SPARSESSM_TEST_THREADS says. And fixtures for tests of any folder."""
 
 import os
 import random
 import shutil
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch reads it
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from pico import TEXT
 
 from sparsessm import kernels
 from sparsessm.calibration import walk
+from sparsessm.data import texts
 
 torch.set_num_threads(int(os.environ.get("SPARSESSM_TEST_THREADS") or 1))
 
@@ -42,6 +46,17 @@ def here(tmp_path: Path, shelf: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(shelf, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def little_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`stdlib` is a few modules of each side: splitting all of them into tokens takes seconds."""
+    whole = texts.stdlib_modules
+
+    def some(*, held_out: bool | None) -> Iterator[tuple[str, str]]:
+        return islice(whole(held_out=held_out), 30)
+
+    monkeypatch.setattr(texts, "stdlib_modules", some)
 
 
 @pytest.fixture

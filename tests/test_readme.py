@@ -22,6 +22,8 @@ from typer.testing import CliRunner
 import sparsessm
 from sparsessm import cli
 from sparsessm.cli import demonstration
+from sparsessm.evaluation import timing
+from sparsessm.pruning import mixes
 from sparsessm.recipe.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
@@ -160,11 +162,15 @@ def test_the_recipes_of_the_page_fit_the_built_in_model(tmp_path: Path) -> None:
     ],
     ids=lambda section: section.splitlines()[0],
 )
+@pytest.mark.usefixtures("little_library")
 def test_a_section_of_the_readme_runs(section: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text(TEXT * 20)
     monkeypatch.setattr(demonstration, "WINDOWS", 2)
     monkeypatch.setattr(demonstration, "ROUNDS", 1)
+    monkeypatch.setattr(timing, "PHASE", 0.2)
+    monkeypatch.setattr(timing, "BUFFER", 1 << 20)
+    monkeypatch.setattr(mixes, "TRIED", (0.25,))
     monkeypatch.setattr(sparsessm, "prune", partial(sparsessm.prune, samples=1, length=64))
     monkeypatch.setattr(sparsessm, "evaluate", partial(sparsessm.evaluate, limit=1, length=64))
     for language, text in blocks(section):

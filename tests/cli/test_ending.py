@@ -179,7 +179,8 @@ def test_a_result_that_cannot_be_printed_is_an_error(redirect: str, here: Path) 
     shell = f"{sys.executable} -m sparsessm inspect dense --json {redirect}"
     done = subprocess.run(shell, shell=True, env=ALONE, capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr.startswith("error: stdout cannot be written to: ") and done.stderr.count("\n") == 1
+    event = json.loads(done.stderr)
+    assert event["event"] == "error" and event["text"].startswith("stdout cannot be written to: ")
 
 
 def test_a_terminal_without_unicode_gets_tables(here: Path) -> None:
