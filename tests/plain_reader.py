@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 SIZES = {"F32": 4, "BF16": 2, "F16": 2, "I8": 1, "U8": 1, "I64": 8}
-PARTS = ("values", "mask", "offsets", "index", "scale")
+PARTS = (
+    *("values", "mask", "offsets", "starts", "index", "codes", "planes", "low"),
+    *("scale", "scales", "rows", "columns"),
+)
 CODES = {"F32": "<f", "F16": "<e", "I8": "<b", "U8": "<B", "I64": "<q"}
 
 
@@ -21,9 +24,11 @@ def read(file: Path) -> dict[str, tuple[list[int], str, list[float]]]:
     (length,) = struct.unpack_from("<Q", content)
     header = json.loads(content[8 : 8 + length])
     metadata = header.pop("__metadata__")
-    assert (metadata["format"], metadata["version"]) == ("sparsessm-packed", "1")
+    assert metadata["format"] == "sparsessm-packed" and metadata["version"] in ("1", "2")
     assert crc32c(metadata["tensors"].encode()) == metadata["checksum"], "the header is damaged"
     described = json.loads(metadata["tensors"])
+    coded = any(entry["kind"][:3] in ("int", "odd", "mas", "nes") for entry in described.values())
+    assert metadata["version"] == ("2" if coded else "1")
     arrays, raw = {}, {}
     for name, entry in header.items():
         begin, end = (8 + length + offset for offset in entry["data_offsets"])
@@ -58,6 +63,10 @@ def tensor(name: str, entry: dict[str, Any], arrays: dict[str, list[Any]]) -> li
     if name in arrays:
         return arrays[name]
     rows, columns = entry["shape"]
+    if entry["kind"] == "nested":
+        return nested(name, rows, columns, arrays)
+    if entry["kind"][:3] in ("int", "odd", "mas"):
+        return fixed(name, entry["kind"], rows, columns, arrays)
     values, scale, fill = arrays[f"{name}.values"], arrays.get(f"{name}.scale"), entry.get("fill", 0.0)
     whole = []
     taken = 0
@@ -70,6 +79,66 @@ def tensor(name: str, entry: dict[str, Any], arrays: dict[str, list[Any]]) -> li
             assert arrays[f"{name}.offsets"][(row + 1) // 16] == taken
         whole += entries if scale is None else [float32(value * scale[row]) for value in entries]
     assert taken == len(values)
+    return whole
+
+
+def number(array: list[int], first: int, bits: int) -> int:
+    """Some bits of an array of bytes, the lowest first."""
+    places = range(first, first + bits)
+    return sum((array[i // 8] >> i % 8 & 1) << place for place, i in enumerate(places))
+
+
+def fixed(name: str, kind: str, rows: int, columns: int, arrays: dict[str, list[Any]]) -> list[float]:
+    form, _, group = kind.partition(":")
+    word, b, group = form[:-1], int(form[-1]), int(group)
+    codes, scales = arrays[f"{name}.codes"], arrays[f"{name}.scales"]
+    groups, whole, taken = -(-columns // group), [], 0
+    for row in range(rows):
+        entries = [0.0] * columns
+        for column in kept(name, "bitmask" if word == "masked" else "dense", row, columns, arrays):
+            if word == "masked":
+                n = number(codes, taken * b, b)
+                code = n - 2 ** (b - 1)
+                code += code >= 0
+            else:
+                n = number(codes, row * -(-columns * b // 8) * 8 + column * b, b)
+                code = n - 2 ** (b - 1) if word == "int" else 2 * n + 1 - 2**b
+            entries[column] = float32(code * scales[row * groups + column // group])
+            taken += 1
+        if word == "masked" and row % 16 == 15:
+            assert arrays[f"{name}.offsets"][(row + 1) // 16] == taken
+        whole += entries
+    return whole
+
+
+def nested(name: str, rows: int, columns: int, arrays: dict[str, list[Any]]) -> list[float]:
+    planes, low = arrays[f"{name}.planes"], arrays[f"{name}.low"]
+    by_row, by_column = arrays[f"{name}.rows"], arrays[f"{name}.columns"]
+    whole = []
+    for first in range(0, rows, 16):
+        some = range(first, min(first + 16, rows))
+        at = 8 * arrays[f"{name}.starts"][first // 16]
+        high = {(row, column): 1 for row in some for column in kept(name, "bitmask", row, columns, arrays)}
+        signs = {}
+        for place in high:
+            signs[place], at = (-1 if number(planes, at, 1) else 1), at + 1
+        left = list(high)
+        while left:
+            larger = []
+            for place in left:
+                if number(planes, at, 1):
+                    high[place] += 1
+                    larger.append(place)
+                at += 1
+            left = larger
+        for row in some:
+            for column in range(columns):
+                code = high.get((row, column), 0) * signs.get((row, column), 1) * 2 ** low[row]
+                if low[row]:
+                    code += number(planes, at, low[row]) - 2 ** (low[row] - 1)
+                    at += low[row]
+                whole.append(float32(float32(code * by_row[row]) * by_column[column]))
+        assert -(-at // 8) == arrays[f"{name}.starts"][first // 16 + 1]
     return whole
 
 

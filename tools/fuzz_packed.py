@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sparsessm.checkpoint import assembly, container, encoding, opened
+from sparsessm.checkpoint import assembly, container, encoding, opened, packed_file
 from sparsessm.checkpoint.encoding import bits_of
 
 GOLDEN = Path(__file__).parents[1] / "tests/golden"
@@ -84,7 +84,7 @@ def one(content: bytes, shapes: dict[str, tuple[int, ...]], folder: Path) -> str
         assert str(error).startswith(str(file)), error
         return str(error)
     again = folder / "again.safetensors"
-    container.write(again, header.format, tensors)
+    packed_file.write(again, header.format, tensors)
     second = dict(container.read_tensors(container.read_header(again), shapes))
     for name, tensor in tensors.items():
         whole = tensor.decode()

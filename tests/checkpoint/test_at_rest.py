@@ -20,7 +20,17 @@ from safetensors.torch import load_file
 
 from sparsessm import checkpoint
 from sparsessm.architectures.own import Own
-from sparsessm.checkpoint import assembly, container, files, packed, reading, shelf, values, writing
+from sparsessm.checkpoint import (
+    assembly,
+    container,
+    files,
+    packed,
+    packed_file,
+    reading,
+    shelf,
+    values,
+    writing,
+)
 from sparsessm.checkpoint.encoding import TRIED, encode
 from sparsessm.report.contents import inspection
 
@@ -80,7 +90,7 @@ def test_it_packs_and_unpacks_as_of_a_whole_model(source: Path) -> None:
         tried = (patterns[name],) if name in patterns else TRIED
         removed = packed._REMOVED if name.endswith("A_log") else (0.0,)
         whole[name] = encode(name, values.stored_tensor(came, name), patterns=tried, removed=removed)
-    container.write(Path("whole"), came.format, whole)
+    packed_file.write(Path("whole"), came.format, whole)
     with no_model():
         done = checkpoint.pack(source, "packed")
     assert Path("packed", container.PACKED).read_bytes() == Path("whole").read_bytes()

@@ -16,7 +16,7 @@ from packable import SOURCES, edited, stock
 from pico import pico_mamba
 
 from sparsessm import checkpoint
-from sparsessm.checkpoint import container
+from sparsessm.checkpoint import container, packed_file
 
 EXPERT = "model.layers.1.feed_forward.experts.2.up_proj.weight"
 IN = "backbone.layers.0.mixer.in_proj.weight"
@@ -67,14 +67,14 @@ def test_a_damaged_packed_file_is_refused_before_anything_is_written(tmp_path: P
 def test_a_source_that_changes_while_it_is_packed_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, write = stock(tmp_path / "in", pico_mamba()), container.write
+    folder, write = stock(tmp_path / "in", pico_mamba()), packed_file.write
 
     def changed(*arguments: Any) -> None:
         with open(folder / "model.safetensors", "ab") as file:
             file.write(b"\0")
         write(*arguments)
 
-    monkeypatch.setattr(container, "write", changed)
+    monkeypatch.setattr(packed_file, "write", changed)
     with pytest.raises(ValueError, match=r"model\.safetensors: it was changed while it was read"):
         checkpoint.pack(folder, tmp_path / "out")
     assert names(tmp_path) == {"in"}

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparsessm.checkpoint import Encoded, container
+from sparsessm.checkpoint import Encoded, packed_file
 from sparsessm.checkpoint.encoding import encode, finite
 
 
@@ -40,7 +40,7 @@ def matrices(draw: st.DrawFn) -> tuple[Tensor, float]:
 
 def read_plainly(encoded: Encoded, folder: Path) -> Tensor:
     file = folder / "plain.safetensors"
-    container.write(file, "transformers", {encoded.name: encoded})
+    packed_file.write(file, "transformers", {encoded.name: encoded})
     ((shape, dtype, entries),) = plain_reader.read(file).values()
     assert dtype == str(encoded.dtype).removeprefix("torch.")
     return torch.tensor(entries, dtype=torch.float32).reshape(shape)

@@ -16,7 +16,7 @@ import torch
 from golden_files import CONV, EMBEDDING, GOLDEN, GOLDENS, IN, A, X, closed, expected, fuzz, opened
 
 from sparsessm import checkpoint
-from sparsessm.checkpoint import container, packed
+from sparsessm.checkpoint import container, packed, packed_file
 from sparsessm.checkpoint.encoding import encode
 
 
@@ -360,7 +360,7 @@ def test_a_config_that_does_not_fit(golden: Path, fields: dict[str, Any], messag
 def test_a_header_that_would_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(container, "HEADER_BYTES", 200)
     with pytest.raises(ValueError, match=r"packed\.safetensors: a header of \d+ bytes; at most 200"):
-        container.write(tmp_path / container.PACKED, "transformers", {"t": encode("t", torch.ones(33, 13))})
+        packed_file.write(tmp_path / container.PACKED, "transformers", {"t": encode("t", torch.ones(33, 13))})
     with pytest.raises(ValueError, match=r"packed\.safetensors: .*header of \d+ bytes, at most 200"):
         container.read_header(GOLDEN / "lossless" / container.PACKED)
 

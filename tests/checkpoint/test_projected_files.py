@@ -20,7 +20,7 @@ from torch import Tensor
 import sparsessm
 from sparsessm import checkpoint, runtime
 from sparsessm.architectures import adapt, projected
-from sparsessm.checkpoint import Checkpoint, Encoded, container, packed, writing
+from sparsessm.checkpoint import Checkpoint, Encoded, container, packed, packed_file, writing
 from sparsessm.checkpoint.encoding import encode
 from sparsessm.runtime.reference import ReferenceEngine
 
@@ -176,7 +176,9 @@ WRONG: list[tuple[Callable[[dict[str, Encoded]], dict[str, Encoded]], str]] = [
 def test_projections_that_do_not_fit_are_refused_by_name(
     half: Checkpoint, spoil: Callable[[dict[str, Encoded]], dict[str, Encoded]], words: str
 ) -> None:
-    container.write(Path("half", container.PACKED), "transformers", spoil(dict(packed.read("half").tensors)))
+    packed_file.write(
+        Path("half", container.PACKED), "transformers", spoil(dict(packed.read("half").tensors))
+    )
     assert half.source == "dense"
     for attempt in (packed.read, sparsessm.load, runtime.load, lambda path: packed.pack(path, "out")):
         with pytest.raises(ValueError, match=words) as caught:
@@ -189,7 +191,7 @@ def test_a_projection_that_is_not_a_number_is_refused(half: Checkpoint) -> None:
     tensors = dict(packed.read("half").tensors)
     broken = half.model.state_dict()[B1].clone()
     broken[0, 0, 0] = torch.inf
-    container.write(
+    packed_file.write(
         Path("half", container.PACKED), "transformers", tensors | {B1: replace(tensors[B1], values=broken)}
     )
     with pytest.raises(ValueError, match=B1):
@@ -201,7 +203,7 @@ def test_a_mamba_1_has_no_projections() -> None:
     packed.pack("one", "small")
     tensors = dict(packed.read("small").tensors)
     for shape in ((1, 4, 8), (2, 4, 8)):
-        container.write(
+        packed_file.write(
             Path("small", container.PACKED), "transformers", tensors | as_it(B1, torch.ones(shape))
         )
         for attempt in (packed.read, sparsessm.load, runtime.load):

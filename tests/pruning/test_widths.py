@@ -22,7 +22,7 @@ from sparsessm import runtime
 from sparsessm.architectures import adapt
 from sparsessm.architectures.own import Own
 from sparsessm.calibration.prices import row_prices
-from sparsessm.checkpoint import container, pack, unpack
+from sparsessm.checkpoint import container, pack, packed_file, unpack
 from sparsessm.checkpoint.encoding import encode
 from sparsessm.pruning import preview, units, widths
 from sparsessm.pruning.widths import allot
@@ -210,7 +210,7 @@ def test_a_tensor_of_another_width_is_refused_by_name(name: str) -> None:
     whole = f"backbone.layers.1.mixer.{name}"
     dense = sparsessm.load("dense")
     tensors[whole] = encode(whole, dense.model.state_dict()[whole], kind="dense")
-    container.write(Path("own") / container.PACKED, "transformers", tensors)
+    packed_file.write(Path("own") / container.PACKED, "transformers", tensors)
     for read in (sparsessm.load, runtime.load):
         with pytest.raises(ValueError, match=f"wrong shapes: {whole}"):
             read("own")

@@ -27,8 +27,11 @@ beside it (`docs/checkpoint.md` describes the files).
     bin_file.py       one pytorch_model.bin, written likewise
     state_spaces.py   the original format in the words of transformers
     packed.py         packed directories (`docs/sparse-format.md`): what is encoded how, there and back
-    encoding.py       one tensor of them: dense, bitmask, N:M, int8
-    container.py      the file that holds them
+    packed_tensor.py  what every tensor of them is
+    encoding.py       one of them: dense, bitmask, N:M, int8
+    coded.py          one on a grid: codes of few bits and scales
+    container.py      the file that holds them, read
+    packed_file.py    and written
     shelf.py          tensors that are read one by one
     given.py          what the Python API is given
 """
@@ -36,20 +39,20 @@ beside it (`docs/checkpoint.md` describes the files).
 from . import packed
 from .at_rest import AtRest, at_rest
 from .atomic import refuse_room, refuse_target
-from .encoding import Encoded
 from .journal import Journal, folder_of, unfinished
 from .opened import Opened, local_folder, open_checkpoint, read_record
 from .packed import Packed, pack, save, unpack
+from .packed_tensor import PackedTensor
 from .reading import Checkpoint, Streaming, load
 from .writing import refuse_existing, refuse_full
 
 __all__ = [
     "AtRest",
     "Checkpoint",
-    "Encoded",
     "Journal",
     "Opened",
     "Packed",
+    "PackedTensor",
     "Streaming",
     "at_rest",
     "folder_of",

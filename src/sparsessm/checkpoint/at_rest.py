@@ -45,8 +45,9 @@ class AtRest:
 
     def _value(self, name: str, dtype: torch.dtype | None) -> Tensor:
         tensor = self.tensors[name]
-        whole = tensor.kind == "dense" and tensor.scale is None
-        return tensor.values if whole else tensor.decode(None if tensor.scale is None else dtype)
+        if (whole := tensor.itself) is not None:
+            return whole
+        return tensor.decode(dtype if tensor.scaled else None)
 
 
 def at_rest(opened: Opened, tokenizer: str | os.PathLike[str] | None = None) -> AtRest:

@@ -8,7 +8,6 @@ tensors have to give the same bytes.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -24,12 +23,15 @@ from torch import Tensor
 
 from ..data.foreign import short
 from ..kernels.checksum import crc32c
-from .encoding import STOCK, Encoded, bits_of
+from . import coded
+from .coded import Coded
+from .encoding import Encoded, bits_of
 from .files import few, parse_json
+from .packed_tensor import STOCK, PackedTensor
 from .shelf import Unread
 
 PACKED = "packed.safetensors"
-PACKING, VERSION = "sparsessm-packed", "1"
+PACKING = "sparsessm-packed"
 FORMATS = ("transformers", "state-spaces")
 Format = Literal["transformers", "state-spaces"]
 """Of a stock checkpoint: whose names its `config.json` and tensors have. In the head it is called layout."""
@@ -45,10 +47,17 @@ _DTYPES = {
     "U8": torch.uint8,
     "I64": torch.int64,
 }
-_CODES = {dtype: code for code, dtype in _DTYPES.items()}
-_NAMES = {dtype: name for name, dtype in STOCK.items()}
+CODES = {dtype: code for code, dtype in _DTYPES.items()}
+NAMES = {dtype: name for name, dtype in STOCK.items()}
 _CHECKSUM = re.compile(r"[0-9a-f]{8}", re.ASCII)
-_KIND = re.compile(r"dense|bitmask|[1-9]\d{0,2}:[1-9]\d{0,2}", re.ASCII)
+_PLAIN, _PLAIN_WORDS = r"dense|bitmask|[1-9]\d{0,2}:[1-9]\d{0,2}", "'dense', 'bitmask', 'N:M'"
+_KINDS = {  # of a version, the second with all of the first
+    "1": (re.compile(_PLAIN, re.ASCII), _PLAIN_WORDS),
+    "2": (re.compile(f"{_PLAIN}|{coded.KIND.pattern}", re.ASCII), f"{_PLAIN_WORDS}, {coded.WORDS}"),
+}
+VERSIONS = tuple(_KINDS)
+"""The second has coded tensors; a file without them is written as the first."""
+_Stock = tuple[tuple[int, ...], torch.dtype, str, float]  # shape, dtype, label of the kind, removed value
 _PARTS = {"dense": (), "bitmask": ("mask", "offsets"), "n:m": ("index",)}
 
 
@@ -74,7 +83,7 @@ class Header:
 
     file: Path
     format: Format
-    stock: Mapping[str, tuple[tuple[int, ...], torch.dtype, str, float]]
+    stock: Mapping[str, _Stock]
     spans: Mapping[str, _Span]
     checksums: Mapping[str, str]
 
@@ -112,7 +121,7 @@ def read_header(file: Path) -> Header:
 
 def read_tensors(
     header: Header, expected: Mapping[str, tuple[int, ...]], check: bool = True
-) -> Iterator[tuple[str, Encoded]]:
+) -> Iterator[tuple[str, PackedTensor]]:
     """The tensors of a packed file by name, one by one, each in memory of its own.
 
     Args:
@@ -154,7 +163,7 @@ class Tensors(Unread):
         """As `Unread.shapes`."""
         return self._shapes
 
-    def __getitem__(self, name: str) -> Encoded:
+    def __getitem__(self, name: str) -> PackedTensor:
         self.shapes[name]  # a KeyError before the file is touched
         file = self._header.file
         try:
@@ -168,89 +177,6 @@ class Tensors(Unread):
             raise ValueError(f"{file}: {error}") from error
 
 
-@dataclass(frozen=True)
-class Outline:
-    """How tensors lie in a packed file, known before it is written.
-
-    Attributes:
-        head: the file up to its first array.
-        starts: where each array begins in the file, by its name there.
-        forms: stock tensor -> in two words how it is stored: label of its kind, dtype of its values.
-        sizes: stock tensor -> bytes of its arrays.
-    """
-
-    head: bytes
-    starts: Mapping[str, int]
-    forms: Mapping[str, tuple[str, torch.dtype]]
-    sizes: Mapping[str, int]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the file."""
-        return len(self.head) + sum(self.sizes.values())
-
-
-def outline(format: Format, tensors: Mapping[str, Encoded]) -> Outline:
-    """How `write` stores tensors.
-
-    Args:
-        tensors: each is asked for once, and not kept.
-
-    Raises:
-        ValueError: too many of them.
-    """
-    described = {}
-    forms: dict[str, tuple[str, torch.dtype]] = {}
-    sizes: dict[str, int] = {}
-    arrays: dict[str, tuple[torch.dtype, list[int], int]] = {}
-    for name, tensor in tensors.items():
-        entry = {"shape": list(tensor.shape), "dtype": _NAMES[tensor.dtype], "kind": tensor.label}
-        entry |= {} if tensor.kind == "dense" else {"fill": tensor.removed}
-        described[name] = entry | {"checksum": checksum(map(_bytes, tensor.parts.values()))}
-        forms[name], sizes[name] = (tensor.label, tensor.values.dtype), tensor.nbytes
-        for part, array in tensor.parts.items():
-            arrays[part] = array.dtype, list(array.shape), array.nbytes
-        del tensor  # before the next one is made
-    # Wide elements first, as the library does: every array then begins at a multiple of its element size.
-    arrays = dict(sorted(arrays.items(), key=lambda item: -item[1][0].itemsize))
-    text = json.dumps(described)
-    metadata = {"format": PACKING, "version": VERSION, "layout": format, "tensors": text}
-    metadata["checksum"] = checksum([text.encode()])
-    header: dict[str, Any] = {"__metadata__": metadata}
-    starts: dict[str, int] = {}
-    end = 0
-    for name, (dtype, shape, nbytes) in arrays.items():
-        starts[name], end = end, end + nbytes
-        header[name] = {"dtype": _CODES[dtype], "shape": shape, "data_offsets": [starts[name], end]}
-    head = json.dumps(header, separators=(",", ":")).encode()
-    head += b" " * (-len(head) % 8)
-    if len(head) > HEADER_BYTES:
-        raise ValueError(f"{PACKED}: a header of {len(head)} bytes; at most {HEADER_BYTES}")
-    head = len(head).to_bytes(8, "little") + head
-    return Outline(head, {name: len(head) + start for name, start in starts.items()}, forms, sizes)
-
-
-def write(file: Path, format: Format, tensors: Mapping[str, Encoded], found: Outline | None = None) -> None:
-    """Write a packed file; the same tensors in the same order always give the same bytes.
-
-    Args:
-        tensors: each is asked for twice, and not kept.
-        found: their outline, if it was made before; each is then asked for once.
-
-    Raises:
-        ValueError: as `outline`.
-        OSError: as the file system reports it.
-    """
-    found = found or outline(format, tensors)
-    with open(file, "wb") as content:
-        content.write(found.head)
-        for tensor in tensors.values():
-            for name, array in tensor.parts.items():
-                content.seek(found.starts[name])
-                content.write(_bytes(array).data)
-            del tensor  # before the next one is made
-
-
 def checksum(parts: Iterable[bytes | NDArray[np.uint8]]) -> str:
     """CRC32C of bytes that follow each other, in 8 hexadecimal digits."""
     total = 0
@@ -260,7 +186,7 @@ def checksum(parts: Iterable[bytes | NDArray[np.uint8]]) -> str:
     return f"{total:08x}"
 
 
-def _bytes(array: Tensor) -> NDArray[np.uint8]:
+def array_bytes(array: Tensor) -> NDArray[np.uint8]:
     return np.ascontiguousarray(bits_of(array)).reshape(-1).view(np.uint8)
 
 
@@ -300,14 +226,12 @@ def _spans(header: dict[str, Any], start: int, size: int) -> dict[str, _Span]:
     return spans
 
 
-def _metadata(
-    metadata: Any,
-) -> tuple[Format, dict[str, tuple[tuple[int, ...], torch.dtype, str, float]], dict[str, str]]:
+def _metadata(metadata: Any) -> tuple[Format, dict[str, _Stock], dict[str, str]]:
     """(format, description and checksum of each stock tensor) of a `__metadata__`, in allowed forms."""
     if not isinstance(metadata, dict) or metadata.get("format") != PACKING:
         raise ValueError(f"not a packed checkpoint: its __metadata__ does not say format {PACKING!r}")
-    if metadata.get("version") != VERSION:
-        raise ValueError(f"version {short(metadata.get('version'))} of the format; known: {VERSION!r}")
+    if (version := metadata.get("version")) not in VERSIONS:
+        raise ValueError(f"version {short(version)} of the format; known: {', '.join(map(repr, VERSIONS))}")
     if metadata.keys() != {"format", "version", "layout", "tensors", "checksum"}:
         raise ValueError(
             "__metadata__ must have format, version, layout, tensors and checksum, and nothing else"
@@ -337,8 +261,11 @@ def _metadata(
             raise ValueError(f"{name!r}: shape {short(shape)}; allowed: {allowed}")
         if not isinstance(dtype, str) or dtype not in STOCK:
             raise ValueError(f"{name!r}: dtype {short(dtype)}; allowed: {', '.join(STOCK)}")
-        if not isinstance(kind, str) or not _KIND.fullmatch(kind):
-            raise ValueError(f"{name!r}: kind {short(kind)}; allowed: 'dense', 'bitmask', 'N:M'")
+        pattern, allowed = _KINDS[version]
+        if not isinstance(kind, str) or not pattern.fullmatch(kind):
+            raise ValueError(f"{name!r}: kind {short(kind)}; allowed: {allowed}")
+        if "fill" in entry and coded.KIND.fullmatch(kind):
+            raise ValueError(f"{name!r}: kind {kind} has no fill")
         if type(removed) not in (int, float) or abs(removed) > 1e39:
             raise ValueError(f"{name!r}: fill {short(removed)}; allowed: a finite number of its dtype")
         stock[name] = tuple(shape), STOCK[dtype], kind, float(removed)
@@ -346,7 +273,7 @@ def _metadata(
     return cast(Format, format), stock, checksums
 
 
-def _compare(stock: Mapping[str, tuple[Any, Any, str, Any]], spans: Mapping[str, _Span]) -> None:
+def _compare(stock: Mapping[str, _Stock], spans: Mapping[str, _Span]) -> None:
     """Every array belongs to a stock tensor, and every stock tensor has the arrays of its kind."""
     owned: set[str] = set()
     for name, (_, _, label, _) in stock.items():
@@ -365,12 +292,14 @@ def _arrays(name: str, label: str, spans: Mapping[str, _Span]) -> dict[str, str]
     scaled = f"{name}.scale" in spans
     if label == "dense" and not scaled:
         return {"values": name}
+    if coded.KIND.fullmatch(label):
+        return {part: f"{name}.{part}" for part in coded.PARTS[coded.split(label)[0]]}
     kind = "n:m" if ":" in label else label
     parts = ("values", *_PARTS[kind], *(("scale",) if scaled else ()))
     return {part: f"{name}.{part}" for part in parts}
 
 
-def _encoded(header: Header, name: str, content: FileIO, check: bool) -> Encoded:
+def _encoded(header: Header, name: str, content: FileIO, check: bool) -> PackedTensor:
     shape, dtype, label, removed = header.stock[name]
     arrays: dict[str, Any] = {}
     memories = []
@@ -385,6 +314,8 @@ def _encoded(header: Header, name: str, content: FileIO, check: bool) -> Encoded
     if check and (found := checksum(memories)) != header.checksums[name]:
         told = f"its checksum is {found}, the file says {header.checksums[name]}"
         raise ValueError(f"tensor {name} is damaged: {told}")
+    if coded.KIND.fullmatch(label):
+        return Coded(name, shape, dtype, *coded.split(label), arrays)
     n, m = map(int, label.split(":")) if ":" in label else (0, 0)
     return Encoded(name, shape, dtype, "n:m" if m else label, removed=removed, n=n, m=m, **arrays)
 

@@ -11,14 +11,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
 from math import prod
+from typing import final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-STOCK = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""The dtypes a stock tensor may have, by the name that is stored for them."""
+from .packed_tensor import STOCK, PackedTensor, chunks
+
 GROUP = 16
 """Rows between two entries of a bitmask's `offsets`."""
 LARGEST_M = 256
@@ -26,7 +27,6 @@ LARGEST_M = 256
 TRIED = ((2, 4), (4, 8))
 """The N:M that are tried where nothing says how a tensor was pruned."""
 _BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
-_CHUNK = 1 << 22  # entries that are worked on at once where the work takes many bytes for each
 _FEW = 1 << 18
 _POPCOUNT = np.array([value.bit_count() for value in range(256)], np.uint8)
 
@@ -34,14 +34,12 @@ Bits = NDArray[np.signedinteger]
 Bools = NDArray[np.bool_]
 
 
+@final
 @dataclass(frozen=True, eq=False)
-class Encoded:
-    """A stock tensor, and the arrays that stand for it.
+class Encoded(PackedTensor):
+    """A stock tensor, and the arrays that stand for it; [rows, cols] unless `kind` is "dense".
 
     Attributes:
-        name: of the stock tensor.
-        shape: of the stock tensor; [rows, cols] unless `kind` is "dense".
-        dtype: of the stock tensor: float32, bfloat16 or float16.
         kind: "dense", "bitmask" or "n:m".
         values: in `dtype`, or int8 with `scale`; [kept] of a bitmask, [rows, cols/M*N] of N:M, else `shape`.
         removed: the value of the entries that are not stored, in the file `fill`.
@@ -52,9 +50,6 @@ class Encoded:
         n, m: N values of every M consecutive columns; 0 unless `kind` is "n:m".
     """
 
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
     kind: str
     values: Tensor
     removed: float = 0.0
@@ -67,12 +62,10 @@ class Encoded:
 
     @property
     def label(self) -> str:
-        """The kind as it is stored: that of N:M carries its numbers, "2:4"."""
         return f"{self.n}:{self.m}" if self.kind == "n:m" else self.kind
 
     @property
     def parts(self) -> dict[str, Tensor]:
-        """The arrays, by their name in a file."""
         if self.kind == "dense" and self.scale is None:
             return {self.name: self.values}
         return {f"{self.name}.{part}": array for part, array in self._named() if array is not None}
@@ -82,17 +75,22 @@ class Encoded:
         yield from (("index", self.index), ("scale", self.scale))
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of all arrays."""
-        return sum(array.nbytes for array in self.parts.values())
+    def held(self) -> str:
+        return _word(self.values.dtype)
+
+    @property
+    def fill(self) -> float | None:
+        return None if self.kind == "dense" else self.removed
+
+    @property
+    def scaled(self) -> bool:
+        return self.scale is not None
+
+    @property
+    def itself(self) -> Tensor | None:
+        return self.values if self.kind == "dense" and self.scale is None else None
 
     def decode(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The tensor, `shape`, newly allocated.
-
-        Args:
-            dtype: None for the stock dtype. float32 is exact for every encoding: value * scale of int8 is
-                then not rounded to a narrower stock dtype.
-        """
         if self.kind == "dense":
             whole = self.values.clone()
         else:
@@ -102,11 +100,14 @@ class Encoded:
             if self.kind == "bitmask":
                 into[self._kept()] = values
             else:
-                for part in _chunks(*self.shape):
+                for part in chunks(*self.shape):
                     np.put_along_axis(into[part], self._columns(part), values[part], axis=1)
         if self.scale is not None:
             whole = whole.float() * self.scale[:, None]
         return whole.to(dtype or self.dtype)
+
+    def plain(self) -> Encoded:
+        return self
 
     def bitmask(self) -> Encoded:
         """An N:M tensor as a bitmask with the same values, also those that equal the removed one; others as
@@ -115,33 +116,22 @@ class Encoded:
             return self
         rows, columns = self.shape
         kept = np.zeros((rows, columns), np.bool_)
-        for part in _chunks(*self.shape):
+        for part in chunks(*self.shape):
             np.put_along_axis(kept[part], self._columns(part), True, axis=1)
-        mask, offsets = _mask(kept)
+        mask, offsets = mask_of(kept)
         values = self.values.flatten().clone()
         return replace(self, kind="bitmask", values=values, mask=mask, offsets=offsets, index=None, n=0, m=0)
 
     def check(self, contents: bool = True) -> None:
-        """Refuse arrays that do not stand for a tensor.
-
-        Args:
-            contents: also look at every byte, not only at dtypes and shapes.
-
-        Raises:
-            ValueError: begins with the tensor's name, says what was found and what is allowed.
-        """
         # Lazily: each statement may rely on all before it.
         for found in chain(self._form(), self._content() if contents else ()):
             raise ValueError(f"{self.name}: {found}")
 
     def _form(self) -> Iterator[str]:
         """What is wrong with kind, dtypes and shapes."""
-        if self.dtype not in STOCK.values():
-            yield f"its dtype is {self.dtype}; allowed: {', '.join(STOCK)}"
+        yield from self.own_form()
         if self.kind not in ("dense", "bitmask", "n:m"):
             yield f"its kind is {self.kind!r}; allowed: 'dense', 'bitmask', 'n:m'"
-        if not self.shape or min(self.shape) < 1:
-            yield f"its shape is {list(self.shape)}; allowed: at least one axis, none of length 0"
         if (self.kind != "dense" or self.scale is not None) and len(self.shape) != 2:
             way = "int8" if self.kind == "dense" else f"kind {self.kind}"
             yield f"{way} needs 2 axes, its shape is {list(self.shape)}"
@@ -199,11 +189,8 @@ class Encoded:
             yield from self._index_content(self.index.numpy())
 
     def _mask_content(self, mask: NDArray[np.uint8], offsets: Tensor) -> Iterator[str]:
-        rest = self.shape[1] % 8
-        if rest and (mask[:, -1] >> rest).any():
-            row = int(np.flatnonzero(mask[:, -1] >> rest)[0])
-            yield f"'mask' has bits set behind column {self.shape[1] - 1} in row {row}; allowed: zeros"
-        counted = _starts(_POPCOUNT[mask].sum(axis=1, dtype=np.int64))
+        yield from bits_above(mask, self.shape[1])
+        counted = starts_of(_POPCOUNT[mask].sum(axis=1, dtype=np.int64))
         if not torch.equal(counted, offsets):
             at = int((counted != offsets).nonzero()[0])
             yield f"'offsets'[{at}] is {int(offsets[at])}, but the mask has {int(counted[at])} bits before it"
@@ -214,7 +201,7 @@ class Encoded:
         used = self.values.shape[1] * _width(self.m)
         if used % 8 and (index[:, -1] >> used % 8).any():
             yield "'index' has bits set behind its last position; allowed: zeros"
-        for part in _chunks(*self.shape):
+        for part in chunks(*self.shape):
             positions = self._positions(part).reshape(-1, self.n)
             if (positions >= self.m).any():
                 yield f"'index' holds position {int(positions.max())}; allowed: 0 to {self.m - 1}"
@@ -319,7 +306,7 @@ def _filled(way: Encoded, bits: Bits) -> Encoded | None:
     removed = bits_of(torch.tensor([way.removed], dtype=way.values.dtype))[0]
     if way.kind == "bitmask":
         kept = bits != removed
-        mask, offsets = _mask(kept)
+        mask, offsets = mask_of(kept)
         values = torch.from_numpy(bits[kept]).view(way.values.dtype)
         return replace(way, values=values, mask=mask, offsets=offsets)
     rows, columns = way.shape
@@ -327,7 +314,7 @@ def _filled(way: Encoded, bits: Bits) -> Encoded | None:
     values = np.empty((rows, entries), bits.dtype)
     index = np.empty((rows, -(-entries * width // 8)), np.uint8)
     places = np.arange(way.m, dtype=np.uint8)
-    for part in _chunks(rows, columns):
+    for part in chunks(rows, columns):
         groups = bits[part].reshape(-1, way.m)
         kept = groups != removed
         room = way.n - kept.sum(axis=1, dtype=np.int16, keepdims=True)
@@ -347,7 +334,7 @@ def _quantised(tensor: Tensor) -> tuple[Tensor, Tensor]:
     """(int8 values [rows, cols], float32 scale [rows]) of a matrix: nearest, ties to even."""
     values = torch.empty(tensor.shape, dtype=torch.int8)
     scale = torch.empty(len(tensor))
-    for part in _chunks(*tensor.shape):
+    for part in chunks(*tensor.shape):
         whole = tensor[part].float()
         step = whole.abs().amax(1) / 127
         over = ~torch.isfinite((step * 127).to(tensor.dtype))  # by rounding, next to the largest number
@@ -358,16 +345,24 @@ def _quantised(tensor: Tensor) -> tuple[Tensor, Tensor]:
     return values, scale
 
 
-def _mask(kept: Bools) -> tuple[Tensor, Tensor]:
+def mask_of(kept: Bools) -> tuple[Tensor, Tensor]:
     """(mask, offsets) of a bool [rows, cols]."""
     mask = torch.from_numpy(np.packbits(kept, axis=1, bitorder="little"))
-    return mask, _starts(np.count_nonzero(kept, axis=1))
+    return mask, starts_of(np.count_nonzero(kept, axis=1))
 
 
-def _starts(counts: NDArray[np.integer]) -> Tensor:
+def starts_of(counts: NDArray[np.integer]) -> Tensor:
     """Where the values of each group of rows begin, and their number, from the number in each row."""
     groups = np.add.reduceat(counts, np.arange(0, len(counts), GROUP), dtype=np.int64)
     return torch.from_numpy(np.concatenate(([0], np.cumsum(groups))))
+
+
+def bits_above(mask: NDArray[np.uint8], columns: int) -> Iterator[str]:
+    """What is wrong with a mask whose last bytes have bits set behind the last column."""
+    rest = columns % 8
+    if rest and (mask[:, -1] >> rest).any():
+        row = int(np.flatnonzero(mask[:, -1] >> rest)[0])
+        yield f"'mask' has bits set behind column {columns - 1} in row {row}; allowed: zeros"
 
 
 def finite(tensor: Tensor) -> bool:
@@ -384,11 +379,6 @@ def finite(tensor: Tensor) -> bool:
 def bits_of(tensor: Tensor) -> Bits:
     """The same memory as integers: numpy has no bfloat16, and -0.0 equals 0.0 in every other view."""
     return tensor.view(_BITS.get(tensor.dtype, tensor.dtype)).numpy()
-
-
-def _chunks(rows: int, columns: int) -> Iterator[slice]:
-    step = max(1, _CHUNK // columns)
-    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
 def _width(m: int) -> int:

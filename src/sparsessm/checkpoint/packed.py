@@ -22,14 +22,16 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizer
 
 from ..architectures import REMOVED_A_LOG, REMOVED_A_LOG_FLOAT16
 from ..architectures.own import Own
-from . import container, reading, writing
+from . import container, packed_file, reading, writing
 from .apart import one_by_one
 from .assembly import stock_model
 from .at_rest import at_rest
-from .container import PACKED, Format, Outline
+from .container import PACKED, Format
 from .encoding import TRIED, Encoded, encode
 from .files import few
 from .opened import Opened, open_checkpoint, quiet
+from .packed_file import Outline
+from .packed_tensor import PackedTensor
 from .reading import Checkpoint
 from .shelf import Unread
 from .values import stored_forms, stored_tensor
@@ -63,7 +65,7 @@ class Packed:
     source: str
     format: Format
     config: PretrainedConfig
-    tensors: Mapping[str, Encoded]
+    tensors: Mapping[str, PackedTensor]
     generation: GenerationConfig | None = field(repr=False)
     tokenizer: Callable[..., PreTrainedTokenizerBase] = field(repr=False)
     notes: tuple[str, ...] = ()
@@ -91,7 +93,7 @@ class Packing:
     notes: tuple[str, ...] = ()
 
     @property
-    def tensors(self) -> Mapping[str, Encoded]:
+    def tensors(self) -> Mapping[str, PackedTensor]:
         """What was written, by stock name; each is read from the file when it is asked for."""
         header = container.read_header(self.file)
         return container.Tensors(header, header.shapes)
@@ -145,7 +147,7 @@ def stream(source: str | os.PathLike[str] | Opened, *, check: bool = True) -> Pa
     with quiet():
         config, header = opened.config, opened.packed
         if header is None:
-            tensors: Mapping[str, Encoded] = one_by_one(opened).tensors
+            tensors: Mapping[str, PackedTensor] = one_by_one(opened).tensors
         else:
             _, expected, _ = stock_model(opened.source, config, opened.own)
             shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
@@ -206,7 +208,7 @@ def pack(
     found = at_rest(opened, tokenizer)
     checkpoint = found.checkpoint
     tensors = _Smallest(found.tensors.shapes, found.stored, opened.record or {}, dtype, head)
-    outline = container.outline(checkpoint.format, tensors)
+    outline = packed_file.outline(checkpoint.format, tensors)
     weights = partial(_write, checkpoint.format, tensors, outline)
     write(checkpoint, out, weights, outline.nbytes, opened.ours, force)
     notes = checkpoint.notes
@@ -231,14 +233,14 @@ def save(
     refuse_existing(path, force, checkpoint.source)  # before the work
     shapes = {name: form.shape for name, form in stored_forms(checkpoint).items()}
     tensors = _Smallest(shapes, partial(stored_tensor, checkpoint), record or {})
-    outline = container.outline(checkpoint.format, tensors)
+    outline = packed_file.outline(checkpoint.format, tensors)
     ours = writing.beside(record, card)
     weights = partial(_write, checkpoint.format, tensors, outline)
     return write(checkpoint, path, weights, outline.nbytes, ours, force)
 
 
-def _write(format: Format, tensors: Mapping[str, Encoded], outline: Outline, folder: Path) -> None:
-    container.write(folder / PACKED, format, tensors, outline)
+def _write(format: Format, tensors: Mapping[str, PackedTensor], outline: Outline, folder: Path) -> None:
+    packed_file.write(folder / PACKED, format, tensors, outline)
 
 
 class _Smallest(Unread):

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from .encoding import Encoded, encode
 from .files import MAPPED, open_safetensors, read_bin
+from .packed_tensor import PackedTensor
 from .stock_names import joined
 from .tensor_file import Form
 
@@ -63,7 +64,7 @@ class Shelf:
         return tensor
 
 
-class Unread(Mapping[str, Encoded]):
+class Unread(Mapping[str, PackedTensor]):
     """Encoded tensors by name, each read when it is asked for and not kept; their shapes are known before."""
 
     @property
@@ -81,7 +82,7 @@ class Unread(Mapping[str, Encoded]):
         return len(self.shapes)
 
 
-def shapes_of(tensors: Mapping[str, Encoded]) -> Mapping[str, tuple[int, ...]]:
+def shapes_of(tensors: Mapping[str, PackedTensor]) -> Mapping[str, tuple[int, ...]]:
     """The shape of each tensor, by name; none is read for it."""
     if isinstance(tensors, Unread):
         return tensors.shapes

@@ -139,7 +139,7 @@ def pack(
         kind = kinds.setdefault(kind_of(name), [0, 0, set()])
         kind[0] += done.sizes[name]
         kind[1] += done.outline.sizes[name]
-        kind[2].add(f"{label} {str(values).removeprefix('torch.')}")
+        kind[2].add(f"{label} {values}")
     found = sorted(kinds.items(), key=lambda item: -item[1][0])
     if as_json:
         rows = {

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from sparsessm import kernels
-from sparsessm.checkpoint import Encoded, open_checkpoint, packed
+from sparsessm.checkpoint import PackedTensor, open_checkpoint, packed
 from sparsessm.checkpoint.shelf import give_back
 
 from ..calibration.progress import Progress
@@ -198,7 +198,7 @@ def subject(path: str | os.PathLike[str], threads: int | None = None) -> Subject
     return Subject(os.fspath(path), engine, config, is_packed, stored, disk, grown, notes)
 
 
-def storage(tensors: Mapping[str, Encoded]) -> dict[str, dict[str, Any]]:
+def storage(tensors: Mapping[str, PackedTensor]) -> dict[str, dict[str, Any]]:
     """How the large matrices are stored.
 
     Returns:
@@ -211,10 +211,10 @@ def storage(tensors: Mapping[str, Encoded]) -> dict[str, dict[str, Any]]:
         for name in tensors:  # one by one: they may be read from a file just then
             if name.endswith(tuple(f"{word}.weight" for word in words)):
                 tensor = tensors[name]
-                dtypes.add(str(tensor.values.dtype).removeprefix("torch."))
+                dtypes.add(tensor.held)
                 kinds.add(tensor.label)
                 entries += math.prod(tensor.shape)
-                other += int(torch.count_nonzero(tensor.values))
+                other += int(torch.count_nonzero(tensor.decode()))
         zeros = 1 - other / entries if entries else 0.0
         found[part] = {"dtypes": sorted(dtypes), "kinds": sorted(kinds), "zeros": zeros}
     return found

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from .threads import checked_threads, refuse_torch_threads
 
 if TYPE_CHECKING:
-    from sparsessm.checkpoint import Checkpoint, Encoded, Packed
+    from sparsessm.checkpoint import Checkpoint, Packed, PackedTensor
 
     from .base import Engine
     from .generation import Model
@@ -105,7 +105,7 @@ def of(checkpoint: Checkpoint, *, threads: int | None = None) -> Model:
         return _model(packed.of(checkpoint), checkpoint.tokenizer, threads)
 
 
-def engine_of(config: Any, tensors: Mapping[str, Encoded], threads: int | None) -> Engine:
+def engine_of(config: Any, tensors: Mapping[str, PackedTensor], threads: int | None) -> Engine:
     """What reads the tokens: the native engine where it is built, else the definition."""
     import torch
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsessm.checkpoint.encoding import Encoded
+from sparsessm.checkpoint.packed_tensor import PackedTensor
 from sparsessm.checkpoint.shelf import Unread, give_back, shapes_of
 from sparsessm.kernels.matrix import Decoder, Matrix
 from sparsessm.runtime.base import joined, model_type, trace
@@ -29,7 +30,7 @@ MIXERS: Mapping[str, Kind] = {"mamba": Mamba1, "falcon_mamba": Mamba1, "mamba2":
 class Traced(Unread):
     """Tensors that leave their part of the engine's fingerprint when they are asked for."""
 
-    def __init__(self, tensors: Mapping[str, Encoded]) -> None:
+    def __init__(self, tensors: Mapping[str, PackedTensor]) -> None:
         self._tensors, self._traces = tensors, dict[str, dict[str, str]]()
         self._shapes = shapes_of(tensors)
 
@@ -42,7 +43,7 @@ class Traced(Unread):
         found = self._tensors[name]
         if name not in self._traces:
             self._traces[name] = {part: trace(part, array) for part, array in found.parts.items()}
-        return found
+        return found.plain()
 
     def traces(self) -> dict[str, str]:
         """Of all arrays of all tensors."""
@@ -55,7 +56,7 @@ class Traced(Unread):
 class NativeEngine:
     """A model in native code; weights in the precision they are stored in, everything else in float32."""
 
-    def __init__(self, config: Any, tensors: Mapping[str, Encoded], threads: int | None = None) -> None:
+    def __init__(self, config: Any, tensors: Mapping[str, PackedTensor], threads: int | None = None) -> None:
         """Lay out the weights.
 
         Args:

@@ -1,0 +1,327 @@
+"""One tensor of a packed checkpoint on a grid: integer codes of few bits, and scales of 16 bits.
+
+`docs/sparse-format.md` defines what the arrays hold, methods/grids.py where codes and scales come from. Codes
+have a fixed width, with or without a mask that says what is zero, or are nested bitmaps, which take few bits
+for small codes. Beside `encoding.py`, and like it, this file knows no file and no model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .encoding import GROUP, Bools, Encoded, bits_above, encode, mask_of, starts_of
+from .packed_tensor import PackedTensor, chunks
+
+KIND = re.compile(r"nested|(?:int|odd|masked)[2-8]:[1-9]\d{0,4}", re.ASCII)
+"""Labels of the kinds that are coded."""
+WORDS = "'intB:G', 'oddB:G', 'maskedB:G' (codes of 2 to 8 bits, a scale for G columns), 'nested'"
+PARTS = {
+    "int": ("codes", "scales"),
+    "odd": ("codes", "scales"),
+    "masked": ("mask", "offsets", "codes", "scales"),
+    "nested": ("mask", "starts", "planes", "low", "rows", "columns"),
+}
+"""Arrays of a kind, in the order in which the checksum takes them."""
+MOST_LOW = 7
+"""Most lowest bits of a row's codes that lie apart."""
+MOST_CODE = 2**15 - 1
+
+Codes = NDArray[np.int16]
+
+
+def split(label: str) -> tuple[str, int, int]:
+    """Kind, bits of a code and columns of a scale, of a label that fits `KIND`."""
+    kind, width, group = re.fullmatch(r"([a-z]+)(\d?):?(\d*)", label).groups()  # type: ignore[union-attr]
+    return kind, int(width or 0), int(group or 0)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Coded(PackedTensor):
+    """A matrix, and the arrays that stand for its codes and scales.
+
+    value = (float32(code) * float32(row scale)) * float32(column scale), float32 products in this order; the
+    second only of nested bitmaps.
+
+    Attributes:
+        kind: "int" or "odd": a code for every entry; "masked": for every entry that a mask keeps; "nested".
+        width: bits of a code, 0 if nested. group: columns of a scale, 0 if nested.
+        arrays: by the names of `PARTS`.
+    """
+
+    kind: str
+    width: int
+    group: int
+    arrays: dict[str, Tensor]
+
+    @property
+    def label(self) -> str:
+        return self.kind if self.kind == "nested" else f"{self.kind}{self.width}:{self.group}"
+
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        return {f"{self.name}.{part}": self.arrays[part] for part in PARTS[self.kind] if part in self.arrays}
+
+    @property
+    def held(self) -> str:
+        return "codes"
+
+    @property
+    def fill(self) -> float | None:
+        return None
+
+    @property
+    def scaled(self) -> bool:
+        return True
+
+    @property
+    def itself(self) -> Tensor | None:
+        return None
+
+    def codes(self) -> Codes:
+        """The codes, [rows, cols]; 0 where a mask keeps nothing.
+
+        Raises:
+            ValueError: nested bitmaps that do not end where they should.
+        """
+        rows, columns = self.shape
+        if self.kind == "nested":
+            return np.concatenate([self._nested(group) for group in range(-(-rows // GROUP))])
+        held = self.arrays["codes"].numpy()
+        if self.kind == "masked":
+            kept, whole = self.kept(), np.zeros(self.shape, np.int16)
+            found = _unpacked(held, int(np.count_nonzero(kept)), self.width).astype(np.int16)
+            below = 1 << self.width - 1
+            whole[kept] = found - below + (found >= below)
+            return whole
+        whole = np.empty(self.shape, np.int16)
+        for part in chunks(rows, columns):
+            found = _unpacked(held[part], columns, self.width).astype(np.int16)
+            whole[part] = (
+                2 * found - (1 << self.width) + 1 if self.kind == "odd" else found - (1 << self.width - 1)
+            )
+        return whole
+
+    def kept(self) -> Bools:
+        """What the mask keeps, bool [rows, cols]."""
+        mask = self.arrays["mask"].numpy()
+        return np.unpackbits(mask, axis=1, count=self.shape[1], bitorder="little").view(np.bool_)
+
+    def decode(self, dtype: torch.dtype | None = None) -> Tensor:
+        codes, columns = torch.from_numpy(self.codes()), self.shape[1]
+        if self.kind == "nested":
+            values = codes.float() * self.arrays["rows"].float()[:, None] * self.arrays["columns"].float()
+        else:
+            scales = self.arrays["scales"].float().repeat_interleave(self.group, 1)[:, :columns]
+            values = codes.float() * scales
+        return values.to(dtype or self.dtype)
+
+    def plain(self) -> Encoded:
+        return encode(self.name, self.decode())
+
+    def check(self, contents: bool = True) -> None:
+        for found in self._form():
+            raise ValueError(f"{self.name}: {found}")
+        if contents:
+            for found in self._content():
+                raise ValueError(f"{self.name}: {found}")
+
+    def _nested(self, group: int) -> Codes:
+        """The codes of a group of rows."""
+        part = slice(group * GROUP, min((group + 1) * GROUP, self.shape[0]))
+        columns, starts = self.shape[1], self.arrays["starts"]
+        stream = self.arrays["planes"].numpy()[int(starts[group]) : int(starts[group + 1])]
+        bits, at = np.unpackbits(stream, bitorder="little").view(np.bool_), 0
+        mask = np.unpackbits(self.arrays["mask"].numpy()[part], axis=1, count=columns, bitorder="little")
+        kept = mask.view(np.bool_)
+        count = int(np.count_nonzero(kept))
+
+        def taken(many: int) -> Bools:
+            nonlocal at
+            if len(bits) - at < many:
+                raise ValueError(f"{self.name}: 'planes' ends inside of rows {part.start} and on")
+            at += many
+            return bits[at - many : at]
+
+        negative, size, larger = taken(count), np.ones(count, np.int32), np.arange(count)
+        while len(larger):
+            larger = larger[taken(len(larger))]
+            size[larger] += 1
+        high = np.zeros(kept.shape, np.int32)
+        high[kept] = np.where(negative, -size, size)
+        for row, low in enumerate(self.arrays["low"][part].tolist()):
+            if low:
+                rest = taken(columns * low).reshape(columns, low) @ (1 << np.arange(low))
+                high[row] = (high[row] << low) + rest - (1 << low >> 1)
+        if len(bits) - at >= 8 or bits[at:].any():
+            raise ValueError(f"{self.name}: 'planes' goes on behind rows {part.start} and on")
+        if np.abs(high).max(initial=0) > MOST_CODE:
+            raise ValueError(f"{self.name}: a code above {MOST_CODE} in rows {part.start} and on")
+        return high.astype(np.int16)
+
+    def _form(self) -> Iterator[str]:
+        """What is wrong with kind, dtypes and shapes."""
+        yield from self.own_form()
+        if not KIND.fullmatch(self.label) or self.kind not in PARTS:
+            yield f"its kind is {self.label!r}; allowed: int, odd or masked with BITS:GROUP, nested"
+        if len(self.shape) != 2:
+            yield f"kind {self.label} needs 2 axes, its shape is {list(self.shape)}"
+        rows, columns = self.shape
+        groups, half = -(-rows // GROUP), torch.float16
+        entries = self.arrays["codes"].numel() if "codes" in self.arrays else 0
+        expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+            "mask": (torch.uint8, (rows, -(-columns // 8))),
+            "offsets": (torch.int64, (groups + 1,)),
+            "starts": (torch.int64, (groups + 1,)),
+            "codes": (
+                torch.uint8,
+                (entries,) if self.kind == "masked" else (rows, -(-columns * self.width // 8)),
+            ),
+            "scales": (half, (rows, -(-columns // max(self.group, 1)))),
+            "low": (torch.uint8, (rows,)),
+            "rows": (half, (rows,)),
+            "columns": (half, (columns,)),
+        }
+        if "planes" in self.arrays:
+            expected["planes"] = (torch.uint8, (self.arrays["planes"].numel(),))
+        if self.arrays.keys() != set(PARTS[self.kind]):
+            yield f"kind {self.label} has the arrays {', '.join(PARTS[self.kind])}, not {sorted(self.arrays)}"
+        for part, array in self.arrays.items():
+            if (array.dtype, tuple(array.shape)) != expected[part]:
+                dtype, shape = expected[part]
+                yield f"'{part}' is {array.dtype} {list(array.shape)}, expected {dtype} {list(shape)}"
+
+    def _content(self) -> Iterator[str]:
+        """What is wrong with the bytes of arrays whose shapes are right."""
+        for part in ("scales", "rows", "columns"):
+            array = self.arrays.get(part)
+            if array is not None and not bool((torch.isfinite(array) & (array > 0)).all()):
+                yield f"'{part}' holds what is not a positive number"
+        if "mask" in self.arrays:
+            yield from bits_above(self.arrays["mask"].numpy(), self.shape[1])
+        if self.kind == "masked":
+            counted = starts_of(np.count_nonzero(self.kept(), axis=1))
+            if not torch.equal(counted, self.arrays["offsets"]):
+                yield "'offsets' does not count the bits of the mask"
+            entries, held = int(counted[-1]), self.arrays["codes"].numpy()
+            if held.size != -(-entries * self.width // 8):
+                yield f"'codes' has {held.size} bytes for {entries} entries of {self.width} bits"
+            if entries * self.width % 8 and held[-1] >> entries * self.width % 8:
+                yield "'codes' has bits set behind its last entry"
+        elif self.kind == "nested":
+            yield from self._nested_content()
+        elif (
+            self.shape[1] * self.width % 8
+            and (self.arrays["codes"][:, -1].numpy() >> self.shape[1] * self.width % 8).any()
+        ):
+            yield "'codes' has bits set behind its last column"
+        if not bool(torch.isfinite(self.decode()).all()):
+            yield f"a value is beyond {self.dtype}"
+
+    def _nested_content(self) -> Iterator[str]:
+        starts, most = self.arrays["starts"], self.arrays["planes"].numel()
+        if int(starts[0]) != 0 or int(starts[-1]) != most or bool((starts.diff() < 0).any()):
+            yield f"'starts' does not rise from 0 to the {most} bytes of 'planes'"
+        if int(self.arrays["low"].max()) > MOST_LOW:
+            yield f"'low' holds {int(self.arrays['low'].max())}; allowed: 0 to {MOST_LOW}"
+
+
+def fixed(
+    name: str, dtype: torch.dtype, codes: Tensor, scales: Tensor, *, width: int, group: int, masked: bool
+) -> Coded:
+    """A matrix of codes of one width.
+
+    Args:
+        name, dtype: of the stock tensor. codes: (rows, cols) integers. scales: (rows, groups) float16.
+        masked: zeros are what a mask removes: all other codes are within 1 and 2^(width - 1), or their
+            negatives. Without, codes are all odd and within 2^width - 1, or from -2^(width - 1) to
+            2^(width - 1) - 1.
+
+    Raises:
+        ValueError: a code that the width does not have, or what `Coded.check` refuses; begins with the name.
+    """
+    rows, columns = codes.shape
+    held, arrays = codes.numpy().astype(np.int32), {"scales": scales.half().contiguous()}
+    below = 1 << width - 1
+    if masked:
+        kind, kept = "masked", held != 0
+        arrays["mask"], arrays["offsets"] = mask_of(kept)
+        found = held[kept]
+        found = found + below - (found > 0)
+        packed = _packed(found[None], width)[0]
+    else:
+        kind = "odd" if (held % 2 == 1).all() else "int"
+        found = (held + 2 * below - 1) // 2 if kind == "odd" else held + below
+        packed = np.concatenate([_packed(found[part], width) for part in chunks(rows, columns)])
+    if found.size and not 0 <= found.min() <= found.max() < 2 * below:
+        raise ValueError(f"{name}: a code that {width} bits do not have")
+    arrays["codes"] = torch.from_numpy(packed)
+    coded = Coded(name, (rows, columns), dtype, kind, width, group, arrays)
+    coded.check(contents=False)
+    return coded
+
+
+def nested(name: str, dtype: torch.dtype, codes: Tensor, rows: Tensor, columns: Tensor, low: Tensor) -> Coded:
+    """A matrix of codes as nested bitmaps.
+
+    Args:
+        name, dtype: of the stock tensor. codes: (rows, cols) integers, at most `MOST_CODE` in size.
+        rows, columns: float16 scales. low: (rows,), how many lowest bits of each row's codes lie apart.
+
+    Raises:
+        ValueError: as `Coded.check`.
+    """
+    apart = low.numpy().astype(np.int32)[:, None]
+    whole = codes.numpy().astype(np.int32) + (1 << apart >> 1)
+    high = whole >> apart
+    mask, _ = mask_of(high != 0)
+    streams = [
+        _stream(high[start : start + GROUP], whole[start : start + GROUP], apart[start : start + GROUP])
+        for start in range(0, len(high), GROUP)
+    ]
+    starts = np.cumsum([0, *map(len, streams)], dtype=np.int64)
+    arrays = {
+        "mask": mask,
+        "starts": torch.from_numpy(starts),
+        "planes": torch.from_numpy(np.concatenate(streams)),
+        "low": low.to(torch.uint8),
+        "rows": rows.half().contiguous(),
+        "columns": columns.half().contiguous(),
+    }
+    coded = Coded(name, tuple(codes.shape), dtype, "nested", 0, 0, arrays)
+    coded.check(contents=False)
+    return coded
+
+
+def _stream(high: NDArray[np.int32], whole: NDArray[np.int32], apart: NDArray[np.int32]) -> NDArray[np.uint8]:
+    """The planes of a group of rows behind their mask, and the lowest bits of each row."""
+    size, parts = np.abs(high[high != 0]), [(high < 0)[high != 0]]
+    level = 1
+    while size.size:
+        larger = size > level
+        parts.append(larger)
+        size, level = size[larger], level + 1
+    for row, (low,) in zip(whole, apart, strict=True):
+        if low:
+            parts.append((row[:, None] >> np.arange(low) & 1).astype(np.bool_).ravel())
+    return np.packbits(np.concatenate(parts), bitorder="little")
+
+
+def _packed(found: NDArray[np.int32], width: int) -> NDArray[np.uint8]:
+    """Numbers [rows, entries] from 0 to 2^width - 1 -> their bits, lowest first, each row in whole bytes."""
+    bits = (found[:, :, None] >> np.arange(width) & 1).astype(np.uint8)
+    return np.packbits(bits.reshape(len(found), -1), axis=1, bitorder="little")
+
+
+def _unpacked(held: NDArray[np.uint8], count: int, width: int) -> NDArray[np.int32]:
+    """The reverse of `_packed`: [..., bytes] -> [..., count]."""
+    bits = np.unpackbits(held, axis=-1, count=count * width, bitorder="little")
+    return bits.reshape(*held.shape[:-1], count, width) @ (1 << np.arange(width, dtype=np.int32))

@@ -1,0 +1,194 @@
+"""Matrices on a grid: there and back, against a reader written from the page; what is refused."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import plain_reader
+import pytest
+import torch
+from golden_files import FLOATS, same
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sparsessm.checkpoint import container, packed_file
+from sparsessm.checkpoint.coded import Coded, fixed, nested
+from sparsessm.checkpoint.encoding import encode
+
+KINDS = ("int", "odd", "masked")
+
+
+def scales(*shape: int, seed: int) -> Tensor:
+    """Positive, a few of them the smallest and largest that there are with small codes."""
+    drawn = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) + 0.01
+    drawn.view(-1)[::7] = 6e-8
+    return drawn.half()
+
+
+def codes_of(kind: str, width: int, rows: int, columns: int, seed: int) -> Tensor:
+    draw, half = torch.Generator().manual_seed(seed), 2 ** (width - 1)
+    found = torch.randint(0, 2 * half, (rows, columns), generator=draw)
+    if kind == "odd":
+        return 2 * found + 1 - 2 * half
+    found -= half
+    if kind == "masked":
+        found += found >= 0
+        found[torch.rand(rows, columns, generator=draw) < 0.4] = 0
+    elif (found % 2 == 1).all():
+        found[0, 0] = -half  # else they were odd
+    return found
+
+
+@st.composite
+def matrices(draw: st.DrawFn) -> tuple[Coded, Tensor]:
+    """(coded, its values by the formula), of every kind and hostile shapes."""
+    rows, columns = draw(st.sampled_from([1, 2, 15, 16, 17, 33])), draw(st.integers(1, 70))
+    seed, dtype = draw(st.integers(0, 2**31)), draw(st.sampled_from(FLOATS))
+    kind = draw(st.sampled_from([*KINDS, "nested"]))
+    if kind == "nested":
+        spread = draw(st.sampled_from([0.0, 0.5, 2.0, 40.0]))
+        source = torch.Generator().manual_seed(seed)
+        codes = (torch.randn(rows, columns, generator=source) * spread).round().int()
+        codes[torch.rand(rows, columns, generator=source) < draw(st.sampled_from([0.0, 0.5, 1.0]))] = 0
+        low = torch.randint(0, draw(st.sampled_from([1, 3, 8])), (rows,), generator=source)
+        by_row, by_column = scales(rows, seed=seed), scales(columns, seed=seed + 1)
+        values = codes.float() * by_row.float()[:, None] * by_column.float()
+        return nested("t", dtype, codes, by_row, by_column, low), values
+    width, group = draw(st.integers(2, 8)), draw(st.sampled_from([1, 2, 32, 64, 300]))
+    codes = codes_of(kind, width, rows, columns, seed)
+    by_group = scales(rows, -(-columns // group), seed=seed)
+    coded = fixed("t", dtype, codes, by_group, width=width, group=group, masked=kind == "masked")
+    assert coded.kind == kind
+    return coded, codes.float() * by_group.float().repeat_interleave(group, 1)[:, :columns]
+
+
+@given(matrices())
+@settings(deadline=None, max_examples=200)
+def test_what_is_coded_comes_back_to_the_bit(case: tuple[Coded, Tensor]) -> None:
+    coded, values = case
+    coded.check()
+    assert same(coded.decode(torch.float32), values) and same(coded.decode(), values.to(coded.dtype))
+    assert same(coded.plain().decode(), values.to(coded.dtype))
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "coded.safetensors"
+        packed_file.write(file, "transformers", {"t": coded, "u": encode("u", torch.ones(2))})
+        plain = plain_reader.read(file)
+        header = container.read_header(file)
+        read = container.Tensors(header, header.shapes)["t"]
+    assert plain["t"][:2] == (list(values.shape), str(coded.dtype).removeprefix("torch."))
+    assert same(torch.tensor(plain["t"][2], dtype=torch.float32).view(values.shape), values)
+    assert isinstance(read, Coded) and read.label == coded.label
+    assert all(torch.equal(read.parts[name], array) for name, array in coded.parts.items())
+
+
+def test_bytes_are_those_of_the_formula() -> None:
+    """A zero takes one bit and others 2 + |code|; scales 16 bits; a row one byte, 16 rows a start."""
+    codes = torch.tensor([[0, 1, -1, 2, -3, 0, 0, 9]] * 16)
+    coded = nested("t", torch.float32, codes, torch.ones(16), torch.ones(8), torch.zeros(16))
+    assert coded.arrays["mask"].nbytes == 16
+    assert coded.arrays["planes"].nbytes == -(-16 * (5 + 1 + 1 + 2 + 3 + 9) // 8)
+    assert coded.nbytes == sum(array.nbytes for array in coded.arrays.values())
+    assert coded.nbytes == 16 + 42 + 16 + 2 * (16 + 8) + 2 * 8
+    int4 = fixed("t", torch.float32, codes.clamp(-8, 7), torch.ones(16, 1), width=4, group=64, masked=False)
+    assert int4.label == "int4:64" and int4.nbytes == 16 * 4 + 16 * 2
+
+
+def test_a_file_without_codes_is_of_the_first_version(tmp_path: Path) -> None:
+    for name, version in (("plain", "1"), ("coded", "2")):
+        tensor: Any = encode("t", torch.eye(3))
+        if name == "coded":
+            tensor = fixed("t", torch.float32, torch.eye(3), torch.ones(3, 1), width=2, group=3, masked=True)
+        packed_file.write(tmp_path / name, "transformers", {"t": tensor})
+        content = (tmp_path / name).read_bytes()
+        assert b'"version":"%s"' % version.encode() in content
+    older = content.replace(b'"version":"2"', b'"version":"1"')
+    (tmp_path / "older").write_bytes(older)
+    with pytest.raises(
+        ValueError, match=r"'t': kind 'masked2:3'; allowed: 'dense', 'bitmask', 'N:M'$"
+    ):
+        container.read_header(tmp_path / "older")
+
+
+@pytest.mark.parametrize("width", [2, 4, 8])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_code_that_the_width_does_not_have(kind: str, width: int) -> None:
+    codes = codes_of(kind, width, 3, 9, seed=1)
+    step = 2 if kind == "odd" else 1
+    for beyond in (int(codes.max()) + step, int(codes.min()) - step):
+        most = 2**width - 1 if kind == "odd" else 2 ** (width - 1)
+        if -most <= beyond <= most - (kind == "int"):
+            continue  # not drawn
+        wrong = codes.clone()
+        wrong[1, 2] = beyond
+        with pytest.raises(ValueError, match=f"t: a code that {width} bits do not have"):
+            fixed("t", torch.float32, wrong, torch.ones(3, 1), width=width, group=64, masked=kind == "masked")
+
+
+def some(kind: str) -> Coded:
+    if kind == "nested":
+        codes = torch.tensor([[0, 1, -1, 2, -3, 0, 0, 9, 1]] * 17)
+        return nested("t", torch.float16, codes, torch.ones(17), torch.ones(9), torch.arange(17) % 2)
+    codes = codes_of(kind, 3, 17, 9, seed=2)
+    return fixed("t", torch.float16, codes, torch.ones(17, 3), width=3, group=4, masked=kind == "masked")
+
+
+SPOILT = [
+    ("int", "scales", lambda x: x.index_fill(0, torch.tensor([1]), -1.0), "'scales' holds what is not a pos"),
+    ("odd", "scales", lambda x: x.index_fill(0, torch.tensor([1]), torch.nan), "'scales' holds what is not"),
+    ("masked", "scales", lambda x: x[:, :2], "'scales' is torch.float16 [17, 2], expected torch.float16"),
+    ("int", "codes", lambda x: x.int(), "'codes' is torch.int32"),
+    ("int", "codes", lambda x: x | 128, "'codes' has bits set behind its last column"),
+    ("masked", "codes", lambda x: x[:-1], "'codes' has"),
+    ("masked", "offsets", lambda x: x + 1, "'offsets' does not count the bits of the mask"),
+    ("masked", "mask", lambda x: x | 128, "'mask' has bits set behind column 8"),
+    ("nested", "mask", lambda x: x | 128, "'mask' has bits set behind column 8"),
+    ("nested", "starts", lambda x: x + 1, "'starts' does not rise from 0"),
+    ("nested", "starts", lambda x: torch.stack([x[0], x[2], x[2]]), "'planes' goes on behind rows 0"),
+    ("nested", "planes", lambda x: x[:-1], "'starts' does not rise from 0"),
+    ("nested", "planes", lambda x: torch.full_like(x, 255), "'planes' ends inside of rows 0"),
+    ("nested", "planes", lambda x: torch.zeros_like(x), "'planes' goes on behind rows 0"),
+    ("nested", "low", lambda x: x + 8, "'low' holds 9; allowed: 0 to 7"),
+    ("nested", "columns", lambda x: x * 0, "'columns' holds what is not a positive number"),
+    ("nested", "rows", lambda x: x * 65504, "a value is beyond torch.float16"),
+]
+
+
+@pytest.mark.parametrize(("kind", "part", "spoil", "words"), SPOILT)
+def test_arrays_that_stand_for_nothing(kind: str, part: str, spoil: Any, words: str) -> None:
+    coded = some(kind)
+    coded.check()
+    with pytest.raises(ValueError) as caught:
+        replace(coded, arrays={**coded.arrays, part: spoil(coded.arrays[part])}).check()
+    assert str(caught.value).startswith(f"t: {words}")
+
+
+def test_arrays_of_another_kind() -> None:
+    coded = some("int")
+    for arrays in ({"codes": coded.arrays["codes"]}, {**coded.arrays, "mask": coded.arrays["codes"]}):
+        with pytest.raises(ValueError, match="t: kind int3:4 has the arrays codes, scales, not"):
+            replace(coded, arrays=arrays).check()
+    with pytest.raises(ValueError, match="t: kind int3:4 needs 2 axes"):
+        replace(coded, shape=(17, 9, 1)).check()
+    for wrong in ({"width": 9}, {"group": 0}, {"kind": "even"}):
+        with pytest.raises(
+            ValueError, match="t: its kind is '[a-z0-9:]+'; allowed: int, odd or"
+        ):
+            replace(coded, **wrong).check()
+
+
+def test_any_planes_give_codes_or_one_line() -> None:
+    coded, draw = some("nested"), torch.Generator().manual_seed(0)
+    told = set()
+    for _ in range(300):
+        planes = coded.arrays["planes"].clone()
+        at = torch.randint(len(planes), (2,), generator=draw)
+        planes[at] = torch.randint(256, (2,), generator=draw).to(torch.uint8)
+        try:
+            replace(coded, arrays={**coded.arrays, "planes": planes}).check()
+        except ValueError as error:
+            told.add(str(error).partition(" rows")[0])
+    assert told == {"t: 'planes' ends inside of", "t: 'planes' goes on behind"}
