@@ -12,7 +12,7 @@ from typing import Any
 
 SIZES = {"F32": 4, "BF16": 2, "F16": 2, "I8": 1, "U8": 1, "I64": 8}
 PARTS = (
-    *("values", "mask", "offsets", "starts", "index", "codes", "planes", "low"),
+    *("values", "mask", "offsets", "starts", "index", "codes", "planes", "forms"),
     *("scale", "scales", "rows", "columns"),
 )
 CODES = {"F32": "<f", "F16": "<e", "I8": "<b", "U8": "<B", "I64": "<q"}
@@ -112,31 +112,40 @@ def fixed(name: str, kind: str, rows: int, columns: int, arrays: dict[str, list[
 
 
 def nested(name: str, rows: int, columns: int, arrays: dict[str, list[Any]]) -> list[float]:
-    planes, low = arrays[f"{name}.planes"], arrays[f"{name}.low"]
-    by_row, by_column = arrays[f"{name}.rows"], arrays[f"{name}.columns"]
-    whole = []
+    planes, forms = arrays[f"{name}.planes"], arrays[f"{name}.forms"]
+    by_row, by_column = (
+        [struct.unpack("<e", struct.pack("<H", bits << 7))[0] for bits in arrays[f"{name}.{part}"]]
+        for part in ("rows", "columns")
+    )
+    whole, at = [], 0
+
+    def taken(bits: int = 1) -> int:
+        nonlocal at
+        at += bits
+        return number(planes, at - bits, bits)
+
     for first in range(0, rows, 16):
         some = range(first, min(first + 16, rows))
         at = 8 * arrays[f"{name}.starts"][first // 16]
-        high = {(row, column): 1 for row in some for column in kept(name, "bitmask", row, columns, arrays)}
-        signs = {}
-        for place in high:
-            signs[place], at = (-1 if number(planes, at, 1) else 1), at + 1
+        form = {row: forms[row // 2] >> row % 2 * 4 & 15 for row in some}
+        high = {}
+        for row in some:
+            places = list(range(columns)) if form[row] else []
+            if form[row] == 1:
+                eights = [taken() for _ in range(-(-columns // 8))]
+                places = [column for column in places if eights[column // 8]]
+            high |= {(row, column): 1 for column in places if taken()}
+        signs = {place: -1 if taken() else 1 for place in high}
         left = list(high)
         while left:
-            larger = []
+            left = [place for place in left if taken()]
             for place in left:
-                if number(planes, at, 1):
-                    high[place] += 1
-                    larger.append(place)
-                at += 1
-            left = larger
+                high[place] += 1
         for row in some:
+            low = max(form[row] - 2, 0)
             for column in range(columns):
-                code = high.get((row, column), 0) * signs.get((row, column), 1) * 2 ** low[row]
-                if low[row]:
-                    code += number(planes, at, low[row]) - 2 ** (low[row] - 1)
-                    at += low[row]
+                code = high.get((row, column), 0) * signs.get((row, column), 1) * 2**low
+                code += taken(low) - 2 ** (low - 1) if low else 0
                 whole.append(float32(float32(code * by_row[row]) * by_column[column]))
         assert -(-at // 8) == arrays[f"{name}.starts"][first // 16 + 1]
     return whole

@@ -97,7 +97,7 @@ def test_it_packs_and_unpacks_as_of_a_whole_model(source: Path) -> None:
     assert done.after == Path("whole").stat().st_size
     assert done.sizes == {name: form.nbytes for name, form in values.stored_forms(came).items()}
     for name, tensor in whole.items():
-        assert done.outline.forms[name] == (tensor.label, tensor.values.dtype)
+        assert done.outline.forms[name] == (tensor.label, tensor.held)
         assert done.outline.sizes[name] == tensor.nbytes
         assert same(done.tensors[name].decode(), tensor.decode())
     if Own.of(came.model):

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparsessm.checkpoint import container, packed_file
-from sparsessm.checkpoint.coded import Coded, fixed, nested
+from sparsessm.checkpoint.coded import Coded, fixed, nested, plain
 from sparsessm.checkpoint.encoding import encode
 
 KINDS = ("int", "odd", "masked")
@@ -27,6 +27,11 @@ def scales(*shape: int, seed: int) -> Tensor:
     drawn = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) + 0.01
     drawn.view(-1)[::7] = 6e-8
     return drawn.half()
+
+
+def factors(size: int, seed: int) -> Tensor:
+    """Scales whose lowest seven bits are zero."""
+    return (scales(size, seed=seed).view(torch.int16).clamp(min=128) >> 7 << 7).view(torch.float16)
 
 
 def codes_of(kind: str, width: int, rows: int, columns: int, seed: int) -> Tensor:
@@ -54,10 +59,11 @@ def matrices(draw: st.DrawFn) -> tuple[Coded, Tensor]:
         source = torch.Generator().manual_seed(seed)
         codes = (torch.randn(rows, columns, generator=source) * spread).round().int()
         codes[torch.rand(rows, columns, generator=source) < draw(st.sampled_from([0.0, 0.5, 1.0]))] = 0
-        low = torch.randint(0, draw(st.sampled_from([1, 3, 8])), (rows,), generator=source)
-        by_row, by_column = scales(rows, seed=seed), scales(columns, seed=seed + 1)
+        forms = torch.randint(1, draw(st.sampled_from([2, 3, 10])), (rows,), generator=source)
+        forms[(codes == 0).all(1) & (torch.rand(rows, generator=source) < 0.5)] = 0
+        by_row, by_column = factors(rows, seed=seed), factors(columns, seed=seed + 1)
         values = codes.float() * by_row.float()[:, None] * by_column.float()
-        return nested("t", dtype, codes, by_row, by_column, low), values
+        return nested("t", dtype, codes, by_row, by_column, forms), values
     width, group = draw(st.integers(2, 8)), draw(st.sampled_from([1, 2, 32, 64, 300]))
     codes = codes_of(kind, width, rows, columns, seed)
     by_group = scales(rows, -(-columns // group), seed=seed)
@@ -72,27 +78,27 @@ def test_what_is_coded_comes_back_to_the_bit(case: tuple[Coded, Tensor]) -> None
     coded, values = case
     coded.check()
     assert same(coded.decode(torch.float32), values) and same(coded.decode(), values.to(coded.dtype))
-    assert same(coded.plain().decode(), values.to(coded.dtype))
+    assert same(plain(coded).decode(), values.to(coded.dtype))
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "coded.safetensors"
         packed_file.write(file, "transformers", {"t": coded, "u": encode("u", torch.ones(2))})
-        plain = plain_reader.read(file)
+        entries = plain_reader.read(file)
         header = container.read_header(file)
         read = container.Tensors(header, header.shapes)["t"]
-    assert plain["t"][:2] == (list(values.shape), str(coded.dtype).removeprefix("torch."))
-    assert same(torch.tensor(plain["t"][2], dtype=torch.float32).view(values.shape), values)
+    assert entries["t"][:2] == (list(values.shape), str(coded.dtype).removeprefix("torch."))
+    assert same(torch.tensor(entries["t"][2], dtype=torch.float32).view(values.shape), values)
     assert isinstance(read, Coded) and read.label == coded.label
     assert all(torch.equal(read.parts[name], array) for name, array in coded.parts.items())
 
 
 def test_bytes_are_those_of_the_formula() -> None:
-    """A zero takes one bit and others 2 + |code|; scales 16 bits; a row one byte, 16 rows a start."""
+    """A zero takes one bit and others 2 + |code|, factors 8 bits, a row's form 4; 16 rows have a start."""
+    codes = torch.tensor([[0, 1, -1, 2, -3, 0, 0, 9]] * 13 + [[0] * 8] * 3)
+    forms = torch.tensor([2] * 12 + [1, 0, 0, 0])
+    coded = nested("t", torch.float32, codes, torch.ones(16), torch.ones(8), forms)
+    assert coded.arrays["planes"].nbytes == -(-(13 * (3 + 3 + 3 + 4 + 5 + 11) + 1) // 8)
+    assert coded.nbytes == coded.arrays["planes"].nbytes + 16 + 8 + 8 + 2 * 8
     codes = torch.tensor([[0, 1, -1, 2, -3, 0, 0, 9]] * 16)
-    coded = nested("t", torch.float32, codes, torch.ones(16), torch.ones(8), torch.zeros(16))
-    assert coded.arrays["mask"].nbytes == 16
-    assert coded.arrays["planes"].nbytes == -(-16 * (5 + 1 + 1 + 2 + 3 + 9) // 8)
-    assert coded.nbytes == sum(array.nbytes for array in coded.arrays.values())
-    assert coded.nbytes == 16 + 42 + 16 + 2 * (16 + 8) + 2 * 8
     int4 = fixed("t", torch.float32, codes.clamp(-8, 7), torch.ones(16, 1), width=4, group=64, masked=False)
     assert int4.label == "int4:64" and int4.nbytes == 16 * 4 + 16 * 2
 
@@ -107,9 +113,7 @@ def test_a_file_without_codes_is_of_the_first_version(tmp_path: Path) -> None:
         assert b'"version":"%s"' % version.encode() in content
     older = content.replace(b'"version":"2"', b'"version":"1"')
     (tmp_path / "older").write_bytes(older)
-    with pytest.raises(
-        ValueError, match=r"'t': kind 'masked2:3'; allowed: 'dense', 'bitmask', 'N:M'$"
-    ):
+    with pytest.raises(ValueError, match=r"'t': kind 'masked2:3'; allowed: 'dense', 'bitmask', 'N:M'$"):
         container.read_header(tmp_path / "older")
 
 
@@ -131,7 +135,7 @@ def test_a_code_that_the_width_does_not_have(kind: str, width: int) -> None:
 def some(kind: str) -> Coded:
     if kind == "nested":
         codes = torch.tensor([[0, 1, -1, 2, -3, 0, 0, 9, 1]] * 17)
-        return nested("t", torch.float16, codes, torch.ones(17), torch.ones(9), torch.arange(17) % 2)
+        return nested("t", torch.float16, codes, torch.ones(17), torch.ones(9), 2 + torch.arange(17) % 2)
     codes = codes_of(kind, 3, 17, 9, seed=2)
     return fixed("t", torch.float16, codes, torch.ones(17, 3), width=3, group=4, masked=kind == "masked")
 
@@ -145,15 +149,16 @@ SPOILT = [
     ("masked", "codes", lambda x: x[:-1], "'codes' has"),
     ("masked", "offsets", lambda x: x + 1, "'offsets' does not count the bits of the mask"),
     ("masked", "mask", lambda x: x | 128, "'mask' has bits set behind column 8"),
-    ("nested", "mask", lambda x: x | 128, "'mask' has bits set behind column 8"),
     ("nested", "starts", lambda x: x + 1, "'starts' does not rise from 0"),
     ("nested", "starts", lambda x: torch.stack([x[0], x[2], x[2]]), "'planes' goes on behind rows 0"),
     ("nested", "planes", lambda x: x[:-1], "'starts' does not rise from 0"),
     ("nested", "planes", lambda x: torch.full_like(x, 255), "'planes' ends inside of rows 0"),
     ("nested", "planes", lambda x: torch.zeros_like(x), "'planes' goes on behind rows 0"),
-    ("nested", "low", lambda x: x + 8, "'low' holds 9; allowed: 0 to 7"),
+    ("nested", "forms", lambda x: x | 8, "'forms' holds 10; allowed: 0 to 9"),
+    ("nested", "forms", lambda x: x | 16, "'forms' has bits set behind its last row"),
     ("nested", "columns", lambda x: x * 0, "'columns' holds what is not a positive number"),
-    ("nested", "rows", lambda x: x * 65504, "a value is beyond torch.float16"),
+    ("nested", "columns", lambda x: x | 255, "'columns' holds what is not a positive number"),
+    ("nested", "rows", lambda x: x * 0 + 247, "a value is beyond torch.float16"),
 ]
 
 
@@ -166,6 +171,14 @@ def test_arrays_that_stand_for_nothing(kind: str, part: str, spoil: Any, words: 
     assert str(caught.value).startswith(f"t: {words}")
 
 
+def test_what_is_not_as_it_is_said() -> None:
+    codes, ones = torch.ones(2, 3), torch.ones(2)
+    with pytest.raises(ValueError, match="t: a row that is said to be empty is not"):
+        nested("t", torch.float32, codes, ones, torch.ones(3), torch.tensor([2, 0]))
+    with pytest.raises(ValueError, match="t: a factor of its columns has more bits than are stored"):
+        nested("t", torch.float32, codes, ones, torch.full((3,), 1.01), torch.tensor([2, 2]))
+
+
 def test_arrays_of_another_kind() -> None:
     coded = some("int")
     for arrays in ({"codes": coded.arrays["codes"]}, {**coded.arrays, "mask": coded.arrays["codes"]}):
@@ -174,9 +187,7 @@ def test_arrays_of_another_kind() -> None:
     with pytest.raises(ValueError, match="t: kind int3:4 needs 2 axes"):
         replace(coded, shape=(17, 9, 1)).check()
     for wrong in ({"width": 9}, {"group": 0}, {"kind": "even"}):
-        with pytest.raises(
-            ValueError, match="t: its kind is '[a-z0-9:]+'; allowed: int, odd or"
-        ):
+        with pytest.raises(ValueError, match="t: its kind is '[a-z0-9:]+'; allowed: int, odd or"):
             replace(coded, **wrong).check()
 
 

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparsessm.checkpoint import Encoded, packed_file
-from sparsessm.checkpoint.encoding import encode, finite
+from sparsessm.checkpoint import packed_file
+from sparsessm.checkpoint.encoding import Encoded, encode, finite
 
 
 @st.composite

@@ -14,7 +14,8 @@ from golden_files import CONV, CORPUS, GOLDEN, GOLDENS, expected, fuzz, opened
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sparsessm.checkpoint import Encoded, container
+from sparsessm.checkpoint import container
+from sparsessm.checkpoint.encoding import Encoded
 
 
 @pytest.fixture(scope="module")

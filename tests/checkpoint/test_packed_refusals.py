@@ -164,8 +164,8 @@ HUGE = 10**30
         (set_metadata(format="pt"), "not a packed checkpoint"),
         (lambda h, b: h.pop("__metadata__") and None, "not a packed checkpoint"),
         (lambda h, b: h.update({"__metadata__": [1]}), "not a packed checkpoint"),
-        (set_metadata(version="2"), "version '2' of the format; known: '1'"),
-        (set_metadata(version=1), "version 1 of the format; known: '1'"),
+        (set_metadata(version="3"), "version '3' of the format; known: '1', '2'"),
+        (set_metadata(version=1), "version 1 of the format; known: '1', '2'"),
         (set_metadata(version=None), "version None of the format"),
         (set_metadata(more="x"), "must have format, version, layout, tensors and checksum, and nothing else"),
         (set_metadata(checksum=None), "must have format, version, layout, tensors and checksum"),
@@ -358,7 +358,7 @@ def test_a_config_that_does_not_fit(golden: Path, fields: dict[str, Any], messag
 
 
 def test_a_header_that_would_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(container, "HEADER_BYTES", 200)
+    monkeypatch.setattr(packed_file, "HEADER_BYTES", 200)
     with pytest.raises(ValueError, match=r"packed\.safetensors: a header of \d+ bytes; at most 200"):
         packed_file.write(tmp_path / container.PACKED, "transformers", {"t": encode("t", torch.ones(33, 13))})
     with pytest.raises(ValueError, match=r"packed\.safetensors: .*header of \d+ bytes, at most 200"):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import sparsessm
 from sparsessm import checkpoint
-from sparsessm.checkpoint import container, packed
+from sparsessm.checkpoint import container, packed, packed_file
 
 
 def halve(folder: Path, removed: float = 0.5) -> dict[str, Tensor]:
@@ -247,7 +247,7 @@ def test_a_failing_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(container, "write", fail)
+    monkeypatch.setattr(packed_file, "write", fail)
     with pytest.raises(OSError, match="nothing was left behind: .*No space left"):
         checkpoint.pack(tmp_path / "in", tmp_path / "out")
     assert names(tmp_path) == {"in"}

@@ -20,8 +20,8 @@ from torch import Tensor
 import sparsessm
 from sparsessm import checkpoint, runtime
 from sparsessm.architectures import adapt, projected
-from sparsessm.checkpoint import Checkpoint, Encoded, container, packed, packed_file, writing
-from sparsessm.checkpoint.encoding import encode
+from sparsessm.checkpoint import Checkpoint, container, packed, packed_file, writing
+from sparsessm.checkpoint.encoding import Encoded, encode
 from sparsessm.runtime.reference import ReferenceEngine
 
 pytestmark = pytest.mark.usefixtures("here")

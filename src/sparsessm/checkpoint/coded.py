@@ -27,11 +27,14 @@ PARTS = {
     "int": ("codes", "scales"),
     "odd": ("codes", "scales"),
     "masked": ("mask", "offsets", "codes", "scales"),
-    "nested": ("mask", "starts", "planes", "low", "rows", "columns"),
+    "nested": ("starts", "planes", "forms", "rows", "columns"),
 }
 """Arrays of a kind, in the order in which the checksum takes them."""
-MOST_LOW = 7
-"""Most lowest bits of a row's codes that lie apart."""
+EMPTY, BY_EIGHTS, NESTED, MOST_FORM = 0, 1, 2, 9
+"""How a row of nested bitmaps is stored: not at all, by eight columns, with 0 to 7 lowest bits apart."""
+EIGHT = 8
+UNSTORED = 7
+"""Bits of a factor's float16 that are zero and not stored."""
 MOST_CODE = 2**15 - 1
 
 Codes = NDArray[np.int16]
@@ -118,14 +121,11 @@ class Coded(PackedTensor):
     def decode(self, dtype: torch.dtype | None = None) -> Tensor:
         codes, columns = torch.from_numpy(self.codes()), self.shape[1]
         if self.kind == "nested":
-            values = codes.float() * self.arrays["rows"].float()[:, None] * self.arrays["columns"].float()
+            values = codes.float() * self.factors("rows")[:, None] * self.factors("columns")
         else:
             scales = self.arrays["scales"].float().repeat_interleave(self.group, 1)[:, :columns]
             values = codes.float() * scales
         return values.to(dtype or self.dtype)
-
-    def plain(self) -> Encoded:
-        return encode(self.name, self.decode())
 
     def check(self, contents: bool = True) -> None:
         for found in self._form():
@@ -134,15 +134,21 @@ class Coded(PackedTensor):
             for found in self._content():
                 raise ValueError(f"{self.name}: {found}")
 
+    def forms(self) -> NDArray[np.int64]:
+        """Of nested bitmaps the form of each row, [rows]."""
+        held = self.arrays["forms"].numpy()
+        return np.stack([held & 15, held >> 4], 1).reshape(-1)[: self.shape[0]].astype(np.int64)
+
+    def factors(self, part: str) -> Tensor:
+        """Of nested bitmaps the factors of its "rows" or "columns", float32."""
+        return (self.arrays[part].short() << UNSTORED).view(torch.float16).float()
+
     def _nested(self, group: int) -> Codes:
         """The codes of a group of rows."""
         part = slice(group * GROUP, min((group + 1) * GROUP, self.shape[0]))
         columns, starts = self.shape[1], self.arrays["starts"]
         stream = self.arrays["planes"].numpy()[int(starts[group]) : int(starts[group + 1])]
         bits, at = np.unpackbits(stream, bitorder="little").view(np.bool_), 0
-        mask = np.unpackbits(self.arrays["mask"].numpy()[part], axis=1, count=columns, bitorder="little")
-        kept = mask.view(np.bool_)
-        count = int(np.count_nonzero(kept))
 
         def taken(many: int) -> Bools:
             nonlocal at
@@ -151,21 +157,30 @@ class Coded(PackedTensor):
             at += many
             return bits[at - many : at]
 
+        forms = self.forms()[part]
+        live = np.zeros((len(forms), columns), np.bool_)
+        for row, form in enumerate(forms):
+            if form == BY_EIGHTS:
+                inside = np.repeat(taken(-(-columns // EIGHT)), EIGHT)[:columns]
+                live[row, inside] = taken(int(np.count_nonzero(inside)))
+            elif form != EMPTY:
+                live[row] = taken(columns)
+        count = int(np.count_nonzero(live))
         negative, size, larger = taken(count), np.ones(count, np.int32), np.arange(count)
         while len(larger):
             larger = larger[taken(len(larger))]
             size[larger] += 1
-        high = np.zeros(kept.shape, np.int32)
-        high[kept] = np.where(negative, -size, size)
-        for row, low in enumerate(self.arrays["low"][part].tolist()):
-            if low:
+        codes = np.zeros(live.shape, np.int32)
+        codes[live] = np.where(negative, -size, size)
+        for row, low in enumerate(forms - NESTED):
+            if low > 0:
                 rest = taken(columns * low).reshape(columns, low) @ (1 << np.arange(low))
-                high[row] = (high[row] << low) + rest - (1 << low >> 1)
+                codes[row] = (codes[row] << low) + rest - (1 << low >> 1)
         if len(bits) - at >= 8 or bits[at:].any():
             raise ValueError(f"{self.name}: 'planes' goes on behind rows {part.start} and on")
-        if np.abs(high).max(initial=0) > MOST_CODE:
+        if np.abs(codes).max(initial=0) > MOST_CODE:
             raise ValueError(f"{self.name}: a code above {MOST_CODE} in rows {part.start} and on")
-        return high.astype(np.int16)
+        return codes.astype(np.int16)
 
     def _form(self) -> Iterator[str]:
         """What is wrong with kind, dtypes and shapes."""
@@ -186,9 +201,9 @@ class Coded(PackedTensor):
                 (entries,) if self.kind == "masked" else (rows, -(-columns * self.width // 8)),
             ),
             "scales": (half, (rows, -(-columns // max(self.group, 1)))),
-            "low": (torch.uint8, (rows,)),
-            "rows": (half, (rows,)),
-            "columns": (half, (columns,)),
+            "forms": (torch.uint8, (-(-rows // 2),)),
+            "rows": (torch.uint8, (rows,)),
+            "columns": (torch.uint8, (columns,)),
         }
         if "planes" in self.arrays:
             expected["planes"] = (torch.uint8, (self.arrays["planes"].numel(),))
@@ -201,9 +216,10 @@ class Coded(PackedTensor):
 
     def _content(self) -> Iterator[str]:
         """What is wrong with the bytes of arrays whose shapes are right."""
-        for part in ("scales", "rows", "columns"):
-            array = self.arrays.get(part)
-            if array is not None and not bool((torch.isfinite(array) & (array > 0)).all()):
+        nested = self.kind == "nested"
+        scales = {part: self.factors(part) for part in ("rows", "columns")} if nested else self.arrays
+        for part in ("rows", "columns") if nested else ("scales",):
+            if not bool((torch.isfinite(scales[part]) & (scales[part] > 0)).all()):
                 yield f"'{part}' holds what is not a positive number"
         if "mask" in self.arrays:
             yield from bits_above(self.arrays["mask"].numpy(), self.shape[1])
@@ -230,8 +246,15 @@ class Coded(PackedTensor):
         starts, most = self.arrays["starts"], self.arrays["planes"].numel()
         if int(starts[0]) != 0 or int(starts[-1]) != most or bool((starts.diff() < 0).any()):
             yield f"'starts' does not rise from 0 to the {most} bytes of 'planes'"
-        if int(self.arrays["low"].max()) > MOST_LOW:
-            yield f"'low' holds {int(self.arrays['low'].max())}; allowed: 0 to {MOST_LOW}"
+        if int(self.forms().max()) > MOST_FORM:
+            yield f"'forms' holds {int(self.forms().max())}; allowed: 0 to {MOST_FORM}"
+        if self.shape[0] % 2 and int(self.arrays["forms"][-1]) > 15:
+            yield "'forms' has bits set behind its last row"
+
+
+def plain(tensor: PackedTensor) -> Encoded:
+    """The same with values of its own, codes in the stock dtype: what the runtime computes with."""
+    return tensor if isinstance(tensor, Encoded) else encode(tensor.name, tensor.decode())
 
 
 def fixed(
@@ -269,49 +292,63 @@ def fixed(
     return coded
 
 
-def nested(name: str, dtype: torch.dtype, codes: Tensor, rows: Tensor, columns: Tensor, low: Tensor) -> Coded:
+def nested(
+    name: str, dtype: torch.dtype, codes: Tensor, rows: Tensor, columns: Tensor, forms: Tensor
+) -> Coded:
     """A matrix of codes as nested bitmaps.
 
     Args:
         name, dtype: of the stock tensor. codes: (rows, cols) integers, at most `MOST_CODE` in size.
-        rows, columns: float16 scales. low: (rows,), how many lowest bits of each row's codes lie apart.
+        rows, columns: float16 factors whose lowest `UNSTORED` bits are zero. forms: (rows,), how each row is
+            stored; an `EMPTY` one is zero.
 
     Raises:
-        ValueError: as `Coded.check`.
+        ValueError: a factor of more bits, a row that is not empty, or as `Coded.check`.
     """
-    apart = low.numpy().astype(np.int32)[:, None]
-    whole = codes.numpy().astype(np.int32) + (1 << apart >> 1)
-    high = whole >> apart
-    mask, _ = mask_of(high != 0)
-    streams = [
-        _stream(high[start : start + GROUP], whole[start : start + GROUP], apart[start : start + GROUP])
-        for start in range(0, len(high), GROUP)
-    ]
-    starts = np.cumsum([0, *map(len, streams)], dtype=np.int64)
+    whole, how = codes.numpy().astype(np.int32), forms.numpy().astype(np.int64)
+    if (whole[how == EMPTY] != 0).any():
+        raise ValueError(f"{name}: a row that is said to be empty is not")
+    streams = [_stream(whole[at : at + GROUP], how[at : at + GROUP]) for at in range(0, len(whole), GROUP)]
+    pairs = np.append(how, 0)[: len(how) + len(how) % 2].reshape(-1, 2)
+    factors = {}
+    for part, values in (("rows", rows), ("columns", columns)):
+        bits = values.half().contiguous().view(torch.int16)
+        if bool((bits & (1 << UNSTORED) - 1).any()):
+            raise ValueError(f"{name}: a factor of its {part} has more bits than are stored")
+        factors[part] = (bits >> UNSTORED).to(torch.uint8)
     arrays = {
-        "mask": mask,
-        "starts": torch.from_numpy(starts),
+        "starts": torch.from_numpy(np.cumsum([0, *map(len, streams)], dtype=np.int64)),
         "planes": torch.from_numpy(np.concatenate(streams)),
-        "low": low.to(torch.uint8),
-        "rows": rows.half().contiguous(),
-        "columns": columns.half().contiguous(),
+        "forms": torch.from_numpy((pairs[:, 0] | pairs[:, 1] << 4).astype(np.uint8)),
+        **factors,
     }
     coded = Coded(name, tuple(codes.shape), dtype, "nested", 0, 0, arrays)
     coded.check(contents=False)
     return coded
 
 
-def _stream(high: NDArray[np.int32], whole: NDArray[np.int32], apart: NDArray[np.int32]) -> NDArray[np.uint8]:
-    """The planes of a group of rows behind their mask, and the lowest bits of each row."""
-    size, parts = np.abs(high[high != 0]), [(high < 0)[high != 0]]
+def _stream(codes: NDArray[np.int32], forms: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """A group of rows: what is not zero, the planes of that, and the lowest bits of each row."""
+    columns, low = codes.shape[1], np.maximum(forms - NESTED, 0)[:, None]
+    shifted = codes + (1 << low >> 1)
+    high = shifted >> low
+    parts: list[Bools] = []
+    for row, form in zip(high != 0, forms, strict=True):
+        if form == BY_EIGHTS:
+            eights = np.pad(row, (0, -columns % EIGHT)).reshape(-1, EIGHT).any(1)
+            parts += [eights, row[np.repeat(eights, EIGHT)[:columns]]]
+        elif form != EMPTY:
+            parts.append(row)
+    size = np.abs(high[high != 0])
+    parts.append((high < 0)[high != 0])
     level = 1
     while size.size:
         larger = size > level
         parts.append(larger)
         size, level = size[larger], level + 1
-    for row, (low,) in zip(whole, apart, strict=True):
-        if low:
-            parts.append((row[:, None] >> np.arange(low) & 1).astype(np.bool_).ravel())
+    for row, (apart,) in zip(shifted, low, strict=True):
+        if apart:
+            parts.append((row[:, None] >> np.arange(apart) & 1).astype(np.bool_).ravel())
     return np.packbits(np.concatenate(parts), bitorder="little")
 
 

@@ -106,9 +106,6 @@ class Encoded(PackedTensor):
             whole = whole.float() * self.scale[:, None]
         return whole.to(dtype or self.dtype)
 
-    def plain(self) -> Encoded:
-        return self
-
     def bitmask(self) -> Encoded:
         """An N:M tensor as a bitmask with the same values, also those that equal the removed one; others as
         they are."""

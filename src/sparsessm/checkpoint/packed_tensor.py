@@ -8,13 +8,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, final
+from typing import final
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from .encoding import Encoded
 
 STOCK = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """The dtypes a stock tensor may have, by the name that is stored for them."""
@@ -71,10 +68,6 @@ class PackedTensor(ABC):
             dtype: None for the stock dtype. float32 is exact: nothing is then rounded to a narrower stock
                 dtype.
         """
-
-    @abstractmethod
-    def plain(self) -> Encoded:
-        """With values of its own, codes in the stock dtype: what the runtime computes with."""
 
     @abstractmethod
     def check(self, contents: bool = True) -> None:

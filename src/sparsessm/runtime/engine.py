@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparsessm.checkpoint.coded import plain
 from sparsessm.checkpoint.encoding import Encoded
 from sparsessm.checkpoint.packed_tensor import PackedTensor
 from sparsessm.checkpoint.shelf import Unread, give_back, shapes_of
@@ -43,7 +44,7 @@ class Traced(Unread):
         found = self._tensors[name]
         if name not in self._traces:
             self._traces[name] = {part: trace(part, array) for part, array in found.parts.items()}
-        return found.plain()
+        return plain(found)
 
     def traces(self) -> dict[str, str]:
         """Of all arrays of all tensors."""

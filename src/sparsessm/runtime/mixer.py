@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsessm import kernels
+from sparsessm.checkpoint.coded import plain
 from sparsessm.checkpoint.encoding import Encoded
 from sparsessm.checkpoint.shelf import Unread
 from sparsessm.kernels.matrix import Matrix
@@ -46,8 +47,8 @@ class Weights:
         return None if shape is None else tuple(shape)
 
     def encoded(self, name: str) -> Encoded:
-        """A tensor as it is stored."""
-        return self._tensors[self._prefix + name]
+        """A tensor as it is stored; one of codes with its values."""
+        return plain(self._tensors[self._prefix + name])
 
     def vector(self, name: str) -> Tensor:
         """A tensor in float32."""
