@@ -49,13 +49,13 @@ WRITERS = {"pruning/entries.py", "pruning/units.py"}  # what they write was chos
 
 
 def writes(tree: ast.AST) -> int:
-    """Calls of `Target.replace` and `Target.shift`. (Of others named so: `dataclasses.replace` has keywords,
+    """Calls of `Target.replace`, `Target.replace_exactly` and `Target.shift`. (Of others named so: `dataclasses.replace` has keywords,
     that of a string two arguments, that of a path another name; `Stop.replace` puts a block in its place.)"""
     return sum(
         isinstance(call.func, ast.Attribute)
         and ast.unparse(call.func.value) != "stop"
         and not call.keywords
-        and (call.func.attr, len(call.args)) in (("replace", 1), ("shift", 2))
+        and (call.func.attr, len(call.args)) in (("replace", 1), ("replace_exactly", 1), ("shift", 2))
         for call in calls(tree)
     )
 

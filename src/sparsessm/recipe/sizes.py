@@ -15,7 +15,7 @@ from sparsessm.methods import UNITS_DEFAULT, unit_methods
 from sparsessm.methods.observers import StateMoments
 from sparsessm.methods.patterns import AXES, Structured, parse
 from sparsessm.methods.structured import UnitMethod
-from sparsessm.recipe.fields import differs, parse_repair
+from sparsessm.recipe.fits import differs, parse_repair
 from sparsessm.recipe.recipe import DEFAULT_SPARSITY, Recipe
 
 MULTIPLE = 16  # of channels, which hardware likes

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..data.texts import DATASETS
+from ..methods.grids import Levels
 from ..methods.hessian import DAMPING
 from . import machine
 
@@ -47,6 +48,9 @@ class Row:
         signal: energy of the layer's output, in the unit of `error`.
         tokens: calibration tokens that an expert saw; None elsewhere.
         repaired: other parameters that were changed to make up for the removal, by full name.
+        grid: the values that weights could take, or how many bits were asked for; "none": any.
+        bits: stored for the matrix on its grid, masks and scales counted. entropy: the same under an ideal
+            code. step: of the dial. None where there is none.
     """
 
     target: str
@@ -65,6 +69,10 @@ class Row:
     signal: float | None = None
     tokens: int | None = None
     repaired: tuple[str, ...] = ()
+    grid: str = "none"
+    bits: int | None = None
+    entropy: float | None = None
+    step: float | None = None
 
     @property
     def sparsity(self) -> float:
@@ -94,6 +102,7 @@ class Report:
         shape: axis -> units that stayed in every layer, then. trials: what was measured to find how much each
             axis gives, where the recipe left it open (`mixes.Trial`s as plain values).
         pruned_before: the model had been pruned in memory already, so the recipe alone does not repeat it.
+        levels: codes and scales of the targets on a grid, by name; not part of the record.
         packed: no stock checkpoint can hold it: projected states, or layers of different widths.
         machine: on which it ran; masks may differ on another (`machine.current`).
     """
@@ -108,6 +117,7 @@ class Report:
     parameters: dict[str, int] = field(default_factory=dict)
     shape: dict[str, int] = field(default_factory=dict)
     trials: list[dict[str, Any]] = field(default_factory=list)
+    levels: dict[str, Levels] = field(default_factory=dict, repr=False)
     text: dict[str, str] = field(default_factory=dict)
     pruned_before: bool = False
     packed: bool = False
@@ -115,7 +125,8 @@ class Report:
 
     @property
     def totals(self) -> dict[str, dict[str, Any]]:
-        """By family: tensors, entries, pruned, sparsity and the mean relative error (None if unknown)."""
+        """By family: tensors, entries, pruned, sparsity, the mean relative error and stored bits a weight
+        (None if unknown, or not on a grid)."""
         totals: dict[str, dict[str, Any]] = {}
         for family in dict.fromkeys(row.family for row in self.rows):
             rows = [row for row in self.rows if row.family == family]
@@ -127,6 +138,7 @@ class Report:
                 "pruned": pruned,
                 "sparsity": pruned / entries if entries else 0.0,
                 "error": _mean(errors),
+                "bits": _bits([vars(row) for row in rows]),
             }
         return totals
 
@@ -199,6 +211,12 @@ class Report:
             if share is None
             else f"{names} {verb} {float(f'{100 * share:.2g}'):g} % of the bytes of this model. "
         )
+        size += "".join(
+            f"They take {total['bits']:.3g} bits a weight, masks and scales counted; {percent(total['sparsity'])} "
+            "of them are zero. "
+            for total in self.totals.values()
+            if total["bits"] is not None
+        )
         if self.packed:
             return f"{size}Removed entries are not stored if that takes fewer bytes. {PACKED_ONLY}"
         return size + (
@@ -254,8 +272,11 @@ def removed_table(
 ) -> tuple[list[str], list[list[str]]]:
     """Columns and text cells: a line for each kind of tensor in a record, one for a family of several kinds.
 
-    The first two columns are words. Beside a kind's share stands that of its least and most pruned tensor.
+    The first two columns are words. Beside a kind's share stands that of its least and most pruned tensor. The
+    last column, stored bits a weight, is there where something is on a grid.
     """
+    rows = list(rows)
+    on_grid = any(row.get("bits") is not None for row in rows)
     kinds: dict[str, dict[str, list[Mapping[str, Any]]]] = {family: {} for family in totals}
     for row in rows:
         kinds[row["family"]].setdefault(kind_of(row["target"]), []).append(row)
@@ -273,6 +294,7 @@ def removed_table(
                     *_counts(pruned, entries),
                     _range([row["pruned"] / row["total"] for row in same if row["total"]]),
                     number(_mean(errors), ".2e"),
+                    *([number(_bits(same), ".3f")] if on_grid else []),
                 ]
             )
         if len(parts) > 1:
@@ -280,8 +302,10 @@ def removed_table(
             counts = _counts(total["pruned"], total["entries"])
             cells.append(
                 [f"all {family}", "", str(total["tensors"]), *counts, "", number(total["error"], ".2e")]
+                + ([number(total["bits"], ".3f")] if on_grid else [])
             )
-    return ["kind", "method", "tensors", "removed", "of", "sparsity", "range", "relative error"], cells
+    head = ["kind", "method", "tensors", "removed", "of", "sparsity", "range", "relative error"]
+    return head + ["bits a weight"] * on_grid, cells
 
 
 def targets_table(
@@ -379,6 +403,12 @@ def kind_of(parameter: str) -> str:
 
 def _relative(error: float | None, signal: float | None) -> float | None:
     return error / signal if error is not None and signal else None
+
+
+def _bits(rows: Iterable[Mapping[str, Any]]) -> float | None:
+    """Stored bits a weight, of rows of a record that are all on a grid."""
+    bits, entries = [row.get("bits") for row in rows], sum(row["total"] for row in rows)
+    return None if None in bits or not entries else sum(filter(None, bits)) / entries
 
 
 def _mean(values: list[float]) -> float | None:

@@ -1,0 +1,391 @@
+"""Stage 4, the values that a weight may take: integer codes times scales of 16 bits. Free of any model.
+
+Two families. `Uniform`: 2 to 8 bits a weight, a scale for each row and group of columns (GPTQ, Frantar et al.,
+arXiv 2210.17323). `Dial`: one step for the whole model; the step of a weight is step x U_jj / sqrt(F_i), as in
+WaterSIC (arXiv 2603.04956) with the prices of rows, and what falls into its zero bin is pruned.
+
+A `Grid` is what the recipe asks for, a `Rounding` is what it does to one matrix while the sweep (repair.py)
+comes through, and `Levels` is what is left: small exact data, of which a file holds every bit. Formulas in
+docs/methods.md.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+GROUP = 64  # columns that share a scale: a block of the packed layout
+WIDEST = 8  # bits of a code of fixed width
+MOST_LOW = 7  # lowest bits of a row that lie apart, at most
+SCALE_BITS = 16
+LOW_BITS = 4  # that say how many these are, of each row
+MOST_CODE = 2**15 - 1
+SHRINKS = torch.linspace(1.0, 0.4, 49).tolist()  # of the largest value, which scales are tried for
+FARTHEST_STEP = 4.0  # times a row's largest weight, with which it is zero
+
+
+@dataclass(frozen=True)
+class Levels:
+    """A matrix on a grid: codes, and the scales that turn them into values.
+
+    value = (float32(code) * float32(row scale)) * float32(column scale), products in float32 in this order;
+    the second only where columns have scales.
+
+    Attributes:
+        codes: (out, in) int16. rows: (out, groups) float16, the scale of each row in every `group` columns.
+        columns: (in,) float16; None: columns have no scales.
+        group: columns that a row's scale is for; the last group may be shorter.
+        width: bits of a code: they have a fixed width. 0: nested bitmaps, see `nested_bits`.
+        masked: a bitmap says what is zero, and zeros take no code of fixed width.
+    """
+
+    codes: Tensor
+    rows: Tensor
+    columns: Tensor | None
+    group: int
+    width: int
+    masked: bool
+
+    def values(self) -> Tensor:
+        """(out, in) float32, bit for bit what a reader of the file gets."""
+        values = self.codes.float() * self._by_row()
+        return values if self.columns is None else values * self.columns.float()
+
+    def scales(self) -> Tensor:
+        """(out, in) or (out, 1) float32: what one step of the code is worth."""
+        return self._by_row() if self.columns is None else self._by_row() * self.columns.float()
+
+    def _by_row(self) -> Tensor:
+        """(out, in) or (out, 1) float32: the row's scale of each entry."""
+        rows = self.rows.float()
+        if rows.shape[1] == 1:
+            return rows
+        return rows.repeat_interleave(self.group, 1)[:, : self.codes.shape[1]]
+
+    @property
+    def keep(self) -> Tensor:
+        """(out, in) bool: what a bitmap says is not zero; all, where there is none."""
+        return self.codes != 0 if self.masked else torch.ones_like(self.codes, dtype=torch.bool)
+
+    @property
+    def low(self) -> Tensor:
+        """(out,) int64: of nested bitmaps, how many lowest bits of a row's codes lie apart: as many as make
+        it smallest."""
+        return nested_bits(self.codes).min(1).indices
+
+    @property
+    def bits(self) -> int:
+        """That are stored for the matrix: codes, masks, scales, everything."""
+        scales = SCALE_BITS * (self.rows.numel() + (0 if self.columns is None else self.columns.numel()))
+        entries = self.codes.numel()
+        if not self.width:
+            return int(nested_bits(self.codes).amin(1).sum()) + LOW_BITS * len(self.codes) + scales
+        if not self.masked:
+            return self.width * entries + scales
+        return entries + self.width * int(self.codes.count_nonzero()) + scales
+
+    @property
+    def entropy(self) -> float:
+        """Bits of the codes under an ideal code that knows how often each occurs, scales included."""
+        counts = self.codes.flatten().unique(return_counts=True)[1].double()
+        scales = SCALE_BITS * (self.rows.numel() + (0 if self.columns is None else self.columns.numel()))
+        return float(-(counts * (counts / counts.sum()).log2()).sum()) + scales
+
+
+def nested_bits(codes: Tensor) -> Tensor:
+    """Bits of every row as nested bitmaps, for 0 to `MOST_LOW` lowest bits that lie apart.
+
+    A code z is 2^low h + rest: the lowest bits, rest + 2^(low - 1) in `low` bits, lie apart, as in a Rice
+    code. Of h: a bitmap of what is not zero, then of these the sign and a bitmap of |h| > 1, of those a bitmap
+    of |h| > 2, and so on: one bit for a zero, 2 + |h| for all else.
+
+    Args:
+        codes: (out, in), integers.
+
+    Returns:
+        (out, MOST_LOW + 1) int64.
+    """
+    codes = codes.int()
+    bits = []
+    for low in range(MOST_LOW + 1):
+        high = ((codes + (1 << low >> 1)) >> low).abs()
+        bits.append((1 + low) * codes.shape[1] + high.sum(1) + high.count_nonzero(1))
+    return torch.stack(bits, 1)
+
+
+class Rounding(ABC):
+    """What a grid does to one matrix: it is told where the sweep is, and rounds column after column.
+
+    Attributes:
+        group: columns that are reached together.
+        prices: (out,) float64, what an error in each row costs; None: all the same.
+    """
+
+    group: int
+    prices: Tensor | None
+
+    @abstractmethod
+    def reach(self, weight: Tensor, keep: Tensor, columns: slice) -> None:
+        """The sweep reaches these columns: weight (out, group) as it is now, keep (out, group) bool."""
+
+    @abstractmethod
+    def round(self, weight: Tensor, keep: Tensor, column: int) -> Tensor:
+        """The value (out,) that a column (out,) takes; 0 where it is not kept."""
+
+    @abstractmethod
+    def nearest(self, values: Tensor, column: int) -> Tensor:
+        """The codes (out,) of values in units of their scales, as the grid chooses them."""
+
+    @abstractmethod
+    def levels(self) -> Levels:
+        """All columns, when the last is rounded."""
+
+
+class Grid(ABC):
+    """What the recipe asks for. `str` gives the word of the recipe.
+
+    Attributes:
+        prunes: it makes zeros by itself.
+    """
+
+    prunes: bool
+
+    @abstractmethod
+    def rounding(
+        self, weight: Tensor, pivots: Tensor | None, masked: bool, prices: Tensor | None, largest: bool
+    ) -> Rounding:
+        """What it does to a matrix.
+
+        Args:
+            weight: (out, in), where the sweep starts. pivots: (in,) `Factor.pivots`, None without a Hessian.
+            masked: a mask says what is zero.
+            prices: (out,) float64, in the unit of the Hessian; None where all rows have the same.
+            largest: scales are those of the largest value, as published, instead of the best.
+        """
+
+
+@dataclass(frozen=True)
+class Alphabet:
+    """The codes of a uniform grid of some bits.
+
+    Attributes:
+        kind: "whole": -2^(bits - 1) .. 2^(bits - 1) - 1; "odd": the odd ones of -(2^bits - 1) .. 2^bits - 1,
+            all levels in use and none at zero; "nonzero": -m .. -1 and 1 .. m, m = 2^(bits - 1), where a mask
+            says what is zero.
+    """
+
+    bits: int
+    kind: str
+
+    @property
+    def most(self) -> int:
+        """The largest code."""
+        return {"whole": 2 ** (self.bits - 1) - 1, "odd": 2**self.bits - 1, "nonzero": 2 ** (self.bits - 1)}[
+            self.kind
+        ]
+
+    def nearest(self, values: Tensor) -> Tensor:
+        """The code nearest to each value, both in units of the scale and of the same dtype."""
+        if self.kind == "whole":
+            return values.round().clamp(-self.most - 1, self.most)
+        if self.kind == "odd":
+            return (2 * (values / 2).floor() + 1).clamp(-self.most, self.most)
+        sign = torch.where(values < 0, -1.0, 1.0).to(values.dtype)
+        return values.abs().round().clamp(1, self.most) * sign
+
+
+@dataclass(frozen=True)
+class Uniform(Grid):
+    """`intB[:GROUP]`: codes of B bits, a scale for each row and GROUP columns."""
+
+    bits: int
+    group: int = GROUP
+    prunes = False
+
+    @classmethod
+    def within(cls, bits: float) -> Uniform:
+        """With as many bits as fit, a scale for every `GROUP` columns counted."""
+        return cls(min(max(int(bits - SCALE_BITS / GROUP), 2), WIDEST))
+
+    def __str__(self) -> str:
+        return f"int{self.bits}" + (f":{self.group}" if self.group != GROUP else "")
+
+    def stored(self, rows: int, columns: int, kept: int | None = None) -> int:
+        """Bits of a matrix, `kept` of whose entries a mask keeps; None: there is no mask."""
+        scales = SCALE_BITS * rows * -(-columns // self.group)
+        return scales + (self.bits * rows * columns if kept is None else rows * columns + self.bits * kept)
+
+    def alphabet(self, masked: bool, largest: bool) -> Alphabet:
+        """Codes that its weights may take."""
+        return Alphabet(self.bits, "whole" if largest else "nonzero" if masked else "odd")
+
+    def rounding(
+        self, weight: Tensor, pivots: Tensor | None, masked: bool, prices: Tensor | None, largest: bool
+    ) -> Rounding:
+        return _ByGroups(self, weight, pivots, masked, largest)
+
+
+@final
+class _ByGroups(Rounding):
+    def __init__(
+        self, grid: Uniform, weight: Tensor, pivots: Tensor | None, masked: bool, largest: bool
+    ) -> None:
+        self.group, self.prices = grid.group, None
+        self._alphabet, self._largest, self._masked = grid.alphabet(masked, largest), largest, masked
+        self._costs = torch.ones_like(weight[0]) if pivots is None else pivots.square().reciprocal()
+        self._codes = weight.new_zeros(weight.shape, dtype=torch.int16).T.contiguous()  # (in, out)
+        self._scales: list[Tensor] = []
+
+    def reach(self, weight: Tensor, keep: Tensor, columns: slice) -> None:
+        weight = weight.masked_fill(~keep, 0.0)
+        if self._largest:
+            # GPTQ's symmetric grid: 2^bits - 1 steps from the largest value to its opposite
+            scale = as_scales(weight.abs().amax(1) * 2 / (2**self._alphabet.bits - 1))
+        else:
+            scale = best_scales(weight, keep, self._costs[columns], self._alphabet)
+        self._scales.append(scale)
+        self._scale = scale.to(weight.dtype)
+
+    def round(self, weight: Tensor, keep: Tensor, column: int) -> Tensor:
+        codes = self.nearest(weight / self._scale, column).masked_fill(~keep, 0.0)
+        self._codes[column] = codes.short()
+        return codes * self._scale
+
+    def nearest(self, values: Tensor, column: int) -> Tensor:
+        return self._alphabet.nearest(values)
+
+    def levels(self) -> Levels:
+        rows, width = torch.stack(self._scales, 1), self._alphabet.bits
+        return Levels(self._codes.T.contiguous(), rows, None, self.group, width, self._masked)
+
+
+def as_scales(scales: Tensor) -> Tensor:
+    """Positive float16 scales as near as there are; 1 where nothing asks for any."""
+    limits = torch.finfo(torch.float16)
+    return torch.where(scales > 0, scales.clamp(limits.tiny, limits.max), 1.0).half()
+
+
+def best_scales(weight: Tensor, keep: Tensor, costs: Tensor, alphabet: Alphabet) -> Tensor:
+    """(out,) float16: of each row the scale with the least sum of costs_j (w_j - Q(w_j))^2 over the survivors.
+
+    A search over shares of the largest value, then least squares with the codes of the best.
+
+    Args:
+        weight: (out, columns). keep: (out, columns) bool. costs: (columns,), 1 / U_jj^2.
+    """
+    costs = costs * keep
+    most = weight.abs().amax(1)
+    best = torch.full_like(most, torch.inf)
+    scale = most.new_ones(most.shape)
+
+    def consider(tried: Tensor) -> None:
+        nonlocal best, scale
+        tried = as_scales(tried).to(weight.dtype)
+        codes = alphabet.nearest(weight / tried[:, None])
+        error = ((weight - codes * tried[:, None]).square() * costs).sum(1)
+        scale, best = torch.where(error < best, tried, scale), torch.minimum(error, best)
+
+    for share in SHRINKS:
+        consider(most * (share / alphabet.most))
+    for _ in range(2):
+        codes = alphabet.nearest(weight / scale[:, None])
+        power = (codes.square() * costs).sum(1)
+        fitted = (codes * weight * costs).sum(1) / power.clamp(min=torch.finfo(power.dtype).tiny)
+        consider(torch.where(fitted > 0, fitted, scale))
+    return scale.half()
+
+
+@dataclass(frozen=True)
+class Dial(Grid):
+    """The step of weight (i, j) is step x U_jj / sqrt(F_i): where an error costs much it is small.
+
+    Attributes:
+        step: the root of what an error of one step costs; one for the whole model.
+        thrift: what a bit is worth, in squares of the step: the code is that of least error plus thrift x
+            bits, so that zeros and small codes are preferred where little is lost.
+    """
+
+    step: float
+    thrift: float = 0.0
+    prunes = True
+
+    def __str__(self) -> str:
+        return f"dial:{self.step:.4g}"
+
+    def rounding(
+        self, weight: Tensor, pivots: Tensor | None, masked: bool, prices: Tensor | None, largest: bool
+    ) -> Rounding:
+        assert pivots is not None and pivots.ndim == 1, "steps follow from a Hessian that all rows share"
+        return _Dialled(self, weight, pivots, prices)
+
+
+@final
+class _Dialled(Rounding):
+    def __init__(self, grid: Dial, weight: Tensor, pivots: Tensor, prices: Tensor | None) -> None:
+        self.group, self.prices = weight.shape[1], prices
+        self._thrift = grid.thrift
+        self._codes = weight.new_zeros(weight.shape, dtype=torch.int16).T.contiguous()  # (in, out)
+        columns = pivots.double()
+        rows = grid.step / torch.ones_like(weight[:, 0], dtype=torch.float64)
+        if prices is not None:
+            rows = rows / prices.sqrt()  # infinite where an error costs nothing
+        # beyond this a row is zero anyway, and smaller numbers are kinder to float16
+        rows = torch.minimum(rows, FARTHEST_STEP * weight.abs().amax(1).double() / columns.min())
+        rows = torch.where(rows > 0, rows, rows.max() if rows.max() > 0 else 1.0)
+        self._rows, self._columns = as_factors(rows, columns)
+        self._row, self._column = self._rows.to(weight.dtype), self._columns.to(weight.dtype)
+
+    def reach(self, weight: Tensor, keep: Tensor, columns: slice) -> None:
+        pass
+
+    def round(self, weight: Tensor, keep: Tensor, column: int) -> Tensor:
+        codes = self.nearest(weight / (self._row * self._column[column]), column).masked_fill(~keep, 0.0)
+        self._codes[column] = codes.short()
+        return codes * self._row * self._column[column]
+
+    def nearest(self, values: Tensor, column: int) -> Tensor:
+        return thrifty(values, self._thrift)
+
+    def levels(self) -> Levels:
+        codes = self._codes.T.contiguous()
+        return Levels(codes, self._rows[:, None], self._columns, codes.shape[1], 0, True)
+
+
+def thrifty(values: Tensor, thrift: float | Tensor) -> Tensor:
+    """The codes of least (value - code)^2 + thrift x bits, a zero taking one bit and others 2 + |code|."""
+    size = values.abs()
+    codes = (size - 0.5 - thrift / 2).ceil().clamp(0, MOST_CODE)
+    # the first level costs two bits more than zero
+    codes = torch.where(size <= 0.5 + thrift, 0.0, codes.clamp(min=1.0)).to(values.dtype)
+    return codes * values.sign()
+
+
+def as_factors(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Float16 factors (out,), (in,) with the products of these positive ones, as near as there are.
+
+    A power of two goes from the one to the other, so that the smallest of both are equally far above the
+    smallest number of float16.
+    """
+    shift = math.floor((math.log2(float(columns.min())) - math.log2(float(rows.min()))) / 2)
+    return as_scales(rows * 2.0**shift), as_scales(columns * 2.0**-shift)
+
+
+def parse(text: str) -> Uniform:
+    """The grid of "int2" to "int8", with ":GROUP" columns.
+
+    Raises:
+        ValueError: anything else, with what is allowed.
+    """
+    match = re.fullmatch(r"int([2-8])(?::(\d+))?", text)
+    if match and 2 <= (group := int(match[2] or GROUP)) <= MOST_CODE:
+        return Uniform(int(match[1]), group)
+    raise ValueError(
+        f"grid is {text!r}; allowed: int2 to int8, with :GROUP columns that share a scale (by default {GROUP}), "
+        "e.g. int4 or int4:128"
+    )

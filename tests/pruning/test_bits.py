@@ -1,0 +1,81 @@
+"""Rounding in a run: bits that are asked for are met, what is stored gives the weights exactly, others stay."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lively import TOKENS, mamba
+from planned import prune
+
+from sparsessm.architectures import adapt
+from sparsessm.recipe.recipe import Recipe
+from sparsessm.report.record import Report
+
+
+def run(model: torch.nn.Module, **fields: object) -> Report:
+    recipe = Recipe(**fields).resolved(model="m", trained_length=21)
+    return prune(adapt(model), recipe, TOKENS)
+
+
+@pytest.mark.parametrize("bits", [2.5, 3.25, 6.0])
+def test_bits_are_met(bits: float) -> None:
+    model = mamba()
+    report = run(model, bits=bits)
+    (total,) = report.totals.values()
+    assert total["bits"] == pytest.approx(bits, rel=0.02)
+    assert report.recipe["target"] == "projections" and "sparsity" not in report.recipe
+    assert {row.family for row in report.rows} == {"projections"}
+    steps = [row.step for row in report.rows]
+    assert all(steps) and max(steps) < 1.3 * min(steps), "one step, up to what was foretold wrongly"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"bits": 3.25},
+        {"grid": "int4"},
+        {"grid": "int3:16", "sparsity": 0.5},
+        {"grid": "int4:8", "pattern": "2:4"},
+        {"bits": 4, "pattern": "2:4"},
+        {"method": "rtn", "grid": "int8"},
+        {"method": "gptq", "repair": "dense-target"},
+        {"method": "wanda", "grid": "int4", "sparsity": 0.25},
+        {"method": "magnitude", "grid": "int5", "sparsity": 0.25, "target": "projections"},
+    ],
+)
+def test_what_is_stored_is_the_model(fields: dict[str, object]) -> None:
+    model = mamba()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    report = run(model, **fields)
+    assert report.levels.keys() == {row.target for row in report.rows}
+    for row in report.rows:
+        levels, weight = report.levels[row.target], model.state_dict()[row.target]
+        assert torch.equal(levels.values(), weight.flatten(1)) and weight.dtype == torch.float32
+        assert row.bits == levels.bits and row.pruned == int((~levels.keep).sum())
+        share = {"sparsity": fields.get("sparsity"), "pattern": 0.5}
+        if fields.get("pattern"):
+            groups = (weight.flatten(1) != 0).unflatten(1, (-1, 4)).sum(-1)
+            assert (groups <= 2).all()
+        elif "sparsity" in fields:
+            assert row.pruned >= 0.2 * share["sparsity"] * row.total
+        elif "grid" in fields:
+            assert row.pruned == 0
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]) == (name not in report.levels), name
+
+
+def test_more_bits_are_nearer() -> None:
+    for fields in ({"grid": "int2"}, {"grid": "int4"}, {"grid": "int8"}), ({"bits": 2.5}, {"bits": 4}, {"bits": 8}):
+        errors = [run(mamba(), **one).totals["projections"]["error"] for one in fields]
+        assert errors[0] > 3 * errors[1] > 9 * errors[2]
+
+
+def test_zeros_stay_zeros() -> None:
+    for fields in ({"bits": 4.0}, {"grid": "int4"}):
+        model = mamba()
+        weight = model.backbone.layers[0].mixer.in_proj.weight
+        with torch.no_grad():
+            weight[::2, ::3] = 0
+        gone = weight == 0
+        run(model, **fields)
+        assert not weight[gone].any() and weight[~gone].any()
