@@ -60,12 +60,21 @@ def gptq(
     return codes, scales
 
 
-def written(codes: Array, low: int) -> list[list[int]]:
-    """A row of codes as bitmaps: those of the lowest bits, then not zero, sign, > 1, > 2, ..."""
+EMPTY, EIGHTS = -2, -1  # forms that are no number of lowest bits
+
+
+def written(codes: Array, form: int) -> list[list[int]]:
+    """A row of codes as bitmaps: those of the lowest bits (or of the eights), then not zero, sign, > 1, ..."""
+    if form == EMPTY:
+        return []
+    low = max(form, 0)
     half = (1 << low) >> 1
     rest = [(int(z) + half) % (1 << low) for z in codes]
     high = [(int(z) + half) >> low for z in codes]
     planes = [[r >> bit & 1 for r in rest] for bit in range(low)]
+    if form == EIGHTS:
+        planes.append([int(any(high[at : at + 8])) for at in range(0, len(high), 8)])
+        high = [h for at in range(0, len(high), 8) for h in high[at : at + 8] if any(high[at : at + 8])]
     planes.append([int(h != 0) for h in high])
     planes.append([int(h < 0) for h in high if h])
     alive, more = [abs(h) for h in high if h], 1
@@ -76,16 +85,20 @@ def written(codes: Array, low: int) -> list[list[int]]:
     return planes
 
 
-def read(planes: list[list[int]], low: int) -> list[int]:
+def read(planes: list[list[int]], form: int, entries: int) -> list[int]:
     """The reverse of `written`."""
+    if form == EMPTY:
+        return [0] * entries
     planes = [list(plane) for plane in planes]
+    low = max(form, 0)
     half = (1 << low) >> 1
-    entries = len(planes[low])
     rest = [sum(planes[bit][j] << bit for bit in range(low)) for j in range(entries)]
+    planes = planes[low:]
+    eights = planes.pop(0) if form == EIGHTS else [1] * entries
+    there, signs, deeper = planes[0], planes[1], planes[2:]
     high = []
-    signs, deeper = planes[low + 1], planes[low + 2 :]
     for j in range(entries):
-        if not planes[low][j]:
+        if not eights[j // 8] or not there.pop(0):
             high.append(0)
             continue
         sign, size, at = -1 if signs.pop(0) else 1, 1, 0

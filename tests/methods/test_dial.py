@@ -37,7 +37,7 @@ def test_the_step_gives_the_bits_that_are_asked_for(seed: int, share: float) -> 
     for entries in (1000, 50):
         steps = torch.from_numpy(np.exp(np.cumsum(rng.uniform(0.1, 1, 8)) + rng.normal()))
         bits = torch.from_numpy(entries * (1 + np.cumsum(rng.uniform(0.1, 1, 8))[::-1].copy()))
-        curves.append(Curve(steps, bits, entries))
+        curves.append(Curve(steps, bits, entries, entries))
     least = sum(float(curve.bits[-1]) for curve in curves)
     asked = least * 1.001 + share * 8000
     found = step(curves, asked)
@@ -45,7 +45,7 @@ def test_the_step_gives_the_bits_that_are_asked_for(seed: int, share: float) -> 
 
 
 def test_a_curve_beyond_its_ends() -> None:
-    curve = Curve(torch.tensor([1.0, 4.0]).double(), torch.tensor([300.0, 100.0]).double(), 100)
+    curve = Curve(torch.tensor([1.0, 4.0]).double(), torch.tensor([300.0, 100.0]).double(), 100, 100)
     assert curve.at(2.0) == pytest.approx(200)
     assert curve.at(0.25) == pytest.approx(500) and curve.at(1e9) == 100
 
@@ -53,4 +53,4 @@ def test_a_curve_beyond_its_ends() -> None:
 def test_a_matrix_of_zeros_has_a_flat_curve() -> None:
     weight = torch.zeros(3, 8)
     curve = foretell(weight, factorise(torch.eye(8)), None, weight == 0)
-    assert curve.at(0.1) == curve.at(10) == 24
+    assert curve.at(0.1) == curve.at(10) == 3 * 4 + 8 * (3 + 8)

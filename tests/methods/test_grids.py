@@ -8,13 +8,17 @@ import math
 import numpy as np
 import pytest
 import torch
+import transcription_grids as transcribed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sweeps import SEEDS
-from transcription_grids import read, written
 
+from sparsessm.methods import grids
 from sparsessm.methods.grids import (
+    BY_EIGHTS,
+    EMPTY,
     MOST_LOW,
+    NESTED,
     Alphabet,
     Dial,
     Levels,
@@ -24,6 +28,7 @@ from sparsessm.methods.grids import (
     best_scales,
     nested_bits,
     parse,
+    thrift_of,
     thrifty,
 )
 
@@ -67,20 +72,27 @@ def test_nested_bits_are_those_of_bitmaps_that_can_be_read_again(
     seed: int, size: float, columns: int
 ) -> None:
     codes = (size * normal(seed, 3, columns)).round().short()
+    codes[0] *= (normal(seed + 1, columns) > 1.5).short()
     bits = nested_bits(codes)
+    forms = {EMPTY: transcribed.EMPTY, BY_EIGHTS: transcribed.EIGHTS}
+    forms |= {NESTED + low: low for low in range(MOST_LOW + 1)}
+    assert bits.shape == (3, len(forms))
     for i in range(3):
-        for low in range(MOST_LOW + 1):
-            planes = written(codes[i].numpy(), low)
-            assert bits[i, low] == sum(map(len, planes))
-            assert read(planes, low) == codes[i].tolist()
+        for form, told in forms.items():
+            if form == EMPTY and codes[i].any():
+                assert bits[i, form] > 1 << 60
+                continue
+            planes = transcribed.written(codes[i].numpy(), told)
+            assert bits[i, form] == sum(map(len, planes))
+            assert transcribed.read(planes, told, columns) == codes[i].tolist()
     levels = nested(codes)
-    assert torch.equal(bits.gather(1, levels.low[:, None])[:, 0], bits.amin(1))
-    assert levels.bits == bits.amin(1).sum() + 3 * 4 + 16 * (3 + columns)
+    assert torch.equal(bits.gather(1, levels.forms[:, None])[:, 0], bits.amin(1))
+    assert levels.bits == bits.amin(1).sum() + 3 * 4 + 8 * (3 + columns)
 
 
 def test_bits_of_a_row_by_hand() -> None:
     """0: one bit; 1: not zero, sign, not above 1; 3: two more."""
-    assert nested_bits(torch.tensor([[0, 1, -3]]))[0, 0] == 1 + 3 + 5
+    assert nested_bits(torch.tensor([[0, 1, -3]]))[0, NESTED] == 1 + 3 + 5
     codes = torch.tensor([[0, 1, 3], [0, 0, -1]], dtype=torch.int16)
     rows = torch.ones(2, 2, dtype=torch.float16)
     assert Levels(codes, rows, None, 2, 3, True).bits == 6 + 3 * 3 + 4 * 16
@@ -89,8 +101,8 @@ def test_bits_of_a_row_by_hand() -> None:
 
 def test_entropy_is_that_of_an_ideal_code() -> None:
     codes = torch.tensor([[0, 0, 1, 1], [-1, -1, 2, 2]], dtype=torch.int16)
-    assert nested(codes).entropy == 2 * 8 + 16 * 6
-    assert nested(torch.zeros(2, 4)).entropy == 16 * 6
+    assert nested(codes).entropy == 8 + 2 * 4 + 8 * 6
+    assert nested(torch.zeros(2, 4)).entropy == 2 * 4 + 8 * 6
 
 
 @settings(deadline=None, max_examples=30)
@@ -102,7 +114,9 @@ def test_factors_keep_their_products(seed: int, rows: float, columns: float, spr
     assert small.dtype == other.dtype == torch.float16
     want = left[:, None] * right
     got = small.double()[:, None] * other.double()
-    torch.testing.assert_close(got, want, rtol=2e-3, atol=0)
+    torch.testing.assert_close(got, want, rtol=0.13, atol=0)
+    for factors in (small, other):
+        assert not (factors.view(torch.int16) & 127).any() and (factors > 0).all()
 
 
 # Rounding.
@@ -138,6 +152,11 @@ def test_thrift_weighs_error_against_bits(seed: int, thrift: float) -> None:
     assert torch.equal(thrifty(values, 0.0), values.round())
 
 
+def test_only_rows_of_small_values_are_thrifty() -> None:
+    values = torch.cat([normal(0, 1, 64), 20 * normal(1, 1, 64), 0.1 * normal(2, 1, 64)])
+    assert thrift_of(values).tolist() == [grids.THRIFT, 0.0, grids.THRIFT]
+
+
 @pytest.mark.parametrize("kind", ["odd", "nonzero"])
 @pytest.mark.parametrize("bits", [2, 4])
 def test_scales_are_near_the_best_and_count_survivors_alone(kind: str, bits: int) -> None:
@@ -157,10 +176,12 @@ def test_scales_are_near_the_best_and_count_survivors_alone(kind: str, bits: int
     assert found[5] == 1
 
 
-@settings(deadline=None, max_examples=20)
-@given(seed=SEEDS)
-def test_the_zero_bin_of_the_dial_is_a_threshold_of_the_score(seed: int) -> None:
+@pytest.mark.parametrize("seed", range(5))
+def test_the_zero_bin_of_the_dial_is_a_threshold_of_the_score(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where no weight is made up for by another, what is zero is what F w^2 / U^2 < step^2 / 4 says."""
+    monkeypatch.setattr(grids, "THRIFT", 0.0)
     weight, pivots = normal(seed, 5, 12), normal(seed + 1, 12).exp()
     prices = (3 * normal(seed + 2, 5)).exp()
     rounding = Dial(0.7).rounding(weight, pivots, False, prices, False)
@@ -168,11 +189,11 @@ def test_the_zero_bin_of_the_dial_is_a_threshold_of_the_score(seed: int) -> None
     values = torch.stack([rounding.round(weight[:, j], keep, j) for j in range(12)], 1)
     levels = rounding.levels()
     score = prices[:, None] * (weight / pivots).square()
-    sure = (score / (0.7**2 / 4)).log().abs() > 0.01  # factors are rounded
+    sure = (score / (0.7**2 / 4)).log().abs() > 0.3  # factors are rounded
     assert torch.equal((levels.codes == 0)[sure], (score < 0.7**2 / 4)[sure])
     torch.testing.assert_close(values.float(), levels.values())
     steps = 0.7 * pivots / prices[:, None].sqrt()
-    assert ((weight - values).abs() <= 0.51 * torch.maximum(steps, weight.abs() * 2 / 1.02)).all()
+    assert ((weight - values).abs() <= 0.6 * torch.maximum(steps, weight.abs() * 2 / 1.02)).all()
 
 
 @pytest.mark.parametrize("hostile", ["zero rows", "free rows", "huge", "tiny"])

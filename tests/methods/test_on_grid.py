@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from sweeps import SEEDS, problem
 from torch import Tensor
 
-from sparsessm.methods.grids import Dial, Levels, Rounding, Uniform
+from sparsessm.methods.grids import Dial, Levels, Rounding, Uniform, thrifty
 from sparsessm.methods.hessian import Factor, factorise
-from sparsessm.methods.on_grid import damped, descend, fit_factors, fit_groups, refit
+from sparsessm.methods.on_grid import Nearest, damped, descend, fit_factors, fit_groups, refit
 from sparsessm.methods.patterns import Unstructured
 from sparsessm.methods.repair import output_error, sweep
 
@@ -37,6 +37,11 @@ def distance(levels: Levels, goal: Tensor, hessian: Tensor, prices: Tensor | Non
     return output_error(change if prices is None else change * prices.sqrt()[:, None], hessian)
 
 
+def nearest(grid: Uniform | Dial, rounding: Rounding) -> Nearest:
+    """As the grid does, without thrift."""
+    return (lambda values, cost: values.round()) if isinstance(grid, Dial) else rounding.nearest
+
+
 GRIDS = [Uniform(2, 4), Uniform(3, 5), Uniform(4), Dial(0.3), Dial(1.5)]
 
 
@@ -45,7 +50,7 @@ GRIDS = [Uniform(2, 4), Uniform(3, 5), Uniform(4), Dial(0.3), Dial(1.5)]
 def test_descent_never_hurts_and_leaves_the_mask(seed: int, grid: Uniform, share: float, passes: int) -> None:
     levels, goal, gram, factor, keep, rounding = state(seed, grid, share)
     hessian = damped(gram, factor)
-    got = descend(levels, goal, hessian, keep, rounding.nearest, passes)
+    got = descend(levels, goal, hessian, keep, nearest(grid, rounding), passes=passes)
     assert distance(got, goal, hessian) <= distance(levels, goal, hessian) * (1 + 1e-6)
     assert not got.codes[~keep].any()
     assert torch.equal(got.rows, levels.rows)
@@ -55,7 +60,7 @@ def test_descent_never_hurts_and_leaves_the_mask(seed: int, grid: Uniform, share
 def test_at_rest_no_single_code_can_be_better(grid: Uniform | Dial) -> None:
     levels, goal, gram, factor, keep, rounding = state(3, grid, 0.3)
     hessian = damped(gram, factor)
-    levels = descend(levels, goal, hessian, keep, rounding.nearest, 50)
+    levels = descend(levels, goal, hessian, keep, nearest(grid, rounding), passes=50)
     least = distance(levels, goal, hessian)
     codes = grid.alphabet(True, False) if isinstance(grid, Uniform) else None
     for i, j in keep.nonzero().tolist():
@@ -66,6 +71,23 @@ def test_at_rest_no_single_code_can_be_better(grid: Uniform | Dial) -> None:
             other = Levels(**{**vars(levels), "codes": levels.codes.clone()})
             other.codes[i, j] = code
             assert distance(other, goal, hessian) >= least * (1 - 1e-9)
+
+
+@pytest.mark.parametrize("thrift", [0.0, 0.1, 0.3])
+def test_descent_weighs_error_against_bits(thrift: float) -> None:
+    """Of a row: error + thrift x (row factor)^2 x bits never grows."""
+    levels, goal, gram, factor, keep, _ = state(2, Dial(1.0))
+    hessian = damped(gram, factor)
+    assert levels.columns is not None
+    costs = hessian.diagonal() * levels.columns.double().square()
+
+    def total(now: Levels) -> Tensor:
+        change = now.values().double() - goal
+        sizes = torch.where(now.codes == 0, 1, 2 + now.codes.abs()).sum(1)
+        return ((change @ hessian) * change).sum(1) + thrift * now.rows[:, 0].double().square() * sizes
+
+    got = descend(levels, goal, hessian, keep, lambda x, cost: thrifty(x, thrift / cost), costs)
+    assert (total(got) <= total(levels) * (1 + 1e-6)).all()
 
 
 @settings(deadline=None, max_examples=25)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sparsessm.methods.base import UNIFORM, Allocation, Member, Rule, scorer
 from sparsessm.methods.dial import Curve, foretell
-from sparsessm.methods.hessian import factorise
+from sparsessm.methods.hessian import by_power, factorise
 from sparsessm.methods.observers import InputNorm
 
 OUTLIER = 5.0  # OWL's M: an outlier is a score above M times the mean of its block
@@ -198,8 +198,9 @@ def _share_by_threshold(members: Sequence[Member], sparsity: float, clip: float)
 
 def _curve(weight: Tensor, seen: Any, rule: Rule, gone: Tensor) -> Curve:
     moments, unit = seen.scaled(weight.dtype)
+    order = by_power(moments.gram)
     prices = None if rule.prices is None else rule.prices * unit
-    return foretell(weight, factorise(moments.gram), prices, gone)
+    return foretell(weight[:, order], factorise(moments.reordered(order).gram), prices, gone[:, order])
 
 
 def _share_as_asked(members: Sequence[Member], sparsity: float, number: float) -> list[float]:

@@ -16,7 +16,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from sparsessm.methods.grids import LOW_BITS, SCALE_BITS, Levels, Rounding, nested_bits, thrifty
+from sparsessm.methods.grids import Levels, Rounding, factor_bits, nested_bits, thrift_of, thrifty
 from sparsessm.methods.hessian import Factor
 from sparsessm.methods.patterns import Unstructured
 from sparsessm.methods.repair import sweep
@@ -30,17 +30,19 @@ class Curve:
     """Bits of a matrix, everything counted, against the step.
 
     Attributes:
-        steps: (S,) float64, ascending. bits: (S,) float64, of the whole matrix. entries: of it.
+        steps: (S,) float64, ascending. bits: (S,) float64, of the whole matrix. least: with any step.
+        entries: of it.
     """
 
     steps: Tensor
     bits: Tensor
+    least: int
     entries: int
 
     def at(self, step: float) -> float:
         """Linear in the logarithm of the step; beyond the finest, a bit an entry more with each half step."""
         if not len(self.steps):
-            return float(self.entries)
+            return float(self.least)
         if step <= float(self.steps[0]):
             return float(self.bits[0]) + self.entries * math.log2(float(self.steps[0]) / step)
         above = int(torch.searchsorted(self.steps, step))
@@ -67,9 +69,9 @@ def step(curves: Sequence[Curve], bits: float) -> float:
 class _Ladder(Rounding):
     """Rows with a step each, in float; counts, keeps nothing else."""
 
-    def __init__(self, steps: Tensor, pivots: Tensor, thrift: float, columns: int) -> None:
-        """steps: (rows,), of a pivot of 1. pivots: (in,)."""
-        self.group, self.prices = columns, None
+    def __init__(self, steps: Tensor, pivots: Tensor, thrift: Tensor) -> None:
+        """steps: (rows,), of a pivot of 1. pivots: (in,). thrift: (rows,)."""
+        self.group, self.prices = len(pivots), None
         self._steps, self._pivots, self._thrift = steps, pivots, thrift
         self.codes: list[Tensor] = []
 
@@ -78,20 +80,18 @@ class _Ladder(Rounding):
 
     def round(self, weight: Tensor, keep: Tensor, column: int) -> Tensor:
         steps = self._steps * self._pivots[column]
-        codes = self.nearest(weight / steps, column) * keep
+        codes = self.nearest(weight / steps) * keep
         self.codes.append(codes.short())
         return codes * steps
 
-    def nearest(self, values: Tensor, column: int) -> Tensor:
-        return thrifty(values, self._thrift)
+    def nearest(self, values: Tensor, cost: float | Tensor = 1.0) -> Tensor:
+        return thrifty(values, self._thrift / cost)
 
     def levels(self) -> Levels:
         raise NotImplementedError("a ladder only counts")
 
 
-def foretell(
-    weight: Tensor, factor: Factor, prices: Tensor | None, gone: Tensor, thrift: float = 0.0
-) -> Curve:
+def foretell(weight: Tensor, factor: Factor, prices: Tensor | None, gone: Tensor) -> Curve:
     """The curve of a matrix.
 
     What lies left of a weight changes it before it is rounded, so the bits of plain rounding are too few. They
@@ -107,16 +107,20 @@ def foretell(
     size = weight.masked_fill(gone, 0.0) / pivots / units[:, None].to(weight.dtype)
     middle = float(size.double().square().mean().sqrt())
     if not middle > 0 or not math.isfinite(middle):
-        return Curve(weight.new_zeros(0, dtype=torch.float64), weight.new_zeros(0, dtype=torch.float64), out * columns)
+        nothing = torch.zeros(0, dtype=torch.float64)
+        return Curve(nothing, nothing, factor_bits(out, columns), out * columns)
     ladder = [middle * 2.0**power for power in range(FINEST, COARSEST + 1)]
     some = torch.arange(0, out, -(-out // ROWS), device=weight.device)
     chosen = weight[some].repeat(len(ladder), 1)
     steps = torch.cat([units[some] * rung for rung in ladder]).to(weight.dtype)
-    rounding = _Ladder(steps, pivots, thrift, columns)
+    sizes = [size / rung for rung in ladder]
+    thrift = [thrift_of(values) for values in sizes]
+    rounding = _Ladder(steps, pivots, torch.cat([one[some] for one in thrift]))
     none = gone[some].repeat(len(ladder), 1)
     sweep(chosen, lambda now, part: now.abs(), Unstructured(), 0.0, factor, gone=none, rounding=rounding)
     swept = nested_bits(torch.stack(rounding.codes, 1)).amin(1).view(len(ladder), -1).sum(1).double()
-    plain = torch.stack([nested_bits(thrifty(size / rung, thrift)).amin(1) for rung in ladder]).double()
-    bits = plain.sum(1) * swept / plain[:, some].sum(1)
-    sides = SCALE_BITS * (out + columns) + LOW_BITS * out
-    return Curve(torch.tensor(ladder, dtype=torch.float64), bits + sides, out * columns)
+    codes = (thrifty(values, one[:, None]) for values, one in zip(sizes, thrift, strict=True))
+    plain = torch.stack([nested_bits(one).amin(1) for one in codes]).double()
+    bits = plain.sum(1) * swept / plain[:, some].sum(1).clamp(min=1)
+    sides = factor_bits(out, columns)
+    return Curve(torch.tensor(ladder, dtype=torch.float64), bits.cpu() + sides, sides, out * columns)

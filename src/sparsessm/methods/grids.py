@@ -14,19 +14,25 @@ from __future__ import annotations
 import math
 import re
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 GROUP = 64  # columns that share a scale: a block of the packed layout
 WIDEST = 8  # bits of a code of fixed width
 MOST_LOW = 7  # lowest bits of a row that lie apart, at most
-SCALE_BITS = 16
-LOW_BITS = 4  # that say how many these are, of each row
+SPARSE = 8  # columns that share a bit in a row of few values
+# How a row of nested bitmaps is stored: not at all, by eights, or with 0 to `MOST_LOW` lowest bits apart.
+EMPTY, BY_EIGHTS, NESTED = 0, 1, 2
+FORM_BITS = 4  # that say which it is, of each row
+SCALE_BITS = 16  # of a group's scale, a float16
+FACTOR_BITS = 8  # of a row's and a column's factor: a float16 without sign and with 3 bits of fraction
 MOST_CODE = 2**15 - 1
 SHRINKS = torch.linspace(1.0, 0.4, 49).tolist()  # of the largest value, which scales are tried for
+THRIFT = 0.1  # of the dial: what a bit is worth, in squares of the step
 FARTHEST_STEP = 4.0  # times a row's largest weight, with which it is zero
 
 
@@ -39,7 +45,8 @@ class Levels:
 
     Attributes:
         codes: (out, in) int16. rows: (out, groups) float16, the scale of each row in every `group` columns.
-        columns: (in,) float16; None: columns have no scales.
+        columns: (in,) float16; None: columns have no scales. With them all scales are factors: their lowest
+            seven bits are zero, and a file holds bits 7 to 14.
         group: columns that a row's scale is for; the last group may be shorter.
         width: bits of a code: they have a fixed width. 0: nested bitmaps, see `nested_bits`.
         masked: a bitmap says what is zero, and zeros take no code of fixed width.
@@ -51,6 +58,11 @@ class Levels:
     group: int
     width: int
     masked: bool
+
+    def reordered(self, order: Tensor) -> Levels:
+        """With the columns in another order; only where each has a scale of its own."""
+        assert self.columns is not None, "groups are of neighbours"
+        return replace(self, codes=self.codes[:, order], columns=self.columns[order])
 
     def values(self) -> Tensor:
         """(out, in) float32, bit for bit what a reader of the file gets."""
@@ -74,48 +86,68 @@ class Levels:
         return self.codes != 0 if self.masked else torch.ones_like(self.codes, dtype=torch.bool)
 
     @property
-    def low(self) -> Tensor:
-        """(out,) int64: of nested bitmaps, how many lowest bits of a row's codes lie apart: as many as make
-        it smallest."""
+    def forms(self) -> Tensor:
+        """(out,) int64: how each row of nested bitmaps is stored: in the form of `nested_bits` that takes the
+        fewest bits, the first of several."""
         return nested_bits(self.codes).min(1).indices
+
+    @property
+    def side_bits(self) -> int:
+        """Of scales and forms."""
+        if self.columns is None:
+            return SCALE_BITS * self.rows.numel()
+        return factor_bits(*self.codes.shape)
 
     @property
     def bits(self) -> int:
         """That are stored for the matrix: codes, masks, scales, everything."""
-        scales = SCALE_BITS * (self.rows.numel() + (0 if self.columns is None else self.columns.numel()))
         entries = self.codes.numel()
         if not self.width:
-            return int(nested_bits(self.codes).amin(1).sum()) + LOW_BITS * len(self.codes) + scales
+            return self.side_bits + int(nested_bits(self.codes).amin(1).sum())
         if not self.masked:
-            return self.width * entries + scales
-        return entries + self.width * int(self.codes.count_nonzero()) + scales
+            return self.side_bits + self.width * entries
+        return self.side_bits + entries + self.width * int(self.codes.count_nonzero())
 
     @property
     def entropy(self) -> float:
-        """Bits of the codes under an ideal code that knows how often each occurs, scales included."""
-        counts = self.codes.flatten().unique(return_counts=True)[1].double()
-        scales = SCALE_BITS * (self.rows.numel() + (0 if self.columns is None else self.columns.numel()))
-        return float(-(counts * (counts / counts.sum()).log2()).sum()) + scales
+        """Bits of the codes under an ideal code that knows how often each occurs in a row, and of the rest."""
+        numbers = self.codes.long() - int(self.codes.min())
+        size = int(numbers.max()) + 1
+        of_rows = numbers + size * torch.arange(len(numbers), device=numbers.device)[:, None]
+        counts = torch.bincount(of_rows.flatten(), minlength=size * len(numbers)).view(-1, size).double()
+        shares = (counts / self.codes.shape[1]).clamp(min=1e-300)
+        return float(-(counts * shares.log2()).sum()) + self.side_bits
+
+
+def factor_bits(rows: int, columns: int) -> int:
+    """Of a matrix on the dial beside its codes: factors, and the forms of its rows."""
+    return FACTOR_BITS * (rows + columns) + FORM_BITS * rows
 
 
 def nested_bits(codes: Tensor) -> Tensor:
-    """Bits of every row as nested bitmaps, for 0 to `MOST_LOW` lowest bits that lie apart.
+    """Bits of every row as nested bitmaps, in every form.
 
-    A code z is 2^low h + rest: the lowest bits, rest + 2^(low - 1) in `low` bits, lie apart, as in a Rice
-    code. Of h: a bitmap of what is not zero, then of these the sign and a bitmap of |h| > 1, of those a bitmap
-    of |h| > 2, and so on: one bit for a zero, 2 + |h| for all else.
+    Nested bitmaps of integers h: of all a bitmap of what is not zero; of these the signs, and a bitmap of
+    |h| > 1; of those a bitmap of |h| > 2, and so on: one bit for a zero, 2 + |h| for all else. A row that is
+    zero is not stored. In a row of few values a first bitmap says which eight columns have any, and only of
+    these the others tell. In a row of large values the lowest bits lie apart, as in a Rice code: z = 2^low h +
+    rest, rest + 2^(low - 1) has `low` bits, and h is nested.
 
     Args:
         codes: (out, in), integers.
 
     Returns:
-        (out, MOST_LOW + 1) int64.
+        (out, NESTED + MOST_LOW + 1) int64, in the order of the forms.
     """
     codes = codes.int()
-    bits = []
+    columns, live = codes.shape[1], codes != 0
+    none = torch.where(live.any(1), 1 << 62, 0)
+    eights = F.pad(live, (0, -columns % SPARSE)).unflatten(1, (-1, SPARSE)).any(2)
+    inside = eights.repeat_interleave(SPARSE, 1)[:, :columns].sum(1)
+    bits = [none, eights.shape[1] + inside + codes.abs().sum(1) + live.sum(1)]
     for low in range(MOST_LOW + 1):
         high = ((codes + (1 << low >> 1)) >> low).abs()
-        bits.append((1 + low) * codes.shape[1] + high.sum(1) + high.count_nonzero(1))
+        bits.append((1 + low) * columns + high.sum(1) + high.count_nonzero(1))
     return torch.stack(bits, 1)
 
 
@@ -139,8 +171,12 @@ class Rounding(ABC):
         """The value (out,) that a column (out,) takes; 0 where it is not kept."""
 
     @abstractmethod
-    def nearest(self, values: Tensor, column: int) -> Tensor:
-        """The codes (out,) of values in units of their scales, as the grid chooses them."""
+    def nearest(self, values: Tensor, cost: float | Tensor = 1.0) -> Tensor:
+        """The codes (out,) of a column of values in units of their scales, as the grid chooses them.
+
+        Args:
+            cost: of an error here, in units of what it costs in the sweep.
+        """
 
     @abstractmethod
     def levels(self) -> Levels:
@@ -151,10 +187,10 @@ class Grid(ABC):
     """What the recipe asks for. `str` gives the word of the recipe.
 
     Attributes:
-        prunes: it makes zeros by itself.
+        ordered: its scales follow the columns, which may then be swept in any order.
     """
 
-    prunes: bool
+    ordered: bool
 
     @abstractmethod
     def rounding(
@@ -206,7 +242,7 @@ class Uniform(Grid):
 
     bits: int
     group: int = GROUP
-    prunes = False
+    ordered = False
 
     @classmethod
     def within(cls, bits: float) -> Uniform:
@@ -253,11 +289,11 @@ class _ByGroups(Rounding):
         self._scale = scale.to(weight.dtype)
 
     def round(self, weight: Tensor, keep: Tensor, column: int) -> Tensor:
-        codes = self.nearest(weight / self._scale, column).masked_fill(~keep, 0.0)
+        codes = self.nearest(weight / self._scale).masked_fill(~keep, 0.0)
         self._codes[column] = codes.short()
         return codes * self._scale
 
-    def nearest(self, values: Tensor, column: int) -> Tensor:
+    def nearest(self, values: Tensor, cost: float | Tensor = 1.0) -> Tensor:
         return self._alphabet.nearest(values)
 
     def levels(self) -> Levels:
@@ -307,13 +343,10 @@ class Dial(Grid):
 
     Attributes:
         step: the root of what an error of one step costs; one for the whole model.
-        thrift: what a bit is worth, in squares of the step: the code is that of least error plus thrift x
-            bits, so that zeros and small codes are preferred where little is lost.
     """
 
     step: float
-    thrift: float = 0.0
-    prunes = True
+    ordered = True
 
     def __str__(self) -> str:
         return f"dial:{self.step:.4g}"
@@ -329,7 +362,6 @@ class Dial(Grid):
 class _Dialled(Rounding):
     def __init__(self, grid: Dial, weight: Tensor, pivots: Tensor, prices: Tensor | None) -> None:
         self.group, self.prices = weight.shape[1], prices
-        self._thrift = grid.thrift
         self._codes = weight.new_zeros(weight.shape, dtype=torch.int16).T.contiguous()  # (in, out)
         columns = pivots.double()
         rows = grid.step / torch.ones_like(weight[:, 0], dtype=torch.float64)
@@ -340,21 +372,33 @@ class _Dialled(Rounding):
         rows = torch.where(rows > 0, rows, rows.max() if rows.max() > 0 else 1.0)
         self._rows, self._columns = as_factors(rows, columns)
         self._row, self._column = self._rows.to(weight.dtype), self._columns.to(weight.dtype)
+        self._thrift = thrift_of(weight / (self._row[:, None] * self._column))
 
     def reach(self, weight: Tensor, keep: Tensor, columns: slice) -> None:
         pass
 
     def round(self, weight: Tensor, keep: Tensor, column: int) -> Tensor:
-        codes = self.nearest(weight / (self._row * self._column[column]), column).masked_fill(~keep, 0.0)
+        codes = self.nearest(weight / (self._row * self._column[column])).masked_fill(~keep, 0.0)
         self._codes[column] = codes.short()
         return codes * self._row * self._column[column]
 
-    def nearest(self, values: Tensor, column: int) -> Tensor:
-        return thrifty(values, self._thrift)
+    def nearest(self, values: Tensor, cost: float | Tensor = 1.0) -> Tensor:
+        return thrifty(values, self._thrift / cost)
 
     def levels(self) -> Levels:
         codes = self._codes.T.contiguous()
         return Levels(codes, self._rows[:, None], self._columns, codes.shape[1], 0, True)
+
+
+def thrift_of(values: Tensor) -> Tensor:
+    """(out,): `THRIFT`, and 0 for rows of large values, whose lowest bits lie apart: there a smaller code
+    hardly takes fewer bits.
+
+    Args:
+        values: (out, in), in units of their scales.
+    """
+    forms = nested_bits(values.round().clamp(-MOST_CODE, MOST_CODE)).min(1).indices
+    return THRIFT * (forms <= NESTED).to(values.dtype)
 
 
 def thrifty(values: Tensor, thrift: float | Tensor) -> Tensor:
@@ -367,13 +411,17 @@ def thrifty(values: Tensor, thrift: float | Tensor) -> Tensor:
 
 
 def as_factors(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Float16 factors (out,), (in,) with the products of these positive ones, as near as there are.
-
-    A power of two goes from the one to the other, so that the smallest of both are equally far above the
-    smallest number of float16.
+    """Factors (out,), (in,), float16 of `FACTOR_BITS`, near to these positive ones up to a power of two, which
+    goes from the one to the other: the smallest of both are then equally far above the smallest float16.
     """
     shift = math.floor((math.log2(float(columns.min())) - math.log2(float(rows.min()))) / 2)
-    return as_scales(rows * 2.0**shift), as_scales(columns * 2.0**-shift)
+    return _coarse(rows * 2.0**shift), _coarse(columns * 2.0**-shift)
+
+
+def _coarse(factors: Tensor) -> Tensor:
+    """To the nearest float16 whose lowest seven bits are zero."""
+    bits = as_scales(factors.clamp(max=2.0**15)).view(torch.int16)
+    return ((bits + 64) >> 7 << 7).view(torch.float16)
 
 
 def parse(text: str) -> Uniform:

@@ -20,8 +20,8 @@ ROUNDS = 3  # of row and column factors in turn
 FARTHEST = 2.0  # a fit changes a scale by this factor at most
 RIDGE = 1e-3  # share of the mean diagonal, in the least squares of column factors
 
-# (wanted values in units of their scales, column) -> codes.
-Nearest = Callable[[Tensor, int], Tensor]
+# (wanted values of a column in units of their scales, what an error costs there) -> codes.
+Nearest = Callable[[Tensor, Tensor], Tensor]
 
 
 def refit(
@@ -35,8 +35,12 @@ def refit(
     """
     hessian = damped(gram, factor)
     if levels.columns is not None:
+        levels = fit_factors(levels, goal, hessian, rounding.prices)
+    costs = hessian.diagonal() * factor.pivots.square()
+    levels = descend(levels, goal, hessian, keep, rounding.nearest, costs)
+    if levels.columns is not None:
         return fit_factors(levels, goal, hessian, rounding.prices)
-    return fit_groups(descend(levels, goal, hessian, keep, rounding.nearest), goal, hessian)
+    return fit_groups(levels, goal, hessian)
 
 
 def damped(gram: Tensor, factor: Factor) -> Tensor:
@@ -46,17 +50,24 @@ def damped(gram: Tensor, factor: Factor) -> Tensor:
 
 
 def descend(
-    levels: Levels, goal: Tensor, hessian: Tensor, keep: Tensor, nearest: Nearest, passes: int = PASSES
+    levels: Levels,
+    goal: Tensor,
+    hessian: Tensor,
+    keep: Tensor,
+    nearest: Nearest,
+    costs: Tensor | None = None,
+    passes: int = PASSES,
 ) -> Levels:
     """Other codes on the same grid: each column in turn takes the nearest to what the others ask of it.
 
     With R = (W - goal) H the error is least at w_j - R_j / H_jj, the other columns being fixed, so a step never
-    makes it larger.
+    makes it larger; with a thrifty grid, never the error and what its bits are worth together.
 
     Args:
         goal: (out, in). hessian: (in, in), positive definite. keep: (out, in) bool, what may be other than 0.
-        nearest: the codes of a column.
+        nearest: the codes of a column. costs: (in,), H_jj in units of 1 / U_jj^2; 1 if None.
     """
+    costs = torch.ones_like(goal[0]) if costs is None else costs
     codes = levels.codes.T.to(goal.dtype).contiguous()  # (in, out)
     scales = levels.scales().T.to(goal.dtype).expand(codes.shape).contiguous()
     lanes, kept, power = codes * scales, keep.T.contiguous(), hessian.diagonal()
@@ -64,7 +75,7 @@ def descend(
     for _ in range(passes):
         for column, lane in enumerate(lanes):
             wanted = (lane - rest[column] / power[column]) / scales[column]
-            code = torch.where(kept[column], nearest(wanted, column), 0.0)
+            code = torch.where(kept[column], nearest(wanted, costs[column]), 0.0)
             rest.addr_(hessian[column], (code - codes[column]) * scales[column])
             codes[column] = code
             lane.copy_(code * scales[column])
@@ -96,18 +107,25 @@ def fit_factors(
 ) -> Levels:
     """Row and column factors in turn, each by least squares with the other fixed; codes stay.
 
-    Rows: a_i = <z_i, V_i> / <z_i, z_i> under H. Columns: (H o W'FW) g = diag(W'F V H), damped towards 1.
+    Rows: a_i = <z_i, V_i> / <z_i, z_i> under H. Columns: (H o W'FW) g = diag(W'F V H), damped towards 1. Factors
+    are coarse: where rounding them loses what the fit gains, they stay.
     """
     assert levels.columns is not None
     goal, hessian = goal.double(), hessian.double()
     value, wanted = levels.values().double(), goal @ hessian
     costs = (torch.ones_like(goal[:, 0]) if prices is None else prices)[:, None]
     rows, columns = levels.rows[:, 0].double(), levels.columns.double()
-    for _ in range(rounds):
-        image = value @ hessian
-        power = (image * value).sum(1)
+
+    def of_rows(value: Tensor) -> Tensor:
+        power = ((value @ hessian) * value).sum(1)
         change = torch.where(power > 0, (wanted * value).sum(1) / power.clamp(min=1e-300), 1.0)
-        change = change.clamp(1 / FARTHEST, FARTHEST)
+        return change.clamp(1 / FARTHEST, FARTHEST)
+
+    def error(value: Tensor) -> float:
+        return float((((value @ hessian - 2 * wanted) * value) * costs).sum())
+
+    for _ in range(rounds):
+        change = of_rows(value)
         rows, value = rows * change, value * change[:, None]
         priced = costs * value
         products, target = hessian * (value.T @ priced), (priced * wanted).sum(0)
@@ -116,4 +134,8 @@ def fit_factors(
         change = torch.linalg.solve(products, target + damp).clamp(1 / FARTHEST, FARTHEST)
         columns, value = columns * change, value * change
     new_rows, new_columns = as_factors(rows, columns)
-    return replace(levels, rows=new_rows[:, None], columns=new_columns)
+    found = replace(levels, rows=new_rows[:, None], columns=new_columns)
+    # rows once more, to the columns as they are now
+    new_rows, new_columns = as_factors(found.rows[:, 0].double() * of_rows(found.values().double()), columns)
+    found = replace(levels, rows=new_rows[:, None], columns=new_columns)
+    return found if error(found.values().double()) < error(levels.values().double()) else levels

@@ -21,8 +21,9 @@ from sparsessm.calibration.visit import Look, Watch, visit
 from sparsessm.methods import WITHOUT_DATA, Rule, on_grid
 from sparsessm.methods.base import scorer
 from sparsessm.methods.grids import Dial, Levels, Rounding, Uniform
-from sparsessm.methods.hessian import Factor, factorise
+from sparsessm.methods.hessian import Factor, by_power, factorise
 from sparsessm.methods.observers import Moments
+from sparsessm.methods.patterns import Unstructured
 from sparsessm.methods.repair import dense_target, output_error, refit, sweep
 from sparsessm.pruning import preview
 from sparsessm.pruning.naming import naming
@@ -81,6 +82,9 @@ class EntryPlan(Plan):
         for block in (*architecture.blocks, architecture.tail):
             if block.index in stage.left:
                 stage.restore(block)
+                for target in block.targets:
+                    if target.name in rows.levels:  # which the dtype of a checkpoint would round
+                        target.replace_exactly(rows.levels[target.name].values())
         how = {"paired": any(rule.paired for rule in rules.values()), "stage": stage, "note": rows.new}
         for target, look in visit(architecture, rules, _watching(rules), tokens, progress, **how):
             with naming(target.name):
@@ -130,14 +134,31 @@ class Solution(NamedTuple):
     unit: float
     levels: Levels | None = None
 
+    def back_from(self, order: Tensor) -> Solution:
+        """The same with the columns where they belong; their places in it are those of `order`. The factor stays
+        as it is."""
+        back = torch.empty_like(order)
+        back[order] = torch.arange(len(order), device=order.device)
+        assert self.levels is not None
+        return self._replace(
+            weight=self.weight[:, back],
+            keep=self.keep[:, back],
+            start=self.start[:, back],
+            seen=self.seen.reordered(back),
+            levels=self.levels.reordered(back),
+        )
+
 
 def solve(target: Target, rule: Rule, seen: Any) -> Solution:
     """Stages 2 to 4 for one target, which is not changed; refuses what is not finite."""
     method, weight = rule.method, target.matrix
     gone = weight == target.removed[rule.removed]  # removed before: stays removed, and is counted
-    start, factor, unit = weight, None, 1.0
+    start, factor, unit, order = weight, None, 1.0, None
     if method.hessian:
         seen, unit = seen.scaled(weight.dtype)
+        if rule.grid is not None and rule.grid.ordered and isinstance(rule.pattern, Unstructured):
+            order = by_power(seen.gram)
+            weight, gone, seen = weight[:, order], gone[:, order], seen.reordered(order)
         factor = factorise(seen.gram)
         start = weight.clone()  # the target's matrix is a view of what will be replaced
         if rule.paired:
@@ -159,7 +180,8 @@ def solve(target: Target, rule: Rule, seen: Any) -> Solution:
         pruned = refit(pruned, start, seen.gram, repairing, keep)
     if not torch.isfinite(pruned).all():
         raise ValueError("the repaired weights are not finite")
-    return Solution(pruned, keep, start, seen, factor, unit, levels)
+    done = Solution(pruned, keep, start, seen, factor, unit, levels)
+    return done if order is None else done.back_from(order)
 
 
 def rounded(rule: Rule, start: Tensor, factor: Factor | None, unit: float, masked: bool) -> Rounding | None:

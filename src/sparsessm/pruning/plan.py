@@ -53,13 +53,16 @@ class Rows:
     """The rows of a report as they come, behind those that an earlier run noted with the blocks it left.
 
     Attributes:
-        all: of them. levels: of the targets on a grid, by name; of this run alone.
+        all: of them. levels: of the targets on a grid, by name.
     """
 
     def __init__(self, stage: Stage) -> None:
-        notes = (row for note in stage.left.values() for row in note or ())
-        self.all = [Row(**{**row, "repaired": tuple(row["repaired"])}) for row in notes]
+        self.all: list[Row] = []
         self.levels: dict[str, Levels] = {}
+        for note in (row for note in stage.left.values() for row in note or ()):
+            row = dict(note)
+            levels = row.pop("levels", None)
+            self.add(Row(**{**row, "repaired": tuple(row["repaired"])}), levels and Levels(**levels))
         self._noted = len(self.all)
 
     def add(self, row: Row, levels: Levels | None = None) -> None:
@@ -69,9 +72,12 @@ class Rows:
             self.levels[row.target] = levels
 
     def new(self) -> list[dict[str, Any]]:
-        """Those since this was asked last, as plain values."""
+        """Those since this was asked last, as a journal takes them."""
         rows, self._noted = self.all[self._noted :], len(self.all)
-        return [asdict(row) for row in rows]
+        return [
+            asdict(row) | ({"levels": dict(vars(self.levels[row.target]))} if row.target in self.levels else {})
+            for row in rows
+        ]
 
 
 class Plan(ABC):

@@ -150,6 +150,8 @@ class Recipe(Choice):
                         "layer"
                     )
             return self
+        if self.samples == "auto" and on_grid(self):
+            raise ValueError("samples 'auto' compares masks; give a number of samples with grid or bits")
         for rule in self.rules:
             if isinstance(parse(rule.pattern or "unstructured"), Structured):
                 raise ValueError(f"pattern {rule.pattern!r} is for the whole model, not for a rule")
