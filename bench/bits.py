@@ -2,9 +2,9 @@
 compare, and writes bench/results/bits.json.
 
 Linear layers only. Change of held-out perplexity in % against the dense model (32 windows of 512 tokens of
-modules that no calibration sees); 32 calibration windows of 512 tokens, seeds 0, 1 and 2; mean, and in brackets
-least and greatest of the seeds. Bits are all that is stored of these matrices: codes, masks, scales. Every run
-is kept in the file and not repeated; `--again` forgets them.
+modules that no calibration sees); 32 calibration windows of 512 tokens, seeds 0, 1 and 2; mean, and in
+brackets least and greatest of the seeds. Bits are all that is stored of these matrices: codes, masks, scales.
+Every run is kept in the file and not repeated; `--again` forgets them.
 Options: --model NAME (both by default), --row NAME (all by default), --json FILE.
 """
 
@@ -14,6 +14,7 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ import torch
 from bench import cpu
 
 import sparsessm
+from sparsessm.architectures import Architecture
+from sparsessm.calibration.journal import Forgetful
 from sparsessm.data.texts import evaluation_windows, fingerprint
 from sparsessm.evaluation.perplexity import Perplexity, perplexity
 from sparsessm.recipe.recipe import Recipe
@@ -47,6 +50,26 @@ ROWS: dict[str, Fields] = {
 }
 
 
+class Remembering:
+    """A journal: what does not depend on the row is found once for a model and a seed, prices and curves."""
+
+    def __init__(self, architecture: Architecture, kept: dict[str, Any], dial: bool) -> None:
+        self._rest = Forgetful(architecture)
+        self._kept, self._dial = kept, dial
+        self.begin, self.start, self.stage = self._rest.begin, self._rest.start, self._rest.stage
+
+    @property
+    def seconds(self) -> float:
+        return self._rest.seconds
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        if not (name.startswith("prices") or (self._dial and name == "shares")):
+            return make()
+        if name not in self._kept:
+            self._kept[name] = make()
+        return self._kept[name]
+
+
 class Measure:
     """Runs recipes on the built-in models, each once."""
 
@@ -56,6 +79,7 @@ class Measure:
         if path.exists() and not again:
             self._done = json.loads(path.read_text())["runs"]
         self._text: dict[str, Any] = {}
+        self._kept: dict[tuple[str, int], dict[str, Any]] = {}
 
     def __call__(self, model: str, fields: Fields, seed: int) -> dict[str, Any]:
         """What a run made of the model."""
@@ -77,8 +101,11 @@ class Measure:
         )
         run = sparsessm.Run(checkpoint, recipe)
         tokens = run.windows()
+        kept = self._kept.setdefault((model, seed), {})
         began = time.perf_counter()
-        report = run.prune(tokens, measure=False)
+        report = run.plan.run(
+            run.architecture, tokens, journal=Remembering(run.architecture, kept, "bits" in fields)
+        )
         seconds = time.perf_counter() - began
         return self._told(dense, perplexity(checkpoint.model, *text), report, seconds, tokens)
 

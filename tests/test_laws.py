@@ -50,8 +50,9 @@ WRITERS = {"pruning/entries.py", "pruning/units.py"}  # what they write was chos
 
 
 def writes(tree: ast.AST) -> int:
-    """Calls of `Target.replace`, `Target.replace_exactly` and `Target.shift`. (Of others named so: `dataclasses.replace` has keywords,
-    that of a string two arguments, that of a path another name; `Stop.replace` puts a block in its place.)"""
+    """Calls of `Target.replace`, `Target.replace_exactly` and `Target.shift`. (Of others named so:
+    `dataclasses.replace` has keywords, that of a string two arguments, that of a path another name;
+    `Stop.replace` puts a block in its place.)"""
     return sum(
         isinstance(call.func, ast.Attribute)
         and ast.unparse(call.func.value) != "stop"

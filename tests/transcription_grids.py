@@ -1,8 +1,8 @@
-"""Independent float64 transcriptions of what rounds: to the nearest (RTN), GPTQ (arXiv 2210.17323), SparseGPT's
-joint form (arXiv 2301.00774), and the nested bitmaps of our files, written and read bit by bit.
+"""Independent float64 transcriptions of what rounds: to the nearest (RTN), GPTQ (arXiv 2210.17323),
+SparseGPT's joint form (arXiv 2301.00774), and the nested bitmaps of our files, written and read bit by bit.
 
-Slow loops on purpose: they share no code with the package. As in the authors' symmetric quantiser, the scale is
-2 max|w| / (2^bits - 1) and codes run from -2^(bits - 1) to 2^(bits - 1) - 1. Scales are float16. As in the
+Slow loops on purpose: they share no code with the package. As in the authors' symmetric quantiser, the scale
+is 2 max|w| / (2^bits - 1) and codes run from -2^(bits - 1) to 2^(bits - 1) - 1. Scales are float16. As in the
 paper (the authors' code takes the weights of the block's beginning), those of a group are of the weights as
 they are when the sweep reaches it.
 """
@@ -64,7 +64,7 @@ EMPTY, EIGHTS = -2, -1  # forms that are no number of lowest bits
 
 
 def written(codes: Array, form: int) -> list[list[int]]:
-    """A row of codes as bitmaps: those of the lowest bits (or of the eights), then not zero, sign, > 1, ..."""
+    """A row of codes as bitmaps: those of the lowest bits (or of the eights), not zero, sign, > 1, ..."""
     if form == EMPTY:
         return []
     low = max(form, 0)

@@ -1,5 +1,5 @@
-"""Grids: what is stored gives the values exactly, bits are counted as a file would need them, rounding is to the
-nearest, scales are the best."""
+"""Grids: what is stored gives the values exactly, bits are counted as a file would need them, rounding is to
+the nearest, scales are the best."""
 
 from __future__ import annotations
 
@@ -15,21 +15,23 @@ from sweeps import SEEDS
 
 from sparsessm.methods import grids
 from sparsessm.methods.grids import (
+    Alphabet,
+    Dial,
+    Uniform,
+    best_scales,
+    parse,
+    thrift_of,
+    thrifty,
+)
+from sparsessm.methods.levels import (
     BY_EIGHTS,
     EMPTY,
     MOST_LOW,
     NESTED,
-    Alphabet,
-    Dial,
     Levels,
-    Uniform,
     as_factors,
     as_scales,
-    best_scales,
     nested_bits,
-    parse,
-    thrift_of,
-    thrifty,
 )
 
 KINDS = ["whole", "odd", "nonzero"]
@@ -204,7 +206,9 @@ def test_the_dial_takes_every_matrix(hostile: str) -> None:
     if hostile == "free rows":
         prices[0] = 0
     weight = weight * {"huge": 1e20, "tiny": 1e-20}.get(hostile, 1.0)
-    rounding = Dial(0.1 * float(weight.abs().max())).rounding(weight, torch.ones(8).double(), False, prices, False)
+    rounding = Dial(0.1 * float(weight.abs().max())).rounding(
+        weight, torch.ones(8).double(), False, prices, False
+    )
     for j in range(8):
         assert torch.isfinite(rounding.round(weight[:, j], torch.ones(4, dtype=torch.bool), j)).all()
     assert torch.isfinite(rounding.levels().values()).all() and rounding.levels().bits > 0
@@ -213,12 +217,16 @@ def test_the_dial_takes_every_matrix(hostile: str) -> None:
 # Words.
 
 
-@pytest.mark.parametrize(("word", "grid"), [("int4", Uniform(4)), ("int2:32", Uniform(2, 32)), ("int8", Uniform(8))])
+@pytest.mark.parametrize(
+    ("word", "grid"), [("int4", Uniform(4)), ("int2:32", Uniform(2, 32)), ("int8", Uniform(8))]
+)
 def test_words(word: str, grid: Uniform) -> None:
     assert parse(word) == grid and str(grid) == word
 
 
-@pytest.mark.parametrize("word", ["int1", "int9", "int4:1", "int4:0", "4", "int4:-64", "nf4", "", "int4:9999999"])
+@pytest.mark.parametrize(
+    "word", ["int1", "int9", "int4:1", "int4:0", "4", "int4:-64", "nf4", "", "int4:9999999"]
+)
 def test_words_that_are_refused(word: str) -> None:
     with pytest.raises(ValueError, match="allowed: int2 to int8"):
         parse(word)

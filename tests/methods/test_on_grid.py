@@ -1,4 +1,4 @@
-"""The repair on a grid: monotone, at rest only where no single change helps, least squares where it says so."""
+"""The repair on a grid: monotone, at rest only where no single change helps, least squares where it says."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from sweeps import SEEDS, problem
 from torch import Tensor
 
-from sparsessm.methods.grids import Dial, Levels, Rounding, Uniform, thrifty
+from sparsessm.methods.grids import Dial, Rounding, Uniform, thrifty
 from sparsessm.methods.hessian import Factor, factorise
+from sparsessm.methods.levels import Levels
 from sparsessm.methods.on_grid import Nearest, damped, descend, fit_factors, fit_groups, refit
 from sparsessm.methods.patterns import Unstructured
 from sparsessm.methods.repair import output_error, sweep
@@ -26,9 +27,7 @@ def state(
     factor = factorise(gram)
     prices = torch.from_numpy(np.exp(np.random.default_rng(seed).standard_normal(rows)))
     rounding = grid.rounding(goal, factor.pivots, share > 0, prices, False)
-    keep = sweep(
-        goal, lambda now, part: now.abs(), Unstructured(), share, factor, rounding=rounding
-    )[1]
+    keep = sweep(goal, lambda now, part: now.abs(), Unstructured(), share, factor, rounding=rounding)[1]
     return rounding.levels(), goal, gram, factor, keep, rounding
 
 

@@ -1,4 +1,6 @@
-"""Rounding to the nearest, GPTQ and SparseGPT's joint form against transcriptions: every code and every scale."""
+"""Rounding to the nearest, GPTQ and SparseGPT's joint form against transcriptions: every code and every
+scale.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,9 @@ import torch
 from sweeps import METHODS, Array, evidence, problem, rule_of
 from transcription_grids import gptq, rtn
 
-from sparsessm.methods.grids import Levels, parse
+from sparsessm.methods.grids import parse
 from sparsessm.methods.hessian import factorise
+from sparsessm.methods.levels import Levels
 from sparsessm.methods.repair import sweep
 
 
@@ -18,9 +21,7 @@ def run(W: Array, X: Array, method: str, grid: str, sparsity: float = 0.0) -> tu
     rule = rule_of(method, "unstructured", sparsity)
     row, weight = rule.method, torch.from_numpy(W.copy())
     factor = factorise(evidence(weight, X, rule).gram) if row.hessian else None
-    rounding = parse(grid).rounding(
-        weight, factor and factor.pivots, sparsity > 0, None, row.largest
-    )
+    rounding = parse(grid).rounding(weight, factor and factor.pivots, sparsity > 0, None, row.largest)
     values, keep = sweep(
         weight,
         lambda now, columns: row.score(now, factor, rule, columns),

@@ -1,4 +1,4 @@
-"""Rounding in a run: bits that are asked for are met, what is stored gives the weights exactly, others stay."""
+"""Rounding in a run: bits asked for are met, what is stored gives the weights exactly, others stay."""
 
 from __future__ import annotations
 

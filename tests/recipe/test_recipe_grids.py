@@ -28,8 +28,14 @@ def resolved(**fields: object) -> Recipe:
         ({"bits": 3, "allocation": "loss"}, "allocation 'loss' has no effect with bits"),
         ({"bits": 3, "method": "wanda"}, "bits has no effect with method 'wanda'; it belongs to: absorb"),
         ({"grid": "int4", "target": "ssm"}, "grid has no effect with method 'exact'"),
-        ({"grid": "int4", "target": "conv1d"}, "grid 'int4' has no effect on target 'conv1d'; it belongs to: proj"),
-        ({"grid": "int4", "pattern": "structured:state"}, "grid has no effect with pattern 'structured:state'"),
+        (
+            {"grid": "int4", "target": "conv1d"},
+            "grid 'int4' has no effect on target 'conv1d'; it belongs to: proj",
+        ),
+        (
+            {"grid": "int4", "pattern": "structured:state"},
+            "grid has no effect with pattern 'structured:state'",
+        ),
         ({"bits": 3, "pattern": "structured:state"}, "bits has no effect with pattern 'structured:state'"),
     ],
 )
@@ -50,7 +56,10 @@ def test_a_grid_prunes_only_when_asked_to() -> None:
 
 def test_a_grid_is_for_matrices() -> None:
     rules = assign(resolved(grid="int4", target="all"), adapt(mamba()).targets).rules
-    assert {name.endswith("A_log"): rule.grid for name, rule in rules.items()} == {True: None, False: Uniform(4)}
+    assert {name.endswith("A_log"): rule.grid for name, rule in rules.items()} == {
+        True: None,
+        False: Uniform(4),
+    }
     assert resolved(grid="int4:64").grid == "int4"
 
 
@@ -64,7 +73,12 @@ def test_what_is_asked_for_now_takes_the_place_of_what_was() -> None:
 
 def test_rules_of_a_recipe_may_ask_for_different_bits() -> None:
     recipe = resolved(
-        bits=3, rules=[{"targets": ["in_proj"]}, {"targets": ["out_proj"], "grid": "int4"}, {"targets": ["x_proj"], "sparsity": 0.5}]
+        bits=3,
+        rules=[
+            {"targets": ["in_proj"]},
+            {"targets": ["out_proj"], "grid": "int4"},
+            {"targets": ["x_proj"], "sparsity": 0.5},
+        ],
     )
     rules = assign(recipe, adapt(mamba()).targets).rules
     found = {name.split(".")[-2]: (rule.bits, rule.grid, rule.sparsity) for name, rule in rules.items()}

@@ -1,23 +1,24 @@
-"""Which step of the dial gives the bits that are asked for: foretold from a sweep of some rows, then met as the
-walk goes.
+"""Which step of the dial gives the bits that are asked for: foretold from a sweep of some rows, then met as
+the walk goes.
 
-Place in the flow: a survey of the dense model gives each matrix a `Curve` (stage 1), and before each matrix is
-rounded `step` says the step, from the curves of those to come and the bits of those that are done. One
+Place in the flow: a survey of the dense model gives each matrix a `Curve` (stage 1), and before each matrix
+is rounded `step` says the step, from the curves of those to come and the bits of those that are done. One
 constant for all matrices is what costs least; it moves only by what the curves missed.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
 import torch
 from torch import Tensor
 
-from sparsessm.methods.grids import Levels, Rounding, factor_bits, nested_bits, thrift_of, thrifty
+from sparsessm.methods.grids import Rounding, thrift_of, thrifty
 from sparsessm.methods.hessian import Factor
+from sparsessm.methods.levels import Levels, factor_bits, nested_bits
 from sparsessm.methods.patterns import Unstructured
 from sparsessm.methods.repair import sweep
 
@@ -94,8 +95,8 @@ class _Ladder(Rounding):
 def foretell(weight: Tensor, factor: Factor, prices: Tensor | None, gone: Tensor) -> Curve:
     """The curve of a matrix.
 
-    What lies left of a weight changes it before it is rounded, so the bits of plain rounding are too few. They
-    are taken of all rows, and some rows say by how much a sweep takes more at every step.
+    What lies left of a weight changes it before it is rounded, so the bits of plain rounding are too few.
+    They are taken of all rows, and some rows say by how much a sweep takes more at every step.
 
     Args:
         weight: (out, in). factor: of its Hessian. prices: (out,) float64, in the unit of that Hessian; None

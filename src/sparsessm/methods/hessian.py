@@ -87,8 +87,8 @@ def factorise(gram: Tensor, damping: float = DAMPING) -> Factor:
 
 
 def by_power(gram: Tensor) -> Tensor:
-    """(in,) the columns in the order of their diagonal, the largest first: what is swept last is made up for by
-    the fewest, so it should matter least (GPTQ's act-order)."""
+    """(in,) the columns in the order of their diagonal, the largest first: what is swept last is made up for
+    by the fewest, so it should matter least (GPTQ's act-order)."""
     return gram.diagonal().argsort(descending=True, stable=True)
 
 

@@ -1,5 +1,5 @@
-"""The methods that look at no data: the smallest absolute values (Han et al., arXiv 1506.02626), plain rounding,
-and the floor, a random choice."""
+"""The methods that look at no data: the smallest absolute values (Han et al., arXiv 1506.02626), plain
+rounding, and the floor, a random choice."""
 
 from __future__ import annotations
 

@@ -12,8 +12,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from sparsessm.methods.grids import Levels, Rounding, as_factors, as_scales
+from sparsessm.methods.grids import Rounding
 from sparsessm.methods.hessian import Factor
+from sparsessm.methods.levels import Levels, as_factors, as_scales
 
 PASSES = 2  # of coordinate descent
 ROUNDS = 3  # of row and column factors in turn
@@ -60,8 +61,8 @@ def descend(
 ) -> Levels:
     """Other codes on the same grid: each column in turn takes the nearest to what the others ask of it.
 
-    With R = (W - goal) H the error is least at w_j - R_j / H_jj, the other columns being fixed, so a step never
-    makes it larger; with a thrifty grid, never the error and what its bits are worth together.
+    With R = (W - goal) H the error is least at w_j - R_j / H_jj, the other columns being fixed, so a step
+    never makes it larger; with a thrifty grid, never the error and what its bits are worth together.
 
     Args:
         goal: (out, in). hessian: (in, in), positive definite. keep: (out, in) bool, what may be other than 0.
@@ -107,8 +108,8 @@ def fit_factors(
 ) -> Levels:
     """Row and column factors in turn, each by least squares with the other fixed; codes stay.
 
-    Rows: a_i = <z_i, V_i> / <z_i, z_i> under H. Columns: (H o W'FW) g = diag(W'F V H), damped towards 1. Factors
-    are coarse: where rounding them loses what the fit gains, they stay.
+    Rows: a_i = <z_i, V_i> / <z_i, z_i> under H. Columns: (H o W'FW) g = diag(W'F V H), damped towards 1.
+    Factors are coarse: where rounding them loses what the fit gains, they stay.
     """
     assert levels.columns is not None
     goal, hessian = goal.double(), hessian.double()

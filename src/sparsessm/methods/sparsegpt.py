@@ -1,5 +1,6 @@
 """Optimal brain surgery for linear layers: SparseGPT (Frantar & Alistarh, arXiv 2301.00774) and its rounding
-twin GPTQ (Frantar et al., arXiv 2210.17323) as published, and `absorb` (ours), the same sweep with another aim and another price.
+twin GPTQ (Frantar et al., arXiv 2210.17323) as published, and `absorb` (ours), the same sweep with another
+aim and another price.
 
 `absorb` differs in four ways (docs/methods.md). Three are recipe fields of their own: its repair aims at the
 layer's output in the dense model, so that it absorbs what pruning did to the layers before it; an error in

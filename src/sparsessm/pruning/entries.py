@@ -20,8 +20,9 @@ from sparsessm.calibration.progress import Progress
 from sparsessm.calibration.visit import Look, Watch, visit
 from sparsessm.methods import WITHOUT_DATA, Rule, on_grid
 from sparsessm.methods.base import scorer
-from sparsessm.methods.grids import Dial, Levels, Rounding, Uniform
+from sparsessm.methods.grids import Dial, Rounding, Uniform
 from sparsessm.methods.hessian import Factor, by_power, factorise
+from sparsessm.methods.levels import Levels
 from sparsessm.methods.observers import Moments
 from sparsessm.methods.patterns import Unstructured
 from sparsessm.methods.repair import dense_target, output_error, refit, sweep
@@ -31,7 +32,7 @@ from sparsessm.pruning.plan import Outcome, Plan, Preview, Rows
 from sparsessm.pruning.shares import starved, stepped, surveyed
 from sparsessm.recipe.recipe import Recipe
 from sparsessm.recipe.rules import Assignment, words
-from sparsessm.report.record import Row
+from sparsessm.report.row import Row
 
 Rules = Mapping[str, Rule]
 
@@ -135,8 +136,8 @@ class Solution(NamedTuple):
     levels: Levels | None = None
 
     def back_from(self, order: Tensor) -> Solution:
-        """The same with the columns where they belong; their places in it are those of `order`. The factor stays
-        as it is."""
+        """The same with the columns where they belong; their places in it are those of `order`. The factor
+        stays as it is."""
         back = torch.empty_like(order)
         back[order] = torch.arange(len(order), device=order.device)
         assert self.levels is not None

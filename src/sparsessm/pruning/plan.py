@@ -18,11 +18,12 @@ from sparsessm.calibration.journal import Forgetful, Journal, Stage
 from sparsessm.calibration.progress import Progress
 from sparsessm.data.edition import edition
 from sparsessm.data.texts import fingerprint
-from sparsessm.methods.grids import Levels
+from sparsessm.methods.levels import Levels
 from sparsessm.recipe.recipe import Recipe
 from sparsessm.recipe.rules import Assignment
 from sparsessm.report.contents import Table
-from sparsessm.report.record import Report, Row
+from sparsessm.report.record import Report
+from sparsessm.report.row import Row
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,8 @@ class Rows:
     def __init__(self, stage: Stage) -> None:
         self.all: list[Row] = []
         self.levels: dict[str, Levels] = {}
-        for note in (row for note in stage.left.values() for row in note or ()):
-            row = dict(note)
+        for noted in (row for note in stage.left.values() for row in note or ()):
+            row = dict(noted)
             levels = row.pop("levels", None)
             self.add(Row(**{**row, "repaired": tuple(row["repaired"])}), levels and Levels(**levels))
         self._noted = len(self.all)
@@ -75,7 +76,8 @@ class Rows:
         """Those since this was asked last, as a journal takes them."""
         rows, self._noted = self.all[self._noted :], len(self.all)
         return [
-            asdict(row) | ({"levels": dict(vars(self.levels[row.target]))} if row.target in self.levels else {})
+            asdict(row)
+            | ({"levels": dict(vars(self.levels[row.target]))} if row.target in self.levels else {})
             for row in rows
         ]
 

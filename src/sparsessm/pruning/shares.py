@@ -24,7 +24,7 @@ from sparsessm.methods.grids import Dial
 from sparsessm.methods.observers import Moments
 from sparsessm.pruning.naming import naming
 from sparsessm.recipe.rules import Assignment
-from sparsessm.report.record import Row
+from sparsessm.report.row import Row
 
 SURVEY_TOKENS = 32_768  # of the calibration windows: shares need less than masks (docs/methods.md)
 
@@ -42,8 +42,8 @@ def surveyed(
     progress: Progress | None,
     journal: Journal,
 ) -> dict[str, Rule]:
-    """The rules, each with the sparsity that it gets, or what is foretold of its bits, after one pass over the
-    dense model.
+    """The rules, each with the sparsity that it gets, or what is foretold of its bits, after one pass over
+    the dense model.
 
     Args:
         tokens: (W, L) int64; may be None where no allocation looks at anything.
@@ -57,7 +57,8 @@ def surveyed(
 
 
 def stepped(assignment: Assignment, rules: Mapping[str, Rule], name: str, rows: Sequence[Row]) -> Rule:
-    """The rule of a target that comes next; where bits are asked for, with the step at which its budget is met.
+    """The rule of a target that comes next; where bits are asked for, with the step at which its budget is
+    met.
 
     The step of all targets to come, from the bits of those that are done and the curves of the others, which
     were taken of the dense model: by as much as they missed so far they miss on.

@@ -190,7 +190,7 @@ class Choice(BaseModel):
     def _sparsity_fits_pattern(self) -> Self:
         pattern = parse(self.pattern or "unstructured")
         if isinstance(pattern, Structured):
-            fits_units(self, pattern)
+            fits_units(self.chosen, pattern)
         elif self.method and not METHODS[self.method].entries and (units := METHODS[self.method].units):
             raise ValueError(
                 f"method {self.method!r} chooses whole units; it needs a pattern structured:AXIS "
@@ -207,7 +207,7 @@ class Choice(BaseModel):
                     f"allocation {self.allocation!r} has no effect with pattern {self.pattern!r}, "
                     "which fixes the number kept in every group"
                 )
-        fits_grid(self)
+        fits_grid(self.chosen)
         return self
 
     @model_serializer(mode="wrap")

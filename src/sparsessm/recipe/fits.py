@@ -5,101 +5,100 @@ Place in the flow: fields.py checks every field by itself and asks here whether 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import Any
 
 from ..methods import UNITS_DEFAULT, entry_methods, unit_methods
 from ..methods.allocation import ALLOCATIONS
 from ..methods.allocation import parse as parse_allocation
 from ..methods.patterns import Structured
 
-if TYPE_CHECKING:
-    from .fields import Choice
-
 REPAIRS = ("none", "self", "dense-target")
 LEAST_BITS, MOST_BITS = 1.5, 9.0
 
 
-def fits_units(choice: Choice, pattern: Structured) -> None:
+def fits_units(said: Mapping[str, Any], pattern: Structured) -> None:
     """Refuse what has no effect on a structured pattern.
+
+    Args:
+        said: `Choice.chosen`.
 
     Raises:
         ValueError: names it.
     """
+    fields = ("method", "allocation", "repair", "price", "sparsity")
+    named, allocation, repair, price, sparsity = (said.get(name) for name in fields)
     given = f"pattern {str(pattern)!r}"
-    idle = [name for name in ("removed", "diagonal", "time_weights", "grid", "bits") if name in choice.chosen]
+    idle = [name for name in ("removed", "diagonal", "time_weights", "grid", "bits") if name in said]
     if idle:
         raise ValueError(f"{idle[0]} has no effect with {given}, which removes whole units")
     known = unit_methods()
-    if choice.method and choice.method not in known:
-        raise ValueError(
-            f"method {choice.method!r} scores single entries; methods for {given}: {', '.join(known)}"
-        )
-    method = known[choice.method or UNITS_DEFAULT]
-    if choice.allocation and choice.allocation not in (
+    if named and named not in known:
+        raise ValueError(f"method {named!r} scores single entries; methods for {given}: {', '.join(known)}")
+    method = known[named or UNITS_DEFAULT]
+    if allocation and allocation not in (
         allowed := [row.name for row in ALLOCATIONS.values() if row.by_layer or row.share is None]
     ):
-        raise ValueError(f"allocation is {choice.allocation!r}; with {given}: {', '.join(allowed)}")
-    if differs(choice) and [axis for axis, _ in pattern.shares] != ["channel"]:
+        raise ValueError(f"allocation is {allocation!r}; with {given}: {', '.join(allowed)}")
+    if differs(said) and [axis for axis, _ in pattern.shares] != ["channel"]:
         raise ValueError(
-            f"allocation {choice.allocation!r} supports only pattern 'structured:channel', "
-            f"got {str(pattern)!r}"
+            f"allocation {allocation!r} supports only pattern 'structured:channel', got {str(pattern)!r}"
         )
-    if differs(choice) and not method.eliminates:
+    if differs(said) and not method.eliminates:
         able = " or ".join(repr(name) for name, row in known.items() if row.eliminates)
         raise ValueError(
-            f"allocation {choice.allocation!r} with pattern 'structured:channel' needs method {able}, "
-            f"got {choice.method!r}"
+            f"allocation {allocation!r} with pattern 'structured:channel' needs method {able}, got {named!r}"
         )
-    if pattern.mixed and choice.sparsity is not None:
+    if pattern.mixed and sparsity is not None:
         raise ValueError(
-            f"sparsity is {choice.sparsity:g}, but {given} already gives a share for each axis; "
+            f"sparsity is {sparsity:g}, but {given} already gives a share for each axis; "
             "give only one of them"
         )
-    if choice.sparsity == 0:
+    if sparsity == 0:
         raise ValueError(f"sparsity is 0; {given} removes at least one unit; give a sparsity above 0")
-    if choice.repair and parse_repair(choice.repair)[0] == "self":
-        raise ValueError(f"repair is {choice.repair!r}; with {given}: none, dense-target[:STRENGTH]")
-    if method.projects and choice.repair not in (None, "none"):
-        raise ValueError(f"repair has no effect with method {choice.method!r}, which changes no other weight")
+    if repair and parse_repair(repair)[0] == "self":
+        raise ValueError(f"repair is {repair!r}; with {given}: none, dense-target[:STRENGTH]")
+    if method.projects and repair not in (None, "none"):
+        raise ValueError(f"repair has no effect with method {named!r}, which changes no other weight")
     if method.projects:
         if [axis for axis, _ in pattern.shares] != ["state"]:
-            raise ValueError(
-                f"method {choice.method!r} needs the pattern structured:state, got {str(pattern)!r}"
-            )
-    if choice.price == "norms":
+            raise ValueError(f"method {named!r} needs the pattern structured:state, got {str(pattern)!r}")
+    if price == "norms":
         raise ValueError(f"price is 'norms'; with {given}: none, fisher")
 
 
-def differs(choice: Choice) -> bool:
+def differs(said: Mapping[str, Any]) -> bool:
     """Whether layers may keep different numbers of units."""
-    return bool(choice.allocation) and parse_allocation(choice.allocation or "")[0].by_layer
+    return "allocation" in said and parse_allocation(said["allocation"])[0].by_layer
 
 
-def fits_grid(choice: Choice) -> None:
-    """Refuse what has no effect beside a grid.
+def fits_grid(said: Mapping[str, Any]) -> None:
+    """Refuse what has no effect beside bits.
+
+    Args:
+        said: `Choice.chosen`.
 
     Raises:
         ValueError: names it.
     """
-    if choice.bits is None:
+    bits, grid, sparsity, allocation = (said.get(name) for name in ("bits", "grid", "sparsity", "allocation"))
+    if bits is None:
         return
-    if choice.grid:
+    if grid:
+        raise ValueError(f"bits is {bits:g}, but grid {grid!r} already says how many; give only one of them")
+    if sparsity is not None and "pattern" not in said:
         raise ValueError(
-            f"bits is {choice.bits:g}, but grid {choice.grid!r} already says how many; give only one of them"
-        )
-    if choice.sparsity is not None and not choice.pattern:
-        raise ValueError(
-            f"sparsity is {choice.sparsity:g}, but with bits {choice.bits:g} zeros are found by what they "
+            f"sparsity is {sparsity:g}, but with bits {bits:g} zeros are found by what they "
             "save; give only one of them"
         )
-    if choice.allocation:
-        raise ValueError(f"allocation {choice.allocation!r} has no effect with bits, which has one step for all")
+    if allocation:
+        raise ValueError(f"allocation {allocation!r} has no effect with bits, which has one step for all")
 
 
-def on_grid(choice: Choice) -> bool:
+def on_grid(said: Mapping[str, Any]) -> bool:
     """Whether matrices are rounded to a grid: then nothing is pruned unless asked to."""
-    row = entry_methods().get(choice.method or "")
-    return bool(choice.grid or choice.bits or (row and "grid" in row.defaults))
+    row = entry_methods().get(said.get("method") or "")
+    return bool(said.get("grid") or said.get("bits") or (row and "grid" in row.defaults))
 
 
 def parse_repair(text: str) -> tuple[str, float]:

@@ -129,7 +129,7 @@ class Recipe(Choice):
     @property
     def _usual_target(self) -> str:
         """Where none is named: a grid leaves A_log alone."""
-        return "projections" if on_grid(self) else "all"
+        return "projections" if on_grid(self.chosen) else "all"
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -150,7 +150,7 @@ class Recipe(Choice):
                         "layer"
                     )
             return self
-        if self.samples == "auto" and on_grid(self):
+        if self.samples == "auto" and on_grid(self.chosen):
             raise ValueError("samples 'auto' compares masks; give a number of samples with grid or bits")
         for rule in self.rules:
             if isinstance(parse(rule.pattern or "unstructured"), Structured):
@@ -225,8 +225,10 @@ class Recipe(Choice):
         """
         kept = self.model_dump(exclude_unset=True)
         brought = set()
-        if fields.get("method", self.method) != self.method:
+        if (method := fields.get("method", self.method)) != self.method:
             brought |= {*OPTIONS}
+            if on_grid({"method": method}) != on_grid(self.chosen):  # one leaves A_log and all weights there
+                brought |= {"sparsity", "target", "removed"}
         if fields.get("pattern", self.pattern) != self.pattern:
             brought |= {"sparsity", "allocation"}
             if _takes_units(fields["pattern"]):
@@ -271,7 +273,7 @@ class Recipe(Choice):
             trained_length: longest text in tokens the model was trained on, None if unknown.
         """
         pattern = parse(self.pattern or "unstructured")
-        usual = 0.0 if on_grid(self) else DEFAULT_SPARSITY
+        usual = 0.0 if on_grid(self.chosen) else DEFAULT_SPARSITY
         sparsity = usual if self.sparsity is None else self.sparsity
         facts: dict[str, Any] = {
             "model": model,

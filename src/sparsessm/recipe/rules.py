@@ -140,7 +140,11 @@ def _joined(recipe: Recipe, fields: Choice) -> dict[str, object]:
             base.pop(name, None)
     elif fields.sparsity is not None:
         base.pop("pattern", None)
-    for one, others in (("bits", ("grid", "sparsity", "allocation")), ("grid", ("bits",)), ("sparsity", ("bits",))):
+    for one, others in (
+        ("bits", ("grid", "sparsity", "allocation")),
+        ("grid", ("bits",)),
+        ("sparsity", ("bits",)),
+    ):
         if one in fields.chosen:
             for name in others:
                 base.pop(name, None)
@@ -164,6 +168,8 @@ def _rule(recipe: Recipe, choice: Choice, target: Target, hit: Sequence[Target])
     if isinstance(pattern, patterns.NofM):
         _refuse_indivisible(pattern, target)
         sparsity, name = pattern.sparsity, UNIFORM.name
+    if grid and not sparsity:  # there is nothing to share out
+        name = UNIFORM.name
     repair, strength = "none", 1.0
     if "repair" in method.defaults:
         repair, strength = parse_repair(choice.repair or method.defaults["repair"])

@@ -100,7 +100,7 @@ def order(recipe: Recipe, architecture: Architecture) -> Order:
         raise ValueError(
             f"pattern '{pattern}': a {type(architecture).__name__} model has no units that can be removed"
         )
-    by_layer = differs(recipe)
+    by_layer = differs(recipe.chosen)
     if by_layer and not architecture.widens:
         kind = type(architecture).__name__
         why = "this one has them already" if type(architecture).widens else f"this is a {kind}"

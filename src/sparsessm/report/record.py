@@ -12,9 +12,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..data.texts import DATASETS
-from ..methods.grids import Levels
 from ..methods.hessian import DAMPING
+from ..methods.levels import Levels
 from . import machine
+from .row import Row, relative
 
 RECORD_FORMAT = 1
 ENOUGH = 16  # windows; intervals from fewer are too narrow (evaluation/perplexity.py)
@@ -26,63 +27,6 @@ REMOVED_WORDS = {
     "projected": "the state was projected to fewer directions by `B_projection` and `C_projection`",
 }
 PACKED_ONLY = "No stock configuration can describe this model: only sparsessm can load this directory."
-
-
-@dataclass(frozen=True)
-class Row:
-    """What happened to one target.
-
-    Attributes:
-        target: full parameter name, as in the checkpoint.
-        layer: index of its block.
-        family: "ssm", "projections", "conv1d" or "head".
-        method, pattern: as in the recipe, or the family's own.
-        removed: what an entry became, see `REMOVED_WORDS`.
-        total: entries of the matrix.
-        pruned: entries removed, counted from the mask and not from values.
-        allocation, repair, price: as they were applied; "none" where they were not.
-        damping: share of its mean diagonal that the Hessian got added: 0.01, more if it was singular; None
-            without a Hessian.
-        error: energy of the output error with the layer's input fixed, against what the repair aims at; None
-            where the method does not know it.
-        signal: energy of the layer's output, in the unit of `error`.
-        tokens: calibration tokens that an expert saw; None elsewhere.
-        repaired: other parameters that were changed to make up for the removal, by full name.
-        grid: the values that weights could take, or how many bits were asked for; "none": any.
-        bits: stored for the matrix on its grid, masks and scales counted. entropy: the same under an ideal
-            code. step: of the dial. None where there is none.
-    """
-
-    target: str
-    layer: int
-    family: str
-    method: str
-    pattern: str
-    removed: str
-    total: int
-    pruned: int
-    allocation: str = "uniform"
-    repair: str = "none"
-    price: str = "none"
-    damping: float | None = None
-    error: float | None = None
-    signal: float | None = None
-    tokens: int | None = None
-    repaired: tuple[str, ...] = ()
-    grid: str = "none"
-    bits: int | None = None
-    entropy: float | None = None
-    step: float | None = None
-
-    @property
-    def sparsity(self) -> float:
-        """Share of entries removed."""
-        return self.pruned / self.total if self.total else 0.0
-
-    @property
-    def relative_error(self) -> float | None:
-        """error / signal; None if either is unknown."""
-        return _relative(self.error, self.signal)
 
 
 @dataclass
@@ -212,8 +156,8 @@ class Report:
             else f"{names} {verb} {float(f'{100 * share:.2g}'):g} % of the bytes of this model. "
         )
         size += "".join(
-            f"They take {total['bits']:.3g} bits a weight, masks and scales counted; {percent(total['sparsity'])} "
-            "of them are zero. "
+            f"They take {total['bits']:.3g} bits a weight, masks and scales counted; "
+            f"{percent(total['sparsity'])} of them are zero. "
             for total in self.totals.values()
             if total["bits"] is not None
         )
@@ -272,8 +216,8 @@ def removed_table(
 ) -> tuple[list[str], list[list[str]]]:
     """Columns and text cells: a line for each kind of tensor in a record, one for a family of several kinds.
 
-    The first two columns are words. Beside a kind's share stands that of its least and most pruned tensor. The
-    last column, stored bits a weight, is there where something is on a grid.
+    The first two columns are words. Beside a kind's share stands that of its least and most pruned tensor.
+    The last column, stored bits a weight, is there where something is on a grid.
     """
     rows = list(rows)
     on_grid = any(row.get("bits") is not None for row in rows)
@@ -285,7 +229,7 @@ def removed_table(
         for kind, same in parts.items():
             by = dict.fromkeys(f"{row['method']}, {row['pattern']}" for row in same)
             entries, pruned = (sum(row[count] for row in same) for count in ("total", "pruned"))
-            errors = [e for row in same if (e := _relative(row["error"], row["signal"])) is not None]
+            errors = [e for row in same if (e := relative(row["error"], row["signal"])) is not None]
             cells.append(
                 [
                     kind,
@@ -314,7 +258,7 @@ def targets_table(
     """Columns and text cells: a line for each row of a record, then one for each family."""
     cells = []
     for row in rows:
-        error = number(_relative(row["error"], row["signal"]), ".2e")
+        error = number(relative(row["error"], row["signal"]), ".2e")
         by = f"{row['method']}, {row['pattern']}"
         cells.append([row["target"], by, *_counts(row["pruned"], row["total"]), error])
     for family, total in totals.items():
@@ -399,10 +343,6 @@ def kind_of(parameter: str) -> str:
     parts = parameter.split(".")
     parts = parts[:-1] if parts[-1].isdigit() and len(parts) > 1 else parts
     return parts[-2] if parts[-1] in ("weight", "bias") and len(parts) > 1 else parts[-1]
-
-
-def _relative(error: float | None, signal: float | None) -> float | None:
-    return error / signal if error is not None and signal else None
 
 
 def _bits(rows: Iterable[Mapping[str, Any]]) -> float | None:
