@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from lively import TOKENS, mamba
 from planned import prune
 
 from sparsessm.architectures import adapt
+from sparsessm.pruning.plan import Rows
 from sparsessm.recipe.recipe import Recipe
 from sparsessm.report.record import Report
 
@@ -79,3 +82,18 @@ def test_zeros_stay_zeros() -> None:
         gone = weight == 0
         run(model, **fields)
         assert not weight[gone].any() and weight[~gone].any()
+
+
+def test_rows_that_were_noted_come_back_with_what_is_stored() -> None:
+    """In the form in which a journal keeps them."""
+    report = run(mamba(), bits=3.25)
+    noting = Rows(SimpleNamespace(left={}))
+    for row in report.rows:
+        noting.add(row, report.levels[row.target])
+    noted = noting.new()
+    assert noting.new() == []
+    again = Rows(SimpleNamespace(left={0: noted[:3], 1: noted[3:], 2: None}))
+    assert again.all == report.rows and again.new() == []
+    for name, levels in report.levels.items():
+        assert torch.equal(again.levels[name].values(), levels.values())
+        assert again.levels[name].bits == levels.bits

@@ -29,7 +29,7 @@ def entries(
     """What the rules will hit, and bytes before and after; plain values.
 
     Shares are those that were asked for: with an allocation other than `uniform` only their mean is known
-    before a look at the data.
+    before a look at the data. Where bits are asked for the sparsity is None: it comes out.
 
     Args:
         tensors: parameters by name, any shape; only their number of elements is read.
@@ -52,7 +52,7 @@ def entries(
                     "family": family,
                     "targets": dict(Counter(target.kind for target in part)),
                     "entries": sum(target.matrix.numel() for target in part),
-                    "sparsity": rule.sparsity,
+                    "sparsity": rule.sparsity or None if rule.bits else rule.sparsity,
                     **words(rule),
                 }
             )
@@ -152,7 +152,8 @@ def entries_tables(model: str, record: Mapping[str, Any]) -> list[Table]:
     rules = []
     for rule in record["rules"]:
         targets = ", ".join(f"{count} {kind}" for kind, count in rule["targets"].items())
-        cells = [f"{rule['sparsity']:.4g}" if name == "sparsity" else rule[name] for name in fields]
+        share = "found" if rule["sparsity"] is None else f"{rule['sparsity']:.4g}"
+        cells = [share if name == "sparsity" else rule[name] for name in fields]
         rules.append([rule["rule"], f"{rule['family']}: {targets}", *cells, f"{rule['entries']:,}"])
     sizes = record["bytes"]
     titles = {"now": "checkpoint now", "after": "after pruning, zeros stored", "packed": "packed"}
