@@ -148,7 +148,9 @@ def units_table(model: str, record: Mapping[str, Any]) -> Table:
 
 def entries_tables(model: str, record: Mapping[str, Any]) -> list[Table]:
     """What `entries` returned, for people."""
-    fields = ["method", "pattern", "sparsity", "repair", "price", "allocation", "grid"]
+    fields = ["method", "pattern", "sparsity", "repair", "price", "allocation"]
+    if any(rule["grid"] != "none" for rule in record["rules"]):
+        fields.append("grid")
     rules = []
     for rule in record["rules"]:
         targets = ", ".join(f"{count} {kind}" for kind, count in rule["targets"].items())
@@ -165,6 +167,6 @@ def entries_tables(model: str, record: Mapping[str, Any]) -> list[Table]:
         for kind, size in sizes["dense"].items()
     ]
     return [
-        (f"{model}: what would be pruned", ["rule", "targets", *fields, "entries"], rules, 9),
+        (f"{model}: what would be pruned", ["rule", "targets", *fields, "entries"], rules, 2 + len(fields)),
         ("Bytes of tensors", ["", "bytes", "of now"], lines, 1),
     ]
