@@ -17,6 +17,7 @@ from sources import OURS, SOURCE, calls, code, functions, place, rooms
 ORDERS = set("topk sort argsort msort kthvalue argmin argmax quantile nanquantile median".split())
 OTHER_ORDERS = {  # that choose no elements of a matrix
     "methods/allocation.py": 4,  # shares of matrices
+    "methods/hessian.py": 1,  # columns, for a sweep
     "methods/exact.py": 1,  # the order in which a greedy search takes entries out, then scores
     "methods/structured.py": 2,  # whole units
     "pruning/projection.py": 1,  # directions of layers
@@ -49,13 +50,14 @@ WRITERS = {"pruning/entries.py", "pruning/units.py"}  # what they write was chos
 
 
 def writes(tree: ast.AST) -> int:
-    """Calls of `Target.replace` and `Target.shift`. (Of others named so: `dataclasses.replace` has keywords,
-    that of a string two arguments, that of a path another name; `Stop.replace` puts a block in its place.)"""
+    """Calls of `Target.replace`, `Target.replace_exactly` and `Target.shift`. (Of others named so:
+    `dataclasses.replace` has keywords, that of a string two arguments, that of a path another name;
+    `Stop.replace` puts a block in its place.)"""
     return sum(
         isinstance(call.func, ast.Attribute)
         and ast.unparse(call.func.value) != "stop"
         and not call.keywords
-        and (call.func.attr, len(call.args)) in (("replace", 1), ("shift", 2))
+        and (call.func.attr, len(call.args)) in (("replace", 1), ("replace_exactly", 1), ("shift", 2))
         for call in calls(tree)
     )
 

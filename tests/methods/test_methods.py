@@ -312,7 +312,7 @@ def test_rows_are_complete() -> None:
     for name, method in METHODS.items():
         assert name == method.name and method.summary and method.paper and method.families
         assert set(method.options) <= set(Recipe.model_fields)
-        assert set(method.defaults) <= {"repair", "price", "allocation"} and "allocation" in method.defaults
+        assert {"allocation"} <= set(method.defaults) <= {"repair", "price", "allocation", "grid"}
         assert ("repair" in method.defaults) == method.hessian
     assert set(DEFAULTS) == {family for method in METHODS.values() for family in method.families}
     assert all(family in METHODS[name].families for family, name in DEFAULTS.items())

@@ -43,6 +43,8 @@ def combinations() -> list[dict[str, str]]:
         "allocation": ("uniform", "hessian-trace", "owl", "loss:0.2"),
     }
     for name, method in METHODS.items():
+        if "grid" in method.defaults:  # what is rounded may become zero: test_bits.py
+            continue
         options = [option for option in values if option in method.defaults]
         for chosen in product(*(values[option] for option in options)):
             fields = {"method": name, **dict(zip(options, chosen, strict=True))}
@@ -138,6 +140,7 @@ def test_methods_without_data_need_none() -> None:
     assert [name for name in LINEAR if not needed(target="projections", method=name)] == [
         "random",
         "magnitude",
+        "rtn",
     ]
     assert not needed(method="magnitude", allocation="loss")
     assert needed(method="magnitude", allocation="owl") and needed(

@@ -151,10 +151,18 @@ def test_a_budget_is_shared_by_a_family_of_a_rule(model: Architecture) -> None:
 
 
 DEFAULT_WORDS = {
-    "projections": ("absorb", "unstructured", "zero", "dense-target:1", "fisher", "loss:0.1"),
-    "ssm": ("exact", "unstructured", "memoryless", "none", "none", "loss:1"),
-    "head": ("absorb", "unstructured", "zero", "dense-target:1", "fisher", "loss:0.1"),
-    "conv1d": ("absorb", "unstructured", "zero", "dense-target:1", "none", "loss:0.1"),  # it has no Fisher
+    "projections": ("absorb", "unstructured", "zero", "dense-target:1", "fisher", "loss:0.1", "none"),
+    "ssm": ("exact", "unstructured", "memoryless", "none", "none", "loss:1", "none"),
+    "head": ("absorb", "unstructured", "zero", "dense-target:1", "fisher", "loss:0.1", "none"),
+    "conv1d": (
+        "absorb",
+        "unstructured",
+        "zero",
+        "dense-target:1",
+        "none",
+        "loss:0.1",
+        "none",
+    ),  # it has no Fisher
 }
 
 
@@ -215,11 +223,11 @@ def test_rules_inherit_from_the_recipe_and_a_pattern_brings_its_sparsity(model: 
     kinds = (*PROJECTIONS, "A_log")
     told = {kind: (made.rules[name(0, kind)], words(made.rules[name(0, kind)])) for kind in kinds}
     expected = {
-        "in_proj": (0.75, "sparsegpt", "1:4", "zero", "none", "none", "uniform"),
-        "x_proj": (0.7, "sparsegpt", "unstructured", "zero", "none", "none", "loss:0.1"),
-        "out_proj": (0.2, "wanda", "unstructured", "zero", "none", "none", "owl:0.08"),
-        "dt_proj": (0.7, "sparsegpt", "unstructured", "zero", "self", "norms", "loss:0.1"),
-        "A_log": (0.7, "exact", "unstructured", "unit", "none", "none", "loss:1"),
+        "in_proj": (0.75, "sparsegpt", "1:4", "zero", "none", "none", "uniform", "none"),
+        "x_proj": (0.7, "sparsegpt", "unstructured", "zero", "none", "none", "loss:0.1", "none"),
+        "out_proj": (0.2, "wanda", "unstructured", "zero", "none", "none", "owl:0.08", "none"),
+        "dt_proj": (0.7, "sparsegpt", "unstructured", "zero", "self", "norms", "loss:0.1", "none"),
+        "A_log": (0.7, "exact", "unstructured", "unit", "none", "none", "loss:1", "none"),
     }
     for kind, values in expected.items():
         rule, said = told[kind]
@@ -320,7 +328,8 @@ KNOWN = (
         ),
         (
             {"method": "wanda", "rules": [{"targets": ["in_proj"], "repair": "self"}]},
-            "rule 1 (in_proj): repair has no effect with method 'wanda'; it belongs to: sparsegpt, absorb",
+            "rule 1 (in_proj): repair has no effect with method 'wanda'; it belongs to: gptq, sparsegpt, "
+            "absorb",
         ),
         (
             {"rules": [{"targets": ["in_proj"], "removed": "unit"}]},

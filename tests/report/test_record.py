@@ -28,7 +28,14 @@ from sparsessm.report.record import (
 def test_totals_count_entries_and_average_relative_errors() -> None:
     rows = (row(0, error=1.0, signal=4.0), row(1, total=300, pruned=0), row(2, error=3.0, signal=4.0))
     totals = report(*rows).totals["ssm"]
-    assert totals == {"tensors": 3, "entries": 500, "pruned": 80, "sparsity": 0.16, "error": 0.5}
+    assert totals == {
+        "tensors": 3,
+        "entries": 500,
+        "pruned": 80,
+        "sparsity": 0.16,
+        "error": 0.5,
+        "bits": None,
+    }
     assert report(row()).totals["ssm"]["error"] is None  # not known is not zero
     assert report().totals == {}
 

@@ -109,6 +109,12 @@ class Target:
         with torch.no_grad():
             self._values.copy_(rounded(weight, self.stored).view_as(self._values))
 
+    def replace_exactly(self, weight: Tensor) -> None:
+        """Write a new weight [out, in] as it is: on a grid, of which a packed file holds every value exactly,
+        whatever the stored dtype."""
+        with torch.no_grad():
+            self._values.copy_(weight.view_as(self._values))
+
     @property
     def _values(self) -> Tensor:
         """Its part of the parameter, outside of any graph; a residence may move that, so ask anew."""

@@ -44,6 +44,8 @@ METHODS: dict[str, Method] = {
         Method(magnitude.random, structured.random),
         Method(magnitude.magnitude, structured.magnitude),
         Method(wanda.wanda),
+        Method(magnitude.rtn),
+        Method(sparsegpt.gptq),
         Method(sparsegpt.sparsegpt),
         Method(sparsegpt.absorb),
         Method(sparsessm.vote, structured.vote),

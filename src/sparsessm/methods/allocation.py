@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from sparsessm.methods.base import UNIFORM, Allocation, Member, Rule, scorer
-from sparsessm.methods.hessian import factorise
+from sparsessm.methods.dial import Curve, foretell
+from sparsessm.methods.hessian import by_power, factorise
 from sparsessm.methods.observers import InputNorm
 
 OUTLIER = 5.0  # OWL's M: an outlier is a score above M times the mean of its block
@@ -194,6 +195,27 @@ def _share_by_outliers(members: Sequence[Member], sparsity: float, width: float)
 def _share_by_threshold(members: Sequence[Member], sparsity: float, clip: float) -> list[float]:
     return by_threshold([member.seen for member in members], sparsity, clip)
 
+
+def _curve(weight: Tensor, seen: Any, rule: Rule, gone: Tensor) -> Curve:
+    moments, unit = seen.scaled(weight.dtype)
+    order = by_power(moments.gram)
+    prices = None if rule.prices is None else rule.prices * unit
+    return foretell(weight[:, order], factorise(moments.reordered(order).gram), prices, gone[:, order])
+
+
+def _share_as_asked(members: Sequence[Member], sparsity: float, number: float) -> list[float]:
+    return [sparsity] * len(members)
+
+
+# Where bits are asked for: no recipe names it.
+ONE_STEP = Allocation(
+    "one-step",
+    "ours; docs/methods.md",
+    "one step for all matrices, met as the run goes",
+    share=_share_as_asked,
+    watch=_own,
+    reduce=_curve,
+)
 
 ALLOCATIONS: dict[str, Allocation] = {
     row.name: row

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sparsessm.methods.grids import Grid
 from sparsessm.methods.patterns import Pattern
 
 
@@ -73,6 +74,9 @@ class Rule:
             (calibration/prices.py).
         prices: (out,) float64, that of each row; None where all rows have the same.
         allocation: who is pruned how much, with its number.
+        grid: the values that weights may take; None: any.
+        bits: stored bits a weight over the matrices of the budget; the grid is then found as the run goes.
+        curve: of the matrix, what a survey foretold (`dial.Curve`); None without `bits`.
         length: tokens a calibration window. seed: of this target.
     """
 
@@ -85,6 +89,9 @@ class Rule:
     price: str = "none"
     prices: Tensor | None = None
     allocation: tuple[Allocation, float] = (UNIFORM, 0.0)
+    grid: Grid | None = None
+    bits: float | None = None
+    curve: Any = None
     diagonal: bool = False
     time_weights: str = "power:1"
     length: int = 0
@@ -110,12 +117,14 @@ class EntryMethod:
         hessian: the observer's result is a Gram; the sweep repairs with the factor of its inverse.
         width: columns that the sweep masks together, seeing what was removed on their left.
         refit: after the sweep all survivors are repaired together, in both directions.
+        largest: on a grid, scales are those of the largest weight, as published, instead of the best.
         by_row: the same share of every row is removed.
         total: like `score` for the whole matrix, where matrices are compared with each other; None: `score`.
         companions: (observer's result, keep, rule) -> companion parameter -> change; None: there are none.
         error: (observer's result, keep, rule) -> (output error of the mask, energy of the dense output),
             where the method knows it.
-        defaults: values of the recipe fields `repair`, `price` and `allocation`, as far as it reads them.
+        defaults: values of the recipe fields `repair`, `price`, `allocation` and `grid`, as far as it reads
+            them and has its own.
         options: other recipe fields that only some methods read and this one does.
     """
 
@@ -128,6 +137,7 @@ class EntryMethod:
     hessian: bool = False
     width: int = 128
     refit: bool = False
+    largest: bool = False
     by_row: bool = False
     total: Callable[[Tensor, Any, Rule], Tensor] | None = None
     companions: Callable[[Any, Tensor, Rule], Mapping[str, Tensor]] | None = None

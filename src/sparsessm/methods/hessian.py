@@ -86,6 +86,12 @@ def factorise(gram: Tensor, damping: float = DAMPING) -> Factor:
     raise ValueError(f"its Hessian is not positive definite even with damping {MOST_DAMPING:g}")
 
 
+def by_power(gram: Tensor) -> Tensor:
+    """(in,) the columns in the order of their diagonal, the largest first: what is swept last is made up for
+    by the fewest, so it should matter least (GPTQ's act-order)."""
+    return gram.diagonal().argsort(descending=True, stable=True)
+
+
 def near(values: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     """The powers of four near to positive values, 1 for all others; float64, but normal numbers of `dtype`.
 

@@ -1,5 +1,5 @@
-"""The two methods that look at no data: the smallest absolute values (Han et al., arXiv 1506.02626), and the
-floor, a random choice."""
+"""The methods that look at no data: the smallest absolute values (Han et al., arXiv 1506.02626), plain
+rounding, and the floor, a random choice."""
 
 from __future__ import annotations
 
@@ -28,6 +28,18 @@ magnitude = EntryMethod(
     families=("ssm", "projections", "conv1d", "head"),
     watch=None,
     score=_magnitude,
+    options=("grid",),
+)
+
+rtn = EntryMethod(
+    name="rtn",
+    paper="-",
+    summary="every weight to the nearest value of a grid; needs no data, prunes nothing unless asked to",
+    families=("projections", "head"),
+    watch=None,
+    score=_magnitude,
+    largest=True,
+    defaults={"allocation": "uniform", "grid": "int4"},
 )
 
 random = EntryMethod(

@@ -70,6 +70,11 @@ class Moments:
         cross = None if self.cross is None else cast(self.cross)
         return Moments(cast(self.gram), cross, self.diagonal, self.tokens), unit
 
+    def reordered(self, order: Tensor) -> Moments:
+        """Of the inputs in another order; of inputs that all rows share."""
+        cross = None if self.cross is None else self.cross[order][:, order]
+        return Moments(self.gram[order][:, order], cross, self.diagonal, self.tokens)
+
     def through(self, weight: Tensor, dense: Tensor) -> Moments:
         """The moments of `weight @ x`, whose dense counterpart is `dense @ x_dense`; both (out, in)."""
         weight, dense = weight.double(), dense.double()

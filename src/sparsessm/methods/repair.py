@@ -3,17 +3,20 @@ only place that computes changes of weights which survive.
 
 Without a factor the sweep only masks: magnitude, Wanda, and every score for A_log. With the factor of the
 inverse Hessian it is optimal brain surgery in the order of columns (SparseGPT, Frantar & Alistarh, arXiv
-2301.00774): what a removed weight did is made up for by the columns to its right. `refit` then repairs in
-both directions. Formulas in docs/methods.md.
+2301.00774): what a removed weight did is made up for by the columns to its right. With a grid (grids.py)
+what stays is rounded in the same step, and what that costs is handed on with it (GPTQ, arXiv 2210.17323).
+`refit` then repairs in both directions; on a grid, on_grid.py does. Formulas in docs/methods.md.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from sparsessm.methods.grids import Rounding
 from sparsessm.methods.hessian import Factor, near
 from sparsessm.methods.observers import ErrorSums, Moments
 from sparsessm.methods.patterns import NofM, Pattern
@@ -40,8 +43,10 @@ def sweep(
     *,
     by_row: bool = False,
     gone: Tensor | None = None,
+    rounding: Rounding | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Mask a matrix from left to right; with a factor, each removed weight is made up for on its right.
+    """Mask a matrix from left to right and round what stays; with a factor, what each weight lost is made up
+    for on its right.
 
     Args:
         weight: (out, in), the weights to approach. score: sees the columns as earlier repairs left them.
@@ -52,6 +57,7 @@ def sweep(
         width: columns masked together.
         by_row: the same share of every row.
         gone: (out, in) bool: removed before; goes first and stays removed.
+        rounding: to a grid; None: what stays keeps its value.
 
     Returns:
         The weights (out, in), zero where removed, and the keep-mask.
@@ -62,16 +68,30 @@ def sweep(
     else:
         chosen = pattern.m if isinstance(pattern, NofM) else width
         batch = max(WIDTH // chosen, 1) * chosen
+        if rounding is not None and rounding.group < columns:  # groups do not reach over a batch
+            batch = math.lcm(chosen, rounding.group)
     lanes = weight.T.clone(memory_format=torch.contiguous_format)  # (in, out): a column is contiguous
     keep = torch.empty(out, columns, dtype=torch.bool, device=weight.device)
+
+    def mask(part: slice) -> Tensor:
+        return _mask(score(lanes[part].T, part), pattern, sparsity, by_row, gone, part)
+
     for start in range(0, columns, batch):
         block = slice(start, min(start + batch, columns))
         errors = torch.zeros_like(lanes[block])
         for first in range(block.start, block.stop, chosen):
             part = slice(first, min(first + chosen, block.stop))
-            keep[:, part] = _mask(score(lanes[part].T, part), pattern, sparsity, by_row, gone, part)
-            if factor is not None:
-                _eliminate(lanes, keep, factor.upper, part, block, errors)
+            keep[:, part] = mask(part)
+            if factor is None and rounding is None:
+                continue
+            for column in range(part.start, part.stop):
+                if rounding is not None and column % rounding.group == 0:
+                    group = slice(column, min(column + rounding.group, columns))
+                    if group.stop > part.stop:  # as they would be masked now
+                        rest = slice(part.stop, group.stop)
+                        keep[:, rest] = mask(rest)
+                    rounding.reach(lanes[group].T, keep[:, group], group)
+                _settle(lanes, keep[:, column], rounding, factor, column, block, errors)
         if factor is not None and block.stop < columns:
             _push(lanes[block.stop :], factor.upper[..., block, block.stop :], errors)
     return (lanes.T * keep).contiguous(), keep
@@ -88,18 +108,28 @@ def _mask(
     return keep if gone is None else keep & ~gone[:, part]
 
 
-def _eliminate(lanes: Tensor, keep: Tensor, upper: Tensor, part: slice, block: slice, errors: Tensor) -> None:
-    """Remove column by column; the columns to the right, up to the block's end, make up for it."""
-    for column in range(part.start, part.stop):
-        lane = lanes[column]
-        error = lane.masked_fill(keep[:, column], 0.0) / upper[..., column, column]  # (out,)
+def _settle(
+    lanes: Tensor,
+    keep: Tensor,
+    rounding: Rounding | None,
+    factor: Factor | None,
+    column: int,
+    block: slice,
+    errors: Tensor,
+) -> None:
+    """Give a column its final values; the columns to the right, up to the block's end, make up for it."""
+    lane = lanes[column]
+    settled = lane.masked_fill(~keep, 0.0) if rounding is None else rounding.round(lane, keep, column)
+    if factor is not None:
+        upper = factor.upper
+        error = (lane - settled) / upper[..., column, column]  # (out,)
         errors[column - block.start] = error
         right = slice(column + 1, block.stop)
         if upper.ndim == 2:
             lanes[right].addr_(upper[column, right], error, alpha=-1)
         else:
             lanes[right] -= upper[:, column, right].T * error
-        lane.masked_fill_(~keep[:, column], 0.0)
+    lane.copy_(settled)
 
 
 def _push(lanes: Tensor, upper: Tensor, errors: Tensor) -> None:

@@ -1,5 +1,6 @@
-"""Optimal brain surgery for linear layers: SparseGPT (Frantar & Alistarh, arXiv 2301.00774) as published, and
-`absorb` (ours), the same sweep with another aim and another price.
+"""Optimal brain surgery for linear layers: SparseGPT (Frantar & Alistarh, arXiv 2301.00774) and its rounding
+twin GPTQ (Frantar et al., arXiv 2210.17323) as published, and `absorb` (ours), the same sweep with another
+aim and another price.
 
 `absorb` differs in four ways (docs/methods.md). Three are recipe fields of their own: its repair aims at the
 layer's output in the dense model, so that it absorbs what pruning did to the layers before it; an error in
@@ -45,7 +46,22 @@ sparsegpt = EntryMethod(
     score=_score,
     hessian=True,
     total=_total,
+    largest=True,
     defaults={"repair": "self", "price": "none", "allocation": "uniform"},
+    options=("grid",),
+)
+
+gptq = EntryMethod(
+    name="gptq",
+    paper="GPTQ, arXiv 2210.17323",
+    summary="the same sweep, which rounds to a grid; prunes nothing unless asked to",
+    families=("projections", "head"),
+    watch=_watch,
+    score=_score,
+    hessian=True,
+    total=_total,
+    largest=True,
+    defaults={"repair": "self", "price": "none", "allocation": "uniform", "grid": "int4"},
 )
 
 absorb = EntryMethod(
@@ -60,4 +76,5 @@ absorb = EntryMethod(
     refit=True,
     total=_total,
     defaults={"repair": "dense-target", "price": "fisher", "allocation": "loss"},
+    options=("grid", "bits"),
 )

@@ -27,4 +27,5 @@ wanda = EntryMethod(
     watch=_watch,
     score=_score,
     by_row=True,
+    options=("grid",),
 )

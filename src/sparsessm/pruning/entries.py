@@ -18,18 +18,21 @@ from sparsessm.calibration import prices
 from sparsessm.calibration.journal import Journal
 from sparsessm.calibration.progress import Progress
 from sparsessm.calibration.visit import Look, Watch, visit
-from sparsessm.methods import WITHOUT_DATA, Rule
+from sparsessm.methods import WITHOUT_DATA, Rule, on_grid
 from sparsessm.methods.base import scorer
-from sparsessm.methods.hessian import Factor, factorise
+from sparsessm.methods.grids import Dial, Rounding, Uniform
+from sparsessm.methods.hessian import Factor, by_power, factorise
+from sparsessm.methods.levels import Levels
 from sparsessm.methods.observers import Moments
+from sparsessm.methods.patterns import Unstructured
 from sparsessm.methods.repair import dense_target, output_error, refit, sweep
 from sparsessm.pruning import preview
 from sparsessm.pruning.naming import naming
 from sparsessm.pruning.plan import Outcome, Plan, Preview, Rows
-from sparsessm.pruning.shares import starved, surveyed
+from sparsessm.pruning.shares import starved, stepped, surveyed
 from sparsessm.recipe.recipe import Recipe
 from sparsessm.recipe.rules import Assignment, words
-from sparsessm.report.record import Row
+from sparsessm.report.row import Row
 
 Rules = Mapping[str, Rule]
 
@@ -80,29 +83,39 @@ class EntryPlan(Plan):
         for block in (*architecture.blocks, architecture.tail):
             if block.index in stage.left:
                 stage.restore(block)
+                for target in block.targets:
+                    if target.name in rows.levels:  # which the dtype of a checkpoint would round
+                        target.replace_exactly(rows.levels[target.name].values())
         how = {"paired": any(rule.paired for rule in rules.values()), "stage": stage, "note": rows.new}
         for target, look in visit(architecture, rules, _watching(rules), tokens, progress, **how):
             with naming(target.name):
-                rows.all.append(_prune(target, rules[target.name], look))
+                rule = stepped(self._assignment, rules, target.name, rows.all)
+                rows.add(*_prune(target, rule, look))
         order = list(rules)
         # a tied head was first, experts took turns
-        return Outcome(sorted(rows.all, key=lambda row: order.index(row.target)))
+        return Outcome(sorted(rows.all, key=lambda row: order.index(row.target)), levels=rows.levels)
 
 
-def _prune(target: Target, rule: Rule, look: Look) -> Row:
-    """Prune one target: the four stages."""
+def _prune(target: Target, rule: Rule, look: Look) -> tuple[Row, Levels | None]:
+    """Prune one target: the four stages; and what it is on a grid."""
     # 1 calibrate; what was seen is handed over, not kept: a float64 Hessian is large
     seen = look(target) if rule.method.watch else None
     tokens = seen.tokens if target.routed and isinstance(seen, Moments) else None
     if starved(target, seen):
         rule, seen = replace(rule, method=WITHOUT_DATA, repair="none", price="none", prices=None), None
+        if rule.bits is not None:
+            rule = replace(rule, grid=Uniform.within(rule.bits), bits=None)
     done = solve(target, rule, seen)
     companions = write(target, rule, done)
     error = rule.method.error(done.seen, done.keep, rule) if rule.method.error else None
     if done.factor is not None:
         gram, start, unit = done.seen.gram, done.start, done.unit
         error = unit * output_error(target.matrix - start, gram), unit * output_error(start, gram)
-    return replace(_row(target, rule, done.keep, done.factor, companions, error), tokens=tokens)
+    row = replace(_row(target, rule, done.keep, done.factor, companions, error), tokens=tokens)
+    if done.levels is None:
+        return row, None
+    counts = {"bits": done.levels.bits, "entropy": done.levels.entropy}
+    return replace(row, **counts, step=rule.grid.step if isinstance(rule.grid, Dial) else None), done.levels
 
 
 class Solution(NamedTuple):
@@ -111,6 +124,7 @@ class Solution(NamedTuple):
     Attributes:
         weight: (out, in) repaired, 0 where removed. keep: (out, in) bool. start: what the repair aims at.
         seen: a Hessian is in the weight's dtype, divided by `unit`. factor: of that, where there is one.
+        levels: codes and scales, whose values `weight` are; None without a grid.
     """
 
     weight: Tensor
@@ -119,34 +133,77 @@ class Solution(NamedTuple):
     seen: Any
     factor: Factor | None
     unit: float
+    levels: Levels | None = None
+
+    def back_from(self, order: Tensor) -> Solution:
+        """The same with the columns where they belong; their places in it are those of `order`. The factor
+        stays as it is."""
+        back = torch.empty_like(order)
+        back[order] = torch.arange(len(order), device=order.device)
+        assert self.levels is not None
+        return self._replace(
+            weight=self.weight[:, back],
+            keep=self.keep[:, back],
+            start=self.start[:, back],
+            seen=self.seen.reordered(back),
+            levels=self.levels.reordered(back),
+        )
 
 
 def solve(target: Target, rule: Rule, seen: Any) -> Solution:
     """Stages 2 to 4 for one target, which is not changed; refuses what is not finite."""
     method, weight = rule.method, target.matrix
     gone = weight == target.removed[rule.removed]  # removed before: stays removed, and is counted
-    start, factor, unit = weight, None, 1.0
+    start, factor, unit, order = weight, None, 1.0, None
     if method.hessian:
         seen, unit = seen.scaled(weight.dtype)
+        if rule.grid is not None and rule.grid.ordered and isinstance(rule.pattern, Unstructured):
+            order = by_power(seen.gram)
+            weight, gone, seen = weight[:, order], gone[:, order], seen.reordered(order)
         factor = factorise(seen.gram)
         start = weight.clone()  # the target's matrix is a view of what will be replaced
         if rule.paired:
             start = dense_target(weight, seen, factor, rule.strength)
     repairing = factor if rule.repair != "none" else None
     score = scorer(rule, seen if factor is None else factor, repairs=repairing is not None)
-    pruned, keep = sweep(  # 2 score  3 mask  4 compensate
-        start, score, rule.pattern, rule.sparsity, repairing, method.width, by_row=method.by_row, gone=gone
+    rounding = rounded(rule, start, factor, unit, masked=rule.sparsity > 0 or bool(gone.any()))
+    how = {"by_row": method.by_row, "gone": gone, "rounding": rounding}
+    pruned, keep = sweep(  # 2 score  3 mask  4 round and compensate
+        start, score, rule.pattern, rule.sparsity, repairing, method.width, **how
     )
-    if repairing is not None and method.refit:
+    levels = None
+    if rounding is not None:
+        levels = rounding.levels()
+        if repairing is not None and method.refit:
+            levels = on_grid.refit(levels, start, seen.gram, repairing, keep, rounding)
+        pruned, keep = levels.values().to(weight.dtype), levels.keep & keep
+    elif repairing is not None and method.refit:
         pruned = refit(pruned, start, seen.gram, repairing, keep)
     if not torch.isfinite(pruned).all():
         raise ValueError("the repaired weights are not finite")
-    return Solution(pruned, keep, start, seen, factor, unit)
+    done = Solution(pruned, keep, start, seen, factor, unit, levels)
+    return done if order is None else done.back_from(order)
+
+
+def rounded(rule: Rule, start: Tensor, factor: Factor | None, unit: float, masked: bool) -> Rounding | None:
+    """What the rule's grid does to a matrix; None without one.
+
+    Args:
+        start: (out, in), where the sweep starts. factor: of the Hessian divided by `unit`, None without one.
+        masked: a mask says what is zero.
+    """
+    if rule.grid is None:
+        return None
+    prices = None if rule.prices is None else rule.prices * unit
+    return rule.grid.rounding(start, factor and factor.pivots, masked, prices, rule.method.largest)
 
 
 def write(target: Target, rule: Rule, done: Solution) -> tuple[str, ...]:
     """Put a solution into the model: the matrix, and what is changed beside it; returns the names of that."""
-    target.replace(done.weight.masked_fill(~done.keep, target.removed[rule.removed]))
+    if done.levels is None:
+        target.replace(done.weight.masked_fill(~done.keep, target.removed[rule.removed]))
+    else:
+        target.replace_exactly(done.weight)
     changes = rule.method.companions(done.seen, done.keep, rule) if rule.method.companions else {}
     for companion, change in changes.items():
         target.shift(companion, change)
@@ -199,6 +256,7 @@ def _row(
         allocation=said["allocation"],
         repair=said["repair"],
         price=said["price"] if rule.prices is not None else "none",
+        grid=said["grid"],
         damping=None if factor is None else factor.damping,
         error=None if error is None else error[0],
         signal=None if error is None else error[1],

@@ -18,10 +18,12 @@ from sparsessm.calibration.journal import Forgetful, Journal, Stage
 from sparsessm.calibration.progress import Progress
 from sparsessm.data.edition import edition
 from sparsessm.data.texts import fingerprint
+from sparsessm.methods.levels import Levels
 from sparsessm.recipe.recipe import Recipe
 from sparsessm.recipe.rules import Assignment
 from sparsessm.report.contents import Table
-from sparsessm.report.record import Report, Row
+from sparsessm.report.record import Report
+from sparsessm.report.row import Row
 
 
 @dataclass(frozen=True)
@@ -34,12 +36,17 @@ class Preview:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a plan did, as a `Report` tells it; see there."""
+    """What a plan did, as a `Report` tells it; see there.
+
+    Attributes:
+        levels: codes and scales of every target on a grid, by its name: what a file holds of it.
+    """
 
     rows: list[Row]
     parameters: dict[str, int] = field(default_factory=dict)
     shape: dict[str, int] = field(default_factory=dict)
     trials: list[dict[str, Any]] = field(default_factory=list)
+    levels: dict[str, Levels] = field(default_factory=dict)
 
 
 @final
@@ -47,18 +54,32 @@ class Rows:
     """The rows of a report as they come, behind those that an earlier run noted with the blocks it left.
 
     Attributes:
-        all: of them.
+        all: of them. levels: of the targets on a grid, by name.
     """
 
     def __init__(self, stage: Stage) -> None:
-        notes = (row for note in stage.left.values() for row in note or ())
-        self.all = [Row(**{**row, "repaired": tuple(row["repaired"])}) for row in notes]
+        self.all: list[Row] = []
+        self.levels: dict[str, Levels] = {}
+        for noted in (row for note in stage.left.values() for row in note or ()):
+            row = dict(noted)
+            levels = row.pop("levels", None)
+            self.add(Row(**{**row, "repaired": tuple(row["repaired"])}), levels and Levels(**levels))
         self._noted = len(self.all)
 
+    def add(self, row: Row, levels: Levels | None = None) -> None:
+        """What was done to a target."""
+        self.all.append(row)
+        if levels is not None:
+            self.levels[row.target] = levels
+
     def new(self) -> list[dict[str, Any]]:
-        """Those since this was asked last, as plain values."""
+        """Those since this was asked last, as a journal takes them."""
         rows, self._noted = self.all[self._noted :], len(self.all)
-        return [asdict(row) for row in rows]
+        return [
+            asdict(row)
+            | ({"levels": dict(vars(self.levels[row.target]))} if row.target in self.levels else {})
+            for row in rows
+        ]
 
 
 class Plan(ABC):
@@ -145,5 +166,6 @@ class Plan(ABC):
             parameters=done.parameters,
             shape=done.shape,
             trials=done.trials,
+            levels=done.levels,
             text=edition(self.recipe.data, "calibration") if sha256 else {},
         )

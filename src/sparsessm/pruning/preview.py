@@ -5,14 +5,16 @@ Place in the flow: beside the loops. Nothing here looks at data or changes a wei
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, dtype
 
-from sparsessm.architectures import Architecture
+from sparsessm.architectures import Architecture, Target
 from sparsessm.methods import Rule
+from sparsessm.methods.grids import Uniform
 from sparsessm.methods.patterns import NofM
 from sparsessm.pruning.mixes import saved
 from sparsessm.recipe.rules import Assignment, words
@@ -27,7 +29,7 @@ def entries(
     """What the rules will hit, and bytes before and after; plain values.
 
     Shares are those that were asked for: with an allocation other than `uniform` only their mean is known
-    before a look at the data.
+    before a look at the data. Where bits are asked for the sparsity is None: it comes out.
 
     Args:
         tensors: parameters by name, any shape; only their number of elements is read.
@@ -50,13 +52,13 @@ def entries(
                     "family": family,
                     "targets": dict(Counter(target.kind for target in part)),
                     "entries": sum(target.matrix.numel() for target in part),
-                    "sparsity": rule.sparsity,
+                    "sparsity": rule.sparsity or None if rule.bits else rule.sparsity,
                     **words(rule),
                 }
             )
             for target in part if family != "ssm" else ():
                 total = target.matrix.numel()
-                size = -(-total // 8) + kept(rule, *target.matrix.shape) * target.stored.itemsize
+                size = packed_size(rule, target)
                 # the slices of an expert tensor add up to it
                 name = target.name.rpartition(".")[0] if target.routed else target.name
                 packed[name] = packed.get(name, 0) + min(size, total * target.stored.itemsize)
@@ -75,6 +77,17 @@ def entries(
             "dense": dict(dense.most_common()),
         },
     }
+
+
+def packed_size(rule: Rule, target: Target) -> int:
+    """Bytes of a matrix in a packed file: on its grid, or as a bitmap and what it keeps."""
+    total, stays = target.matrix.numel(), kept(rule, *target.matrix.shape)
+    if rule.bits is not None:
+        return math.ceil(rule.bits * total / 8)
+    if isinstance(rule.grid, Uniform):
+        masked = stays if rule.sparsity > 0 else None
+        return -(-rule.grid.stored(*target.matrix.shape, masked) // 8)
+    return -(-total // 8) + stays * target.stored.itemsize
 
 
 def kept(rule: Rule, rows: int, columns: int) -> int:
@@ -136,10 +149,13 @@ def units_table(model: str, record: Mapping[str, Any]) -> Table:
 def entries_tables(model: str, record: Mapping[str, Any]) -> list[Table]:
     """What `entries` returned, for people."""
     fields = ["method", "pattern", "sparsity", "repair", "price", "allocation"]
+    if any(rule["grid"] != "none" for rule in record["rules"]):
+        fields.append("grid")
     rules = []
     for rule in record["rules"]:
         targets = ", ".join(f"{count} {kind}" for kind, count in rule["targets"].items())
-        cells = [f"{rule['sparsity']:.4g}" if name == "sparsity" else rule[name] for name in fields]
+        share = "found" if rule["sparsity"] is None else f"{rule['sparsity']:.4g}"
+        cells = [share if name == "sparsity" else rule[name] for name in fields]
         rules.append([rule["rule"], f"{rule['family']}: {targets}", *cells, f"{rule['entries']:,}"])
     sizes = record["bytes"]
     titles = {"now": "checkpoint now", "after": "after pruning, zeros stored", "packed": "packed"}
@@ -151,6 +167,6 @@ def entries_tables(model: str, record: Mapping[str, Any]) -> list[Table]:
         for kind, size in sizes["dense"].items()
     ]
     return [
-        (f"{model}: what would be pruned", ["rule", "targets", *fields, "entries"], rules, 8),
+        (f"{model}: what would be pruned", ["rule", "targets", *fields, "entries"], rules, 2 + len(fields)),
         ("Bytes of tensors", ["", "bytes", "of now"], lines, 1),
     ]

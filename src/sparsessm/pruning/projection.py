@@ -22,7 +22,7 @@ from sparsessm.methods.observers import StateMoments, StateSums
 from sparsessm.pruning.naming import naming
 from sparsessm.pruning.units import EVERY, LOOKED
 from sparsessm.recipe.sizes import Order
-from sparsessm.report.record import Row
+from sparsessm.report.row import Row
 
 LOOKS = 16  # for each state, at least
 

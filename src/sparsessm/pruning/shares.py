@@ -19,9 +19,12 @@ from sparsessm.calibration.walk import first_tokens, slab_count
 from sparsessm.methods import Rule
 from sparsessm.methods.allocation import Profile
 from sparsessm.methods.base import Member
+from sparsessm.methods.dial import Curve, step
+from sparsessm.methods.grids import Dial
 from sparsessm.methods.observers import Moments
 from sparsessm.pruning.naming import naming
 from sparsessm.recipe.rules import Assignment
+from sparsessm.report.row import Row
 
 SURVEY_TOKENS = 32_768  # of the calibration windows: shares need less than masks (docs/methods.md)
 
@@ -39,14 +42,49 @@ def surveyed(
     progress: Progress | None,
     journal: Journal,
 ) -> dict[str, Rule]:
-    """The rules, each with the sparsity that it gets after one pass over the dense model.
+    """The rules, each with the sparsity that it gets, or what is foretold of its bits, after one pass over
+    the dense model.
 
     Args:
         tokens: (W, L) int64; may be None where no allocation looks at anything.
         journal: keeps what is seen of each block, and the sparsities.
     """
-    shares = journal.once("shares", lambda: _shares(architecture, assignment, tokens, progress, journal))
-    return {name: replace(rule, sparsity=shares[name]) for name, rule in assignment.rules.items()}
+    found = journal.once("shares", lambda: _shares(architecture, assignment, tokens, progress, journal))
+    return {
+        name: replace(rule, sparsity=found["shares"][name], curve=_restored(found["curves"].get(name)))
+        for name, rule in assignment.rules.items()
+    }
+
+
+def stepped(assignment: Assignment, rules: Mapping[str, Rule], name: str, rows: Sequence[Row]) -> Rule:
+    """The rule of a target that comes next; where bits are asked for, with the step at which its budget is
+    met.
+
+    The step of all targets to come, from the bits of those that are done and the curves of the others, which
+    were taken of the dense model: by as much as they missed so far they miss on.
+
+    Args:
+        rows: what was done so far.
+    """
+    rule = rules[name]
+    if rule.bits is None:
+        return rule
+    (budget,) = (part for part in assignment.budgets if any(target.name == name for target in part))
+    done = {row.target: row for row in rows if row.bits is not None}
+    asked = rule.bits * sum(target.matrix.numel() for target in budget)
+    spent = foretold = 0.0
+    left = []
+    for target in budget:
+        curve, row = rules[target.name].curve, done.get(target.name)
+        if row is not None:
+            asked -= row.bits or 0
+            if curve is not None and row.step is not None:
+                spent, foretold = spent + (row.bits or 0), foretold + curve.at(row.step)
+        elif curve is not None:
+            left.append(curve)
+        else:  # an expert of which nothing is known
+            asked -= rule.bits * target.matrix.numel()
+    return replace(rule, grid=Dial(step(left, asked * foretold / spent if spent else asked)))
 
 
 def _shares(
@@ -55,7 +93,7 @@ def _shares(
     tokens: Tensor | None,
     progress: Progress | None,
     journal: Journal,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     rules = unequal(assignment)
 
     def watch(target: Target) -> Any | None:
@@ -93,17 +131,22 @@ def _shares(
     for name in sorted(targets.keys() - seen.keys() - little):
         with architecture.holding(targets[name].layer):
             seen[name] = reduced(targets[name], rules[name], None)
-    return {name: rule.sparsity for name, rule in allocated(assignment, seen).items()}
+    return {
+        "shares": {name: rule.sparsity for name, rule in allocated(assignment, seen).items()},
+        "curves": {name: _plain(what) for name, what in seen.items() if isinstance(what, Curve)},
+    }
 
 
 def _plain(what: Any) -> Any:
     """As a journal takes it."""
-    return {"scores": what.scores, "total": what.total} if isinstance(what, Profile) else what
+    return vars(what) if isinstance(what, Profile | Curve) else what
 
 
 def _restored(what: Any) -> Any:
     """The reverse of `_plain`."""
-    return Profile(**what) if isinstance(what, dict) else what
+    if not isinstance(what, dict):
+        return what
+    return Curve(**what) if "steps" in what else Profile(**what)
 
 
 def unequal(assignment: Assignment) -> dict[str, Rule]:

@@ -42,7 +42,7 @@ from sparsessm.pruning.blocks import chosen_blocks
 from sparsessm.pruning.naming import naming
 from sparsessm.pruning.plan import Rows
 from sparsessm.recipe.sizes import INNER, REPAIRED, Order, mixable
-from sparsessm.report.record import Row
+from sparsessm.report.row import Row
 
 LOOKED = 128  # windows whose states are looked at: a slab holds the states of one step of all of them
 HELD = 1 << 27  # bytes of states, where they are looked at after every step

@@ -27,15 +27,17 @@ from ..data.foreign import short
 from ..methods import DEFAULTS, METHODS, UNITS_DEFAULT, EntryMethod, entry_methods, unit_methods
 from ..methods.allocation import ALLOCATIONS, listed
 from ..methods.allocation import parse as parse_allocation
+from ..methods.grids import parse as parse_grid
 from ..methods.patterns import AXES, NofM, Structured, parse
 from ..methods.sparsessm import time_weights
+from .fits import LEAST_BITS, MOST_BITS, REPAIRS, fits_grid, fits_units, parse_repair
 
-REPAIRS = ("none", "self", "dense-target")
 # Fields that only some methods read. Given with others only, they are refused, not ignored.
-CHOICES = ("repair", "price", "allocation")
+CHOICES = ("repair", "price", "allocation", "grid")
 OPTIONS = sorted({option for method in entry_methods().values() for option in method.options} | set(CHOICES))
 # Prices that mean something for some families only; allocations say it in their rows.
 PRICED = {"fisher": ("ssm", "projections", "head"), "norms": ("ssm", "projections", "conv1d")}
+ON_GRIDS = ("projections", "head")
 MOST_SAMPLES = 100_000
 
 
@@ -98,6 +100,18 @@ class Choice(BaseModel):
         f"{_defaults('allocation')}. With structured:channel on Mamba-1: uniform, or "
         "loss (each layer keeps as many channels as it needs; the result is a packed directory).",
     )
+    grid: str | None = Field(
+        None,
+        description="Values that weights may take: int2 to int8, with a scale for each row and 64 columns "
+        "(int4:128: 128 columns). Then nothing is pruned unless sparsity or pattern says so. "
+        f"{_defaults('grid')}; other methods leave values as they are.",
+    )
+    bits: float | None = Field(
+        None,
+        description=f"Stored bits a weight over the pruned matrices, masks and scales counted, "
+        f"{LEAST_BITS:g} to {MOST_BITS:g}: one step for all weights, finer where an error costs more, and "
+        "zeros where they save most; instead of sparsity and grid.",
+    )
     diagonal: bool | None = Field(
         None, description="Method exact: use only the diagonal of the Gram matrix (cheaper, less exact)."
     )
@@ -144,6 +158,18 @@ class Choice(BaseModel):
             parse_allocation(allocation)
         return allocation
 
+    @field_validator("grid")
+    @classmethod
+    def _known_grid(cls, grid: str | None) -> str | None:
+        return grid if grid is None else str(parse_grid(grid))
+
+    @field_validator("bits")
+    @classmethod
+    def _is_a_rate(cls, bits: float | None) -> float | None:
+        if bits is not None and not LEAST_BITS <= bits <= MOST_BITS:  # also refuses nan
+            raise ValueError(f"bits is {bits:g}; allowed: {LEAST_BITS:g} to {MOST_BITS:g} (a weight)")
+        return bits
+
     @field_validator("repair")
     @classmethod
     def _known_repair(cls, repair: str | None) -> str | None:
@@ -164,7 +190,7 @@ class Choice(BaseModel):
     def _sparsity_fits_pattern(self) -> Self:
         pattern = parse(self.pattern or "unstructured")
         if isinstance(pattern, Structured):
-            _fits_units(self, pattern)
+            fits_units(self.chosen, pattern)
         elif self.method and not METHODS[self.method].entries and (units := METHODS[self.method].units):
             raise ValueError(
                 f"method {self.method!r} chooses whole units; it needs a pattern structured:AXIS "
@@ -181,6 +207,7 @@ class Choice(BaseModel):
                     f"allocation {self.allocation!r} has no effect with pattern {self.pattern!r}, "
                     "which fixes the number kept in every group"
                 )
+        fits_grid(self.chosen)
         return self
 
     @model_serializer(mode="wrap")
@@ -222,7 +249,8 @@ class Choice(BaseModel):
                 names = " and ".join(repr(name) for name in dict.fromkeys(row.name for row in methods))
                 readers = ", ".join(name for name, row in known.items() if reads(row, option))
                 found[option] = f"{option} has no effect with method {names}; it belongs to: {readers}"
-        for option, value in (("allocation", self.allocation), ("price", self.price)):
+        for option in ("allocation", "price", "grid", "bits"):
+            value = getattr(self, option)
             if value and option not in found and (home := homes(option, value)) and not {*home} & {*families}:
                 found[option] = (
                     f"{option} {value!r} has no effect on target {words}; it belongs to: {', '.join(home)}"
@@ -232,93 +260,21 @@ class Choice(BaseModel):
         return found
 
 
-def _fits_units(choice: Choice, pattern: Structured) -> None:
-    """Refuse what has no effect on a structured pattern.
-
-    Raises:
-        ValueError: names it.
-    """
-    given = f"pattern {str(pattern)!r}"
-    idle = [name for name in ("removed", "diagonal", "time_weights") if name in choice.chosen]
-    if idle:
-        raise ValueError(f"{idle[0]} has no effect with {given}, which removes whole units")
-    known = unit_methods()
-    if choice.method and choice.method not in known:
-        raise ValueError(
-            f"method {choice.method!r} scores single entries; methods for {given}: {', '.join(known)}"
-        )
-    method = known[choice.method or UNITS_DEFAULT]
-    if choice.allocation and choice.allocation not in (
-        allowed := [row.name for row in ALLOCATIONS.values() if row.by_layer or row.share is None]
-    ):
-        raise ValueError(f"allocation is {choice.allocation!r}; with {given}: {', '.join(allowed)}")
-    if differs(choice) and [axis for axis, _ in pattern.shares] != ["channel"]:
-        raise ValueError(
-            f"allocation {choice.allocation!r} supports only pattern 'structured:channel', "
-            f"got {str(pattern)!r}"
-        )
-    if differs(choice) and not method.eliminates:
-        able = " or ".join(repr(name) for name, row in known.items() if row.eliminates)
-        raise ValueError(
-            f"allocation {choice.allocation!r} with pattern 'structured:channel' needs method {able}, "
-            f"got {choice.method!r}"
-        )
-    if pattern.mixed and choice.sparsity is not None:
-        raise ValueError(
-            f"sparsity is {choice.sparsity:g}, but {given} already gives a share for each axis; "
-            "give only one of them"
-        )
-    if choice.sparsity == 0:
-        raise ValueError(f"sparsity is 0; {given} removes at least one unit; give a sparsity above 0")
-    if choice.repair and parse_repair(choice.repair)[0] == "self":
-        raise ValueError(f"repair is {choice.repair!r}; with {given}: none, dense-target[:STRENGTH]")
-    if method.projects and choice.repair not in (None, "none"):
-        raise ValueError(f"repair has no effect with method {choice.method!r}, which changes no other weight")
-    if method.projects:
-        if [axis for axis, _ in pattern.shares] != ["state"]:
-            raise ValueError(
-                f"method {choice.method!r} needs the pattern structured:state, got {str(pattern)!r}"
-            )
-    if choice.price == "norms":
-        raise ValueError(f"price is 'norms'; with {given}: none, fisher")
-
-
-def differs(choice: Choice) -> bool:
-    """Whether layers may keep different numbers of units."""
-    return bool(choice.allocation) and parse_allocation(choice.allocation or "")[0].by_layer
-
-
 def reads(method: EntryMethod, option: str) -> bool:
     """Whether the method looks at this field of `OPTIONS`."""
     return option in method.options or option in method.defaults
 
 
-def homes(option: str, value: str) -> tuple[str, ...]:
-    """The families that this allocation or price means something for; empty: all."""
+def homes(option: str, value: Any) -> tuple[str, ...]:
+    """The families that this allocation, price, grid or number of bits means something for; empty: all."""
+    if option in ("grid", "bits"):
+        return ON_GRIDS
     return parse_allocation(value)[0].families if option == "allocation" else PRICED.get(value, ())
 
 
-def applies(option: str, value: str, family: str) -> bool:
-    """Whether this allocation or price means something for targets of a family."""
+def applies(option: str, value: Any, family: str) -> bool:
+    """Whether this allocation, price, grid or number of bits means something for targets of a family."""
     return family in (homes(option, value) or (family,))
-
-
-def parse_repair(text: str) -> tuple[str, float]:
-    """Name and strength of "none", "self" or "dense-target[:STRENGTH]".
-
-    Raises:
-        ValueError: anything else, with what is allowed.
-    """
-    name, _, number = text.partition(":")
-    try:
-        strength = float(number) if number else 1.0
-    except ValueError:
-        strength = -1.0
-    if name not in REPAIRS or (number and name != "dense-target") or not 0 <= strength <= 1:
-        raise ValueError(
-            f"repair is {text!r}; allowed: none, self, dense-target[:STRENGTH] with a strength from 0 to 1"
-        )
-    return name, strength
 
 
 def known(kind: str, given: str, names: Iterable[str], more: str = "") -> str:

@@ -21,6 +21,7 @@ from ..data.texts import DATASETS, FILES, refuse_idle_column
 from ..methods import DEFAULTS, entry_methods, unit_methods
 from ..methods.patterns import NofM, Structured, parse
 from .fields import MOST_SAMPLES, OPTIONS, Choice, known
+from .fits import on_grid
 
 DEFAULT_SPARSITY = 0.5
 DEFAULT_LENGTH = 2048
@@ -123,7 +124,12 @@ class Recipe(Choice):
     @property
     def families(self) -> tuple[str, ...]:
         """The target families that `target` names; with rules, any."""
-        return _families(self.target, self.rules)
+        return _families(self.target or self._usual_target, self.rules)
+
+    @property
+    def _usual_target(self) -> str:
+        """Where none is named: a grid leaves A_log alone."""
+        return "projections" if on_grid(self.chosen) else "all"
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -144,6 +150,8 @@ class Recipe(Choice):
                         "layer"
                     )
             return self
+        if self.samples == "auto" and on_grid(self.chosen):
+            raise ValueError("samples 'auto' compares masks; give a number of samples with grid or bits")
         for rule in self.rules:
             if isinstance(parse(rule.pattern or "unstructured"), Structured):
                 raise ValueError(f"pattern {rule.pattern!r} is for the whole model, not for a rule")
@@ -217,14 +225,20 @@ class Recipe(Choice):
         """
         kept = self.model_dump(exclude_unset=True)
         brought = set()
-        if fields.get("method", self.method) != self.method:
+        if (method := fields.get("method", self.method)) != self.method:
             brought |= {*OPTIONS}
+            if on_grid({"method": method}) != on_grid(self.chosen):  # one leaves A_log and all weights there
+                brought |= {"sparsity", "target", "removed"}
         if fields.get("pattern", self.pattern) != self.pattern:
             brought |= {"sparsity", "allocation"}
             if _takes_units(fields["pattern"]):
                 brought |= {"target", "rules", "ignore", "removed", "diagonal", "time_weights"}
             if _takes_units(fields["pattern"]) != self.takes_units:  # other methods and repairs
                 brought |= self._strange(_takes_units(fields["pattern"]))
+        if fields.get("bits"):
+            brought |= {"grid", "sparsity", "allocation"}
+        elif fields.get("grid") or fields.get("sparsity") is not None:
+            brought |= {"bits"}
         if fields.get("data", self.data) != self.data:
             brought |= {"column"}
         if fields.get("rules"):
@@ -259,19 +273,22 @@ class Recipe(Choice):
             trained_length: longest text in tokens the model was trained on, None if unknown.
         """
         pattern = parse(self.pattern or "unstructured")
-        sparsity = DEFAULT_SPARSITY if self.sparsity is None else self.sparsity
+        usual = 0.0 if on_grid(self.chosen) else DEFAULT_SPARSITY
+        sparsity = usual if self.sparsity is None else self.sparsity
         facts: dict[str, Any] = {
             "model": model,
             "sparsity": pattern.sparsity if isinstance(pattern, NofM) else sparsity,
             "pattern": str(pattern),
             "length": self.length or window_length(trained_length),
         }
+        if self.bits is not None and not isinstance(pattern, NofM):
+            del facts["sparsity"]  # what comes out
         if isinstance(pattern, Structured):
             if pattern.mixed:
                 del facts["sparsity"]
             return Recipe(**{**self.model_dump(), **facts})
         if not self.rules:
-            facts["target"] = self.target or "all"
+            facts["target"] = self.target or self._usual_target
         if "ssm" in self.families:
             facts["removed"] = self.removed or "memoryless"
         return Recipe(**{**self.model_dump(), **facts})

@@ -22,9 +22,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from sparsessm.architectures import Target
-from sparsessm.methods import allocation, patterns
+from sparsessm.methods import allocation, grids, patterns
 from sparsessm.methods.base import UNIFORM, Rule, seed_of
-from sparsessm.recipe.fields import OPTIONS, Choice, applies, parse_repair, reads
+from sparsessm.recipe.fields import OPTIONS, Choice, applies, reads
+from sparsessm.recipe.fits import parse_repair
 from sparsessm.recipe.recipe import DEFAULT_SPARSITY, Recipe
 
 ON_REQUEST = ("conv1d", "head")
@@ -139,6 +140,14 @@ def _joined(recipe: Recipe, fields: Choice) -> dict[str, object]:
             base.pop(name, None)
     elif fields.sparsity is not None:
         base.pop("pattern", None)
+    for one, others in (
+        ("bits", ("grid", "sparsity", "allocation")),
+        ("grid", ("bits",)),
+        ("sparsity", ("bits",)),
+    ):
+        if one in fields.chosen:
+            for name in others:
+                base.pop(name, None)
     return base | fields.chosen
 
 
@@ -146,7 +155,10 @@ def _rule(recipe: Recipe, choice: Choice, target: Target, hit: Sequence[Target])
     method = choice.methods([target.family])[target.family]
     pattern = patterns.parse(choice.pattern or "unstructured")
     assert not isinstance(pattern, patterns.Structured), "whole units are sizes.py's part"
-    sparsity = DEFAULT_SPARSITY if choice.sparsity is None else choice.sparsity
+    grid = (choice.grid or method.defaults.get("grid")) if applies("grid", "", target.family) else None
+    bits = choice.bits if reads(method, "bits") and applies("bits", "", target.family) else None
+    usual = 0.0 if grid or bits else DEFAULT_SPARSITY
+    sparsity = usual if choice.sparsity is None else choice.sparsity
     name = choice.allocation or method.defaults["allocation"]
     if not applies("allocation", name, target.family):
         name = method.defaults["allocation"]
@@ -156,6 +168,8 @@ def _rule(recipe: Recipe, choice: Choice, target: Target, hit: Sequence[Target])
     if isinstance(pattern, patterns.NofM):
         _refuse_indivisible(pattern, target)
         sparsity, name = pattern.sparsity, UNIFORM.name
+    if grid and not sparsity:  # there is nothing to share out
+        name = UNIFORM.name
     repair, strength = "none", 1.0
     if "repair" in method.defaults:
         repair, strength = parse_repair(choice.repair or method.defaults["repair"])
@@ -169,7 +183,9 @@ def _rule(recipe: Recipe, choice: Choice, target: Target, hit: Sequence[Target])
         repair=repair,
         strength=strength,
         price=price,
-        allocation=allocation.parse(name, target.family),
+        allocation=(allocation.ONE_STEP, 0.0) if bits else allocation.parse(name, target.family),
+        grid=grids.parse(grid) if grid and reads(method, "grid") else None,
+        bits=bits,
         diagonal=bool(choice.diagonal),
         time_weights=choice.time_weights or "power:1",
         length=recipe.length or 0,
@@ -178,7 +194,7 @@ def _rule(recipe: Recipe, choice: Choice, target: Target, hit: Sequence[Target])
 
 
 def words(rule: Rule) -> dict[str, str]:
-    """The names of what a rule does: method, pattern, removed, repair, price, allocation."""
+    """The names of what a rule does: method, pattern, removed, repair, price, allocation, grid."""
     row, number = rule.allocation
     return {
         "method": rule.method.name,
@@ -187,6 +203,7 @@ def words(rule: Rule) -> dict[str, str]:
         "repair": f"{rule.repair}:{rule.strength:g}" if rule.paired else rule.repair,
         "price": rule.price,
         "allocation": f"{row.name}:{number:g}" if row.letter else row.name,
+        "grid": f"{rule.bits:g} bits" if rule.bits else str(rule.grid or "none"),
     }
 
 

@@ -15,7 +15,7 @@ from sparsessm.methods import UNITS_DEFAULT, unit_methods
 from sparsessm.methods.observers import StateMoments
 from sparsessm.methods.patterns import AXES, Structured, parse
 from sparsessm.methods.structured import UnitMethod
-from sparsessm.recipe.fields import differs, parse_repair
+from sparsessm.recipe.fits import differs, parse_repair
 from sparsessm.recipe.recipe import DEFAULT_SPARSITY, Recipe
 
 MULTIPLE = 16  # of channels, which hardware likes
@@ -100,7 +100,7 @@ def order(recipe: Recipe, architecture: Architecture) -> Order:
         raise ValueError(
             f"pattern '{pattern}': a {type(architecture).__name__} model has no units that can be removed"
         )
-    by_layer = differs(recipe)
+    by_layer = differs(recipe.chosen)
     if by_layer and not architecture.widens:
         kind = type(architecture).__name__
         why = "this one has them already" if type(architecture).widens else f"this is a {kind}"

@@ -13,7 +13,9 @@ from typing import Any
 
 from ..data.texts import DATASETS
 from ..methods.hessian import DAMPING
+from ..methods.levels import Levels
 from . import machine
+from .row import Row, relative
 
 RECORD_FORMAT = 1
 ENOUGH = 16  # windows; intervals from fewer are too narrow (evaluation/perplexity.py)
@@ -25,56 +27,6 @@ REMOVED_WORDS = {
     "projected": "the state was projected to fewer directions by `B_projection` and `C_projection`",
 }
 PACKED_ONLY = "No stock configuration can describe this model: only sparsessm can load this directory."
-
-
-@dataclass(frozen=True)
-class Row:
-    """What happened to one target.
-
-    Attributes:
-        target: full parameter name, as in the checkpoint.
-        layer: index of its block.
-        family: "ssm", "projections", "conv1d" or "head".
-        method, pattern: as in the recipe, or the family's own.
-        removed: what an entry became, see `REMOVED_WORDS`.
-        total: entries of the matrix.
-        pruned: entries removed, counted from the mask and not from values.
-        allocation, repair, price: as they were applied; "none" where they were not.
-        damping: share of its mean diagonal that the Hessian got added: 0.01, more if it was singular; None
-            without a Hessian.
-        error: energy of the output error with the layer's input fixed, against what the repair aims at; None
-            where the method does not know it.
-        signal: energy of the layer's output, in the unit of `error`.
-        tokens: calibration tokens that an expert saw; None elsewhere.
-        repaired: other parameters that were changed to make up for the removal, by full name.
-    """
-
-    target: str
-    layer: int
-    family: str
-    method: str
-    pattern: str
-    removed: str
-    total: int
-    pruned: int
-    allocation: str = "uniform"
-    repair: str = "none"
-    price: str = "none"
-    damping: float | None = None
-    error: float | None = None
-    signal: float | None = None
-    tokens: int | None = None
-    repaired: tuple[str, ...] = ()
-
-    @property
-    def sparsity(self) -> float:
-        """Share of entries removed."""
-        return self.pruned / self.total if self.total else 0.0
-
-    @property
-    def relative_error(self) -> float | None:
-        """error / signal; None if either is unknown."""
-        return _relative(self.error, self.signal)
 
 
 @dataclass
@@ -94,6 +46,7 @@ class Report:
         shape: axis -> units that stayed in every layer, then. trials: what was measured to find how much each
             axis gives, where the recipe left it open (`mixes.Trial`s as plain values).
         pruned_before: the model had been pruned in memory already, so the recipe alone does not repeat it.
+        levels: codes and scales of the targets on a grid, by name; not part of the record.
         packed: no stock checkpoint can hold it: projected states, or layers of different widths.
         machine: on which it ran; masks may differ on another (`machine.current`).
     """
@@ -108,6 +61,7 @@ class Report:
     parameters: dict[str, int] = field(default_factory=dict)
     shape: dict[str, int] = field(default_factory=dict)
     trials: list[dict[str, Any]] = field(default_factory=list)
+    levels: dict[str, Levels] = field(default_factory=dict, repr=False)
     text: dict[str, str] = field(default_factory=dict)
     pruned_before: bool = False
     packed: bool = False
@@ -115,7 +69,8 @@ class Report:
 
     @property
     def totals(self) -> dict[str, dict[str, Any]]:
-        """By family: tensors, entries, pruned, sparsity and the mean relative error (None if unknown)."""
+        """By family: tensors, entries, pruned, sparsity, the mean relative error and stored bits a weight
+        (None if unknown, or not on a grid)."""
         totals: dict[str, dict[str, Any]] = {}
         for family in dict.fromkeys(row.family for row in self.rows):
             rows = [row for row in self.rows if row.family == family]
@@ -127,6 +82,7 @@ class Report:
                 "pruned": pruned,
                 "sparsity": pruned / entries if entries else 0.0,
                 "error": _mean(errors),
+                "bits": _bits([vars(row) for row in rows]),
             }
         return totals
 
@@ -199,6 +155,12 @@ class Report:
             if share is None
             else f"{names} {verb} {float(f'{100 * share:.2g}'):g} % of the bytes of this model. "
         )
+        size += "".join(
+            f"They take {total['bits']:.3g} bits a weight, masks and scales counted; "
+            f"{percent(total['sparsity'])} of them are zero. "
+            for total in self.totals.values()
+            if total["bits"] is not None
+        )
         if self.packed:
             return f"{size}Removed entries are not stored if that takes fewer bytes. {PACKED_ONLY}"
         return size + (
@@ -255,7 +217,10 @@ def removed_table(
     """Columns and text cells: a line for each kind of tensor in a record, one for a family of several kinds.
 
     The first two columns are words. Beside a kind's share stands that of its least and most pruned tensor.
+    The last column, stored bits a weight, is there where something is on a grid.
     """
+    rows = list(rows)
+    on_grid = any(row.get("bits") is not None for row in rows)
     kinds: dict[str, dict[str, list[Mapping[str, Any]]]] = {family: {} for family in totals}
     for row in rows:
         kinds[row["family"]].setdefault(kind_of(row["target"]), []).append(row)
@@ -264,7 +229,7 @@ def removed_table(
         for kind, same in parts.items():
             by = dict.fromkeys(f"{row['method']}, {row['pattern']}" for row in same)
             entries, pruned = (sum(row[count] for row in same) for count in ("total", "pruned"))
-            errors = [e for row in same if (e := _relative(row["error"], row["signal"])) is not None]
+            errors = [e for row in same if (e := relative(row["error"], row["signal"])) is not None]
             cells.append(
                 [
                     kind,
@@ -273,6 +238,7 @@ def removed_table(
                     *_counts(pruned, entries),
                     _range([row["pruned"] / row["total"] for row in same if row["total"]]),
                     number(_mean(errors), ".2e"),
+                    *([number(_bits(same), ".3f")] if on_grid else []),
                 ]
             )
         if len(parts) > 1:
@@ -280,8 +246,10 @@ def removed_table(
             counts = _counts(total["pruned"], total["entries"])
             cells.append(
                 [f"all {family}", "", str(total["tensors"]), *counts, "", number(total["error"], ".2e")]
+                + ([number(total["bits"], ".3f")] if on_grid else [])
             )
-    return ["kind", "method", "tensors", "removed", "of", "sparsity", "range", "relative error"], cells
+    head = ["kind", "method", "tensors", "removed", "of", "sparsity", "range", "relative error"]
+    return head + ["bits a weight"] * on_grid, cells
 
 
 def targets_table(
@@ -290,7 +258,7 @@ def targets_table(
     """Columns and text cells: a line for each row of a record, then one for each family."""
     cells = []
     for row in rows:
-        error = number(_relative(row["error"], row["signal"]), ".2e")
+        error = number(relative(row["error"], row["signal"]), ".2e")
         by = f"{row['method']}, {row['pattern']}"
         cells.append([row["target"], by, *_counts(row["pruned"], row["total"]), error])
     for family, total in totals.items():
@@ -377,8 +345,10 @@ def kind_of(parameter: str) -> str:
     return parts[-2] if parts[-1] in ("weight", "bias") and len(parts) > 1 else parts[-1]
 
 
-def _relative(error: float | None, signal: float | None) -> float | None:
-    return error / signal if error is not None and signal else None
+def _bits(rows: Iterable[Mapping[str, Any]]) -> float | None:
+    """Stored bits a weight, of rows of a record that are all on a grid."""
+    bits, entries = [row.get("bits") for row in rows], sum(row["total"] for row in rows)
+    return None if None in bits or not entries else sum(filter(None, bits)) / entries
 
 
 def _mean(values: list[float]) -> float | None:

@@ -1,0 +1,142 @@
+"""Stage 4, the repair of a matrix that stays on its grid, in place of `repair.refit`.
+
+Codes by coordinate descent, then scales by least squares, both towards the same goal and under the same
+Hessian as the sweep. New levels are returned; none is changed. Formulas in docs/methods.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from sparsessm.methods.grids import Rounding
+from sparsessm.methods.hessian import Factor
+from sparsessm.methods.levels import Levels, as_factors, as_scales
+
+PASSES = 2  # of coordinate descent
+ROUNDS = 3  # of row and column factors in turn
+FARTHEST = 2.0  # a fit changes a scale by this factor at most
+RIDGE = 1e-3  # share of the mean diagonal, in the least squares of column factors
+
+# (wanted values of a column in units of their scales, what an error costs there) -> codes.
+Nearest = Callable[[Tensor, Tensor], Tensor]
+
+
+def refit(
+    levels: Levels, goal: Tensor, gram: Tensor, factor: Factor, keep: Tensor, rounding: Rounding
+) -> Levels:
+    """Repair a matrix on its grid, the mask being fixed; as `repair.refit`.
+
+    Args:
+        levels: as the sweep left them. goal: (out, in), the weights to approach. gram: H, (in, in).
+        keep: (out, in) bool, what the mask keeps; more may be zero. rounding: that of the sweep.
+    """
+    hessian = damped(gram, factor)
+    if levels.columns is not None:
+        levels = fit_factors(levels, goal, hessian, rounding.prices)
+    costs = hessian.diagonal() * factor.pivots.square()
+    levels = descend(levels, goal, hessian, keep, rounding.nearest, costs)
+    if levels.columns is not None:
+        return fit_factors(levels, goal, hessian, rounding.prices)
+    return fit_groups(levels, goal, hessian)
+
+
+def damped(gram: Tensor, factor: Factor) -> Tensor:
+    """H + added I, as the sweep's factor has it; (in, in)."""
+    power = gram.diagonal()
+    return gram + torch.diag(torch.where(factor.dead, 1.0, 0.0) * power.mean() + factor.added)
+
+
+def descend(
+    levels: Levels,
+    goal: Tensor,
+    hessian: Tensor,
+    keep: Tensor,
+    nearest: Nearest,
+    costs: Tensor | None = None,
+    passes: int = PASSES,
+) -> Levels:
+    """Other codes on the same grid: each column in turn takes the nearest to what the others ask of it.
+
+    With R = (W - goal) H the error is least at w_j - R_j / H_jj, the other columns being fixed, so a step
+    never makes it larger; with a thrifty grid, never the error and what its bits are worth together.
+
+    Args:
+        goal: (out, in). hessian: (in, in), positive definite. keep: (out, in) bool, what may be other than 0.
+        nearest: the codes of a column. costs: (in,), H_jj in units of 1 / U_jj^2; 1 if None.
+    """
+    costs = torch.ones_like(goal[0]) if costs is None else costs
+    codes = levels.codes.T.to(goal.dtype).contiguous()  # (in, out)
+    scales = levels.scales().T.to(goal.dtype).expand(codes.shape).contiguous()
+    lanes, kept, power = codes * scales, keep.T.contiguous(), hessian.diagonal()
+    rest = hessian @ (lanes - goal.T)
+    for _ in range(passes):
+        for column, lane in enumerate(lanes):
+            wanted = (lane - rest[column] / power[column]) / scales[column]
+            code = torch.where(kept[column], nearest(wanted, costs[column]), 0.0)
+            rest.addr_(hessian[column], (code - codes[column]) * scales[column])
+            codes[column] = code
+            lane.copy_(code * scales[column])
+    return replace(levels, codes=codes.T.short().contiguous())
+
+
+def fit_groups(levels: Levels, goal: Tensor, hessian: Tensor) -> Levels:
+    """The scales of all groups of a row together, by least squares; codes stay.
+
+    A row keeps its scales where the fit would turn the sign of one or more than double it.
+    """
+    groups = levels.rows.shape[1]
+    codes, hessian = levels.codes.double(), hessian.double()
+    pieces = [slice(at * levels.group, (at + 1) * levels.group) for at in range(groups)]
+    images = torch.stack([codes[:, piece] @ hessian[piece] for piece in pieces], 1)  # (out, groups, in)
+    products = torch.stack([(images[..., piece] * codes[:, None, piece]).sum(-1) for piece in pieces], -1)
+    wanted = (images * goal.double()[:, None]).sum(-1)  # (out, groups)
+    mean = products.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-300)
+    old = levels.rows.double()
+    damp = 1e-8 * mean[:, None]
+    products.diagonal(dim1=1, dim2=2).add_(damp)
+    found = torch.linalg.solve(products, wanted + damp * old)
+    fine = torch.isfinite(found) & (found > old / FARTHEST) & (found < old * FARTHEST)
+    return replace(levels, rows=as_scales(torch.where(fine.all(1, keepdim=True), found, old)))
+
+
+def fit_factors(
+    levels: Levels, goal: Tensor, hessian: Tensor, prices: Tensor | None = None, rounds: int = ROUNDS
+) -> Levels:
+    """Row and column factors in turn, each by least squares with the other fixed; codes stay.
+
+    Rows: a_i = <z_i, V_i> / <z_i, z_i> under H. Columns: (H o W'FW) g = diag(W'F V H), damped towards 1.
+    Factors are coarse: where rounding them loses what the fit gains, they stay.
+    """
+    assert levels.columns is not None
+    goal, hessian = goal.double(), hessian.double()
+    value, wanted = levels.values().double(), goal @ hessian
+    costs = (torch.ones_like(goal[:, 0]) if prices is None else prices)[:, None]
+    rows, columns = levels.rows[:, 0].double(), levels.columns.double()
+
+    def of_rows(value: Tensor) -> Tensor:
+        power = ((value @ hessian) * value).sum(1)
+        change = torch.where(power > 0, (wanted * value).sum(1) / power.clamp(min=1e-300), 1.0)
+        return change.clamp(1 / FARTHEST, FARTHEST)
+
+    def error(value: Tensor) -> float:
+        return float((((value @ hessian - 2 * wanted) * value) * costs).sum())
+
+    for _ in range(rounds):
+        change = of_rows(value)
+        rows, value = rows * change, value * change[:, None]
+        priced = costs * value
+        products, target = hessian * (value.T @ priced), (priced * wanted).sum(0)
+        damp = RIDGE * products.diagonal().mean().clamp(min=1e-300)
+        products.diagonal().add_(damp)
+        change = torch.linalg.solve(products, target + damp).clamp(1 / FARTHEST, FARTHEST)
+        columns, value = columns * change, value * change
+    new_rows, new_columns = as_factors(rows, columns)
+    found = replace(levels, rows=new_rows[:, None], columns=new_columns)
+    # rows once more, to the columns as they are now
+    new_rows, new_columns = as_factors(found.rows[:, 0].double() * of_rows(found.values().double()), columns)
+    found = replace(levels, rows=new_rows[:, None], columns=new_columns)
+    return found if error(found.values().double()) < error(levels.values().double()) else levels

@@ -1,0 +1,99 @@
+"""Rounding in a run: bits asked for are met, what is stored gives the weights exactly, others stay."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lively import TOKENS, mamba
+from planned import prune
+
+from sparsessm.architectures import adapt
+from sparsessm.pruning.plan import Rows
+from sparsessm.recipe.recipe import Recipe
+from sparsessm.report.record import Report
+
+
+def run(model: torch.nn.Module, **fields: object) -> Report:
+    recipe = Recipe(**fields).resolved(model="m", trained_length=21)
+    return prune(adapt(model), recipe, TOKENS)
+
+
+@pytest.mark.parametrize("bits", [2.5, 3.25, 6.0])
+def test_bits_are_met(bits: float) -> None:
+    model = mamba()
+    report = run(model, bits=bits)
+    (total,) = report.totals.values()
+    assert total["bits"] == pytest.approx(bits, rel=0.02)
+    assert report.recipe["target"] == "projections" and "sparsity" not in report.recipe
+    assert {row.family for row in report.rows} == {"projections"}
+    steps = [row.step for row in report.rows]
+    assert all(steps) and max(steps) < 1.3 * min(steps), "one step, up to what was foretold wrongly"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"bits": 3.25},
+        {"grid": "int4"},
+        {"grid": "int3:16", "sparsity": 0.5},
+        {"grid": "int4:8", "pattern": "2:4", "ignore": ("dt_proj",)},
+        {"bits": 5, "pattern": "2:4", "ignore": ("dt_proj",)},
+        {"method": "rtn", "grid": "int8"},
+        {"method": "gptq", "repair": "dense-target"},
+        {"method": "wanda", "grid": "int4", "sparsity": 0.25},
+        {"method": "magnitude", "grid": "int5", "sparsity": 0.25, "target": "projections"},
+    ],
+)
+def test_what_is_stored_is_the_model(fields: dict[str, object]) -> None:
+    model = mamba()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    report = run(model, **fields)
+    assert report.levels.keys() == {row.target for row in report.rows}
+    for row in report.rows:
+        levels, weight = report.levels[row.target], model.state_dict()[row.target]
+        assert torch.equal(levels.values(), weight.flatten(1)) and weight.dtype == torch.float32
+        assert row.bits == levels.bits and row.pruned == int((~levels.keep).sum())
+        share = {"sparsity": fields.get("sparsity"), "pattern": 0.5}
+        if fields.get("pattern"):
+            groups = (weight.flatten(1) != 0).unflatten(1, (-1, 4)).sum(-1)
+            assert (groups <= 2).all()
+        elif "sparsity" in fields:
+            assert row.pruned >= 0.2 * share["sparsity"] * row.total
+        elif "grid" in fields:
+            assert row.pruned == 0
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]) == (name not in report.levels), name
+
+
+def test_more_bits_are_nearer() -> None:
+    for rows in [{"grid": f"int{bits}"} for bits in (2, 4, 8)], [{"bits": bits} for bits in (2.5, 4, 8)]:
+        errors = [run(mamba(), **fields).totals["projections"]["error"] for fields in rows]
+        assert errors[0] > 1.5 * errors[1] > 5 * errors[2]
+
+
+def test_zeros_stay_zeros() -> None:
+    for fields in ({"bits": 4.0}, {"grid": "int4"}):
+        model = mamba()
+        weight = model.backbone.layers[0].mixer.in_proj.weight
+        with torch.no_grad():
+            weight[::2, ::3] = 0
+        gone = weight == 0
+        run(model, **fields)
+        assert not weight[gone].any() and weight[~gone].any()
+
+
+def test_rows_that_were_noted_come_back_with_what_is_stored() -> None:
+    """In the form in which a journal keeps them."""
+    report = run(mamba(), bits=3.25)
+    noting = Rows(SimpleNamespace(left={}))
+    for row in report.rows:
+        noting.add(row, report.levels[row.target])
+    noted = noting.new()
+    assert noting.new() == []
+    again = Rows(SimpleNamespace(left={0: noted[:3], 1: noted[3:], 2: None}))
+    assert again.all == report.rows and again.new() == []
+    for name, levels in report.levels.items():
+        assert torch.equal(again.levels[name].values(), levels.values())
+        assert again.levels[name].bits == levels.bits
