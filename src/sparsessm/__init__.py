@@ -390,9 +390,10 @@ def _saved(checkpoint: Checkpoint, path: str | Path, report: Report | None, forc
     from . import checkpoint as files
 
     record = card = None
+    levels = report.levels if report is not None else {}
     if report is not None:
         source = checkpoint.source
         hub_id = source if local_folder(source) is None else None
-        format = "packed" if Own.of(checkpoint.model) else checkpoint.format
+        format = "packed" if levels or Own.of(checkpoint.model) else checkpoint.format
         record, card = report.record(), cards.card(report, source, base_model=hub_id, format=format)
-    return files.save(checkpoint, path, record=record, card=card, force=force)
+    return files.save(checkpoint, path, record=record, card=card, force=force, levels=levels)

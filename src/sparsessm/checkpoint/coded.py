@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import final
+from typing import Any, Protocol, final
 
 import numpy as np
 import torch
@@ -255,6 +255,40 @@ class Coded(PackedTensor):
 def plain(tensor: PackedTensor) -> Encoded:
     """The same with values of its own, codes in the stock dtype: what the runtime computes with."""
     return tensor if isinstance(tensor, Encoded) else encode(tensor.name, tensor.decode())
+
+
+class OnGrid(Protocol):
+    """A matrix on a grid, as methods/levels.py has it; see there."""
+
+    @property
+    def codes(self) -> Tensor: ...
+    @property
+    def rows(self) -> Tensor: ...
+    @property
+    def columns(self) -> Tensor | None: ...
+    @property
+    def group(self) -> int: ...
+    @property
+    def width(self) -> int: ...
+    @property
+    def masked(self) -> bool: ...
+    @property
+    def forms(self) -> Tensor: ...
+
+
+def code(name: str, dtype: torch.dtype, found: OnGrid) -> Coded:
+    """A matrix on a grid as it is stored, not one bit of it lost.
+
+    Args:
+        name, dtype: of the stock tensor.
+
+    Raises:
+        ValueError: as `fixed` and `nested`.
+    """
+    if found.columns is not None:
+        return nested(name, dtype, found.codes, found.rows[:, 0], found.columns, found.forms)
+    how: dict[str, Any] = {"width": found.width, "group": found.group, "masked": found.masked}
+    return fixed(name, dtype, found.codes, found.rows, **how)
 
 
 def fixed(

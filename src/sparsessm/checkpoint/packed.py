@@ -26,6 +26,7 @@ from . import container, packed_file, reading, writing
 from .apart import one_by_one
 from .assembly import stock_model
 from .at_rest import at_rest
+from .coded import OnGrid, code
 from .container import PACKED, Format
 from .encoding import TRIED, Encoded, encode
 from .files import few
@@ -226,13 +227,20 @@ def save(
     record: Mapping[str, Any] | None = None,
     card: str | None = None,
     force: bool = False,
+    levels: Mapping[str, OnGrid] | None = None,
 ) -> Path:
-    """As `writing.save`; packed, without loss, where a stock checkpoint cannot hold the model."""
-    if not Own.of(checkpoint.model):
+    """As `writing.save`; packed, without loss, where a stock checkpoint cannot hold the model.
+
+    Args:
+        levels: of the matrices that are on a grid, by name: a stock checkpoint would round them.
+    """
+    if not levels and not Own.of(checkpoint.model):
         return writing.save(checkpoint, path, record=record, card=card, force=force)
     refuse_existing(path, force, checkpoint.source)  # before the work
-    shapes = {name: form.shape for name, form in stored_forms(checkpoint).items()}
-    tensors = _Smallest(shapes, partial(stored_tensor, checkpoint), record or {})
+    forms = stored_forms(checkpoint)
+    shapes = {name: form.shape for name, form in forms.items()}
+    whole = _Smallest(shapes, partial(stored_tensor, checkpoint), record or {})
+    tensors = _OnGrid(whole, partial(stored_tensor, checkpoint), levels or {})
     outline = packed_file.outline(checkpoint.format, tensors)
     ours = writing.beside(record, card)
     weights = partial(_write, checkpoint.format, tensors, outline)
@@ -283,6 +291,28 @@ class _Smallest(Unread):
         tried = (self._patterns[name],) if name in self._patterns else TRIED
         found = encode(name, tensor, int8=quantised, patterns=tried, removed=removed)
         self._found[name] = found.label, found.removed
+        return found
+
+
+class _OnGrid(Unread):
+    """Tensors, some of which are on a grid."""
+
+    def __init__(self, others: Unread, stored: Callable[[str], Tensor], levels: Mapping[str, OnGrid]) -> None:
+        """stored: the tensor of a name in the dtype it is stored in. levels: by name."""
+        self._others, self._stored, self._levels = others, stored, levels
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """As `Unread.shapes`."""
+        return self._others.shapes
+
+    def __getitem__(self, name: str) -> PackedTensor:
+        if name not in self._levels:
+            return self._others[name]
+        now = self._stored(name)
+        found = code(name, now.dtype, self._levels[name])
+        if not torch.equal(found.decode(), now):
+            raise ValueError(f"{name} was changed since it was put on its grid; prune it again")
         return found
 
 
