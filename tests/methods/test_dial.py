@@ -29,6 +29,16 @@ def test_some_rows_foretell_the_bits_of_all(size: float, spread: float) -> None:
     assert curve.at(size * middle) == pytest.approx(rounding.levels().bits, rel=0.04)
 
 
+def test_rows_that_cost_nothing_take_no_bits() -> None:
+    W, X = problem(1, 40, 16)
+    weight, factor = torch.from_numpy(W), factorise(torch.from_numpy(X @ X.T / X.shape[1]))
+    prices = torch.ones(40, dtype=torch.float64)
+    prices[:20] = 0
+    curve = foretell(weight, factor, prices, weight == 0)
+    half = foretell(weight[20:], factor, prices[20:], weight[20:] == 0)
+    assert curve.at(0.3) - curve.least == pytest.approx(half.at(0.3) - half.least, rel=0.1)
+
+
 @settings(deadline=None, max_examples=30)
 @given(seed=SEEDS, share=st.floats(0, 1))
 def test_the_step_gives_the_bits_that_are_asked_for(seed: int, share: float) -> None:

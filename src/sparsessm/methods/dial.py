@@ -23,6 +23,7 @@ from sparsessm.methods.patterns import Unstructured
 from sparsessm.methods.repair import sweep
 
 ROWS = 96  # of a matrix that are swept at every step
+CHEAPEST = 1e-40  # price of a row that costs nothing: its step must be a number
 FINEST, COARSEST = -9, 3  # steps that are tried, as powers of two of the root mean square of a weight
 
 
@@ -104,7 +105,9 @@ def foretell(weight: Tensor, factor: Factor, prices: Tensor | None, gone: Tensor
     """
     out, columns = weight.shape
     pivots = factor.pivots
-    units = torch.ones(out, dtype=torch.float64, device=weight.device) if prices is None else prices.rsqrt()
+    units = torch.ones(out, dtype=torch.float64, device=weight.device)
+    if prices is not None:
+        units = prices.clamp(min=CHEAPEST).rsqrt()
     size = weight.masked_fill(gone, 0.0) / pivots / units[:, None].to(weight.dtype)
     middle = float(size.double().square().mean().sqrt())
     if not middle > 0 or not math.isfinite(middle):

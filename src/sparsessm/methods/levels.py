@@ -99,12 +99,9 @@ class Levels:
     @property
     def entropy(self) -> float:
         """Bits of the codes under an ideal code that knows how often each is in a row, and of the rest."""
-        numbers = self.codes.long() - int(self.codes.min())
-        size = int(numbers.max()) + 1
-        of_rows = numbers + size * torch.arange(len(numbers), device=numbers.device)[:, None]
-        counts = torch.bincount(of_rows.flatten(), minlength=size * len(numbers)).view(-1, size).double()
-        shares = (counts / self.codes.shape[1]).clamp(min=1e-300)
-        return float(-(counts * shares.log2()).sum()) + self.side_bits
+        rows = torch.arange(len(self.codes), device=self.codes.device)[:, None]
+        counts = (self.codes + (rows << 16)).unique(return_counts=True)[1].double()
+        return float(-(counts * (counts / self.codes.shape[1]).log2()).sum()) + self.side_bits
 
 
 def factor_bits(rows: int, columns: int) -> int:
