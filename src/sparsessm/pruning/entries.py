@@ -83,9 +83,6 @@ class EntryPlan(Plan):
         for block in (*architecture.blocks, architecture.tail):
             if block.index in stage.left:
                 stage.restore(block)
-                for target in block.targets:
-                    if target.name in rows.levels:  # which the dtype of a checkpoint would round
-                        target.replace_exactly(rows.levels[target.name].values())
         how = {"paired": any(rule.paired for rule in rules.values()), "stage": stage, "note": rows.new}
         for target, look in visit(architecture, rules, _watching(rules), tokens, progress, **how):
             with naming(target.name):
