@@ -22,8 +22,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sparsessm import checkpoint
-from sparsessm.checkpoint import container
-from sparsessm.checkpoint.encoding import bits_of
+from sparsessm.checkpoint import PackedTensor, container, packed_file
+from sparsessm.checkpoint.coded import fixed, nested
+from sparsessm.checkpoint.encoding import bits_of, encode
 
 HERE = Path(__file__).parent
 GOLDEN, CORPUS, TOOLS = HERE / "golden", HERE / "corpus/packed", HERE.parent / "tools"
@@ -81,6 +82,33 @@ def golden_tensors() -> dict[str, Tensor]:
     return tensors
 
 
+def golden_coded() -> dict[str, PackedTensor]:
+    """The same model, its four matrices on grids of every kind, every form of a row among them."""
+    tensors = {name: encode(name, tensor) for name, tensor in golden_tensors().items()}
+    found: dict[str, PackedTensor] = {**tensors}
+
+    def codes(name: str, most: int) -> Tensor:
+        rows, columns = tensors[name].shape
+        return (torch.arange(rows * columns) * 37 % (2 * most + 1) - most).view(rows, columns)
+
+    def scales(*shape: int) -> Tensor:
+        return (torch.arange(math.prod(shape)) % 5 + 1).view(shape).half() / 64
+
+    def put(name: str, codes: Tensor, group: int, width: int, masked: bool) -> None:
+        by_group = scales(len(codes), -(-codes.shape[1] // group))
+        how: dict[str, Any] = {"width": width, "group": group, "masked": masked}
+        found[name] = fixed(name, tensors[name].dtype, codes, by_group, **how)
+
+    put(IN, codes(IN, 4), 3, 3, True)
+    put(DT, 2 * codes(DT, 7) + 1, 2, 4, False)
+    put(OUT, codes(OUT, 8).clamp(max=7), 16, 4, False)
+    wide = codes(X, 40) * (torch.arange(9)[:, None] % 4 > 0)
+    wide[1::4] %= 3
+    forms = torch.tensor([0, 1, 2, 5, 0, 2, 9, 3, 2])
+    found[X] = nested(X, tensors[X].dtype, wide, scales(9), scales(16), forms)
+    return found
+
+
 def write_golden_source(folder: Path) -> dict[str, Tensor]:
     folder.mkdir()
     tensors = golden_tensors()
@@ -106,9 +134,13 @@ def write_golden() -> None:
             checkpoint.pack(Path(scratch) / "in", Path(scratch) / name, **options)
             for file in (container.PACKED, "config.json", "pruning.json"):
                 (GOLDEN / name / file).write_bytes((Path(scratch) / name / file).read_bytes())
+    (GOLDEN / CODED).mkdir(exist_ok=True)
+    (GOLDEN / CODED / "config.json").write_text(config + "\n")
+    packed_file.write(GOLDEN / CODED / container.PACKED, "transformers", golden_coded())
 
 
 GOLDENS: dict[str, dict[str, str]] = {"lossless": {}, "int8": {"dtype": "int8", "head": "int8"}}
+CODED = "coded"
 LABELS = {IN: "2:4", X: "bitmask", OUT: "1:4", A: "bitmask", DT: "dense", CONV: "dense", EMBEDDING: "dense"}
 
 

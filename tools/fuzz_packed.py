@@ -22,12 +22,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from sparsessm.checkpoint import assembly, container, encoding, opened, packed_file
+from sparsessm.checkpoint import assembly, coded, container, encoding, opened, packed_file
 from sparsessm.checkpoint.encoding import bits_of
 
 GOLDEN = Path(__file__).parents[1] / "tests/golden"
 MOST = 8192
-PARTS = ("values", "mask", "offsets", "index", "scale")
+PARTS = (
+    *("values", "mask", "offsets", "starts", "index", "codes", "planes", "forms"),
+    *("scale", "scales", "rows", "columns"),
+)
 VALUES = [
     0,
     1,
@@ -53,7 +56,23 @@ VALUES = [
     {},
 ]
 VALUES += ["F32", "BF16", "F16", "I8", "U8", "I64", "float32", "bfloat16", "float16", "dense", "bitmask"]
-VALUES += ["2:4", "1:4", "4:8", "1:2", "3:4", "1:8", "999:999", "state-spaces", "transformers", "1", "2"]
+VALUES += [
+    "2:4",
+    "1:4",
+    "4:8",
+    "1:2",
+    "3:4",
+    "1:8",
+    "999:999",
+    "int4:16",
+    "odd2:3",
+    "masked8:9",
+    "nested",
+    "state-spaces",
+    "transformers",
+    "1",
+    "2",
+]
 
 
 def expected(config: Path = GOLDEN / "lossless/config.json") -> dict[str, tuple[int, ...]]:
@@ -90,7 +109,8 @@ def one(content: bytes, shapes: dict[str, tuple[int, ...]], folder: Path) -> str
         whole = tensor.decode()
         assert whole.dtype == tensor.dtype and tuple(whole.shape) == shapes[name]
         assert torch.isfinite(whole).all(), name
-        for other in (second[name], tensor.bitmask()):
+        others = [tensor.bitmask()] if isinstance(tensor, encoding.Encoded) else []
+        for other in (second[name], *others):
             other.check()
             assert np.array_equal(bits_of(other.decode()), bits_of(whole)), name
     return None
@@ -172,9 +192,10 @@ def _places(value: Any) -> list[tuple[Any, Any]]:
 def main() -> None:
     import atheris  # pyright: ignore[reportMissingImports]
 
-    for name in ("container", "encoding"):
+    for name in ("container", "encoding", "coded"):
         module = sys.modules[f"sparsessm.checkpoint.{name}"]
-        for function in [*vars(module).values(), *vars(encoding.Encoded).values()]:
+        kinds = (encoding.Encoded, coded.Coded)
+        for function in [*vars(module).values(), *(part for kind in kinds for part in vars(kind).values())]:
             if getattr(function, "__module__", "") == module.__name__ and hasattr(function, "__code__"):
                 atheris.instrument_func(function)
     shapes = expected()

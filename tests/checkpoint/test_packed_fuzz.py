@@ -10,11 +10,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from golden_files import CONV, CORPUS, GOLDEN, GOLDENS, expected, fuzz, opened
+from golden_files import CODED, CONV, CORPUS, GOLDEN, GOLDENS, expected, fuzz, opened
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sparsessm.checkpoint import container
+from sparsessm.checkpoint import container, packed_file
 from sparsessm.checkpoint.encoding import Encoded
 
 
@@ -31,7 +31,8 @@ def test_the_check_of_the_fuzzer_can_fail(
     assert tool.one(content, expected(), tmp_path) is None
     assert "the file ends at" in tool.one(content[:-1], expected(), tmp_path)
     monkeypatch.setattr(Encoded, "check", lambda self, contents=True: None)
-    monkeypatch.setattr(container, "checksum", lambda parts: "0" * 8)
+    for module in (container, packed_file):
+        monkeypatch.setattr(module, "checksum", lambda parts: "0" * 8)
     header, start, _ = opened(content)
     at = start + header[CONV]["data_offsets"][0]
     changed = re.sub(rb"(checksum\W+)[0-9a-f]{8}", rb"\g<1>00000000", content)
@@ -39,7 +40,7 @@ def test_the_check_of_the_fuzzer_can_fail(
         tool.one(changed[:at] + struct.pack("<f", math.nan) + changed[at + 4 :], expected(), tmp_path)
 
 
-@pytest.mark.parametrize("name", GOLDENS)
+@pytest.mark.parametrize("name", [*GOLDENS, CODED])
 @given(st.data())
 @settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_changed_bytes_are_refused_or_valid(tool: ModuleType, name: str, data: st.DataObject) -> None:

@@ -8,6 +8,8 @@ import plain_reader
 import pytest
 import torch
 from golden_files import (
+    CODED,
+    DT,
     EMBEDDING,
     GOLDEN,
     GOLDENS,
@@ -16,6 +18,7 @@ from golden_files import (
     OUT,
     A,
     X,
+    golden_coded,
     golden_tensors,
     opened,
     same,
@@ -25,7 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from sparsessm import checkpoint
-from sparsessm.checkpoint import container, packed
+from sparsessm.checkpoint import container, packed, packed_file
 
 
 @pytest.mark.parametrize("name", GOLDENS)
@@ -57,6 +60,19 @@ def test_the_golden_files_hold_the_golden_tensors(name: str) -> None:
         else:
             assert same(encoded.decode(), tensor), key
     assert read.tensors[A].removed == 38.0
+
+
+def test_coded_tensors_have_the_golden_bytes(tmp_path: Path) -> None:
+    tensors, file = golden_coded(), GOLDEN / CODED / container.PACKED
+    packed_file.write(tmp_path / "again", "transformers", tensors)
+    assert (tmp_path / "again").read_bytes() == file.read_bytes()
+    plain, read = plain_reader.read(file), packed.read(GOLDEN / CODED).tensors
+    assert {read[key].label for key in (IN, DT, OUT, X)} == {"masked3:3", "odd4:2", "int4:16", "nested"}
+    for key, tensor in tensors.items():
+        shape, dtype, entries = plain[key]
+        assert (tuple(shape), dtype) == (tensor.shape, str(tensor.dtype).removeprefix("torch."))
+        want = torch.tensor(entries).reshape(shape)
+        assert same(read[key].decode(torch.float32), want) and same(tensor.decode(torch.float32), want), key
 
 
 def test_the_library_reads_the_file(tmp_path: Path) -> None:

@@ -358,7 +358,8 @@ def test_a_config_that_does_not_fit(golden: Path, fields: dict[str, Any], messag
 
 
 def test_a_header_that_would_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed_file, "HEADER_BYTES", 200)
+    for module in (container, packed_file):
+        monkeypatch.setattr(module, "HEADER_BYTES", 200)
     with pytest.raises(ValueError, match=r"packed\.safetensors: a header of \d+ bytes; at most 200"):
         packed_file.write(tmp_path / container.PACKED, "transformers", {"t": encode("t", torch.ones(33, 13))})
     with pytest.raises(ValueError, match=r"packed\.safetensors: .*header of \d+ bytes, at most 200"):

@@ -61,7 +61,7 @@ def test_there_and_back_to_the_bit(tmp_path: Path, dtype: torch.dtype) -> None:
         assert same(read.tensors[name].decode(), tensor), name
         assert same(done.tensors[name].decode(), tensor), name
     assert {read.tensors[name].kind for name in tensors if "in_proj" in name} == {"bitmask"}
-    assert checkpoint.unpack(tmp_path / "packed", tmp_path / "out") == tmp_path / "out"
+    assert checkpoint.unpack(tmp_path / "packed", tmp_path / "out") == ""  # nothing is rounded
     assert names(tmp_path / "out") == names(tmp_path / "in")
     for name in names(tmp_path / "in") - {"model.safetensors"}:
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "in" / name).read_bytes(), name

@@ -26,7 +26,8 @@ beside it (`docs/checkpoint.md` describes the files).
     tensor_file.py    one safetensors file, written tensor by tensor
     bin_file.py       one pytorch_model.bin, written likewise
     state_spaces.py   the original format in the words of transformers
-    packed.py         packed directories (`docs/sparse-format.md`): what is encoded how, there and back
+    packed.py         packed directories (`docs/sparse-format.md`): what is encoded how, written and read
+    unpacking.py      and back to a stock checkpoint
     packed_tensor.py  what every tensor of them is
     encoding.py       one of them: dense, bitmask, N:M, int8
     coded.py          one on a grid: codes of few bits and scales
@@ -41,9 +42,10 @@ from .at_rest import AtRest, at_rest
 from .atomic import refuse_room, refuse_target
 from .journal import Journal, folder_of, unfinished
 from .opened import Opened, local_folder, open_checkpoint, read_record
-from .packed import Packed, pack, save, unpack
+from .packed import Packed, pack, save
 from .packed_tensor import PackedTensor
 from .reading import Checkpoint, Streaming, load
+from .unpacking import unpack
 from .writing import refuse_existing, refuse_full
 
 __all__ = [

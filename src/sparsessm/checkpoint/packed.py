@@ -1,4 +1,4 @@
-"""Packed checkpoints: what is encoded how, a directory there and back, and the form the runtime takes.
+"""Packed checkpoints: what is encoded how, a directory written and read, and the form the runtime takes.
 
 Stage 5, behind `writing.py`: a stock checkpoint of a pruned model goes in, a directory that is smaller by
 what was removed comes out, and `unpack` gives the stock checkpoint back. `encoding.py` is one tensor,
@@ -36,7 +36,7 @@ from .packed_tensor import PackedTensor
 from .reading import Checkpoint
 from .shelf import Unread
 from .values import stored_forms, stored_tensor
-from .writing import refuse_existing, stock_weights, write
+from .writing import refuse_existing, write
 
 DTYPES = ("fp32", "bf16", "int8")
 _FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -127,7 +127,7 @@ def read(source: str | os.PathLike[str] | Opened, *, check: bool = True) -> Pack
             the model of its `config.json`; says the file, and the tensor where it is one.
     """
     opened = open_checkpoint(source)
-    _refuse_stock(opened)
+    refuse_stock(opened)
     found = stream(opened, check=check)
     return replace(found, tensors=dict(found.tensors))
 
@@ -316,30 +316,8 @@ class _OnGrid(Unread):
         return found
 
 
-def unpack(
-    source: str | os.PathLike[str],
-    out: str | os.PathLike[str],
-    *,
-    force: bool = False,
-    tokenizer: str | os.PathLike[str] | None = None,
-) -> Path:
-    """Write a packed directory as the stock checkpoint it was made from, in that one's format.
-
-    Every tensor has the bits it had, unless it was packed in another dtype.
-
-    Raises:
-        ValueError: as `read` and `refuse_existing`; no stock configuration says its shapes.
-        OSError: writing failed; nothing is left behind, an old target is intact.
-    """
-    opened = open_checkpoint(source)
-    _refuse_stock(opened)
-    refuse_existing(out, force, opened.source)
-    found = at_rest(opened, tokenizer)
-    weights, nbytes = stock_weights(found.checkpoint, found.stored), writing.stored_bytes(found.checkpoint)
-    return write(found.checkpoint, out, weights, nbytes, opened.ours, force)
-
-
-def _refuse_stock(opened: Opened) -> None:
+def refuse_stock(opened: Opened) -> None:
+    """Refuse a directory that is not packed."""
     if opened.packed is None:
         raise ValueError(f"{opened.source!r} is not packed: it has no {PACKED}")
 

@@ -172,8 +172,9 @@ def unpack(
         from ..checkpoint import unpack as unpacking
 
         progress.say(f"unpacking {model}")
-        unpacking(model, out, force=force, tokenizer=tokenizer)
+        if rounded := unpacking(model, out, force=force, tokenizer=tokenizer):
+            progress.note(f"note: {rounded}; `sparsessm eval` measures what it costs")
     if as_json:
-        print_json({"model": model, "out": str(out)})
+        print_json({"model": model, "out": str(out), "rounded": rounded or None})
     elif not quiet:
         tables.show(f"Saved to {out}: a stock checkpoint.")

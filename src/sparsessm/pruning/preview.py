@@ -86,7 +86,8 @@ def packed_size(rule: Rule, target: Target) -> int:
         return math.ceil(rule.bits * total / 8)
     if isinstance(rule.grid, Uniform):
         masked = stays if rule.sparsity > 0 else None
-        return -(-rule.grid.stored(*target.matrix.shape, masked) // 8)
+        rows, columns = target.matrix.shape
+        return -(-rule.grid.stored(rows, columns, masked) // 8)
     return -(-total // 8) + stays * target.stored.itemsize
 
 
