@@ -125,6 +125,23 @@ def test_unpacked_it_is_a_stock_checkpoint_in_the_stored_dtype(tmp_path: Path) -
     assert stock["backbone.layers.0.mixer.in_proj.weight"].dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("name", sorted({*MODELS} - {*PURE}))
+def test_hybrids_are_saved_and_read_experts_apart(name: str, tmp_path: Path) -> None:
+    """Experts lie in one tensor: they are refused by name, and may stay as they are."""
+    source, out = written(name, tmp_path / "m", torch.bfloat16), tmp_path / "out"
+    fields: dict[str, Any] = {"bits": 4.0}
+    routed = [target for target in load(source).architecture().targets if target.slice is not None]
+    if routed:
+        experts = routed[0].module_class
+        with pytest.raises(ValueError, match=f"bits: .*experts.* is one of several .*: ignore {experts}"):
+            pruned(source, None, **LINEAR | fields)
+        fields["ignore"] = [experts]
+    checkpoint, report = pruned(source, None, **LINEAR | fields)
+    sparsessm.save(checkpoint, out, report)
+    again = load(out)
+    assert same(values(again), values(checkpoint)) and again.stored == checkpoint.stored
+
+
 @pytest.mark.parametrize(
     "spoil", [lambda weight: weight.add_(1e-3), lambda weight: weight[0].zero_()], ids=["moved", "zeroed"]
 )

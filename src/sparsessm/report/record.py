@@ -27,6 +27,11 @@ REMOVED_WORDS = {
     "projected": "the state was projected to fewer directions by `B_projection` and `C_projection`",
 }
 PACKED_ONLY = "No stock configuration can describe this model: only sparsessm can load this directory."
+ON_GRID = (
+    "They are stored as codes and scales, which only sparsessm can load; `sparsessm unpack` makes a stock "
+    "checkpoint, and says what rounding to its dtype changes. Our runtime holds them in that dtype too: the "
+    "file is small, the model in memory is not yet."
+)
 
 
 @dataclass
@@ -161,6 +166,8 @@ class Report:
             for total in self.totals.values()
             if total["bits"] is not None
         )
+        if self.levels:
+            return size + ON_GRID
         if self.packed:
             return f"{size}Removed entries are not stored if that takes fewer bytes. {PACKED_ONLY}"
         return size + (
