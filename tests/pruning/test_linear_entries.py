@@ -243,7 +243,7 @@ def test_zeros_from_before_stay_and_count(method: str, share: str) -> None:
         now = model.state_dict()[row.target]
         assert (now[first[row.target] == 0] == 0).all()
         assert row.pruned == int((now == 0).sum())
-    if not METHODS[method].by_row:
+    if not METHODS[method].by_row and "grid" not in METHODS[method].defaults:  # which has a zero
         assert abs(sum(row.pruned for row in report.rows) - 2112) <= 8
 
 

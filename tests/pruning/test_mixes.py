@@ -240,7 +240,7 @@ def test_the_search_reaches_the_share_and_leaves_the_model_alone(
     before = {name: tensor.clone() for name, tensor in architecture.model.state_dict().items()}
     config = architecture.model.config.to_dict()
     wanted = order(Recipe(pattern="structured", sparsity=share), architecture)
-    seen: list[tuple[str, int, int]] = []
+    seen: list[tuple[str, int, int, str]] = []
     got, trials = find(architecture, wanted, TOKENS, lambda *what: seen.append(what))
     state = architecture.model.state_dict()
     assert state.keys() == before.keys() and all(torch.equal(state[name], before[name]) for name in before)
@@ -254,7 +254,7 @@ def test_the_search_reaches_the_share_and_leaves_the_model_alone(
         assert math.isfinite(trial["loss"])
     tried = [(trial["axis"], trial["size"]) for trial in trials]
     assert len(set(tried)) == len(tried) and {axis for axis, _ in tried} == set(architecture.structure)
-    assert seen[-1] == ("mix", len(trials), len(trials))
+    assert seen[-1] == ("mix", len(trials), len(trials), "")
     again, others = find(architecture, wanted, TOKENS)
     assert again.sizes == got.sizes and others == trials
     total = count(architecture)

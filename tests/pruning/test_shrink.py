@@ -319,11 +319,11 @@ def test_what_is_not_finite_names_the_block() -> None:
 
 @pytest.mark.parametrize("seed", range(4))  # one of which takes the last block
 def test_progress_ends_where_it_should(seed: int) -> None:
-    seen: list[tuple[str, int, int]] = []
+    seen: list[tuple[str, int, int, str]] = []
     architecture = adapt(mamba(num_hidden_layers=3))
     how = {"method": "random", "seed": seed} if seed else {}
     wanted = ordered(architecture, pattern="structured:state=0.5,block=0.33", **how)
     shrink(architecture, wanted, TOKENS, lambda *what: seen.append(what))
-    last = {stage: (done, total) for stage, done, total in seen}
+    last = {stage: (done, total) for stage, done, total, _ in seen}
     assert all(done == total for done, total in last.values()), last
     assert last.keys() == ({"shrink"} if seed else {"fisher", "blocks", "shrink"})

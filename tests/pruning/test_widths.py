@@ -122,9 +122,9 @@ def test_widths_are_asked_of_the_dense_model() -> None:
     wanted = order(Recipe(**WORDS), architecture)
     assert wanted.by_layer and wanted.sizes == {"channel": 32}
     costs = row_prices(architecture, TOKENS)
-    seen: list[tuple[str, int, int]] = []
+    seen: list[tuple[str, int, int, str]] = []
     found = widths.find(architecture, wanted, TOKENS, costs, lambda *what: seen.append(what))
-    assert found.keys() == {0, 1, 2} and sum(found.values()) == 96 and seen[-1] == ("widths", 3, 3)
+    assert found.keys() == {0, 1, 2} and sum(found.values()) == 96 and seen[-1] == ("widths", 3, 3, "")
     after = architecture.model.state_dict()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     now = sum(parameter.numel() for parameter in architecture.model.parameters())

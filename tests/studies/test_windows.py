@@ -208,14 +208,14 @@ def test_every_method_and_target_has_a_curve(fields: dict[str, Any]) -> None:
 def test_looking_changes_nothing_and_tells_how_far_it_is() -> None:
     model = pico_mamba()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    told: list[tuple[str, int, int]] = []
+    told: list[tuple[str, int, int, str]] = []
     architecture = adapt(model)
     tokens = windows(8)
     samples, points = choose(architecture, planned(architecture), tokens, lambda *what: told.append(what))
     assert samples in (4, 8)
     assert [point["windows"] for point in points] == [4, 8]
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    last = {stage: (done, total) for stage, done, total in told}
+    last = {stage: (done, total) for stage, done, total, _ in told}
     assert list(last) == ["fisher", "4 held-out windows", "4 windows", "8 windows"]
     assert all(done == total for done, total in last.values())
 

@@ -57,7 +57,7 @@ class _Rounding:
         """As `AtRest.stored`."""
         tensor = self._found.tensors[name]
         if not tensor.scaled:
-            return self._found.stored(name)
+            return tensor.decode() if tensor.itself is None else tensor.itself
         values, rounded = tensor.decode(torch.float32), tensor.decode()
         power = float(values.square().sum(dtype=torch.float64))
         error = float((values - rounded.float()).square().sum(dtype=torch.float64))
