@@ -49,7 +49,7 @@ class Forecast:
 
 @dataclass
 class _Times:
-    """Seconds for a block: a token for the first three."""
+    """Seconds for a block: a token for the first three. `look`: with the pass that hands the windows on."""
 
     look: float = 0.0
     survey: float = 0.0
@@ -88,8 +88,7 @@ def forecast(
     few, fewer = min(tokens, SURVEY_TOKENS), min(tokens, PRICED_TOKENS)
     for block, count in kinds:
         took = _probe(architecture, block, rules, width, paired)
-        per_token = took.look + took.forward * (1 + paired)
-        looking += count * per_token * tokens * watches
+        looking += count * took.look * tokens * watches
         seconds["blocks"] += count * (took.solve + took.open)
         seconds["survey"] += count * (took.survey * few + took.open) * surveyed
         groups = -(-fewer // 2048)
@@ -167,7 +166,9 @@ def _probe(
                     seen = watched[target.kind].result()
                     seconds, _ = clock(lambda t=target, s=seen: reduced(t, alone[t.name], s))
                     took.solve += seconds
-        streams = Streams(architecture.residence, Stream("probe", [states.clone()]), compute=used)
+        streams = Streams(
+            architecture.residence, Stream("probe", [states.clone()]), compute=used, keeping=True
+        )
         if paired:
             streams.dense = Stream("dense", [states.clone()])
         with opened(block, streams, (), None) as stop:
@@ -181,6 +182,8 @@ def _probe(
                     took.look += seconds / tokens
                 seconds, _ = clock(lambda t=target, r=rule, s=seen: solve(t, r, s))
                 took.solve += seconds
+            seconds, _ = clock(stop.advance)
+            took.look += seconds / tokens
     finally:
         architecture.residence.close(block)
     return took
