@@ -112,7 +112,10 @@ def forecast(
     states = 4 * tokens * width * (1 + paired) if watches else 0
     return Forecast(
         {name: round(value, 1) for name, value in seconds.items()},
-        resident + _sums(architecture, rules) + _block_bytes(architecture) * (1 + paired),
+        resident
+        + _sums(architecture, rules)
+        + _block_bytes(architecture) * (1 + paired)
+        + _kept_bytes(architecture, tokens) * watches,
         2 * states + sum(2 * p.numel() for block in architecture.blocks for p in block.layer.parameters()),
         faster,
     )
@@ -209,3 +212,9 @@ def _sums(architecture: Architecture, rules: Mapping[str, Rule]) -> int:
             rows, columns = target.matrix.shape
             found = max(found, (8 * (1 + rule.paired) + 16) * columns**2 + 24 * rows * columns)
     return found
+
+
+def _kept_bytes(architecture: Architecture, tokens: int) -> int:
+    """Of results inside a mixer (`architectures/kept.py`): some four values a token and channel."""
+    channels = max((target.matrix.shape[1] for target in architecture.targets if target.plain), default=0)
+    return min(architecture.residence.spare(), 16 * tokens * channels)
