@@ -115,7 +115,7 @@ def asking(kept: Kept | None) -> Callable[[str, Callable[[], tuple[Any, Any]]], 
 
 def _size(result: Any) -> int:
     """Bytes that a result keeps in memory: of a view, all that it is a view of."""
-    storages = {part.untyped_storage().data_ptr(): part.untyped_storage() for part in _tensors(result)}
+    storages = {part.untyped_storage()._cdata: part.untyped_storage() for part in _tensors(result)}
     return sum(storage.nbytes() for storage in storages.values())
 
 
