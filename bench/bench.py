@@ -31,7 +31,8 @@ from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
 from sparsessm import kernels
 from sparsessm.architectures import adapt
 from sparsessm.calibration import prices
-from sparsessm.calibration.walk import ROWS, walk
+from sparsessm.calibration.walk import ROWS, slab_width, walk
+from sparsessm.kernels import products
 from sparsessm.kernels.ssd import ssd_scan
 from sparsessm.methods import Rule, entry_methods
 from sparsessm.methods.observers import InputGram
@@ -52,15 +53,17 @@ def model(layers: int) -> MambaForCausalLM:
     return MambaForCausalLM(config).eval()
 
 
-def interleaved(rounds: int, **variants: Callable[[], Any]) -> dict[str, list[float]]:
+def interleaved(
+    rounds: int, clock: Callable[[], float] = time.perf_counter, **variants: Callable[[], Any]
+) -> dict[str, list[float]]:
     """Seconds of each variant in each round; one warm-up round is not counted."""
     times: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(rounds + 1):
         for name, run in variants.items():
-            start = time.perf_counter()
+            start = clock()
             run()
             if turn:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(clock() - start)
     return times
 
 
@@ -222,29 +225,38 @@ PRUNED = {
 
 
 def pruning(rounds: int, windows: int) -> dict[str, Any]:
-    """(d) Two layers pruned to 50 %, against the floor: the matrix products of two forwards of each block,
-    one Gram of every projection's inputs, one Cholesky factorisation of each."""
+    """(d) Two layers pruned to 50 %, against the floor in the same precision: two forwards of each block
+    through all windows, one Gram of every projection's inputs, one Cholesky factorisation of each. Seconds of
+    the processor."""
     tokens = torch.randint(0, 50280, (windows, LENGTH), generator=torch.Generator().manual_seed(0))
-    mixer: Any = model(1).backbone.layers[0].mixer
-    kinds = ("in_proj", "x_proj", "dt_proj", "out_proj")
-    rows = {kind: torch.randn(ROWS, getattr(mixer, kind).in_features) for kind in kinds}
-    definite = {kind: (x.T @ x).double() + torch.eye(x.shape[1]) for kind, x in rows.items()}
-    slabs = 2 * windows * LENGTH // ROWS  # of two layers
+    compute = products.choose("auto").used
+    blocks = adapt(model(2)).blocks
+    linear: list[Any] = list(blocks[0].linear().values())
+    rows = [torch.randn(ROWS, part.in_features).T for part in linear]
+    definite = [(x @ x.T).double() + torch.eye(len(x)) for x in rows]
+    hidden = torch.randn(windows, LENGTH, WIDTH)
+    width = slab_width(windows, LENGTH)
 
     def floor() -> None:
-        for _ in range(slabs):
-            for kind, x in rows.items():
-                getattr(mixer, kind)(x)
-                getattr(mixer, kind)(x)
-                x.T @ x
-        for _ in range(2):
-            for hessian in definite.values():
+        for block in (*blocks, *blocks):
+            state = None
+            with block.computing(compute):
+                for slab in hidden.split(width, 1):
+                    _, state = block.forward(slab, state)
+        for _ in blocks:
+            sums = [products.Sum() for _ in rows]
+            with products.computing(compute):
+                for _ in range(windows * LENGTH // ROWS):
+                    for total, x in zip(sums, rows, strict=True):
+                        total.add(x, x)  # half of it is made
+            for total, hessian in zip(sums, definite, strict=True):
+                total.take()
                 torch.linalg.cholesky(hessian)
 
     def run(fields: dict[str, str]) -> Callable[[], Any]:
         def once() -> None:
-            dense = adapt(model(2))
-            recipe = Recipe(**fields).resolved(model="random", trained_length=LENGTH)
+            dense = adapt(model(2), compute=compute)
+            recipe = Recipe(**fields, compute=compute).resolved(model="random", trained_length=LENGTH)
             make_plan(recipe, dense).run(dense, tokens)
 
         return once
@@ -253,12 +265,16 @@ def pruning(rounds: int, windows: int) -> dict[str, Any]:
         adapt(model(2))
 
     with torch.inference_mode(False), torch.no_grad():
-        times = interleaved(rounds, floor=floor, build=build, **{name: run(f) for name, f in PRUNED.items()})
-    result: dict[str, Any] = {"seconds": {name: round(statistics.median(t), 2) for name, t in times.items()}}
+        runs = {name: run(fields) for name, fields in PRUNED.items()}
+        times = interleaved(rounds, time.process_time, floor=floor, build=build, **runs)
+    result: dict[str, Any] = {
+        "products": compute,
+        "seconds": {name: round(statistics.median(t), 2) for name, t in times.items()},
+    }
     for name in PRUNED:
         each = zip(times[name], times["build"], times["floor"], strict=True)
         result[f"{name} / floor"] = round(statistics.median((a - b) / c for a, b, c in each), 2)
-        result[f"stages of {name}, s"] = stages(run(PRUNED[name]))
+        result[f"stages of {name}, s"] = stages(run(PRUNED[name]), time.process_time)
     return result
 
 

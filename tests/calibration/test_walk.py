@@ -198,9 +198,11 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str | None]]:
     calls: list[tuple[int, str | None]] = []
     forward = StackBlock.forward
 
-    def counted(self: Any, hidden: Tensor, state: Any = None, taps: Any = None, until: Any = None) -> Any:
+    def counted(
+        self: Any, hidden: Tensor, state: Any = None, taps: Any = None, until: Any = None, kept: Any = None
+    ) -> Any:
         calls.append((self.index, until))
-        return forward(self, hidden, state, taps, until)
+        return forward(self, hidden, state, taps, until, kept)
 
     monkeypatch.setattr(StackBlock, "forward", counted)
     return calls

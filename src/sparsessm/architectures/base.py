@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from sparsessm.architectures.axes import Axis
 from sparsessm.architectures.computing import computing
+from sparsessm.architectures.kept import Kept
 from sparsessm.architectures.residence import InMemory, Residence
 from sparsessm.architectures.target import Target
 from sparsessm.kernels.products import FLOAT32, Choice
@@ -91,12 +92,14 @@ class Block(ABC):
         state: Any = None,
         taps: Mapping[str, Tap] | None = None,
         until: str | None = None,
+        kept: Kept | None = None,
     ) -> tuple[Tensor | None, Any]:
         """Run a slab (W, T, d_model) after `state` (None: the beginning); returns output and next state.
 
         Args:
             taps: a target's kind -> what watches it.
             until: stop once the tap of this kind was fed; the output is then None.
+            kept: where results of its mixer are kept that are final (kept.py).
         """
 
     @abstractmethod
@@ -141,6 +144,7 @@ class Tail(Block):
         state: Any = None,
         taps: Mapping[str, Tap] | None = None,
         until: str | None = None,
+        kept: Kept | None = None,
     ) -> tuple[Tensor | None, Any]:
         if tap := (taps or {}).get("lm_head"):
             tap.add(self._norm(hidden))

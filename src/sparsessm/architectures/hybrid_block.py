@@ -21,6 +21,7 @@ from sparsessm.architectures import experts
 from sparsessm.architectures.attention import Keys, causal_mask, positions
 from sparsessm.architectures.base import Block, Tap
 from sparsessm.architectures.computing import instead
+from sparsessm.architectures.kept import Kept
 from sparsessm.architectures.mixer import MixerKind
 from sparsessm.architectures.outputs import kept_outputs
 from sparsessm.architectures.target import Target
@@ -115,6 +116,7 @@ class HybridBlock(Block):
         state: HybridState | None = None,
         taps: Mapping[str, Tap] | None = None,
         until: str | None = None,
+        kept: Kept | None = None,
     ) -> tuple[Tensor | None, HybridState]:
         before, watched = state or HybridState(), taps or {}
         mixed, keys = before.mixer, Keys(before.keys)
@@ -132,7 +134,7 @@ class HybridBlock(Block):
 
         def mix(hidden_states: Tensor, **_: Any) -> Tensor:
             nonlocal mixed
-            out, mixed = self._setting.kind.forward(self._mixer, hidden_states, mixed, watched, until)
+            out, mixed = self._setting.kind.forward(self._mixer, hidden_states, mixed, watched, until, kept)
             if out is None:
                 raise _Reached
             return out

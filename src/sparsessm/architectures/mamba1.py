@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from sparsessm import kernels
 from sparsessm.architectures.axes import Axis, Part
 from sparsessm.architectures.base import Tap
+from sparsessm.architectures.kept import Kept, asking
 from sparsessm.architectures.mixer import MixerKind, convolve, feeding, matrices, precise, windows
 from sparsessm.architectures.target import Target
 from sparsessm.kernels import products
@@ -92,46 +93,56 @@ class Mamba1Kind(MixerKind):
         state: MixerState | None,
         taps: Mapping[str, Tap],
         until: str | None = None,
+        kept: Kept | None = None,
     ) -> tuple[Tensor | None, MixerState | None]:
-        fed = feeding(taps, until)
-        channels = mixer.A_log.shape[0]
-        before, scan_state, removed_state = (None, None, None) if state is None else state
+        fed, once = feeding(taps, until), asking(kept)
+        before, scan_before, removed_before = (None, None, None) if state is None else state
         if fed("in_proj", x):
             return None, None
-        if until in ("conv1d", "x_proj", "dt_proj"):  # they need no gate: half of in_proj
-            bias = mixer.in_proj.bias
-            conv_input = products.linear(
-                x, mixer.in_proj.weight[:channels], None if bias is None else bias[:channels]
-            )
-            z = None
-        else:
-            conv_input, z = mixer.in_proj(x).chunk(2, dim=-1)  # views, (W, T, D) each
-        if tap := taps.get("conv1d"):
-            tap.add(windows(mixer, conv_input, before))
-        u, before = convolve(mixer, conv_input, before)
-        if until == "conv1d" or fed("x_proj", u):
-            return None, MixerState(before, None, None)
-        step, B, C = self._readings(mixer, u)
-        if fed("dt_proj", step):
-            return None, MixerState(before, None, None)
-        delta = F.softplus(mixer.dt_proj(step))  # (W, T, D)
-        A = -torch.exp(precise(mixer.A_log))  # (D, N)
-        skip = precise(mixer.D)
-        if tap := taps.get("states"):
-            y, scan_state = _sampled(tap, mixer, (u, delta, A, B, C, skip, z), scan_state)
-        elif tap := taps.get("A_log"):
-            y, scan_state, stats = kernels.selective_scan_stats(
-                u, delta, A, B, C, skip, z, scan_state, removed_state=removed_state, **tap.options
-            )
-            removed_state = stats.removed_state
-            tap.add(stats, mixer.out_proj.weight.detach(), y)
-        else:
-            y, scan_state = kernels.selective_scan(u, delta, A, B, C, skip, z, scan_state)
+        # Some looks need no gate, and what is kept has one half of in_proj only.
+        halves = kept is not None or until in ("conv1d", "x_proj", "dt_proj")
+        whole = None if halves else mixer.in_proj(x).chunk(2, dim=-1)  # views, (W, T, D) each
+
+        def entering(half: int) -> tuple[Tensor, None]:
+            return _half(mixer, x, half) if whole is None else whole[half], None
+
+        def convolved() -> tuple[Tensor, Tensor]:
+            conv_input, _ = once("in_proj", lambda: entering(0))
+            if tap := taps.get("conv1d"):
+                tap.add(windows(mixer, conv_input, before))
+            return convolve(mixer, conv_input, before)
+
+        def scanned() -> tuple[Tensor | None, MixerState]:
+            u, conv = once("conv1d", convolved)
+            if until == "conv1d" or fed("x_proj", u):
+                return None, MixerState(conv, None, None)
+            (step, B, C), _ = once("x_proj", lambda: (self._readings(mixer, u), None))
+            if fed("dt_proj", step):
+                return None, MixerState(conv, None, None)
+            delta, _ = once("dt_proj", lambda: (F.softplus(mixer.dt_proj(step)), None))  # (W, T, D)
+            z, _ = once("in_proj.gate", lambda: entering(1))
+            A = -torch.exp(precise(mixer.A_log))  # (D, N)
+            inputs = u, delta, A, B, C, precise(mixer.D), z
             removed_state = None
-        state = MixerState(before, scan_state, removed_state)
-        if until in ("A_log", "states") or fed("out_proj", y):
-            return None, state
-        return mixer.out_proj(y), state
+            if tap := taps.get("states"):
+                y, scan_state = _sampled(tap, mixer, inputs, scan_before)
+            elif tap := taps.get("A_log"):
+                y, scan_state, stats = kernels.selective_scan_stats(
+                    *inputs, scan_before, removed_state=removed_before, **tap.options
+                )
+                removed_state = stats.removed_state
+                tap.add(stats, mixer.out_proj.weight.detach(), y)
+            else:
+                y, scan_state = kernels.selective_scan(*inputs, scan_before)
+            return y, MixerState(conv, scan_state, removed_state)
+
+        def put_out() -> tuple[Tensor | None, MixerState]:
+            y, after = once("A_log", scanned)
+            if y is None or until in ("A_log", "states") or fed("out_proj", y):
+                return None, after
+            return mixer.out_proj(y), after
+
+        return once("out_proj", put_out)
 
     def _readings(self, mixer: Any, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """u (W, T, D) -> inputs of dt_proj (W, T, rank), B and C (W, T, N), after norms if there are."""
@@ -167,6 +178,16 @@ def _sampled(tap: Tap, mixer: Any, inputs: tuple[Any, ...], state: Tensor | None
         parts.append(y)
     assert state is not None
     return torch.cat(parts, 1), state
+
+
+def _half(mixer: Any, x: Tensor, half: int) -> Tensor:
+    """The first half of in_proj's outputs (W, T, D), which the convolution takes, or the second, the gate."""
+    weight, bias = (
+        None if whole is None else whole.chunk(2)[half]
+        for whole in (mixer.in_proj.weight, mixer.in_proj.bias)
+    )
+    assert weight is not None
+    return products.linear(x, weight, bias)
 
 
 def _normed(part: Tensor, epsilon: float) -> Tensor:

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from sparsessm import kernels
 from sparsessm.architectures.axes import Axis, Part
 from sparsessm.architectures.base import Tap
+from sparsessm.architectures.kept import Kept, asking
 from sparsessm.architectures.mixer import MixerKind, convolve, feeding, matrices, precise, windows
 from sparsessm.architectures.target import Target
 from sparsessm.kernels.ssd import ssd_scan
@@ -121,53 +122,74 @@ class Mamba2Kind(MixerKind):
         state: MixerState | None,
         taps: Mapping[str, Tap],
         until: str | None = None,
+        kept: Kept | None = None,
     ) -> tuple[Tensor | None, MixerState | None]:
-        fed = feeding(taps, until)
+        fed, once = feeding(taps, until), asking(kept)
         size = Sizes.of(mixer)
-        before, scan_state, removed_state = (None, None, None) if state is None else state
+        before, scan_before, removed_before = (None, None, None) if state is None else state
         if self.multiplied:
             x = x * mixer.ssm_in_multiplier
         if fed("in_proj", x):
             return None, None
-        projected = mixer.in_proj(x)
-        if self.multiplied:
-            projected = projected * mixer.mup_vector
-        z, mixed, step = projected.split([size.inner, size.mixed, size.heads], dim=-1)
-        if tap := taps.get("conv1d"):
-            tap.add(windows(mixer, mixed, before))
-        mixed, before = convolve(mixer, mixed, before)
-        if until == "conv1d":
-            return None, MixerState(before, None, None)
+
+        def entering() -> tuple[tuple[Tensor, ...], None]:
+            projected = mixer.in_proj(x)
+            if self.multiplied:
+                projected = projected * mixer.mup_vector
+            return projected.split([size.inner, size.mixed, size.heads], dim=-1), None
+
+        def convolved() -> tuple[tuple[Tensor, ...], Tensor]:
+            (z, mixed, step), _ = once("in_proj", entering)
+            if tap := taps.get("conv1d"):
+                tap.add(windows(mixer, mixed, before))
+            mixed, after = convolve(mixer, mixed, before)
+            return (z, mixed, step), after
+
+        def scanned() -> tuple[Tensor | None, MixerState]:
+            (z, mixed, step), conv = once("conv1d", convolved)
+            if until == "conv1d":
+                return None, MixerState(conv, None, None)
+            inputs = self._inputs(mixer, mixed, step)
+            removed_state = removed_before
+            if tap := taps.get("states"):
+                every = tap.options["every"]
+                y, scan_next, states = ssd_scan(*inputs, scan_before, every=every)
+                y = y.flatten(-2)  # (W, T, D)
+                last = slice(every - 1, None, every)
+                gain = self.output_gain(mixer, y, z)[:, last]
+                tap.add(states.flatten(2, 3), inputs[4][:, last], gain, mixer.out_proj.weight.detach())
+            else:
+                y, scan_next = ssd_scan(*inputs, scan_before)
+                y = y.flatten(-2)
+            if tap := taps.get("A_log"):
+                gain = self.output_gain(mixer, y, z)
+                stats, removed_state = statistics(tap.options, inputs, y, gain, scan_before, removed_before)
+                tap.add(stats, mixer.out_proj.weight.detach(), y * gain)
+            after = MixerState(conv, scan_next, removed_state)
+            return None if until in ("A_log", "states") else self._gated(mixer, y, z), after
+
+        def put_out() -> tuple[Tensor | None, MixerState]:
+            y, after = once("A_log", scanned)
+            if y is None or fed("out_proj", y):
+                return None, after
+            return mixer.out_proj(y), after
+
+        return once("out_proj", put_out)
+
+    def _inputs(
+        self, mixer: Any, mixed: Tensor, step: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Of the scan: u (W, T, H, P), Δ (W, T, H), A (H,), B and C (W, T, G, N), D (H,)."""
+        size = Sizes.of(mixer)
         u, B, C = mixed.split([size.inner, size.groups * size.states, size.groups * size.states], dim=-1)
-        u = u.unflatten(-1, (size.heads, size.channels))  # (W, T, H, P)
-        B, C = (part.unflatten(-1, (size.groups, size.states)) for part in (B, C))  # (W, T, G, N)
+        u = u.unflatten(-1, (size.heads, size.channels))
+        B, C = (part.unflatten(-1, (size.groups, size.states)) for part in (B, C))
         if self.projected:  # B and C (W, T, G, r)
             B = torch.einsum("wtgn,grn->wtgr", B, mixer.B_projection)
             C = torch.einsum("wtgn,grn->wtgr", C, mixer.C_projection)
         low, high = mixer.time_step_limit
-        delta = F.softplus(step + mixer.dt_bias).clamp(low, high)  # (W, T, H)
-        inputs = u, delta, -torch.exp(precise(mixer.A_log)), B, C, precise(mixer.D)
-        if tap := taps.get("states"):
-            every = tap.options["every"]
-            y, scan_next, states = ssd_scan(*inputs, scan_state, every=every)
-            y = y.flatten(-2)  # (W, T, D)
-            last = slice(every - 1, None, every)
-            gain = self.output_gain(mixer, y, z)[:, last]
-            tap.add(states.flatten(2, 3), C[:, last], gain, mixer.out_proj.weight.detach())
-        else:
-            y, scan_next = ssd_scan(*inputs, scan_state)
-            y = y.flatten(-2)
-        if tap := taps.get("A_log"):
-            gain = self.output_gain(mixer, y, z)
-            stats, removed_state = statistics(tap.options, inputs, y, gain, scan_state, removed_state)
-            tap.add(stats, mixer.out_proj.weight.detach(), y * gain)
-        state = MixerState(before, scan_next, removed_state)
-        if until in ("A_log", "states"):
-            return None, state
-        y = self._gated(mixer, y, z)
-        if fed("out_proj", y):
-            return None, state
-        return mixer.out_proj(y), state
+        delta = F.softplus(step + mixer.dt_bias).clamp(low, high)
+        return u, delta, -torch.exp(precise(mixer.A_log)), B, C, precise(mixer.D)
 
     def _normed(self, mixer: Any) -> bool:
         return not self.norm_by_config or mixer.mamba_rms_norm

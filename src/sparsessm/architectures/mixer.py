@@ -17,6 +17,7 @@ from torch import Tensor
 from sparsessm import kernels
 from sparsessm.architectures.axes import Axis
 from sparsessm.architectures.base import Tap
+from sparsessm.architectures.kept import Kept
 from sparsessm.architectures.target import Target, removed_a_log
 
 
@@ -42,12 +43,18 @@ class MixerKind(ABC):
 
     @abstractmethod
     def forward(
-        self, mixer: Any, x: Tensor, state: Any, taps: Mapping[str, Tap], until: str | None = None
+        self,
+        mixer: Any,
+        x: Tensor,
+        state: Any,
+        taps: Mapping[str, Tap],
+        until: str | None = None,
+        kept: Kept | None = None,
     ) -> tuple[Tensor | None, Any]:
         """The mixer over one slab: x (W, T, d_model), normalised -> (W, T, d_model) and the state after it.
 
         Args:
-            state: what this returned for the slab before, None at the beginning. taps, until: as in
+            state: what this returned for the slab before, None at the beginning. taps, until, kept: as in
                 `Block.forward`.
         """
 

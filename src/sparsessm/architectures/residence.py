@@ -15,6 +15,10 @@ from typing import Any, Protocol, final
 
 from torch import Tensor, nn
 
+from sparsessm.kernels.free import free as free_memory
+
+KEEPING = 4  # what is kept of a block may take a fourth of the memory
+
 
 class Layer(Protocol):
     """What a residence needs to know of a block (`base.Block`)."""
@@ -61,6 +65,11 @@ class Residence(ABC):
         where opening a block costs nothing, else as many as memory allows, up to `most`."""
 
     @abstractmethod
+    def spare(self) -> int:
+        """Bytes that results inside a block may take while a walk stands there, see `kept.py`: a
+        `KEEPING`-th of what the process may use."""
+
+    @abstractmethod
     def copied(self, model: nn.Module) -> tuple[nn.Module, Residence]:
         """A copy of the model, which can be changed without changing it, and its residence."""
 
@@ -79,6 +88,10 @@ class Residence(ABC):
 class InMemory(Residence):
     """All of it, always."""
 
+    def __init__(self, memory: int | None = None) -> None:
+        """memory: bytes that the process may use; None: half of what is free when it is asked."""
+        self._memory = memory
+
     def open(self, block: Layer) -> None:
         pass
 
@@ -96,6 +109,9 @@ class InMemory(Residence):
 
     def at_once(self, nbytes: int, most: int, *, free: int) -> int:
         return free
+
+    def spare(self) -> int:
+        return (free_memory() // 2 if self._memory is None else self._memory) // KEEPING
 
     def copied(self, model: nn.Module) -> tuple[Any, Residence]:
         return copy.deepcopy(model), self

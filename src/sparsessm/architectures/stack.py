@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sparsessm.architectures import projected
 from sparsessm.architectures.base import Architecture, Block, Tail, Tap, renumbered
 from sparsessm.architectures.embedding import embedded
+from sparsessm.architectures.kept import Kept
 from sparsessm.architectures.mamba1 import Mamba1Kind
 from sparsessm.architectures.mamba2 import Mamba2Kind
 from sparsessm.architectures.mixer import MixerKind
@@ -41,9 +42,10 @@ class StackBlock(Block):
         state: Any = None,
         taps: Mapping[str, Tap] | None = None,
         until: str | None = None,
+        kept: Kept | None = None,
     ) -> tuple[Tensor | None, Any]:
         layer: Any = self.layer
-        out, state = self._kind.forward(layer.mixer, layer.norm(hidden), state, taps or {}, until)
+        out, state = self._kind.forward(layer.mixer, layer.norm(hidden), state, taps or {}, until, kept)
         return out if out is None else hidden + out, state
 
     def linear(self) -> dict[str, nn.Module]:

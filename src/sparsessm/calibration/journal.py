@@ -179,6 +179,7 @@ class Streams:
         dense: of the same windows in the dense model, None where nobody compares.
         groups: of windows that only go through; replaced by new tensors.
         compute: the precision of products on the way (`Architecture.compute`).
+        keeping: as of `walk`.
     """
 
     residence: Residence
@@ -186,6 +187,7 @@ class Streams:
     dense: Stream | None = None
     groups: list[Tensor] = field(default_factory=list)
     compute: str = "float32"
+    keeping: bool = False
 
     def release(self) -> None:
         """What was used of the states need not stay in memory."""

@@ -74,7 +74,7 @@ def visit(
     steps = Steps("calibrate", passes * slab_count(*tokens.shape), progress, len(architecture.blocks))
     if stage.left:
         steps(passes * len(stage.left) // (len(architecture.blocks) + 1) * slab_count(*tokens.shape))
-    how: dict[str, Any] = {"dense": dense, "tail": bool(head), "steps": steps}
+    how: dict[str, Any] = {"dense": dense, "tail": bool(head), "steps": steps, "keeping": True}
     for stop in walk(architecture, tokens, **how, stage=stage, note=note):
         for part in together(stop.block.targets, watch):
             look = _looking(stop, part, watch)

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparsessm.architectures import Architecture, Block, Tap, Target
+from sparsessm.architectures.kept import Kept, Room
 from sparsessm.calibration.journal import Forgetful, Stage, Stream, Streams
 from sparsessm.calibration.paired import Pair, Twice
 from sparsessm.calibration.progress import Steps
@@ -50,6 +52,8 @@ class Stop:
         self._ahead, self._steps = ahead, steps
         self._last: tuple[str, Moments] | None = None  # what was looked at last
         self._windows_are_through = self._dense_is_through = self._advanced = self._closed = False
+        self._kept: Kept | None = None  # of the windows in this block
+        self._dense_kept: Kept | None = None
 
     @property
     def block(self) -> Block:
@@ -132,19 +136,28 @@ class Stop:
         recorders = {kind: pair.dense for kind, pair in pairs.items()}
         dense_until = None if until in pairs and until == self._block.targets[-1].kind else until
         both = (pairs or until is None) and not self._dense_is_through
+        kept, dense_kept = self._kept, self._dense_kept if both else None
+        if windows != ALL:
+            kept = dense_kept = None
+        keepers = [keeper for keeper in (kept, dense_kept) if keeper is not None]
+        settled = self._final_before({*taps, until})
+        for keeper, last in zip(keepers, (until is None, dense_until is None), strict=False):
+            keeper.begin(settled, last)
         state = dense_state = None
         with torch.inference_mode(), self._computing():
-            for start in range(0, hidden.shape[1], width):
+            for number, start in enumerate(range(0, hidden.shape[1], width)):
                 slab = slice(start, start + width)
+                for keeper in keepers:
+                    keeper.at(number)
                 for recorder in recorders.values():
                     recorder.take()  # an expert may get no token of this slab
                 if both and self._dense is not None and dense is not None:
                     out, dense_state = self._dense.forward(
-                        dense[:, slab], dense_state, recorders, dense_until
+                        dense[:, slab], dense_state, recorders, dense_until, dense_kept
                     )
                     if out is not None and streams.dense is not None:
                         streams.dense.behind[:, slab].copy_(out)
-                out, state = self._block.forward(hidden[:, slab], state, {**taps, **pairs}, until)
+                out, state = self._block.forward(hidden[:, slab], state, {**taps, **pairs}, until, kept)
                 if out is not None and streams.hidden is not None:
                     _refuse_non_finite(out, self._block.name, start)
                     streams.hidden.behind[:, slab].copy_(out)
@@ -174,7 +187,7 @@ class Stop:
     def replace(self, block: Block) -> None:
         """Another block stands here from now on: the windows go through it, and it is closed in the end."""
         self._refuse_closed()
-        self._block, self._last = block, None
+        self._block, self._last, self._kept = block, None, None
 
     def drop_windows(self) -> None:
         """No block behind this one is to see any window: it is opened all the same."""
@@ -224,6 +237,11 @@ class Stop:
             with self._dense.computing(self._streams.compute):
                 yield
 
+    def _final_before(self, watched: Collection[str | None]) -> list[str]:
+        """Kinds of the targets before the first of these: nobody changes them or looks at them any more."""
+        kinds = [target.kind for target in self._block.targets]
+        return list(takewhile(lambda kind: kind not in watched, kinds))
+
     def _count(self) -> None:
         if self._steps:
             self._steps()
@@ -240,6 +258,7 @@ def walk(
     dense: Stream | None = None,
     without: Collection[int] = (),
     tail: bool = False,
+    keeping: bool = False,
     steps: Steps | None = None,
     stage: Stage | None = None,
     note: Callable[[], Any] = lambda: None,
@@ -254,6 +273,8 @@ def walk(
         dense: `tokens` as the dense model embeds them, to be carried beside them; of the same stage.
         without: indices of blocks that the windows pass by as if they were not there, the dense ones apart.
         tail: stop before the head as well.
+        keeping: looks go on from what looks before them computed and nothing changes any more. The caller
+            changes targets in their order only, and none before one that it has looked at.
         steps: is told where the walk stands, and counts the slabs of `tokens` in each pass.
         stage: keeps what each block was left with; the walk does not stop at those that an earlier one left.
         note: what is to be kept with a block, asked when it is left.
@@ -265,7 +286,7 @@ def walk(
     stage = stage or Forgetful(architecture)
     hidden = None if tokens is None else Stream.of(architecture, tokens, stage, "hidden")
     carried = [embedded(architecture, group) for group in groups]
-    streams = Streams(architecture.residence, hidden, dense, carried, architecture.compute.used)
+    streams = Streams(architecture.residence, hidden, dense, carried, architecture.compute.used, keeping)
     blocks = (*architecture.blocks, architecture.tail) if tail else architecture.blocks
     blocks = tuple(block for block in blocks if block.index not in stage.left)
     return _over(blocks, streams, without, steps, lambda block: stage.leave(block, note(), streams.which))
@@ -311,9 +332,12 @@ def opened(block: Block, streams: Streams, ahead: Sequence[Block], steps: Steps 
     try:
         if streams.dense is not None:
             stop._dense = block.copy()
+        if streams.keeping:
+            room = Room(residence.spare())
+            stop._kept, stop._dense_kept = Kept(room), Kept(room)
         yield stop
     finally:
-        stop._closed, stop._dense = True, None
+        stop._closed, stop._dense, stop._kept, stop._dense_kept = True, None, None, None
         residence.close(stop.block)
 
 

@@ -7,10 +7,11 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
+from ..kernels.free import free
+
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _LEAST = 1 << 28
-_GROUP = Path("/sys/fs/cgroup")
 
 
 def size_of(memory: str | int) -> int:
@@ -26,25 +27,6 @@ def size_of(memory: str | int) -> int:
     found = int(float(match[1]) * (_BINARY if match[3] else _UNITS)[unit])
     if found < _LEAST:
         raise ValueError(f"memory is {memory!r}; allowed: at least {_LEAST >> 20}MiB")
-    return found
-
-
-def free() -> int:
-    """Bytes that this process could have now: of the machine, and of the control group that it is in."""
-    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with suppress(OSError, ValueError):
-        line = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
-        found = int(line[1]) * 1024 if line else found
-    for most, used, cached in (
-        ("memory.max", "memory.current", "memory.stat"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
-    ):
-        with suppress(OSError, ValueError):
-            limit = int((_GROUP / most).read_text())  # "max" is no number
-            stat = (_GROUP / cached).read_text()
-            files = re.search(r"^(?:total_)?inactive_file (\d+)", stat, re.MULTILINE)
-            taken = int((_GROUP / used).read_text()) - (int(files[1]) if files else 0)
-            found = min(found, max(limit - taken, 0))
     return found
 
 

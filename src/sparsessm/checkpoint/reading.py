@@ -20,8 +20,7 @@ from .memory import allowed
 from .opened import Opened, find, open_checkpoint, quiet
 from .shelf import give_back
 from .skeleton import skeleton
-
-SHARE = 16  # of the memory that is allowed, what one tensor of hidden states may take
+from .streamed import SHARE
 
 
 @dataclass
@@ -156,7 +155,7 @@ def _held(opened: Opened, streaming: Streaming | None) -> tuple[Assembled, Resid
         return assemble(opened), InMemory()
     fits = 2 * float32_bytes(opened) <= streaming.memory
     if fits and streaming.folder is None:
-        return assemble(opened), InMemory()
+        return assemble(opened), InMemory(streaming.memory)
     return skeleton(opened, streaming.folder, keep=fits, limit=streaming.memory // SHARE)
 
 

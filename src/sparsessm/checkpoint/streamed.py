@@ -23,11 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from ..architectures import InMemory, Residence
-from ..architectures.residence import Layer
+from ..architectures.residence import KEEPING, Layer
 from .files import open_safetensors, write_one
 from .mapped import Mapped
 from .shelf import give_back
 
+SHARE = 16
+"""Of the memory that is allowed, the part that one tensor of hidden states may have."""
 EXACT = (torch.bfloat16, torch.float16, torch.float32)
 """Tried in this order for a tensor of a changed block: the first that holds all its values."""
 _NAN = torch.full((), math.nan)
@@ -177,9 +179,12 @@ class Streamed(Residence):
     def at_once(self, nbytes: int, most: int, *, free: int) -> int:
         return free if self._keep else max(1, min(most, 2 * self._limit // nbytes))
 
+    def spare(self) -> int:
+        return SHARE * self._limit // KEEPING
+
     def copied(self, model: nn.Module) -> tuple[Any, Residence]:
         if self._keep:
-            return copy.deepcopy(model), InMemory()
+            return copy.deepcopy(model), InMemory(SHARE * self._limit)
         memo: dict[int, Any] = {}
         homes: dict[nn.Parameter, Read] = {}
         for home in self._homes.values():

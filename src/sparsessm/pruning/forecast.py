@@ -49,7 +49,7 @@ class Forecast:
 
 @dataclass
 class _Times:
-    """Seconds for a block: a token for the first three."""
+    """Seconds for a block: a token for the first three. `look`: with the pass that hands the windows on."""
 
     look: float = 0.0
     survey: float = 0.0
@@ -88,8 +88,7 @@ def forecast(
     few, fewer = min(tokens, SURVEY_TOKENS), min(tokens, PRICED_TOKENS)
     for block, count in kinds:
         took = _probe(architecture, block, rules, width, paired)
-        per_token = took.look + took.forward * (1 + paired)
-        looking += count * per_token * tokens * watches
+        looking += count * took.look * tokens * watches
         seconds["blocks"] += count * (took.solve + took.open)
         seconds["survey"] += count * (took.survey * few + took.open) * surveyed
         groups = -(-fewer // 2048)
@@ -113,7 +112,10 @@ def forecast(
     states = 4 * tokens * width * (1 + paired) if watches else 0
     return Forecast(
         {name: round(value, 1) for name, value in seconds.items()},
-        resident + _sums(architecture, rules) + _block_bytes(architecture) * (1 + paired),
+        resident
+        + _sums(architecture, rules)
+        + _block_bytes(architecture) * (1 + paired)
+        + _kept_bytes(architecture, tokens) * watches,
         2 * states + sum(2 * p.numel() for block in architecture.blocks for p in block.layer.parameters()),
         faster,
     )
@@ -167,7 +169,9 @@ def _probe(
                     seen = watched[target.kind].result()
                     seconds, _ = clock(lambda t=target, s=seen: reduced(t, alone[t.name], s))
                     took.solve += seconds
-        streams = Streams(architecture.residence, Stream("probe", [states.clone()]), compute=used)
+        streams = Streams(
+            architecture.residence, Stream("probe", [states.clone()]), compute=used, keeping=True
+        )
         if paired:
             streams.dense = Stream("dense", [states.clone()])
         with opened(block, streams, (), None) as stop:
@@ -181,6 +185,8 @@ def _probe(
                     took.look += seconds / tokens
                 seconds, _ = clock(lambda t=target, r=rule, s=seen: solve(t, r, s))
                 took.solve += seconds
+            seconds, _ = clock(stop.advance)
+            took.look += seconds / tokens
     finally:
         architecture.residence.close(block)
     return took
@@ -206,3 +212,9 @@ def _sums(architecture: Architecture, rules: Mapping[str, Rule]) -> int:
             rows, columns = target.matrix.shape
             found = max(found, (8 * (1 + rule.paired) + 16) * columns**2 + 24 * rows * columns)
     return found
+
+
+def _kept_bytes(architecture: Architecture, tokens: int) -> int:
+    """Of results inside a mixer (`architectures/kept.py`): some four values a token and channel."""
+    channels = max((target.matrix.shape[1] for target in architecture.targets if target.plain), default=0)
+    return min(architecture.residence.spare(), 16 * tokens * channels)
