@@ -16,8 +16,9 @@ test: $(DEVELOPED) ## the whole suite, two workers, coverage of src
 
 # Tests whose outcome could hang on one processor: on the code of older ones, of ours and of the BLAS alike, and
 # with other numbers of threads.
-NUMERIC := $(addprefix tests/,$(addsuffix .py,$(addprefix methods/test_,balanced degenerate dense_target hessian \
-	readouts refit removed_before repair structured_methods transcription_linear transcription_sweep) \
+NUMERIC := $(addprefix tests/,$(addsuffix .py,$(addprefix methods/test_,balanced degenerate dense_target grids \
+	hessian on_grid readouts refit removed_before repair structured_methods transcription_grids \
+	transcription_linear transcription_sweep) \
 	$(addprefix runtime/test_,engine engine_mamba2 engine_projected engine_widths reference) \
 	$(addprefix architectures/test_,compute family projected) $(addprefix pruning/test_,projection entries) \
 	calibration/test_prices kernels/test_products))
