@@ -26,7 +26,7 @@ MODELS = {"falcon_mamba": pico_falcon_mamba, "mamba2": pico_mamba2}
 MORE_TOKENS = torch.randint(0, 64, (8, 37), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if "grid" not in row.defaults])
 @pytest.mark.parametrize("name", MODELS)
 def test_every_method_prunes_the_family(name: str, method: str) -> None:
     architecture = adapt(MODELS[name]())
@@ -44,6 +44,21 @@ def test_every_method_prunes_the_family(name: str, method: str) -> None:
     ours = logits_of(architecture, TOKENS)
     assert_same(ours, stock_logits(architecture.model, TOKENS))
     assert (ours - dense).abs().max() > 1e-4 * dense.abs().max()
+
+
+@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if "grid" in row.defaults])
+@pytest.mark.parametrize("name", MODELS)
+def test_every_method_on_a_grid_rounds_the_family(name: str, method: str) -> None:
+    architecture = adapt(MODELS[name]())
+    asked = Recipe(method=method).resolved(model="m", trained_length=37)
+    report = prune(architecture, asked, MORE_TOKENS)
+    targets = {target.name: target for target in architecture.targets if target.family == "projections"}
+    assert report.levels.keys() == targets.keys()
+    for row in report.rows:
+        assert torch.equal(targets[row.target].matrix, report.levels[row.target].values())
+        rows, columns = targets[row.target].matrix.shape
+        assert (row.pruned, row.bits) == (0, rows * (4 * columns + 16 * -(-columns // 64)))
+    assert_same(logits_of(architecture, TOKENS), stock_logits(architecture.model, TOKENS))
 
 
 @pytest.mark.parametrize("method", ["exact", "sparsessm"])
