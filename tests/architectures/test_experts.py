@@ -65,8 +65,8 @@ class Watcher:
 
         monkeypatch.setattr(Stop, "run", watched)
 
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        if stage == "calibrate":
+    def __call__(self, stage: str, done: int, total: int, block: str) -> None:
+        if stage == "calibrate" and done and (done, total) not in self.steps[-1:]:  # not where the work is
             self.steps.append((done, total))
 
     def of_experts(self) -> dict[int, list[str]]:

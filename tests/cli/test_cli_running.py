@@ -155,6 +155,7 @@ def test_pack_and_back() -> None:
     assert json.loads(run("unpack", "small", "-o", "back", "--force", "--json", "-q").stdout) == {
         "model": "small",
         "out": "back",
+        "rounded": None,
     }
 
 
