@@ -29,7 +29,7 @@ from transformers.models.mamba.modeling_mamba import mamba_selective_scan  # tra
 from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
 
 from sparsessm import kernels
-from sparsessm.architectures import adapt
+from sparsessm.architectures import InMemory, adapt
 from sparsessm.calibration import prices
 from sparsessm.calibration.walk import ROWS, slab_width, walk
 from sparsessm.kernels import products
@@ -253,9 +253,9 @@ def pruning(rounds: int, windows: int) -> dict[str, Any]:
                 total.take()
                 torch.linalg.cholesky(hessian)
 
-    def run(fields: dict[str, str]) -> Callable[[], Any]:
+    def run(fields: dict[str, str], memory: int | None = None) -> Callable[[], Any]:
         def once() -> None:
-            dense = adapt(model(2), compute=compute)
+            dense = adapt(model(2), compute=compute, residence=InMemory(memory))
             recipe = Recipe(**fields, compute=compute).resolved(model="random", trained_length=LENGTH)
             make_plan(recipe, dense).run(dense, tokens)
 
@@ -266,15 +266,16 @@ def pruning(rounds: int, windows: int) -> dict[str, Any]:
 
     with torch.inference_mode(False), torch.no_grad():
         runs = {name: run(fields) for name, fields in PRUNED.items()}
+        runs |= {f"{name}, keeping nothing": run(fields, 0) for name, fields in PRUNED.items()}  # no room
         times = interleaved(rounds, time.process_time, floor=floor, build=build, **runs)
     result: dict[str, Any] = {
         "products": compute,
         "seconds": {name: round(statistics.median(t), 2) for name, t in times.items()},
     }
-    for name in PRUNED:
+    for name, once in runs.items():
         each = zip(times[name], times["build"], times["floor"], strict=True)
         result[f"{name} / floor"] = round(statistics.median((a - b) / c for a, b, c in each), 2)
-        result[f"stages of {name}, s"] = stages(run(PRUNED[name]), time.process_time)
+        result[f"stages of {name}, s"] = stages(once, time.process_time)
     return result
 
 

@@ -1,5 +1,6 @@
 """Commands are run in a directory of their own, on little text."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,3 +16,14 @@ def here(here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(demonstration, "WINDOWS", 2)
     monkeypatch.setattr(demonstration, "ROUNDS", 1)
     return here
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Makes the output a terminal of so many columns."""
+
+    def of(columns: int) -> None:
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        monkeypatch.setenv("COLUMNS", str(columns))
+
+    return of

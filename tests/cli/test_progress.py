@@ -28,17 +28,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     return set_to
 
 
-@pytest.fixture
-def terminal(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Makes the output a terminal of so many columns."""
-
-    def of(columns: int) -> None:
-        monkeypatch.setenv("FORCE_COLOR", "1")
-        monkeypatch.setenv("COLUMNS", str(columns))
-
-    return of
-
-
 def test_on_a_terminal_progress_is_bars_with_time_left(
     terminal: Callable[[int], None], capsys: Capture
 ) -> None:

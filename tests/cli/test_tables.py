@@ -13,17 +13,6 @@ Capture = pytest.CaptureFixture[str]
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
-@pytest.fixture
-def terminal(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Makes the output a terminal of so many columns."""
-
-    def of(columns: int) -> None:
-        monkeypatch.setenv("FORCE_COLOR", "1")
-        monkeypatch.setenv("COLUMNS", str(columns))
-
-    return of
-
-
 NAMES = ["backbone.layers.0.mixer.A_log", "backbone.layers.11.mixer.in_proj.weight"]
 CELLS = [[name, str(10**12 + number), "50.00 %"] for number, name in enumerate(NAMES)]
 

@@ -3,8 +3,6 @@ the nearest, scales are the best."""
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -230,8 +228,3 @@ def test_words(word: str, grid: Uniform) -> None:
 def test_words_that_are_refused(word: str) -> None:
     with pytest.raises(ValueError, match="allowed: int2 to int8"):
         parse(word)
-
-
-def test_as_many_bits_as_fit() -> None:
-    assert [Uniform.within(bits).bits for bits in (1.5, 2.25, 3.2, 3.25, 4.5, 9)] == [2, 2, 2, 3, 4, 8]
-    assert math.isfinite(Dial(0.1).step)

@@ -134,7 +134,9 @@ def run(command: Callable[[], Any]) -> int:
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     except BaseException as error:
         if _worked and isinstance(error, OSError):  # of the printing of what is on the disk already
-            sys.stderr.write(f"note: what was done could not be printed ({error.strerror}); {there_now()}\n")
+            sys.stderr.write(
+                _told("note", f"what was done could not be printed ({error.strerror}); {there_now()}")
+            )
             return 0
         try:
             return said(error)

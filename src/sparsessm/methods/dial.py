@@ -16,9 +16,9 @@ from typing import final
 import torch
 from torch import Tensor
 
-from sparsessm.methods.grids import Rounding, thrift_of, thrifty
+from sparsessm.methods.grids import Rounder, thrift_of, thrifty
 from sparsessm.methods.hessian import Factor
-from sparsessm.methods.levels import Levels, factor_bits, nested_bits
+from sparsessm.methods.levels import factor_bits, nested_bits
 from sparsessm.methods.patterns import Unstructured
 from sparsessm.methods.repair import sweep
 
@@ -68,12 +68,12 @@ def step(curves: Sequence[Curve], bits: float) -> float:
 
 
 @final
-class _Ladder(Rounding):
+class _Ladder(Rounder):
     """Rows with a step each, in float; counts, keeps nothing else."""
 
     def __init__(self, steps: Tensor, pivots: Tensor, thrift: Tensor) -> None:
         """steps: (rows,), of a pivot of 1. pivots: (in,). thrift: (rows,)."""
-        self.group, self.prices = len(pivots), None
+        self.group = len(pivots)
         self._steps, self._pivots, self._thrift = steps, pivots, thrift
         self.codes: list[Tensor] = []
 
@@ -82,15 +82,9 @@ class _Ladder(Rounding):
 
     def round(self, weight: Tensor, keep: Tensor, column: int) -> Tensor:
         steps = self._steps * self._pivots[column]
-        codes = self.nearest(weight / steps) * keep
+        codes = thrifty(weight / steps, self._thrift) * keep
         self.codes.append(codes.short())
         return codes * steps
-
-    def nearest(self, values: Tensor, cost: float | Tensor = 1.0) -> Tensor:
-        return thrifty(values, self._thrift / cost)
-
-    def levels(self) -> Levels:
-        raise NotImplementedError("a ladder only counts")
 
 
 def foretell(weight: Tensor, factor: Factor, prices: Tensor | None, gone: Tensor) -> Curve:

@@ -35,16 +35,14 @@ THRIFT = 0.1  # of the dial: what a bit is worth, in squares of the step
 FARTHEST_STEP = 4.0  # times a row's largest weight, with which it is zero
 
 
-class Rounding(ABC):
-    """What a grid does to one matrix: it is told where the sweep is, and rounds column after column.
+class Rounder(ABC):
+    """What the sweep rounds a matrix with: it is told where the sweep is, and rounds column after column.
 
     Attributes:
         group: columns that are reached together.
-        prices: (out,) float64, what an error in each row costs; None: all the same.
     """
 
     group: int
-    prices: Tensor | None
 
     @abstractmethod
     def reach(self, weight: Tensor, keep: Tensor, columns: slice) -> None:
@@ -53,6 +51,16 @@ class Rounding(ABC):
     @abstractmethod
     def round(self, weight: Tensor, keep: Tensor, column: int) -> Tensor:
         """The value (out,) that a column (out,) takes; 0 where it is not kept."""
+
+
+class Rounding(Rounder):
+    """What a grid does to one matrix.
+
+    Attributes:
+        prices: (out,) float64, what an error in each row costs; None: all the same.
+    """
+
+    prices: Tensor | None
 
     @abstractmethod
     def nearest(self, values: Tensor, cost: float | Tensor = 1.0) -> Tensor:
@@ -127,11 +135,6 @@ class Uniform(Grid):
     bits: int
     group: int = GROUP
     ordered = False
-
-    @classmethod
-    def within(cls, bits: float) -> Uniform:
-        """With as many bits as fit, a scale for every `GROUP` columns counted."""
-        return cls(min(max(int(bits - SCALE_BITS / GROUP), 2), WIDEST))
 
     def __str__(self) -> str:
         return f"int{self.bits}" + (f":{self.group}" if self.group != GROUP else "")

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sparsessm.methods.grids import Rounding
+from sparsessm.methods.grids import Rounder
 from sparsessm.methods.hessian import Factor, near
 from sparsessm.methods.observers import ErrorSums, Moments
 from sparsessm.methods.patterns import NofM, Pattern
@@ -43,7 +43,7 @@ def sweep(
     *,
     by_row: bool = False,
     gone: Tensor | None = None,
-    rounding: Rounding | None = None,
+    rounding: Rounder | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Mask a matrix from left to right and round what stays; with a factor, what each weight lost is made up
     for on its right.
@@ -111,7 +111,7 @@ def _mask(
 def _settle(
     lanes: Tensor,
     keep: Tensor,
-    rounding: Rounding | None,
+    rounding: Rounder | None,
     factor: Factor | None,
     column: int,
     block: slice,

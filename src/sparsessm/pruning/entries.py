@@ -20,7 +20,7 @@ from sparsessm.calibration.progress import Progress
 from sparsessm.calibration.visit import Look, Watch, visit
 from sparsessm.methods import WITHOUT_DATA, Rule, on_grid
 from sparsessm.methods.base import scorer
-from sparsessm.methods.grids import Dial, Rounding, Uniform
+from sparsessm.methods.grids import Dial, Rounding
 from sparsessm.methods.hessian import Factor, by_power, factorise
 from sparsessm.methods.levels import Levels
 from sparsessm.methods.observers import Moments
@@ -100,8 +100,6 @@ def _prune(target: Target, rule: Rule, look: Look) -> tuple[Row, Levels | None]:
     tokens = seen.tokens if target.routed and isinstance(seen, Moments) else None
     if starved(target, seen):
         rule, seen = replace(rule, method=WITHOUT_DATA, repair="none", price="none", prices=None), None
-        if rule.bits is not None:
-            rule = replace(rule, grid=Uniform.within(rule.bits), bits=None)
     done = solve(target, rule, seen)
     companions = write(target, rule, done)
     error = rule.method.error(done.seen, done.keep, rule) if rule.method.error else None

@@ -70,20 +70,18 @@ def stepped(assignment: Assignment, rules: Mapping[str, Rule], name: str, rows: 
     if rule.bits is None:
         return rule
     (budget,) = (part for part in assignment.budgets if any(target.name == name for target in part))
-    done = {row.target: row for row in rows if row.bits is not None}
+    done = {row.target: (row.bits, row.step) for row in rows if row.bits is not None and row.step is not None}
     asked = rule.bits * sum(target.matrix.numel() for target in budget)
     spent = foretold = 0.0
     left = []
     for target in budget:
-        curve, row = rules[target.name].curve, done.get(target.name)
-        if row is not None:
-            asked -= row.bits or 0
-            if curve is not None and row.step is not None:
-                spent, foretold = spent + (row.bits or 0), foretold + curve.at(row.step)
-        elif curve is not None:
+        curve = rules[target.name].curve
+        if target.name in done:
+            bits, before = done[target.name]
+            spent, foretold = spent + bits, foretold + curve.at(before)
+        else:
             left.append(curve)
-        else:  # an expert of which nothing is known
-            asked -= rule.bits * target.matrix.numel()
+    asked -= spent
     return replace(rule, grid=Dial(step(left, asked * foretold / spent if spent else asked)))
 
 
