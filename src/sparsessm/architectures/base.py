@@ -281,6 +281,15 @@ class Architecture(ABC):
         """(..., d_model) after the last block -> (..., vocabulary): final norm and output projection."""
 
     @property
+    @abstractmethod
+    def logit_scale(self) -> float:
+        """What the head's outputs are multiplied by."""
+
+    @abstractmethod
+    def looked_up(self, grad: Tensor) -> Tensor:
+        """The gradient (W, L, d_model) at the rows of the embedding, of one at what `embed` makes of them."""
+
+    @property
     def targets(self) -> Iterator[Target]:
         return (target for block in (*self.blocks, self.tail) for target in block.targets)
 

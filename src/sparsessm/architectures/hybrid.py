@@ -113,6 +113,17 @@ class Hybrid(Architecture):
             hidden = hidden * self._said(self.embedding_multiplier)
         return torch.cat([hidden, hidden], -1) if self.carries_embedding else hidden
 
+    def looked_up(self, grad: Tensor) -> Tensor:
+        if self.carries_embedding:
+            first, second = grad.chunk(2, -1)
+            grad = first + second
+        return grad * self._said(self.embedding_multiplier) if self.embedding_multiplier else grad
+
+    @property
+    def logit_scale(self) -> float:
+        scale = float(self._said(self.logits_multiplier)) if self.logits_multiplier else 1.0
+        return scale / float(self._said(self.logits_divisor)) if self.logits_divisor else scale
+
     def head(self, hidden: Tensor) -> Tensor:
         logits = self._lm_head(self._normed(hidden))
         if self.logits_multiplier:

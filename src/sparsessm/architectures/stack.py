@@ -89,6 +89,13 @@ class Stack(Architecture):
     def embed(self, tokens: Tensor) -> Tensor:
         return embedded(self._backbone.embeddings, tokens)
 
+    @property
+    def logit_scale(self) -> float:
+        return 1.0
+
+    def looked_up(self, grad: Tensor) -> Tensor:
+        return grad
+
     def head(self, hidden: Tensor) -> Tensor:
         return self._lm_head(self._backbone.norm_f(hidden))
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsessm.architectures import Architecture, Block
+from sparsessm.calibration import vocabulary
 from sparsessm.calibration.journal import Forgetful, Journal
 from sparsessm.calibration.loss import nats, predictions
 from sparsessm.calibration.progress import Progress, Steps
@@ -26,6 +27,7 @@ from sparsessm.calibration.walk import backwards, first_tokens, grouped, walk
 
 ROWS = 2048  # tokens that go through the model together: several short windows, or one long one
 PRICED_TOKENS = 16_384  # of the calibration windows that the backward pass looks at
+ALSO = "also"  # beside the prices of a head that is the embedding too: what its Hessian gets added
 
 
 def priced(
@@ -43,7 +45,8 @@ def priced(
         journal: keeps what each group of windows says.
 
     Returns:
-        Target name -> (out,) float64; targets that have none of this kind are left out.
+        Target name -> (out,) float64; targets that have none of this kind are left out. `ALSO`: as of
+        `output_fisher`.
 
     Raises:
         ValueError: as `output_fisher`.
@@ -52,7 +55,7 @@ def priced(
     for name, price in PRICES.items():
         if names := {target for target, kind in asked.items() if kind == name}:
             values = price(architecture, names, tokens, progress, journal)
-            found |= {target: row for target, row in values.items() if target in names}
+            found |= {target: row for target, row in values.items() if target in names or target == ALSO}
     return found
 
 
@@ -95,7 +98,8 @@ def output_fisher(
         progress: called with ("fisher", steps done, steps in all, block); a step is a block, forward or
             backward.
         journal: keeps what each group of windows says.
-        head: the logits too, under the name of the tail's first target; costs (rows, vocabulary) of work.
+        head: the tail's first target too (vocabulary.py); costs (rows, vocabulary) of work. Where it is the
+            embedding as well, its entry `ALSO` is (d_model, d_model), which belongs to its Hessian.
 
     Returns:
         Target name -> (out,) float64, in nats^2 per unit^2. Linear layers: of their own output, bias
@@ -119,11 +123,14 @@ def output_fisher(
         for number, group in enumerate(groups):
             found = journal.once(f"prices {number}", partial(_energies, architecture, group, steps, head))
             sums = {name: sums[name] + energy if name in sums else energy for name, energy in found.items()}
-    return {
-        target.name: sums[target.name] / tokens.numel()
-        for target in architecture.targets
-        if target.name in sums
-    }
+    means = {name: energy / tokens.numel() for name, energy in sums.items()}
+    also: dict[str, Tensor] = {}
+    if head:
+        name = architecture.tail.targets[0].name
+        means[name] = vocabulary.of_head(means)
+        if architecture.tied:
+            means[name], also[ALSO] = vocabulary.of_both(means)
+    return {t.name: means[t.name] for t in architecture.targets if t.name in means} | also
 
 
 def _energies(architecture: Architecture, group: Tensor, steps: Steps, head: bool) -> dict[str, Tensor]:
@@ -138,13 +145,21 @@ def _energies(architecture: Architecture, group: Tensor, steps: Steps, head: boo
     group = group.clone()
     entering = _forward(architecture, group, steps)
     back = torch.empty_like(entering[-1])
+    words = None
+    if head:
+        size, width = architecture.tail.targets[0].matrix.shape
+        words = vocabulary.Sums.nothing(size, width, back.device)
     for stop in backwards(architecture, steps):
         if stop.block is architecture.tail:
-            back = _head_backward(architecture, entering[-1], group, add if head else None)
+            back = _head_backward(architecture, entering[-1], group, words)
         else:
             back = _block_backward(architecture, stop.block, entering[stop.block.index], back, add)
             architecture.residence.release(entering)
             steps()
+    if words is not None:
+        if architecture.tied:
+            words.add_lookups(group, architecture.looked_up(back))
+        sums |= vars(words)
     return sums
 
 
@@ -166,21 +181,24 @@ def _forward(architecture: Architecture, tokens: Tensor, steps: Steps) -> Tensor
 
 
 def _head_backward(
-    architecture: Architecture, hidden: Tensor, tokens: Tensor, add: Callable[[str, Tensor], None] | None
+    architecture: Architecture, hidden: Tensor, tokens: Tensor, words: vocabulary.Sums | None
 ) -> Tensor:
-    """d loss / d hidden, (W, L, d_model), after the last block; `add` receives the gradient of the logits."""
+    """d loss / d hidden, (W, L, d_model), after the last block; `words` is told of inputs and logits."""
     parts = []
+    if words is not None:
+        architecture.tail.forward(hidden, taps={"lm_head": (power := vocabulary.Power())})
+        words.power = power.result()
     with architecture.tail.computing(architecture.compute.used):
         for rows, right in predictions(hidden, tokens):
             part = rows.detach().requires_grad_()
             with torch.enable_grad():
                 logits = architecture.head(part[None])[0]  # (rows, vocabulary)
                 loss = nats(logits, right).sum()
-            dpart, *dlogits = torch.autograd.grad(loss, [part] if add is None else [part, logits])
+            (dpart,) = torch.autograd.grad(loss, [part])
             _refuse_non_finite(dpart, f"{architecture.tail.name}: the gradient at its input")
             parts.append(dpart)
-            if add is not None:
-                add(architecture.tail.targets[0].name, *dlogits)
+            if words is not None:
+                words.add_logits(logits, architecture.logit_scale)
     back = torch.cat(parts).view(len(tokens), -1, hidden.shape[-1])
     return F.pad(back, (0, 0, 0, 1))  # the last token predicts nothing
 

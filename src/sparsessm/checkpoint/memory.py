@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
 from contextlib import suppress
 from pathlib import Path
 
+from ..data.foreign import bytes_of
 from ..kernels.free import free
 
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-_BINARY = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _LEAST = 1 << 28
 
 
@@ -20,11 +18,7 @@ def size_of(memory: str | int) -> int:
     Raises:
         ValueError: anything else, or less than a process like this one needs.
     """
-    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)\s*([KMGT]?)(i?)B?", str(memory).strip(), re.IGNORECASE)
-    if not match or (match[3] and not match[2]):
-        raise ValueError(f"memory is {memory!r}; allowed: a size such as 6GB or 512MiB")
-    unit = match[2].upper()
-    found = int(float(match[1]) * (_BINARY if match[3] else _UNITS)[unit])
+    found = bytes_of(str(memory), "memory")
     if found < _LEAST:
         raise ValueError(f"memory is {memory!r}; allowed: at least {_LEAST >> 20}MiB")
     return found

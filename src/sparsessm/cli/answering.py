@@ -41,7 +41,7 @@ GROUPS = START, SMALLER, LOOK, RUN = "Start here", "Make a model smaller", "See 
 # Groups of `prune --help`: the fields of a recipe by what they say. What matters first is in no group.
 PANELS = {
     "What is pruned": ("target", "ignore"),
-    "How much": ("bits", "grid", "pattern", "allocation"),
+    "How much": ("bits", "size", "grid", "pattern", "allocation"),
     "How": ("method", "repair", "price", "removed", "diagonal", "time_weights", "compute"),
     "Calibration data": ("data", "column", "samples", "length", "seed", "tokenizer"),
     "Output": ("memory", "resume", "force", "no_eval", "as_json", "quiet"),

@@ -195,3 +195,18 @@ def _plain(node: yaml.Node, depth: int, left: list[int]) -> Any:
             raise ValueError(f"{line}: {short(key.value)} appears twice")
         found[key.value] = _plain(value, depth + 1, left)
     return found
+
+
+def bytes_of(text: str, what: str) -> int:
+    """The bytes of "6GB", "512 MiB" or a number of bytes.
+
+    Args:
+        what: name of the option, for the error message.
+
+    Raises:
+        ValueError: anything else.
+    """
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)\s*([KMGT]?)(i)?B?", text.strip(), re.IGNORECASE)
+    if not match or (match[3] and not match[2]):
+        raise ValueError(f"{what} is {short(text)}; allowed: a size such as 6GB or 512MiB")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " "))

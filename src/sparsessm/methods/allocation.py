@@ -165,7 +165,7 @@ def _own(weight: Tensor, rule: Rule) -> Any | None:
 def _profile(weight: Tensor, seen: Any, rule: Rule, gone: Tensor) -> Profile:
     unit = 1.0
     if rule.method.hessian:
-        moments, unit = seen.scaled(weight.dtype)
+        moments, unit = seen.plus(rule.also).scaled(weight.dtype)
         seen = factorise(moments.gram)
     score = scorer(rule, seen)(weight, slice(None))
     return Profile.of(score.masked_fill(gone, -torch.inf), unit)
@@ -197,7 +197,7 @@ def _share_by_threshold(members: Sequence[Member], sparsity: float, clip: float)
 
 
 def _curve(weight: Tensor, seen: Any, rule: Rule, gone: Tensor) -> Curve:
-    moments, unit = seen.scaled(weight.dtype)
+    moments, unit = seen.plus(rule.also).scaled(weight.dtype)
     order = by_power(moments.gram)
     prices = None if rule.prices is None else rule.prices * unit
     return foretell(weight[:, order], factorise(moments.reordered(order).gram), prices, gone[:, order])

@@ -73,6 +73,7 @@ class Rule:
         price: "none"; "fisher" or "norms": an error in an output row costs what the loss says
             (calibration/prices.py).
         prices: (out,) float64, that of each row; None where all rows have the same.
+        also: (in, in) float64, what its Hessian gets added for another use of the matrix; None: it has none.
         allocation: who is pruned how much, with its number.
         grid: the values that weights may take; None: any.
         bits: stored bits a weight over the matrices of the budget; the grid is then found as the run goes.
@@ -88,6 +89,7 @@ class Rule:
     strength: float = 1.0
     price: str = "none"
     prices: Tensor | None = None
+    also: Tensor | None = None
     allocation: tuple[Allocation, float] = (UNIFORM, 0.0)
     grid: Grid | None = None
     bits: float | None = None

@@ -109,16 +109,20 @@ def foretell(weight: Tensor, factor: Factor, prices: Tensor | None, gone: Tensor
         return Curve(nothing, nothing, factor_bits(out, columns), out * columns)
     ladder = [middle * 2.0**power for power in range(FINEST, COARSEST + 1)]
     some = torch.arange(0, out, -(-out // ROWS), device=weight.device)
+    plain, thrift = [], []
+    for rung in ladder:  # one after the other: of a large head they would not be in memory together
+        values = size / rung
+        thrifts = thrift_of(values)
+        thrift.append(thrifts[some])
+        plain.append(nested_bits(thrifty(values, thrifts[:, None])).amin(1).double())
     chosen = weight[some].repeat(len(ladder), 1)
     steps = torch.cat([units[some] * rung for rung in ladder]).to(weight.dtype)
-    sizes = [size / rung for rung in ladder]
-    thrift = [thrift_of(values) for values in sizes]
-    rounding = _Ladder(steps, pivots, torch.cat([one[some] for one in thrift]))
+    rounding = _Ladder(steps, pivots, torch.cat(thrift))
     none = gone[some].repeat(len(ladder), 1)
     sweep(chosen, lambda now, part: now.abs(), Unstructured(), 0.0, factor, gone=none, rounding=rounding)
     swept = nested_bits(torch.stack(rounding.codes, 1)).amin(1).view(len(ladder), -1).sum(1).double()
-    codes = (thrifty(values, one[:, None]) for values, one in zip(sizes, thrift, strict=True))
-    plain = torch.stack([nested_bits(one).amin(1) for one in codes]).double()
-    bits = plain.sum(1) * swept / plain[:, some].sum(1).clamp(min=1)
+    bits = torch.stack(
+        [rows.sum() * more / rows[some].sum().clamp(min=1) for rows, more in zip(plain, swept, strict=True)]
+    )
     sides = factor_bits(out, columns)
     return Curve(torch.tensor(ladder, dtype=torch.float64), bits.cpu() + sides, sides, out * columns)

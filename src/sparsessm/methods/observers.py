@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -57,6 +57,13 @@ class Moments:
     def power(self) -> Tensor:
         """(in,) or (out, in): mean x_j^2."""
         return self.gram if self.diagonal else self.gram.diagonal(dim1=-2, dim2=-1)
+
+    def plus(self, gram: Tensor | None) -> Moments:
+        """With (in, in) added to the Gram, of inputs that are the same in both models; None: as it is."""
+        if gram is None:
+            return self
+        cross = None if self.cross is None else self.cross + gram
+        return replace(self, gram=self.gram + gram, cross=cross)
 
     def scaled(self, dtype: torch.dtype) -> tuple[Moments, float]:
         """The same in another dtype, divided by a power of four so that the mean power is near 1; and that

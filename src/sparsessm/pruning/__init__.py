@@ -21,6 +21,7 @@ from sparsessm.calibration.journal import Forgetful, Journal
 from sparsessm.pruning.entries import EntryPlan
 from sparsessm.pruning.plan import Plan
 from sparsessm.pruning.structured import UnitPlan
+from sparsessm.recipe.aims import aimed
 from sparsessm.recipe.recipe import Recipe
 from sparsessm.recipe.rules import assign
 from sparsessm.recipe.sizes import order
@@ -39,4 +40,5 @@ def make_plan(recipe: Recipe, architecture: Architecture) -> Plan:
     """
     if recipe.takes_units:
         return UnitPlan(recipe, order(recipe, architecture))
+    recipe = aimed(recipe, architecture)
     return EntryPlan(recipe, assign(recipe, architecture.targets))

@@ -151,7 +151,7 @@ def solve(target: Target, rule: Rule, seen: Any) -> Solution:
     gone = weight == target.removed[rule.removed]  # removed before: stays removed, and is counted
     start, factor, unit, order = weight, None, 1.0, None
     if method.hessian:
-        seen, unit = seen.scaled(weight.dtype)
+        seen, unit = seen.plus(rule.also).scaled(weight.dtype)
         if rule.grid is not None and rule.grid.ordered and isinstance(rule.pattern, Unstructured):
             order = by_power(seen.gram)
             weight, gone, seen = weight[:, order], gone[:, order], seen.reordered(order)
@@ -225,9 +225,13 @@ def priced(
     """The rules, with what an error in each output row costs where they ask for it."""
     asked = {target.name: rules[target.name].price for target in architecture.targets if target.name in rules}
     found = prices.priced(architecture, asked, tokens, progress, journal)
-    return {
+    rules = {
         name: replace(rule, prices=found[name]) if name in found else rule for name, rule in rules.items()
     }
+    if prices.ALSO in found:
+        name = architecture.tail.targets[0].name
+        rules[name] = replace(rules[name], also=found[prices.ALSO])
+    return rules
 
 
 def _row(

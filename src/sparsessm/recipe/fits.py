@@ -29,7 +29,7 @@ def fits_units(said: Mapping[str, Any], pattern: Structured) -> None:
     fields = ("method", "allocation", "repair", "price", "sparsity")
     named, allocation, repair, price, sparsity = (said.get(name) for name in fields)
     given = f"pattern {str(pattern)!r}"
-    idle = [name for name in ("removed", "diagonal", "time_weights", "grid", "bits") if name in said]
+    idle = [name for name in ("removed", "diagonal", "time_weights", "grid", "bits", "size") if name in said]
     if idle:
         raise ValueError(f"{idle[0]} has no effect with {given}, which removes whole units")
     known = unit_methods()
@@ -73,7 +73,7 @@ def differs(said: Mapping[str, Any]) -> bool:
 
 
 def fits_grid(said: Mapping[str, Any]) -> None:
-    """Refuse what has no effect beside bits.
+    """Refuse what has no effect beside bits or a size.
 
     Args:
         said: `Choice.chosen`.
@@ -81,24 +81,35 @@ def fits_grid(said: Mapping[str, Any]) -> None:
     Raises:
         ValueError: names it.
     """
-    bits, grid, sparsity, allocation = (said.get(name) for name in ("bits", "grid", "sparsity", "allocation"))
-    if bits is None:
+    names = ("bits", "size", "grid", "sparsity", "allocation")
+    bits, size, grid, sparsity, allocation = (said.get(name) for name in names)
+    if bits is None and size is None:
         return
+    given, said_how = (
+        (f"size {size}", f"size is {size}") if bits is None else (f"bits {bits:g}", f"bits is {bits:g}")
+    )
+    if bits is not None and size is not None:
+        raise ValueError(f"size is {size}, but bits {bits:g} already says how many; give only one of them")
     if grid:
-        raise ValueError(f"bits is {bits:g}, but grid {grid!r} already says how many; give only one of them")
+        raise ValueError(f"{said_how}, but grid {grid!r} already says how many; give only one of them")
     if sparsity is not None and "pattern" not in said:
         raise ValueError(
-            f"sparsity is {sparsity:g}, but with bits {bits:g} zeros are found by what they "
+            f"sparsity is {sparsity:g}, but with {given} zeros are found by what they "
             "save; give only one of them"
         )
     if allocation:
-        raise ValueError(f"allocation {allocation!r} has no effect with bits, which has one step for all")
+        raise ValueError(f"allocation {allocation!r} has no effect with {given}, which has one step for all")
 
 
 def on_grid(said: Mapping[str, Any]) -> bool:
     """Whether matrices are rounded to a grid: then nothing is pruned unless asked to."""
     row = entry_methods().get(said.get("method") or "")
-    return bool(said.get("grid") or said.get("bits") or (row and "grid" in row.defaults))
+    return bool(said.get("grid") or dialled(said) or (row and "grid" in row.defaults))
+
+
+def dialled(said: Mapping[str, Any]) -> bool:
+    """Whether stored bits are asked for."""
+    return bool(said.get("bits") or said.get("size"))
 
 
 def parse_repair(text: str) -> tuple[str, float]:

@@ -14,19 +14,20 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from ..data.edition import edition
-from ..data.foreign import decoded, from_json, from_yaml, read_bytes, short
+from ..data.foreign import bytes_of, decoded, from_json, from_yaml, read_bytes, short
 from ..data.inert import is_text
 from ..data.text_files import is_local
 from ..data.texts import DATASETS, FILES, refuse_idle_column
 from ..methods import DEFAULTS, entry_methods, unit_methods
 from ..methods.patterns import NofM, Structured, parse
 from .fields import MOST_SAMPLES, OPTIONS, Choice, known
-from .fits import on_grid
+from .fits import dialled, fits_grid, on_grid
 
 DEFAULT_SPARSITY = 0.5
 DEFAULT_LENGTH = 2048
-ALL = ("ssm", "projections")  # what target "all" means: the head and conv1d must be asked for
-TARGETS = ("all", "projections", "ssm", "conv1d", "head")
+# Targets that are several families: the head and conv1d must be asked for.
+SEVERAL = {"all": ("ssm", "projections"), "matrices": ("projections", "head")}
+TARGETS = ("all", "matrices", "projections", "ssm", "conv1d", "head")
 
 
 def _listed(selectors: Any) -> Any:
@@ -67,7 +68,9 @@ class Recipe(Choice):
     target: str | None = Field(
         None,
         description=f"What to prune: {', '.join(TARGETS)}. all (the default) is projections (the linear "
-        "layers) and ssm (A_log); conv1d and head must be asked for.",
+        "layers) and ssm (A_log); matrices is projections and the head, with the embedding if they are tied. "
+        "On a grid the default is projections; with bits or size it is matrices where embedding and head are "
+        "more than a tenth of the bytes.",
     )
     ignore: tuple[str, ...] = Field(
         (), description="What to leave dense: names, class names, layer:N or re:REGEX."
@@ -78,6 +81,11 @@ class Recipe(Choice):
     data: str = Field("stdlib", description=f"Calibration text: {', '.join(DATASETS)}, or {FILES}.")
     column: str | None = Field(
         None, description="Field or column of the data that holds the text. By default text."
+    )
+    size: str | None = Field(
+        None,
+        description="Bytes of the weights' file, such as 100MiB: the number of bits that gives it is found, "
+        "instead of bits.",
     )
     samples: Annotated[int, Field(ge=1, le=MOST_SAMPLES)] | Literal["auto"] = Field(
         64, description="Number of calibration windows, or auto (doubled until the masks hardly change)."
@@ -104,6 +112,13 @@ class Recipe(Choice):
     def _known_target(cls, target: str | None) -> str | None:
         return target if target is None else known("target", target, TARGETS)
 
+    @field_validator("size")
+    @classmethod
+    def _is_a_size(cls, size: str | None) -> str | None:
+        if size is not None:
+            bytes_of(size, "size")
+        return size
+
     @field_validator("data")
     @classmethod
     def _known_data(cls, data: str) -> str:
@@ -127,9 +142,14 @@ class Recipe(Choice):
         return _families(self.target or self._usual_target, self.rules)
 
     @property
+    def _said(self) -> dict[str, Any]:
+        """`chosen`, and the size."""
+        return self.chosen | ({"size": self.size} if self.size else {})
+
+    @property
     def _usual_target(self) -> str:
         """Where none is named: a grid leaves A_log alone."""
-        return "projections" if on_grid(self.chosen) else "all"
+        return "projections" if on_grid(self._said) else "all"
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -138,19 +158,23 @@ class Recipe(Choice):
                 f"target is {self.target!r}, but the rules say what is pruned; give only one of them"
             )
         refuse_idle_column(self.data, self.column)
+        if self.size:
+            fits_grid(self._said)
+        if self.size and self.rules:
+            raise ValueError(f"size is {self.size}, which is for a recipe without rules; give them bits")
         if self.takes_units:
             if self.samples == "auto":
                 raise ValueError(
                     "samples 'auto' supports single entries only; give a number of samples for whole units"
                 )
-            for name in ("target", "rules", "ignore"):
+            for name in ("target", "rules", "ignore", "size"):
                 if getattr(self, name) not in (None, ()):
                     raise ValueError(
                         f"{name} has no effect with pattern {self.pattern!r}, which removes units of every "
                         "layer"
                     )
             return self
-        if self.samples == "auto" and on_grid(self.chosen):
+        if self.samples == "auto" and on_grid(self._said):
             raise ValueError("samples 'auto' compares masks; give a number of samples with grid or bits")
         for rule in self.rules:
             if isinstance(parse(rule.pattern or "unstructured"), Structured):
@@ -227,7 +251,7 @@ class Recipe(Choice):
         brought = set()
         if (method := fields.get("method", self.method)) != self.method:
             brought |= {*OPTIONS}
-            if on_grid({"method": method}) != on_grid(self.chosen):  # one leaves A_log and all weights there
+            if on_grid({"method": method}) != on_grid(self._said):  # one leaves A_log and all weights there
                 brought |= {"sparsity", "target", "removed"}
         if fields.get("pattern", self.pattern) != self.pattern:
             brought |= {"sparsity", "allocation"}
@@ -235,10 +259,10 @@ class Recipe(Choice):
                 brought |= {"target", "rules", "ignore", "removed", "diagonal", "time_weights"}
             if _takes_units(fields["pattern"]) != self.takes_units:  # other methods and repairs
                 brought |= self._strange(_takes_units(fields["pattern"]))
-        if fields.get("bits"):
-            brought |= {"grid", "sparsity", "allocation"}
+        if dialled(fields):
+            brought |= {"grid", "sparsity", "allocation", "bits", "size"}
         elif fields.get("grid") or fields.get("sparsity") is not None:
-            brought |= {"bits"}
+            brought |= {"bits", "size"}
         if fields.get("data", self.data) != self.data:
             brought |= {"column"}
         if fields.get("rules"):
@@ -273,7 +297,7 @@ class Recipe(Choice):
             trained_length: longest text in tokens the model was trained on, None if unknown.
         """
         pattern = parse(self.pattern or "unstructured")
-        usual = 0.0 if on_grid(self.chosen) else DEFAULT_SPARSITY
+        usual = 0.0 if on_grid(self._said) else DEFAULT_SPARSITY
         sparsity = usual if self.sparsity is None else self.sparsity
         facts: dict[str, Any] = {
             "model": model,
@@ -281,13 +305,13 @@ class Recipe(Choice):
             "pattern": str(pattern),
             "length": self.length or window_length(trained_length),
         }
-        if self.bits is not None and not isinstance(pattern, NofM):
+        if dialled(self._said) and not isinstance(pattern, NofM):
             del facts["sparsity"]  # what comes out
         if isinstance(pattern, Structured):
             if pattern.mixed:
                 del facts["sparsity"]
             return Recipe(**{**self.model_dump(), **facts})
-        if not self.rules:
+        if not self.rules and not dialled(self._said):  # those follow from the model's own sizes (aims.py)
             facts["target"] = self.target or self._usual_target
         if "ssm" in self.families:
             facts["removed"] = self.removed or "memoryless"
@@ -307,7 +331,7 @@ def _takes_units(pattern: str | None) -> bool:
 def _families(target: str | None, rules: Iterable[Any] = ()) -> tuple[str, ...]:
     if rules:
         return tuple(DEFAULTS)
-    return ALL if target in (None, "all") else (target,)
+    return SEVERAL.get(target or "all", (target,))  # type: ignore[return-value]
 
 
 def _read(path: str | Path) -> tuple[Path, Any]:

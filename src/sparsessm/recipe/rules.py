@@ -57,11 +57,12 @@ class Assignment:
 
     @property
     def budgets(self) -> list[list[Target]]:
-        """Targets that share one budget: of one group and one family."""
+        """Targets that share one budget: of one group and one family, where bits are asked for of all."""
         parts: dict[tuple[int, str], list[Target]] = {}
         for number, group in enumerate(self.groups):
             for target in group.targets:
-                parts.setdefault((number, target.family), []).append(target)
+                family = target.family if self.rules[target.name].bits is None else "bits"
+                parts.setdefault((number, family), []).append(target)
         return list(parts.values())
 
 

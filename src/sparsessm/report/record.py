@@ -26,6 +26,7 @@ REMOVED_WORDS = {
     "cut": "it was cut out of every tensor that contained it",
     "projected": "the state was projected to fewer directions by `B_projection` and `C_projection`",
 }
+ON_GRIDS = {"projections": "The linear layers take", "head": "The head takes"}
 PACKED_ONLY = "No stock configuration can describe this model: only sparsessm can load this directory."
 ON_GRID = (
     "They are stored as codes and scales, which only sparsessm can load; `sparsessm unpack` makes a stock "
@@ -161,9 +162,9 @@ class Report:
             else f"{names} {verb} {float(f'{100 * share:.2g}'):g} % of the bytes of this model. "
         )
         size += "".join(
-            f"They take {total['bits']:.3g} bits a weight, masks and scales counted; "
+            f"{ON_GRIDS.get(family, family)} {total['bits']:.3g} bits a weight, masks and scales counted; "
             f"{percent(total['sparsity'])} of them are zero. "
-            for total in self.totals.values()
+            for family, total in self.totals.items()
             if total["bits"] is not None
         )
         if self.levels:
