@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import kquants
 import torch
 from bench import cpu
 
@@ -46,6 +47,7 @@ ROWS: dict[str, Fields] = {
     "absorb, 50 %": {"sparsity": 0.5},
     **{f"absorb, 50 % and {b} bits": {"grid": f"int{b}", "sparsity": 0.5} for b in (4, 3)},
     **{f"absorb, 2:4 and {b} bits": {"grid": f"int{b}", "pattern": "2:4"} for b in (8, 4)},
+    **{f"llama.cpp {kind}": {"format": kind} for kind in ("Q4_0", "Q3_K", "Q2_K")},
     **{f"one dial, {bits:g} bits": {"bits": bits} for bits in (4.25, 3.25, 2.75, 2.25)},
 }
 
@@ -96,6 +98,8 @@ class Measure:
             text = evaluation_windows("stdlib", checkpoint.tokenizer, length=LENGTH, limit=WINDOWS)
             self._text[model] = text, perplexity(checkpoint.model, *text)
         text, dense = self._text[model]
+        if "format" in fields:
+            return self._formatted(checkpoint, fields["format"], text, dense)
         recipe = Recipe(
             target="projections", compute="float32", samples=SAMPLES, length=LENGTH, seed=seed, **fields
         )
@@ -108,6 +112,19 @@ class Measure:
         )
         seconds = time.perf_counter() - began
         return self._told(dense, perplexity(checkpoint.model, *text), report, seconds, tokens)
+
+    @staticmethod
+    def _formatted(checkpoint: Any, kind: str, text: Any, dense: Perplexity) -> dict[str, Any]:
+        """The linear layers in a format of llama.cpp (kquants.py), which looks at no data."""
+        stored = entries = 0.0
+        for target in checkpoint.architecture().targets:
+            if target.family == "projections":
+                values, bits = kquants.stored(target.matrix.clone(), kind)
+                target.replace_exactly(values)
+                stored, entries = stored + bits * values.numel(), entries + values.numel()
+        now = perplexity(checkpoint.model, *text)
+        facts = {"change": now.perplexity / dense.perplexity - 1, "bits": stored / entries, "zeros": 0.0}
+        return {**facts, "entropy": None, "windows": {"held_out": now.fingerprint}, "cpu": cpu()}
 
     @staticmethod
     def _told(dense: Perplexity, now: Perplexity, report: Any, seconds: float, tokens: Any) -> dict[str, Any]:

@@ -56,23 +56,29 @@ def test_demo_shows_every_method_and_replaces_only_a_demo(monkeypatch: pytest.Mo
     assert record["recipe"]["target"] == "all" and "method" not in record["recipe"]
     assert record["perplexity"]["pruned"] == methods[demonstration.SAVED]["pruned"]
     assert f"'{demonstration.SAVED}' is saved to demo-out" in text
-    assert "demo-out.packed goes on from" in text and "demo-out.int8" in text
+    assert "demo-out.small goes on from" in text and "demo-out.int8" in text
     sizes = {
-        kind: Path(f"demo-out.{kind}/packed.safetensors").stat().st_size for kind in demonstration.PACKED
+        kind: Path(f"demo-out.{kind}/packed.safetensors").stat().st_size for kind in demonstration.FOLDERS
     }
     assert f"{sizes['packed']:,}" in text and sizes["int8"] < 0.6 * sizes["packed"]
+    assert f"{sizes['small']:,}" in text and sizes["small"] < 0.75 * sizes["int8"]
     del record["perplexity"]["methods"]
     Path("demo-out/pruning.json").write_text(json.dumps(record))
     assert "'demo-out' exists" in refused(*small)  # somebody's own result
     record["perplexity"]["methods"] = methods
     Path("demo-out/pruning.json").write_text(json.dumps(record))
     monkeypatch.setattr(
-        demonstration, "RUNS", {demonstration.SAVED: {"method": "magnitude", "target": "projections"}}
+        demonstration,
+        "RUNS",
+        {
+            demonstration.SAVED: {"method": "magnitude", "target": "projections"},
+            demonstration.SMALL: {"method": "rtn", "grid": "int4"},
+        },
     )
     document = json.loads(run(*small, "--json", "--quiet").stdout)
     assert document["recipe"]["method"] == "magnitude"
     assert document["text"].startswith(demonstration.PROMPT)
-    assert [row["bytes"]["file"] < sizes["packed"] * 1.2 for row in document["packed"]] == [True, True]
+    assert [row["bytes"]["file"] < sizes["packed"] * 1.2 for row in document["packed"]] == [True] * 3
     assert json.loads(Path("demo-out/pruning.json").read_text())["recipe"] == document["recipe"]
 
 

@@ -21,22 +21,24 @@ from .progress import Progress
 MODEL = "builtin:pycode"
 ROUNDS = 7  # of measuring each packed model beside the dense one
 WINDOWS = 64  # held-out, that every result is measured on
-_EXACT = {
-    "targets": ["ssm"]
-}  # the state matrix in all rows by its default, so that the linear layers compare
+# The state matrix in all rows by its default, so that the linear layers compare.
+_EXACT = {"targets": ["ssm"]}
 RUNS: dict[str, dict[str, Any]] = {
-    "A_log alone: sparsessm": {"target": "ssm", "method": "sparsessm"},
-    "A_log alone: exact": {"target": "ssm"},
-    "all: magnitude": {"rules": [{"targets": ["projections"], "method": "magnitude"}, _EXACT]},
-    "all: wanda": {"method": "wanda"},
-    "all: sparsegpt": {"method": "sparsegpt"},
-    "all: absorb (the default)": {},
+    "removed: magnitude": {"rules": [{"targets": ["projections"], "method": "magnitude"}, _EXACT]},
+    "removed: wanda": {"method": "wanda"},
+    "removed: sparsegpt": {"method": "sparsegpt"},
+    "removed: absorb (the default)": {},
+    "gptq, 4 bits": {"method": "gptq", "grid": "int4", "target": "matrices"},
+    "one dial, 4.25 bits": {"bits": 4.25},
+    "one dial, 3.25 bits": {"bits": 3.25},
 }
-SAVED = "all: absorb (the default)"  # the run whose model is kept
-PACKED: dict[str, dict[str, Any]] = {  # how it is packed, by what is added to its directory's name
+SAVED = "removed: absorb (the default)"  # the run whose model is kept as a stock checkpoint
+SMALL = "one dial, 3.25 bits"  # and the one that is kept as a small file
+PACKED: dict[str, dict[str, Any]] = {  # how `SAVED` is packed, by what is added to its directory's name
     "packed": {},
     "int8": {"dtype": "int8", "head": "int8"},
 }
+FOLDERS = (*PACKED, "small")
 PROMPT, LENGTH = "def read_lines(path):\n", 64  # what the packed model goes on with, in tokens
 
 
@@ -45,22 +47,26 @@ class Demo(NamedTuple):
 
     Attributes:
         dense: the model before. measured: run -> as `Report.perplexity`.
-        checkpoint, report: of the run `SAVED`; the report tells of all.
+        kept: checkpoint and report of the runs `SAVED`, whose report tells of all, and `SMALL`.
         yardstick: what all were measured on.
     """
 
     dense: Perplexity
     measured: dict[str, dict[str, Any]]
-    checkpoint: Checkpoint
-    report: Report
+    kept: dict[str, tuple[Checkpoint, Report]]
     yardstick: Yardstick
 
+    @property
+    def report(self) -> Report:
+        """Of `SAVED`."""
+        return self.kept[SAVED][1]
 
-def compare(progress: Progress, **fields: Any) -> Demo:
+
+def compare(progress: Progress, sparsity: float, **fields: Any) -> Demo:
     """Prune and measure by every one of `RUNS`.
 
     Args:
-        fields: of the recipe, the same for all runs.
+        sparsity: of those that remove. fields: of the recipe, the same for all runs.
 
     Raises:
         ValueError: as `sparsessm.prune`.
@@ -72,19 +78,20 @@ def compare(progress: Progress, **fields: Any) -> Demo:
     progress.say("dense model")
     dense = yardstick.measure(first.architecture, progress)
     measured: dict[str, dict[str, Any]] = {}
-    kept = None
+    kept: dict[str, tuple[Checkpoint, Report]] = {}
     for name, how in RUNS.items():
-        run = sparsessm.Run(sparsessm.load(MODEL), progress=progress, **how, **fields)
+        share = {"sparsity": sparsity} if name.startswith("removed") else {}
+        run = sparsessm.Run(sparsessm.load(MODEL), progress=progress, **how, **share, **fields)
         progress.say(f"pruning, {name}")
         report = run.prune(tokens, measure=False)
         progress.say(f"measuring, {name}")
         measured[name] = compared(dense, yardstick.measure(run.architecture, progress))
-        kept = (run.checkpoint, report) if name == SAVED else kept
-    assert kept is not None, "SAVED is none of RUNS"
-    checkpoint, report = kept
+        if name in (SAVED, SMALL):
+            report.perplexity = measured[name]
+            kept[name] = run.checkpoint, report
     methods = {name: {part: measured[name][part] for part in ("pruned", "difference")} for name in measured}
-    report.perplexity = {**measured[SAVED], "methods": methods}
-    return Demo(dense, measured, checkpoint, report, yardstick)
+    kept[SAVED][1].perplexity = {**measured[SAVED], "methods": methods}
+    return Demo(dense, measured, kept, yardstick)
 
 
 def refuse_full(out: Path) -> None:
@@ -96,37 +103,41 @@ def refuse_full(out: Path) -> None:
     folder = local_folder(MODEL)
     assert folder is not None, "the demo's model is in the package"
     each = sum(file.stat().st_size for file in folder.iterdir())
-    refuse_room(out, (1 + len(PACKED)) * each)
+    refuse_room(out, (1 + len(FOLDERS)) * each)
 
 
 def packed_folder(out: Path, kind: str) -> Path:
-    """Where the result in `out` is packed in one of the ways of `PACKED`."""
+    """Where another form of the result in `out` is, one of `FOLDERS`."""
     return out.with_name(f"{out.name}.{kind}")
 
 
 def run(progress: Progress, out: Path, done: Demo, *, force: bool) -> tuple[list[dict[str, Any]], str]:
-    """Pack the saved result in every way of `PACKED`, measure each beside the dense model, and let one write.
+    """Save and pack, measure each of `FOLDERS` beside the dense model, and let the small one write.
 
     Args:
-        out: the directory that the result was saved to.
+        out: the directory of the stock checkpoint.
         force: replace older ones.
 
     Returns:
-        For each way: "model", "bytes" (of the file, and its share of the dense model's), "difference" of
+        For each: "model", "bytes" (of the file, and its share of the dense model's), "difference" of
         perplexity from dense, and the record "speed" (`Measurement.record`); and the text.
     """
-    rows, text = [], ""
-    for kind, how in PACKED.items():
+    rows = []
+    sparsessm.save(done.kept[SAVED][0], out, done.kept[SAVED][1], force=force)
+    for kind in FOLDERS:
         folder = packed_folder(out, kind)
         progress.say(f"packing and measuring, {folder}")
-        packing = pack(out, folder, force=force, **how)
-        if not text:
-            text = PROMPT + runtime.load(folder).generate(PROMPT, LENGTH).text
+        if kind in PACKED:
+            pack(out, folder, force=force, **PACKED[kind])
+        else:
+            sparsessm.save(done.kept[SMALL][0], folder, done.kept[SMALL][1], force=force)
         cost = compared(done.dense, done.yardstick.measure(load(str(folder)).architecture(), progress))
         speed = measure(folder, MODEL, rounds=ROUNDS, progress=progress).record()
-        size = {"file": packing.after, "share": packing.ratio}
-        rows.append({"model": str(folder), "bytes": size, "difference": cost["difference"], "speed": speed})
-    return rows, text
+        size, dense = (model["bytes"]["disk"] for model in speed["models"])
+        sizes = {"file": size, "share": size / dense}
+        rows.append({"model": str(folder), "bytes": sizes, "difference": cost["difference"], "speed": speed})
+    folder = packed_folder(out, FOLDERS[-1])
+    return rows, PROMPT + runtime.load(folder).generate(PROMPT, LENGTH).text
 
 
 def packed_table(rows: list[dict[str, Any]]) -> tuple[str, list[str], list[list[str]]]:

@@ -267,22 +267,21 @@ def demo(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Prune the built-in model by the main methods, compare them on held-out text, and run a result."""
+    """Make the built-in model smaller in several ways, compare them on held-out text, and run a result."""
     from . import demonstration as demos
 
-    packs = (demos.packed_folder(out, kind) for kind in demos.PACKED)
+    packs = (demos.packed_folder(out, kind) for kind in demos.FOLDERS)
     with answering(quiet, out, *packs, events=as_json) as progress:
         from ..checkpoint import read_record, refuse_existing
 
         record = read_record(out) if out.is_dir() else None
         former = record is not None and "methods" in (record.get("perplexity") or {})
         refuse_existing(out, former, demos.MODEL)
-        for kind in demos.PACKED:
+        for kind in demos.FOLDERS:
             refuse_existing(demos.packed_folder(out, kind), former, demos.MODEL)
         demos.refuse_full(out)
         torch.manual_seed(seed)
         done = demos.compare(progress, sparsity=sparsity, samples=samples, seed=seed)
-        sparsessm.save(done.checkpoint, out, done.report, force=former)
         packed, text = demos.run(progress, out, done, force=former)
     if as_json:
         document = {"out": str(out), "saved": demos.SAVED, **done.report.record()}
@@ -292,14 +291,17 @@ def demo(
         changes = {name: run["difference"] for name, run in done.measured.items()}
         show_perplexities({"dense": done.dense.record(), **pruned}, changes)
         tables.show(
-            f"{percent(sparsity)} removed: of A_log alone, or of all linear layers and A_log (by exact).",
+            f"removed: {percent(sparsity)} of all linear layers, and of A_log (by exact). bits: stored for a "
+            "weight, of all matrices, the embedding too.",
             done.report.honesty(),
             f"The model of '{demos.SAVED}' is saved to {out}: a stock checkpoint.",
+            f"That of '{demos.SMALL}' is {demos.packed_folder(out, 'small')}: `sparsessm unpack` makes a "
+            "stock checkpoint of it.",
         )
         tables.show(tables.table(*demos.packed_table(packed), left=1))
         tables.show(
             "Its weights fit into the processor's cache, so fewer bytes save little time.",
-            f"{demos.packed_folder(out, 'packed')} goes on from {demos.PROMPT!r}:",
+            f"{demos.packed_folder(out, 'small')} goes on from {demos.PROMPT!r}:",
             text,
         )
 
