@@ -81,11 +81,10 @@ def test_targets_are_all_matrices_in_the_order_of_the_data() -> None:
     model = pico_mamba(time_step_rank=3, tie_word_embeddings=False)
     architecture = adapt(model)
     stored = {name: parameter for name, parameter in model.named_parameters() if parameter.ndim > 1}
-    del stored["backbone.embeddings.weight"]
     targets = list(architecture.targets)
     assert {target.name for target in targets} == stored.keys()
-    assert [target.kind for target in targets] == [*ORDER, *ORDER, "lm_head"]
-    assert [target.layer for target in targets] == [0] * 6 + [1] * 6 + [2]
+    assert [target.kind for target in targets] == [*ORDER, *ORDER, "lm_head", "embeddings"]
+    assert [target.layer for target in targets] == [0] * 6 + [1] * 6 + [2] * 2
     for target in targets:
         assert target.parameter is stored[target.name]
         assert target.matrix.shape == target.parameter.shape[:1] + target.parameter[0].flatten().shape
@@ -94,7 +93,7 @@ def test_targets_are_all_matrices_in_the_order_of_the_data() -> None:
         assert target.module == target.name.removesuffix(".weight")
     families = {target.kind: target.family for target in targets}
     assert families == {kind: "projections" for kind in ORDER} | {
-        "conv1d": "conv1d", "A_log": "ssm", "lm_head": "head"
+        "conv1d": "conv1d", "A_log": "ssm", "lm_head": "head", "embeddings": "embedding",
     }  # fmt: skip
     assert [target.kind for target in targets if target.depthwise] == ["conv1d"] * 2
     first = by_kind(architecture.blocks[0])
@@ -307,11 +306,10 @@ def test_memoryless_heads_of_mamba2_compute_what_stock_code_computes() -> None:
 
 @pytest.mark.parametrize("name", FAMILY)
 def test_the_family_shows_all_its_matrices(name: str) -> None:
-    """Every matrix but the embedding is a target, and a linear one is fed what its module is fed."""
+    """Every matrix is a target, and a linear one is fed what its module is fed."""
     model = FAMILY[name](tie_word_embeddings=False)
     architecture = adapt(model)
     matrices = {n: p for n, p in model.named_parameters() if p.ndim > 1 or n.endswith("A_log")}
-    del matrices["backbone.embeddings.weight"]
     assert {target.name for target in architecture.targets} == matrices.keys()
     for block in architecture.blocks:
         heard: list[str] = []

@@ -47,11 +47,16 @@ def raised(rows: Tensor) -> Tensor:
     return rows + RARE * rows.mean()
 
 
-def test_a_head_alone() -> None:
+TABLE = "backbone.embeddings.weight"
+
+
+def test_a_head_and_an_embedding_apart() -> None:
     model = pico_mamba(tie_word_embeddings=False).double()
-    got = row_prices(adapt(model), TOKENS, head=True)
-    want = raised(stock(model)["fisher"])
-    assert ALSO not in got and torch.allclose(got["lm_head.weight"], want, rtol=1e-5)
+    got, means = row_prices(adapt(model), TOKENS, head=True), stock(model)
+    assert torch.allclose(got["lm_head.weight"], raised(means["fisher"]), rtol=1e-5)
+    assert torch.allclose(got[TABLE], raised(means["often"]), rtol=1e-5)
+    largest = float(means["gram"].abs().max())
+    assert torch.allclose(got[ALSO + TABLE], means["gram"], rtol=1e-5, atol=1e-6 * largest)
     assert (got["lm_head.weight"] > 0).all(), "tokens that the text never says cost something"
 
 
@@ -62,8 +67,8 @@ def test_a_head_that_is_the_embedding() -> None:
     also = means["gram"] * means["often"].sum() / means["fisher"].sum()
     cost = means["fisher"] * means["power"] + means["often"] * means["gram"].trace()
     want = raised(cost / (means["power"] + also.trace()))
-    assert torch.allclose(got[ALSO], also, rtol=1e-5, atol=1e-6 * float(also.max()))
-    assert torch.allclose(got["backbone.embeddings.weight"], want, rtol=1e-5)
+    assert torch.allclose(got[ALSO + TABLE], also, rtol=1e-5, atol=1e-6 * float(also.max()))
+    assert torch.allclose(got[TABLE], want, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", list(FAMILIES))
@@ -75,10 +80,13 @@ def test_factors_on_the_way_in_and_out_count(kind: str) -> None:
     scale = architecture.logit_scale**2
     if architecture.tied:
         also = means["gram"] * means["often"].sum() / (scale * means["fisher"]).sum()
-        assert torch.allclose(got[ALSO], also, rtol=1e-2, atol=1e-3 * float(also.abs().max()))
+        table = architecture.tail.targets[0].name
+        assert torch.allclose(got[ALSO + table], also, rtol=1e-2, atol=1e-3 * float(also.abs().max()))
     else:
         want = raised(scale * means["fisher"])
         assert torch.allclose(got["lm_head.weight"], want, rtol=1e-3)
+        gram = got[ALSO + architecture.tail.targets[1].name]
+        assert torch.allclose(gram, means["gram"], rtol=1e-2, atol=1e-3 * float(gram.abs().max()))
     with torch.no_grad():
         hidden = architecture.embed(TOKENS[:, :3])
         before = architecture.head(hidden)

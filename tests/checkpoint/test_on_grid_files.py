@@ -30,6 +30,7 @@ GRIDS: tuple[dict[str, Any], ...] = (
     {"method": "rtn", "grid": "int2"},
 )
 LINEAR: dict[str, Any] = {"target": "projections"}
+WHOLE: dict[str, Any] = {"target": "matrices"}
 PURE = ("mamba", "falcon_mamba", "mamba2")
 
 
@@ -73,9 +74,20 @@ def test_the_file_takes_the_bits_that_the_record_says(
     assert {name for name, tensor in tensors.items() if isinstance(tensor, Coded)} == set(report.levels)
 
 
-@pytest.mark.parametrize("fields", [GRIDS[0], GRIDS[3]], ids=str)
-def test_streamed_and_resumed_runs_write_the_same_file(fields: dict[str, Any], tmp_path: Path) -> None:
-    source = written("mamba", tmp_path / "m", torch.bfloat16)
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("mamba", GRIDS[0]),
+        ("mamba", GRIDS[3]),
+        ("mamba", GRIDS[0] | WHOLE),
+        ("falcon_mamba", GRIDS[0] | WHOLE),  # whose embedding is not tied
+    ],
+    ids=str,
+)
+def test_streamed_and_resumed_runs_write_the_same_file(
+    name: str, fields: dict[str, Any], tmp_path: Path
+) -> None:
+    source = written(name, tmp_path / "m", torch.bfloat16)
     saved(source, tmp_path / "whole", **fields)
     saved(source, tmp_path / "streamed", NOTHING, **fields)
     done = 0

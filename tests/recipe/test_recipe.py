@@ -28,7 +28,7 @@ METHODS = entry_methods()
         ({"method": "exat"}, "unknown method 'exat'; known: random, magnitude, .*; did you mean 'exact'"),
         (
             {"target": "smm"},
-            "unknown target 'smm'; known: all, matrices, projections, ssm, conv1d, head; did you mean 'ssm'",
+            "unknown target 'smm'; known: all, matrices, projections, .*, embedding; did you mean 'ssm'",
         ),
         ({"data": "stdlb"}, "unknown data set 'stdlb'; known: stdlib, .*; did you mean 'stdlib'"),
         (

@@ -38,7 +38,7 @@ def names(kinds: Iterable[str], layers: Iterable[int] = range(3)) -> list[str]:
     return [name(layer, kind) for layer in layers for kind in KINDS if kind in kinds]
 
 
-HEAD = ["lm_head.weight"]
+HEAD, EMBEDDING = ["lm_head.weight"], ["backbone.embeddings.weight"]
 HITS = {
     "in_proj": names(["in_proj"]),
     "A_log": names(["A_log"]),
@@ -47,6 +47,8 @@ HITS = {
     "projections": names(PROJECTIONS),
     "ssm": names(["A_log"]),
     "head": HEAD,
+    "embedding": EMBEDDING,
+    "embeddings": EMBEDDING,
     "Linear": names(PROJECTIONS),
     "Conv1d": names(["conv1d"]),
     "MambaMixer": names(["A_log"]),
@@ -103,6 +105,8 @@ def test_ignoring_knows_no_exceptions(model: Architecture, selector: str, left: 
         ("ssm", names(["A_log"])),
         ("conv1d", names(["conv1d"])),
         ("head", HEAD),
+        ("embedding", EMBEDDING),
+        ("matrices", names(PROJECTIONS) + HEAD + EMBEDDING),
     ],
 )
 def test_targets_are_families_and_head_and_conv1d_must_be_asked_for(
@@ -127,7 +131,7 @@ def test_the_first_rule_that_matches_applies(model: Architecture) -> None:
         rules=[
             {"targets": ["backbone.layers.1.mixer.in_proj"], "sparsity": 0.1},
             {"targets": ["in_proj", "A_log"], "ignore": ["backbone.layers.2.mixer.A_log"], "sparsity": 0.2},
-            {"targets": ["re:.*"], "ignore": ["Conv1d", "lm_head", "dt_proj"], "sparsity": 0.3},
+            {"targets": ["re:.*"], "ignore": ["Conv1d", "lm_head", "Embedding", "dt_proj"], "sparsity": 0.3},
         ],
     )
     first, second = [name(1, "in_proj")], [name(1, "A_log"), name(2, "in_proj")]
@@ -154,6 +158,7 @@ DEFAULT_WORDS = {
     "projections": ("absorb", "unstructured", "zero", "dense-target:1", "fisher", "loss:0.1", "none"),
     "ssm": ("exact", "unstructured", "memoryless", "none", "none", "loss:1", "none"),
     "head": ("absorb", "unstructured", "zero", "dense-target:1", "fisher", "loss:0.1", "none"),
+    "embedding": ("absorb", "unstructured", "zero", "self", "fisher", "loss:0.1", "none"),
     "conv1d": (
         "absorb",
         "unstructured",
@@ -264,7 +269,8 @@ def test_every_target_draws_with_a_seed_of_its_own(model: Architecture) -> None:
 
 KNOWN = (
     "known: in_proj, projections, Linear, conv1d, Conv1d, x_proj, dt_proj, A_log, ssm, MambaMixer, out_proj, "
-    "lm_head, head, layer:0 to layer:2, names as in the checkpoint, re:REGEX"
+    "lm_head, head, embeddings, embedding, Embedding, layer:0 to layer:2, names as in the checkpoint, "
+    "re:REGEX"
 )
 
 

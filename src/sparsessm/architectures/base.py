@@ -128,15 +128,31 @@ class Block(ABC):
 
 
 class Tail(Block):
-    """What follows the layers: the final norm and the head."""
+    """What follows the layers: the final norm and the head. An embedding of its own weights is a target here
+    too: it is pruned after all others, and no walk needs to stop before the first layer."""
 
     def __init__(
-        self, norm: Any, head: Any, name: str, index: int, stored: Mapping[str, torch.dtype]
+        self,
+        norm: Any,
+        head: Any,
+        name: str,
+        index: int,
+        stored: Mapping[str, torch.dtype],
+        embedding: tuple[str, Any],
     ) -> None:
+        """name: of the head's weight. embedding: name of its weight, which may be the head's, and module."""
         self.index, self.name = index, name.removesuffix(".weight")
-        self._norm, self.layer = norm, head
+        self._norm, self._head = norm, head
         dtype = stored.get(name, head.weight.dtype)
         self.targets = (Target(name, "head", "lm_head", index, head.weight, dtype),)
+        self.layer = head
+        looked_up, module = embedding
+        if module.weight is not head.weight:
+            dtype, kind = stored.get(looked_up, module.weight.dtype), looked_up.split(".")[-2]
+            how: dict[str, Any] = {"module_class": "Embedding"}
+            table = Target(looked_up, "embedding", kind, index, module.weight, dtype, **how)
+            self.targets = (*self.targets, table)
+            self.layer = nn.ModuleList([head, module])
 
     def forward(
         self,
@@ -151,7 +167,7 @@ class Tail(Block):
         return hidden, None
 
     def linear(self) -> dict[str, nn.Module]:
-        return {self.targets[0].name: self.layer}
+        return {self.targets[0].name: self._head}
 
     def outputs(self) -> AbstractContextManager[dict[str, Tensor]]:
         return nullcontext({})

@@ -85,7 +85,8 @@ class Hybrid(Architecture):
         self.blocks = tuple(self._block(i) for i in range(len(layers)))
         tied_name = f"model.{self.embedding}.weight"  # a tied weight is one target, named as it is stored
         name = tied_name if self.tied and "lm_head.weight" not in self.stored else "lm_head.weight"
-        self.tail = Tail(self._normed, self._lm_head, name, len(layers), self.stored)
+        table = tied_name, self._embedding
+        self.tail = Tail(self._normed, self._lm_head, name, len(layers), self.stored, table)
 
     def _block(self, index: int) -> HybridBlock:
         rotary = inside(self._backbone, "rotary_emb")

@@ -80,7 +80,8 @@ class Stack(Architecture):
         # A tied weight is one target, under the name it is stored by.
         tied_name = "backbone.embeddings.weight"
         name = tied_name if self.tied and "lm_head.weight" not in stored else "lm_head.weight"
-        self.tail = Tail(self._backbone.norm_f, self._lm_head, name, len(self.blocks), stored)
+        table = tied_name, self._backbone.embeddings
+        self.tail = Tail(self._backbone.norm_f, self._lm_head, name, len(self.blocks), stored, table)
 
     def _block(self, index: int, layer: Any) -> StackBlock:
         own = isinstance(layer.mixer, projected.ProjectedMixer)

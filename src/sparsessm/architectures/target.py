@@ -48,7 +48,8 @@ class Target:
 
     Attributes:
         name: full parameter name, e.g. "backbone.layers.0.mixer.A_log".
-        family: "ssm" (A_log), "projections" (linear layers), "conv1d" or "head".
+        family: "ssm" (A_log), "projections" (linear layers), "conv1d", "head", or "embedding" where the head
+            has weights of its own.
         kind: the parameter's own name inside its layer, e.g. "A_log", "in_proj".
         layer: index of its block.
         parameter: the live parameter, [out, in] after flattening; for A_log [channel, state], in Mamba-2
@@ -88,6 +89,11 @@ class Target:
     def routed(self) -> bool:
         """Whether it sees only the tokens that a router sends it: a matrix of an expert."""
         return self.kind.startswith("experts.")
+
+    @property
+    def looked_up(self) -> bool:
+        """Whether its rows are looked up: it has no inputs that anything could observe."""
+        return self.family == "embedding"
 
     @property
     def plain(self) -> bool:

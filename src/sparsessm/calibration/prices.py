@@ -27,7 +27,7 @@ from sparsessm.calibration.walk import backwards, first_tokens, grouped, walk
 
 ROWS = 2048  # tokens that go through the model together: several short windows, or one long one
 PRICED_TOKENS = 16_384  # of the calibration windows that the backward pass looks at
-ALSO = "also"  # beside the prices of a head that is the embedding too: what its Hessian gets added
+ALSO = "also "  # before the name of an embedding: what its Hessian gets added for that use of it
 
 
 def priced(
@@ -45,8 +45,8 @@ def priced(
         journal: keeps what each group of windows says.
 
     Returns:
-        Target name -> (out,) float64; targets that have none of this kind are left out. `ALSO`: as of
-        `output_fisher`.
+        Target name -> (out,) float64; targets that have none of this kind are left out. `ALSO` before the
+        name: as of `output_fisher`.
 
     Raises:
         ValueError: as `output_fisher`.
@@ -55,7 +55,7 @@ def priced(
     for name, price in PRICES.items():
         if names := {target for target, kind in asked.items() if kind == name}:
             values = price(architecture, names, tokens, progress, journal)
-            found |= {target: row for target, row in values.items() if target in names or target == ALSO}
+            found |= {target: row for target, row in values.items() if target.removeprefix(ALSO) in names}
     return found
 
 
@@ -98,8 +98,8 @@ def output_fisher(
         progress: called with ("fisher", steps done, steps in all, block); a step is a block, forward or
             backward.
         journal: keeps what each group of windows says.
-        head: the tail's first target too (vocabulary.py); costs (rows, vocabulary) of work. Where it is the
-            embedding as well, its entry `ALSO` is (d_model, d_model), which belongs to its Hessian.
+        head: the targets of the tail too (vocabulary.py); costs (rows, vocabulary) of work. With `ALSO`
+            before the name of an embedding there is a (d_model, d_model), which belongs to its Hessian.
 
     Returns:
         Target name -> (out,) float64, in nats^2 per unit^2. Linear layers: of their own output, bias
@@ -126,10 +126,13 @@ def output_fisher(
     means = {name: energy / tokens.numel() for name, energy in sums.items()}
     also: dict[str, Tensor] = {}
     if head:
-        name = architecture.tail.targets[0].name
-        means[name] = vocabulary.of_head(means)
+        first, *others = (target.name for target in architecture.tail.targets)
         if architecture.tied:
-            means[name], also[ALSO] = vocabulary.of_both(means)
+            means[first], also[ALSO + first] = vocabulary.of_both(means)
+        else:
+            means[first] = vocabulary.of_head(means)
+            for name in others:
+                means[name], also[ALSO + name] = vocabulary.of_embedding(means)
     return {t.name: means[t.name] for t in architecture.targets if t.name in means} | also
 
 
@@ -157,8 +160,7 @@ def _energies(architecture: Architecture, group: Tensor, steps: Steps, head: boo
             architecture.residence.release(entering)
             steps()
     if words is not None:
-        if architecture.tied:
-            words.add_lookups(group, architecture.looked_up(back))
+        words.add_lookups(group, architecture.looked_up(back))
         sums |= vars(words)
     return sums
 

@@ -51,7 +51,7 @@ def visit(
     Raises:
         ValueError: as `walk`.
     """
-    stage = stage or Forgetful(architecture)
+    watch, stage = _of_inputs(watch), stage or Forgetful(architecture)
     head = [target for target in architecture.tail.targets if target.name in names]
     watched = {t.name for t in architecture.targets if t.name in names and watch(t) is not None}
     if tokens is None or not watched:
@@ -132,6 +132,7 @@ def survey(
     Raises:
         ValueError: as `walk`.
     """
+    watch = _of_inputs(watch)
     shared: list[tuple[Target, Any]] = []  # whose later uses are still to come
     tail = any(watch(target) is not None for target in architecture.tail.targets)
     for stop in walk(architecture, tokens, tail=tail, steps=steps, stage=stage, note=note):
@@ -143,6 +144,11 @@ def survey(
         for target, observer in (*watched, *again):
             if not target.uses or target.uses[-1] == block.index:
                 yield target, observer.result()
+
+
+def _of_inputs(watch: Watch) -> Watch:
+    """What is looked up has none."""
+    return lambda target: None if target.looked_up else watch(target)
 
 
 def together(targets: Sequence[Target], watch: Watch) -> Iterator[list[Target]]:

@@ -78,6 +78,15 @@ def of_head(means: Mapping[str, Tensor]) -> Tensor:
     return means["fisher"] + RARE * means["fisher"].mean()
 
 
+def of_embedding(means: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Of an embedding that is no head: the price of each row, and the Hessian that takes the place of inputs.
+
+    Args, Returns: as `of_both`.
+    """
+    rows = _often(means)
+    return rows + RARE * rows.mean(), means["gram"]
+
+
 def of_both(means: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Of a head that is the embedding too: the price of each row, and what the Hessian of its inputs gets
     added.
@@ -89,7 +98,12 @@ def of_both(means: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         (vocabulary,) and (d_model, d_model), float64.
     """
     fisher, power, gram = means["fisher"], means["power"], means["gram"]
-    often = (means["said"] + means["expected"]) / 2
+    often = _often(means)
     also = gram * (often.sum() / fisher.sum())
     rows = (fisher * power + often * gram.trace()) / (power + also.trace())
     return rows + RARE * rows.mean(), also
+
+
+def _often(means: Mapping[str, Tensor]) -> Tensor:
+    """(vocabulary,): how often each token is looked up, half counted and half expected."""
+    return (means["said"] + means["expected"]) / 2

@@ -57,7 +57,13 @@ METHODS: dict[str, Method] = {
     )
 }
 # Of each target family, the method that won our measurements (docs/methods.md); of whole units, too.
-DEFAULTS: Mapping[str, str] = {"ssm": "exact", "projections": "absorb", "conv1d": "absorb", "head": "absorb"}
+DEFAULTS: Mapping[str, str] = {
+    "ssm": "exact",
+    "projections": "absorb",
+    "conv1d": "absorb",
+    "head": "absorb",
+    "embedding": "absorb",
+}
 UNITS_DEFAULT = "exact"
 WITHOUT_DATA = magnitude.magnitude  # for a matrix of which the calibration windows say nothing
 

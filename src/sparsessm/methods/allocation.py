@@ -18,7 +18,7 @@ from torch import Tensor
 from sparsessm.methods.base import UNIFORM, Allocation, Member, Rule, scorer
 from sparsessm.methods.dial import Curve, foretell
 from sparsessm.methods.hessian import by_power, factorise
-from sparsessm.methods.observers import InputNorm
+from sparsessm.methods.observers import InputNorm, joined
 
 OUTLIER = 5.0  # OWL's M: an outlier is a score above M times the mean of its block
 SAMPLE = 1 << 16  # scores of a matrix that are kept for `loss`
@@ -165,7 +165,7 @@ def _own(weight: Tensor, rule: Rule) -> Any | None:
 def _profile(weight: Tensor, seen: Any, rule: Rule, gone: Tensor) -> Profile:
     unit = 1.0
     if rule.method.hessian:
-        moments, unit = seen.plus(rule.also).scaled(weight.dtype)
+        moments, unit = joined(seen, rule.also, weight.shape[1]).scaled(weight.dtype)
         seen = factorise(moments.gram)
     score = scorer(rule, seen)(weight, slice(None))
     return Profile.of(score.masked_fill(gone, -torch.inf), unit)
@@ -197,7 +197,7 @@ def _share_by_threshold(members: Sequence[Member], sparsity: float, clip: float)
 
 
 def _curve(weight: Tensor, seen: Any, rule: Rule, gone: Tensor) -> Curve:
-    moments, unit = seen.plus(rule.also).scaled(weight.dtype)
+    moments, unit = joined(seen, rule.also, weight.shape[1]).scaled(weight.dtype)
     order = by_power(moments.gram)
     prices = None if rule.prices is None else rule.prices * unit
     return foretell(weight[:, order], factorise(moments.reordered(order).gram), prices, gone[:, order])

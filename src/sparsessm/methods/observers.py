@@ -58,13 +58,6 @@ class Moments:
         """(in,) or (out, in): mean x_j^2."""
         return self.gram if self.diagonal else self.gram.diagonal(dim1=-2, dim2=-1)
 
-    def plus(self, gram: Tensor | None) -> Moments:
-        """With (in, in) added to the Gram, of inputs that are the same in both models; None: as it is."""
-        if gram is None:
-            return self
-        cross = None if self.cross is None else self.cross + gram
-        return replace(self, gram=self.gram + gram, cross=cross)
-
     def scaled(self, dtype: torch.dtype) -> tuple[Moments, float]:
         """The same in another dtype, divided by a power of four so that the mean power is near 1; and that
         number. No unit of the inputs is then too small or too large for the dtype, and nothing is rounded
@@ -85,9 +78,16 @@ class Moments:
     def through(self, weight: Tensor, dense: Tensor) -> Moments:
         """The moments of `weight @ x`, whose dense counterpart is `dense @ x_dense`; both (out, in)."""
         weight, dense = weight.double(), dense.double()
-        return Moments(
-            weight @ self.gram @ weight.mT, None if self.cross is None else dense @ self.cross @ weight.mT
-        )
+        cross = None if self.cross is None else dense @ self.cross @ weight.mT
+        return Moments(weight @ self.gram @ weight.mT, cross)
+
+
+def joined(seen: Moments | None, also: Tensor | None, width: int) -> Moments:
+    """What was seen of a matrix of `width` inputs, None if it has none; its Hessian of another use added."""
+    if seen is None:
+        return Moments(torch.eye(width, dtype=torch.float64) if also is None else also)
+    cross = None if seen.cross is None or also is None else seen.cross + also
+    return seen if also is None else replace(seen, gram=seen.gram + also, cross=cross)
 
 
 class Observer(ABC):

@@ -23,7 +23,7 @@ from sparsessm.methods.base import scorer
 from sparsessm.methods.grids import Dial, Rounding
 from sparsessm.methods.hessian import Factor, by_power, factorise
 from sparsessm.methods.levels import Levels
-from sparsessm.methods.observers import Moments
+from sparsessm.methods.observers import Moments, joined
 from sparsessm.methods.patterns import Unstructured
 from sparsessm.methods.repair import dense_target, output_error, refit, sweep
 from sparsessm.pruning import preview
@@ -96,7 +96,7 @@ class EntryPlan(Plan):
 def _prune(target: Target, rule: Rule, look: Look) -> tuple[Row, Levels | None]:
     """Prune one target: the four stages; and what it is on a grid."""
     # 1 calibrate; what was seen is handed over, not kept: a float64 Hessian is large
-    seen = look(target) if rule.method.watch else None
+    seen = look(target) if rule.method.watch and not target.looked_up else None
     tokens = seen.tokens if target.routed and isinstance(seen, Moments) else None
     if starved(target, seen):
         rule, seen = replace(rule, method=WITHOUT_DATA, repair="none", price="none", prices=None), None
@@ -151,7 +151,7 @@ def solve(target: Target, rule: Rule, seen: Any) -> Solution:
     gone = weight == target.removed[rule.removed]  # removed before: stays removed, and is counted
     start, factor, unit, order = weight, None, 1.0, None
     if method.hessian:
-        seen, unit = seen.plus(rule.also).scaled(weight.dtype)
+        seen, unit = joined(seen, rule.also, weight.shape[1]).scaled(weight.dtype)
         if rule.grid is not None and rule.grid.ordered and isinstance(rule.pattern, Unstructured):
             order = by_power(seen.gram)
             weight, gone, seen = weight[:, order], gone[:, order], seen.reordered(order)
@@ -225,13 +225,10 @@ def priced(
     """The rules, with what an error in each output row costs where they ask for it."""
     asked = {target.name: rules[target.name].price for target in architecture.targets if target.name in rules}
     found = prices.priced(architecture, asked, tokens, progress, journal)
-    rules = {
-        name: replace(rule, prices=found[name]) if name in found else rule for name, rule in rules.items()
+    return {
+        name: replace(rule, prices=found[name], also=found.get(prices.ALSO + name)) if name in found else rule
+        for name, rule in rules.items()
     }
-    if prices.ALSO in found:
-        name = architecture.tail.targets[0].name
-        rules[name] = replace(rules[name], also=found[prices.ALSO])
-    return rules
 
 
 def _row(

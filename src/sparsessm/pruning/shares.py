@@ -95,7 +95,7 @@ def _shares(
     rules = unequal(assignment)
 
     def watch(target: Target) -> Any | None:
-        rule = rules.get(target.name)
+        rule = None if target.looked_up else rules.get(target.name)
         look = rule and rule.allocation[0].watch
         # the dense model needs no second stream
         return look(target.matrix, replace(rule, repair="none")) if rule and look else None

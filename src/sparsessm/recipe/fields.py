@@ -36,8 +36,8 @@ from .fits import LEAST_BITS, MOST_BITS, REPAIRS, fits_grid, fits_units, parse_r
 CHOICES = ("repair", "price", "allocation", "grid")
 OPTIONS = sorted({option for method in entry_methods().values() for option in method.options} | set(CHOICES))
 # Prices that mean something for some families only; allocations say it in their rows.
-PRICED = {"fisher": ("ssm", "projections", "head"), "norms": ("ssm", "projections", "conv1d")}
-ON_GRIDS = ("projections", "head")
+PRICED = {"fisher": ("ssm", "projections", "head", "embedding"), "norms": ("ssm", "projections", "conv1d")}
+ON_GRIDS = ("projections", "head", "embedding")
 MOST_SAMPLES = 100_000
 
 

@@ -26,8 +26,8 @@ from .fits import dialled, fits_grid, on_grid
 DEFAULT_SPARSITY = 0.5
 DEFAULT_LENGTH = 2048
 # Targets that are several families: the head and conv1d must be asked for.
-SEVERAL = {"all": ("ssm", "projections"), "matrices": ("projections", "head")}
-TARGETS = ("all", "matrices", "projections", "ssm", "conv1d", "head")
+SEVERAL = {"all": ("ssm", "projections"), "matrices": ("projections", "head", "embedding")}
+TARGETS = ("all", "matrices", "projections", "ssm", "conv1d", "head", "embedding")
 
 
 def _listed(selectors: Any) -> Any:
@@ -68,7 +68,7 @@ class Recipe(Choice):
     target: str | None = Field(
         None,
         description=f"What to prune: {', '.join(TARGETS)}. all (the default) is projections (the linear "
-        "layers) and ssm (A_log); matrices is projections and the head, with the embedding if they are tied. "
+        "layers) and ssm (A_log); matrices is projections, head and embedding (head: also a tied embedding). "
         "On a grid the default is projections; with bits or size it is matrices where embedding and head are "
         "more than a tenth of the bytes.",
     )

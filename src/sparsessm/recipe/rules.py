@@ -6,12 +6,12 @@ kinds, `layer:N`):
     in_proj · A_log                         a kind: the parameter's own name inside its layer
     backbone.layers.0.mixer.in_proj         a module or parameter, or all that is inside one
     Linear · Conv1d · MambaMixer            the class of the module that owns the parameter
-    projections · ssm · conv1d · head       a family
+    projections · ssm · conv1d · head · embedding       a family
     layer:0 · layer:-1                      a layer; negative numbers count from the last
     re:.*layers\\.[0-3]\\..*_proj             a regular expression, from the start of the module's name
 
-The head (and a tied embedding with it) and conv1d are hit only by their own name, kind, family or a regular
-expression, conv1d also by its class. What is ignored is ignored by every form.
+The head (and a tied embedding with it), the embedding and conv1d are hit only by their own name, kind, family
+or a regular expression, conv1d also by its class. What is ignored is ignored by every form.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from sparsessm.recipe.fields import OPTIONS, Choice, applies, reads
 from sparsessm.recipe.fits import parse_repair
 from sparsessm.recipe.recipe import DEFAULT_SPARSITY, Recipe
 
-ON_REQUEST = ("conv1d", "head")
+ON_REQUEST = ("conv1d", "head", "embedding")
+OUTER = ("head", "embedding")  # in no layer
 
 
 @dataclass(frozen=True)
@@ -179,6 +180,8 @@ def _rule(recipe: Recipe, choice: Choice, target: Target, hit: Sequence[Target])
     repair, strength = "none", 1.0
     if "repair" in method.defaults:
         repair, strength = parse_repair(choice.repair or method.defaults["repair"])
+        if target.looked_up and repair == "dense-target":
+            repair, strength = "self", 1.0  # a row is the same in both models
     price = (choice.price or method.defaults["price"]) if "price" in method.defaults else "none"
     price = price if applies("price", price, target.family) else "none"
     return Rule(
@@ -234,7 +237,7 @@ def _chosen(
     Raises:
         ValueError: a selector that hits nothing.
     """
-    layers = 1 + max(target.layer for target in targets if target.family != "head")
+    layers = 1 + max(target.layer for target in targets if target.family not in OUTER)
     chosen: set[str] = set()
     for selector in selectors:
         try:
@@ -258,7 +261,7 @@ def _matches(selector: str, target: Target, layers: int, asked: bool) -> bool:
         return selector == target.module_class and target.family == "conv1d"
     if layer := re.fullmatch(r"layer:(-?\d+)", selector):
         number = int(layer[1])
-        return target.family != "head" and target.layer == (number + layers if number < 0 else number)
+        return target.family not in OUTER and target.layer == (number + layers if number < 0 else number)
     return selector == target.module_class or target.module.startswith(f"{selector}.")
 
 

@@ -26,7 +26,11 @@ REMOVED_WORDS = {
     "cut": "it was cut out of every tensor that contained it",
     "projected": "the state was projected to fewer directions by `B_projection` and `C_projection`",
 }
-ON_GRIDS = {"projections": "The linear layers take", "head": "The head takes"}
+ON_GRIDS = {
+    "projections": "The linear layers take",
+    "head": "The head takes",
+    "embedding": "The embedding takes",
+}
 PACKED_ONLY = "No stock configuration can describe this model: only sparsessm can load this directory."
 ON_GRID = (
     "They are stored as codes and scales, which only sparsessm can load; `sparsessm unpack` makes a stock "

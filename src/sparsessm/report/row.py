@@ -15,7 +15,7 @@ class Row:
     Attributes:
         target: full parameter name, as in the checkpoint.
         layer: index of its block.
-        family: "ssm", "projections", "conv1d" or "head".
+        family: "ssm", "projections", "conv1d", "head" or "embedding".
         method, pattern: as in the recipe, or the family's own.
         removed: what an entry became, see `REMOVED_WORDS`.
         total: entries of the matrix.
