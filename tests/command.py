@@ -7,6 +7,7 @@ import subprocess
 import sys
 from typing import Any
 
+import programs
 from typer.testing import CliRunner
 
 from sparsessm import cli
@@ -33,7 +34,7 @@ def refused(*arguments: str) -> str:
 
 def in_a_process(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     """The same command as a program of its own."""
-    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, **options)
+    return programs.run([*COMMAND, *arguments], **options)
 
 
 def row_of(text: str, start: str) -> list[str]:
@@ -43,7 +44,12 @@ def row_of(text: str, start: str) -> list[str]:
     return found
 
 
-def python(code: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Code run by another Python."""
-    command = [sys.executable, "-c", code, *map(str, arguments)]
+def python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Code run by another process."""
+    return programs.run([sys.executable, "-c", code, *map(str, arguments)])
+
+
+def new_python(*words: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Another Python from its start, where libraries read the environment."""
+    command = [sys.executable, *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, check=False)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch reads it
 
+import programs
 import pytest
 import torch
 from directories import write_stock
@@ -29,6 +30,13 @@ def as_before() -> Iterator[None]:
     yield
     torch.set_num_threads(threads)
     kernels.LEVEL = level
+
+
+@pytest.fixture(autouse=True, scope="session")
+def to_the_end() -> Iterator[None]:
+    """The process that starts programs ends with the tests."""
+    yield
+    programs.end()
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from command import python
+from command import new_python, python
 from directories import (
     FLOAT32_NAMES,
     NEOX,
@@ -296,7 +296,7 @@ def test_nothing_is_said(tmp_path: Path) -> None:
         "checkpoint.save(checkpoint.load(sys.argv[1]), sys.argv[2])\n"
         "assert transformers.utils.logging.is_progress_bar_enabled()\n"
     )
-    done = python(code, tmp_path / "in", tmp_path / "out")
+    done = new_python("-c", code, tmp_path / "in", tmp_path / "out")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
@@ -320,7 +320,8 @@ def test_a_hub_id_without_a_network(tmp_path: Path) -> None:
         "except ValueError as error: print(error)\n"
     )
     offline = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    told = python(code, "some/mamba", "some/other", tmp_path / "original", **offline).stdout.splitlines()
+    sources = ("some/mamba", "some/other", tmp_path / "original")
+    told = new_python("-c", code, *sources, **offline).stdout.splitlines()
     assert told[0] == "transformers"
     assert told[1].startswith("'some/other' is not a local directory, and the hub did not provide it: ")
     assert told[2].startswith(

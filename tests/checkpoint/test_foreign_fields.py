@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import resource
-import subprocess
-import sys
 import textwrap
 import time
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from command import new_python
 from directories import changed, edit, logits
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -210,7 +209,7 @@ def test_no_field_makes_the_library_fetch_a_kernel(shelf: dict[str, Path], tmp_p
             (folder / "config.json").write_text(before)
         print(len(kernels.ASKED))
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True)
+    done = new_python("-c", textwrap.dedent(program))
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.split() == ["0"]
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 import typer
 from command import COMMAND, FAST, in_a_process, refused, run
+from programs import Program
 
 import sparsessm
 from sparsessm import cli, kernels
@@ -103,8 +102,7 @@ def test_an_interrupted_run_leaves_nothing(sent: signal.Signals, code: int, word
     (here / "text.txt").write_text((here / "text.txt").read_text() * 100)  # seconds to split into tokens
     line = f"prune dense -o out --data text.txt --samples 200 --length 2000 {words}".split()
     before = sorted(here.iterdir())
-    program = subprocess.Popen([*COMMAND, *line], stderr=subprocess.PIPE, text=True, env=os.environ)
-    assert program.stderr
+    program = Program([*COMMAND, *line])
     assert "reading text.txt" in program.stderr.readline()  # it is at work
     time.sleep(0.2)
     program.send_signal(sent)

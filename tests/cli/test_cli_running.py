@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 from command import COMMAND, refused, run
 from pico import pico_mamba, pico_tokenizer
+from programs import Program
 from safetensors.torch import load_file
 
 from sparsessm import kernels, runtime
 
 pytestmark = pytest.mark.usefixtures("here")
+ENDLESS = ["-n", "1000000"]  # more than a pipe holds
 
 
 @pytest.fixture(scope="module")
@@ -79,26 +81,14 @@ def test_every_option_of_generate_arrives() -> None:
 def test_generate_streams() -> None:
     """Every piece is on its way before the next token is read: it does not end before it is heard."""
     assert runtime.load("dense").generate("the state", 2000).finish == "length", "it turns in circles"
-    program = [
-        *COMMAND,
-        "generate",
-        "dense",
-        "the state",
-        "-n",
-        "1000000",
-        "--quiet",
-    ]  # more than a pipe holds
-    with subprocess.Popen(program, stdout=subprocess.PIPE) as process:
-        assert process.stdout
+    with Program([*COMMAND, "generate", "dense", "the state", "--quiet", *ENDLESS]) as process:
         assert process.stdout.read(10)
-        process.terminate()
+        process.send_signal(signal.SIGTERM)
         assert process.wait() == 143
 
 
 def test_a_reader_that_leaves_is_no_mistake() -> None:
-    program = [*COMMAND, "generate", "dense", "the state", "-n", "3000", "--temperature", "1"]
-    with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout and process.stderr
+    with Program([*COMMAND, "generate", "dense", "the state", *ENDLESS]) as process:
         process.stdout.read(10)
         process.stdout.close()
         assert process.stderr.read() == ""

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import programs
 import pytest
 import torch
 from hypothesis import given
@@ -29,18 +30,27 @@ ALONE = {**os.environ, "OMP_NUM_THREADS": "1"}
 PRUNE = ["prune", "dense", "--data", "text.txt", "--samples", "2", "--length", "16", "--no-eval"]
 
 
-def ran(*words: Any, **options: Any) -> subprocess.CompletedProcess[str]:
-    options = {"env": ALONE, "capture_output": True, "text": True, "timeout": 120, **options}
-    return subprocess.run([*PROGRAM, *words], **options)
+def ran(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    return programs.run([*PROGRAM, *words], **options)
+
+
+def in_a_shell(*words: str) -> subprocess.CompletedProcess[str]:
+    """From its start: where a stream is closed, Python begins without it."""
+    line = " ".join([*PROGRAM, *words])
+    return subprocess.run(line, shell=True, env=ALONE, capture_output=True, text=True, timeout=300)
 
 
 # ---- signals
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_while_libraries_are_imported_ends_in_one_line(sent: signal.Signals, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("sent", "module"), [(signal.SIGINT, "yaml"), (signal.SIGTERM, "typer"), (signal.SIGHUP, "torch")]
+)
+def test_a_signal_while_libraries_are_imported_ends_in_one_line(
+    sent: signal.Signals, module: str, tmp_path: Path
+) -> None:
     """A module that is imported on the way says when; it hides the real one."""
-    (tmp_path / "yaml.py").write_text("import os, time\nos.write(1, b'now')\ntime.sleep(60)\n")
+    (tmp_path / f"{module}.py").write_text("import os, time\nos.write(1, b'now')\ntime.sleep(60)\n")
     env = {**ALONE, "PYTHONPATH": str(tmp_path)}
     with subprocess.Popen(
         [*PROGRAM, "list"],
@@ -82,8 +92,7 @@ KEPT = "interrupted; what is done is kept in out.unfinished: the same command wi
 
 def interrupted(module: str, name: str, number: int, *words: str) -> subprocess.CompletedProcess[str]:
     code = CUT.replace("MODULE", repr(module)).replace("NAME", repr(name)).replace("NUMBER", str(number))
-    line = [sys.executable, "-c", code, "-", "-", "-", *words]
-    return subprocess.run(line, capture_output=True, text=True, env=ALONE, timeout=120)
+    return programs.run([sys.executable, "-c", code, "-", "-", "-", *words])
 
 
 @pytest.mark.parametrize(
@@ -152,13 +161,12 @@ def test_an_analysis_that_is_interrupted_says_that_it_goes_on(here: Path) -> Non
 
 def test_work_is_done_and_kept_where_nothing_can_be_printed(here: Path) -> None:
     with open("/dev/full", "w") as full:
-        done = ran(*PRUNE, "-o", "a", capture_output=False, stdout=full, stderr=full)
+        done = ran(*PRUNE, "-o", "a", stdout=full, stderr=full)
     assert done.returncode == 0
-    shell = f"{sys.executable} -m sparsessm {' '.join(PRUNE)} -o b >&- 2>&-"
-    assert subprocess.run(shell, shell=True, env=ALONE).returncode == 0
+    assert in_a_shell(*PRUNE, "-o", "b", ">&-", "2>&-").returncode == 0
     reading, unread = os.pipe()
     os.close(reading)
-    assert ran(*PRUNE, "-o", "c", capture_output=False, stdout=unread).returncode == 0
+    assert ran(*PRUNE, "-o", "c", stdout=unread).returncode == 0
     os.close(unread)
     assert load_file("a/model.safetensors").keys() == load_file("b/model.safetensors").keys()
     first, second = (json.loads(Path(name, "pruning.json").read_text()) for name in "ab")
@@ -169,15 +177,16 @@ def test_work_is_done_and_kept_where_nothing_can_be_printed(here: Path) -> None:
 def test_a_dry_run_that_nobody_reads_ends_without_a_word(here: Path) -> None:
     reading, unread = os.pipe()
     os.close(reading)
-    done = ran("prune", "dense", "--dry-run", capture_output=False, stdout=unread, stderr=subprocess.PIPE)
+    done = ran("prune", "dense", "--dry-run", stdout=unread)
     os.close(unread)
     assert (done.returncode, done.stderr) == (1, "")
 
 
-@pytest.mark.parametrize("redirect", [">/dev/full", ">&-"])
-def test_a_result_that_cannot_be_printed_is_an_error(redirect: str, here: Path) -> None:
-    shell = f"{sys.executable} -m sparsessm inspect dense --json {redirect}"
-    done = subprocess.run(shell, shell=True, env=ALONE, capture_output=True, text=True)
+@pytest.mark.parametrize("closed", [False, True], ids=["full", "closed"])
+def test_a_result_that_cannot_be_printed_is_an_error(closed: bool, here: Path) -> None:
+    words = ["inspect", "dense", "--json"]
+    with open("/dev/full", "w") as full:
+        done = in_a_shell(*words, ">&-") if closed else ran(*words, stdout=full)
     assert done.returncode == 1
     event = json.loads(done.stderr)
     assert event["event"] == "error" and event["text"].startswith("stdout cannot be written to: ")
@@ -187,7 +196,8 @@ def test_a_terminal_without_unicode_gets_tables(here: Path) -> None:
     tensors = load_file("dense/model.safetensors")
     Path("dense").rename("größe")
     save_file(tensors, "größe/model.safetensors", {"format": "pt"})
-    done = ran("inspect", "größe", env={**ALONE, "PYTHONIOENCODING": "ascii"})
+    line, ascii = [*PROGRAM, "inspect", "größe"], {**ALONE, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(line, env=ascii, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stderr) == (0, "")
     assert "gr\\xf6\\xdfe" in done.stdout
 
@@ -251,8 +261,7 @@ sparsessm.cli.main()
 """
     if not Path("/proc/self/statm").exists():
         pytest.skip("this system does not say how large a process is")
-    line = [sys.executable, "-c", code, "eval", "builtin:pycode", "--limit", "2", "--quiet"]
-    done = subprocess.run(line, env=ALONE, capture_output=True, text=True, timeout=60)
+    done = programs.run([sys.executable, "-c", code, "eval", "builtin:pycode", "--limit", "2", "--quiet"])
     assert done.returncode == 1
     assert done.stderr.startswith("error: out of memory") and "--length" in done.stderr
     assert "Traceback" not in done.stderr
@@ -357,8 +366,6 @@ for threads in (4, 10**6):
 """
     if not Path("/proc/self/statm").exists():
         pytest.skip("this system does not say how large a process is")
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=ALONE, capture_output=True, text=True, timeout=120
-    )
+    done = programs.run([sys.executable, "-c", code])
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout in ("short\n", "it had enough\n")

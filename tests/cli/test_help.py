@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import subprocess
 import sys
 
+import programs
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -96,9 +96,7 @@ def test_the_shell_completes(typed: str, offered: str) -> None:
     environment = {"_SPARSESSM_COMPLETE": "complete_bash", "COMP_WORDS": line}
     environment |= {"COMP_CWORD": str(len(line.split()) - 1)}
     code = "from sparsessm.cli import main; import sys; sys.argv = ['sparsessm']; main()"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True
-    )
+    done = programs.run([sys.executable, "-c", code], env={**os.environ, **environment})
     assert done.stdout.split() == [offered], done.stderr
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from command import FAST, in_a_process, refused, run
+from command import FAST, new_python, refused, run
 from safetensors.torch import load_file, save_file
 
 from sparsessm.architectures import REMOVED_A_LOG
@@ -104,14 +103,16 @@ def test_inspect_of_a_dense_model() -> None:
     assert (document["record"], document["removed"]) == (None, {})
 
 
-def test_inspect_of_a_hub_id_reads_the_record_that_came_with_it(here: Path) -> None:
+def test_inspect_of_a_hub_id_reads_the_record_that_came_with_it(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     snapshot = here / "hub/models--some--pruned/snapshots/0123abc"
     snapshot.parent.mkdir(parents=True)
     run("prune", "dense", "-o", str(snapshot), "--no-eval", "--quiet", "--method", "magnitude", *FAST)
     (snapshot.parents[1] / "refs").mkdir()
     (snapshot.parents[1] / "refs/main").write_text("0123abc")
-    offline = {**os.environ, "HF_HOME": str(here), "HF_HUB_OFFLINE": "1"}
-    offline.pop("HF_HUB_CACHE", None)
-    done = in_a_process("inspect", "some/pruned", "--json", env=offline)
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    offline = {"HF_HOME": str(here), "HF_HUB_OFFLINE": "1"}
+    done = new_python("-m", "sparsessm", "inspect", "some/pruned", "--json", **offline)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["record"]["recipe"]["method"] == "magnitude"

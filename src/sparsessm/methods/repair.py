@@ -208,15 +208,19 @@ def remix(
     own[kept] = torch.arange(r, device=keep.device) * states + kept
     own[gone] = r * states + torch.arange(len(gone), device=keep.device)
     made = full[:, :, : r * states, : r * states].unflatten(2, (r, states)).unflatten(4, (r, states))
+    # [(k, l), (m, n), (n', n'')], laid out once: every round reads it twice, in order, and copies nothing
+    made = made.permute(2, 4, 3, 5, 0, 1).reshape(r * r, states**2, states**2)
     crossed = torch.stack([full[n, :, own[n], : r * states] for n in range(states)]).sum(0)
     crossed = crossed.unflatten(1, (r, states))  # [n', k, m]: whole output against C_n' h_km
     start = torch.eye(states, dtype=torch.float64, device=full.device)
     write, read_start = start[kept], start[:, kept]
     for _ in range(rounds):
-        products = torch.einsum("abkmln,ak,bl->kmln", made, read, read).flatten(0, 1).flatten(1)
+        both = torch.einsum("ak,bl->klab", read, read).reshape(r * r, states**2, 1)
+        products = (made @ both).view(r, r, states, states).transpose(1, 2).flatten(0, 1).flatten(1)
         wanted = torch.einsum("akm,ak->km", crossed, read).flatten()
         write = _ridge(products, wanted, start[kept].flatten(), damping).view(r, states)
-        products = torch.einsum("abkmln,km,ln->akbl", made, write, write).flatten(0, 1).flatten(1)
+        both = torch.einsum("km,ln->klmn", write, write).reshape(r * r, 1, states**2)
+        products = (both @ made).view(r, r, states, states).permute(2, 0, 3, 1).flatten(0, 1).flatten(1)
         wanted = torch.einsum("akm,km->ak", crossed, write).flatten()
         read = _ridge(products, wanted, read_start.flatten(), damping).view(states, r)
     return write, read
