@@ -26,7 +26,7 @@ def test_inspect_counts_in_the_tensors(removed: str) -> None:
     run("prune", "dense", "-o", "out", "--no-eval", "--quiet", *line, *FAST)
     document = json.loads(run("inspect", "out", "--json").stdout)
     assert document["removed"] == {A_LOG.format(0): 64, A_LOG.format(1): 64}
-    assert document["tensors"]["A_log"] == {"bytes": 2 * 256 * 4, "dtypes": ["float32"]}
+    assert document["tensors"]["A_log"] == {"bytes": 2 * 256 * 4, "dtypes": ["float32"], "bits": 32}
     sizes = sum(tensor.nbytes for tensor in load_file("out/model.safetensors").values())
     assert sum(kind["bytes"] for kind in document["tensors"].values()) == sizes
     assert document["record"]["recipe"]["removed"] == removed
@@ -116,3 +116,18 @@ def test_inspect_of_a_hub_id_reads_the_record_that_came_with_it(
     done = new_python("-m", "sparsessm", "inspect", "some/pruned", "--json", **offline)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["record"]["recipe"]["method"] == "magnitude"
+
+
+def test_inspect_says_what_a_packed_file_takes() -> None:
+    run("prune", "dense", "-o", "few", "--bits", "4", "--target", "matrices", "--no-eval", "--quiet", *FAST)
+    document = json.loads(run("inspect", "few", "--json").stdout)
+    sizes = {kind: found["bytes"] for kind, found in document["tensors"].items()}
+    arrays = load_file("few/packed.safetensors")
+    assert sum(sizes.values()) == sum(array.nbytes for array in arrays.values())
+    part = sum(array.nbytes for name, array in arrays.items() if ".in_proj." in name)
+    assert sizes["in_proj"] == part
+    entries = sum(row["total"] for row in document["record"]["targets"] if "in_proj" in row["target"])
+    assert document["tensors"]["in_proj"]["bits"] == pytest.approx(8 * part / entries)
+    lines = run("inspect", "few").stdout.splitlines()
+    (outer,) = (line for line in lines if "embedding and head" in line)
+    assert f"{sizes['embeddings'] + sizes.get('lm_head', 0):,}" in outer

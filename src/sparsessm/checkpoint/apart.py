@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import NamedTuple
@@ -29,7 +30,7 @@ class Apart(NamedTuple):
 
     Attributes:
         model: without memory for its weights.
-        tensors: by their names in the model, each read when it is asked for.
+        tensors: by their names in the model, each read when it is asked for. sizes: bytes of each as stored.
         held: name in the model -> names in full in the stock files, with the shapes there.
         stored, prefix: as of `Assembled`.
         extra: what stock code leaves out on purpose, by name in the files; each read when it is asked for.
@@ -38,6 +39,7 @@ class Apart(NamedTuple):
 
     model: PreTrainedModel
     tensors: Unread
+    sizes: Mapping[str, int]
     held: dict[str, dict[str, Tensor]]
     stored: dict[str, torch.dtype]
     prefix: str
@@ -60,14 +62,15 @@ def one_by_one(opened: Opened) -> Apart:
         held = {name: in_files(model, name, tensor) for name, tensor in expected.items()}
         names = {part for parts in held.values() for part in parts}
         prefix, digest = packed_prefix(opened, model, names), _digest(header.checksums)
-        return Apart(model, tensors, held, stored, prefix, {}, digest)
+        return Apart(model, tensors, header.sizes, held, stored, prefix, {}, digest)
     shelf = Shelf(opened.heads, safetensors=opened.folder.stock_files.kind == SAFETENSORS)
     found = checked(opened, shelf)
     places, stored = found.places, most_precise(found)
     parts = {name: {part: found.names[part] for part in some} for name, some in places.held.items()}
     tensors = Stored(shelf, found.empty, parts, stored)
     extra, digest = Later({name: partial(shelf.__getitem__, name) for name in places.extra}), found.checksums
-    return Apart(found.empty, tensors, places.held, stored, places.prefix, extra, _digest(digest))
+    sizes = {name: math.prod(shape) * stored[name].itemsize for name, shape in tensors.shapes.items()}
+    return Apart(found.empty, tensors, sizes, places.held, stored, places.prefix, extra, _digest(digest))
 
 
 def _digest(checksums: Mapping[str, str]) -> str:

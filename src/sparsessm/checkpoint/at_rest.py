@@ -7,6 +7,7 @@ large the model is, one of its tensors is in memory.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -28,11 +29,13 @@ class AtRest:
         checkpoint: as `load` gives it, but that its model has no memory for its weights.
         tensors: by their names in `checkpoint.model.state_dict()`, tied ones once; each is read when it is
             asked for, and must be dropped before the files change.
+        sizes: bytes of each as it is stored.
         extra: names of the tensors that stock code leaves out on purpose.
     """
 
     checkpoint: Checkpoint
     tensors: Unread
+    sizes: Mapping[str, int]
     extra: tuple[str, ...]
 
     def stored(self, name: str) -> Tensor:
@@ -63,4 +66,4 @@ def at_rest(opened: Opened, tokenizer: str | os.PathLike[str] | None = None) -> 
         found = one_by_one(opened)
         assembled = Assembled(found.model, found.stored, {}, found.prefix, found.digest)
         checkpoint = described(opened, assembled, InMemory(), tokenizer)
-    return AtRest(checkpoint, found.tensors, tuple(sorted(found.extra)))
+    return AtRest(checkpoint, found.tensors, found.sizes, tuple(sorted(found.extra)))

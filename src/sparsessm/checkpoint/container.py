@@ -92,6 +92,14 @@ class Header:
         """Stock tensor -> shape."""
         return {name: shape for name, (shape, *_) in self.stock.items()}
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Stock tensor -> bytes of its arrays."""
+        sizes = dict.fromkeys(self.stock, 0)
+        for array, span in self.spans.items():
+            sizes[array if array in sizes else array.rpartition(".")[0]] += span.nbytes
+        return sizes
+
 
 def read_header(file: Path) -> Header:
     """The head of a packed file; no tensor is read.

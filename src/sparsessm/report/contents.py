@@ -5,7 +5,8 @@ Place in the flow: beside it. Nothing here looks at data or changes a weight.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, dtype
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 # Word of a record -> the numbers that it may be stored as.
 REMOVED = {word: {value, REMOVED_A_LOG_FLOAT16[word]} for word, value in REMOVED_A_LOG.items()}
 REMOVED |= {word: {value} for word, value in REMOVED_WEIGHT.items()}
+VOCABULARY = ("embeddings", "embed_tokens", "lm_head")  # kinds
 Table = tuple[str, list[str], list[list[str]], int]  # title, columns, cells, columns that are words
 
 
@@ -44,7 +46,8 @@ def inspection(found: AtRest, directory: str, record: dict[str, Any] | None) -> 
         directory: where it came from. record: its own, if it is a result; see `record.checked`.
 
     Returns:
-        "model", "format"; "tensors": bytes and dtypes by kind; "removed": see `recount`; "record".
+        "model", "format"; "tensors": bytes here, dtypes (of a grid: of the stock checkpoint) and stored bits
+        a weight, by kind; "removed": see `recount`; "record".
 
     Raises:
         ValueError: as `recount`; a file was changed.
@@ -57,9 +60,19 @@ def inspection(found: AtRest, directory: str, record: dict[str, Any] | None) -> 
         return found.exact(places[id(state[name])])  # a tied one lies under its other name
 
     counts = recount(record, state, value, f"{directory}/pruning.json") if record else {}
+    here: Counter[str] = Counter()
+    entries: Counter[str] = Counter()
+    for name, size in found.sizes.items():
+        here[kind_of(name)] += size
+        entries[kind_of(name)] += state[name].numel()
+    dtypes = {kind: forms for kind, (_, forms) in contents(state, checkpoint.stored).items()}
     sizes = {
-        kind: {"bytes": size, "dtypes": sorted(str(form).removeprefix("torch.") for form in forms)}
-        for kind, (size, forms) in contents(state, checkpoint.stored).items()
+        kind: {
+            "bytes": size,
+            "dtypes": sorted(str(form).removeprefix("torch.") for form in dtypes[kind]),
+            "bits": 8 * size / entries[kind],
+        }
+        for kind, size in here.most_common()
     }
     facts = {"model": directory, "format": checkpoint.format, "tensors": sizes}
     return {**facts, "removed": counts, "record": record}
@@ -70,10 +83,15 @@ def inspection_tables(facts: Mapping[str, Any]) -> list[Table]:
     total = sum(kind["bytes"] for kind in facts["tensors"].values())
     title = f"{facts['model']}: format {facts['format']}, {total:,} bytes of tensors"
     cells = [
-        [name, ", ".join(kind["dtypes"]), f"{kind['bytes']:,}", percent(kind["bytes"] / total)]
+        [name, ", ".join(kind["dtypes"]), f"{kind['bytes']:,}", percent(kind["bytes"] / total), _bits([kind])]
         for name, kind in facts["tensors"].items()
     ]
-    found: list[Table] = [(title, ["tensors", "dtype", "bytes", "share"], cells, 2)]
+    outer = [kind for name, kind in facts["tensors"].items() if name in VOCABULARY]
+    body = [kind for name, kind in facts["tensors"].items() if name not in VOCABULARY]
+    for name, kinds in (("embedding and head", outer), ("all others", body)):
+        size = sum(kind["bytes"] for kind in kinds)
+        cells.append([name, "", f"{size:,}", percent(size / total), _bits(kinds)])
+    found: list[Table] = [(title, ["tensors", "dtype", "bytes", "share", "bits a weight"], cells, 2)]
     if record := facts["record"]:
         parts = record["targets"], record["totals"]
         found += [
@@ -82,6 +100,12 @@ def inspection_tables(facts: Mapping[str, Any]) -> list[Table]:
             ("Recipe", *recipe_table(record["recipe"]), 2),
         ]
     return found
+
+
+def _bits(kinds: Sequence[Mapping[str, Any]]) -> str:
+    """Stored bits a weight of kinds together."""
+    entries = sum(8 * kind["bytes"] / kind["bits"] for kind in kinds)
+    return f"{sum(8 * kind['bytes'] for kind in kinds) / entries:.3g}" if entries else "-"
 
 
 def recount(
