@@ -5,7 +5,7 @@
 Every row is a whole model as it runs: perplexity (change in % against the dense model) and KL of the
 next-token distribution from the dense model's (nats a token) come from the runtime's own logits, on 32
 held-out windows of 512 tokens that no calibration sees. Means over calibration seeds 0, 1 and 2 (32 windows
-of 512 tokens), in brackets the least and the greatest. Bytes are those of the weights' file, and of the
+of 512 tokens), in brackets the least and the greatest; rows without brackets are of seed 0 or of no text. Bytes are those of the weights' file, and of the
 weights in memory when our runtime has loaded it, which has no kernels for codes yet and decodes them.
 Decoding is timed at batch 1, all rows in turn, one thread; ratios to the dense model are medians over rounds,
 of models that a cache holds.
@@ -47,7 +47,7 @@ Fields = dict[str, Any]
 Runs = dict[str, list[dict[str, Any]]]  # by row
 
 WHOLE: Fields = {"target": "matrices"}
-DIAL = (6, 5, 4.25, 3.75, 3.25, 2.75, 2.25)
+DIAL = (6, 4.25, 3.25, 2.75, 2.25)
 # Name -> recipes one after the other, and how the result is packed.
 ROWS: dict[str, tuple[list[Fields], Fields]] = {
     "dense, bf16": ([], {"dtype": "bf16"}),
@@ -74,6 +74,7 @@ ROWS: dict[str, tuple[list[Fields], Fields]] = {
         for bits in (4, 3)
     },
 }
+REPEATED = ("one dial", "gptq", "half removed, bf16")  # with every seed; others with the first
 LLAMA = {f"llama.cpp {kind}": kind for kind in ("Q8_0", "Q5_0", "Q4_0", "Q3_K", "Q2_K")}
 EMBEDDING = "Q6_K"  # of llama.cpp's files with fewer than 8 bits, where head and embedding are one
 MATRICES = ("in_proj", "x_proj", "dt_proj", "out_proj", "embeddings")
@@ -249,7 +250,7 @@ def measured(model: str, names: list[str], kept: Kept, rounds: int) -> tuple[Run
         if name in LLAMA:
             rows[name] = [kept(f"{model} {name}", partial(llama, yardstick, model, LLAMA[name]))]
             continue
-        seeds = SEEDS if ROWS[name][0] and "rounded" not in name else SEEDS[:1]
+        seeds = SEEDS if name.startswith(REPEATED) else SEEDS[:1]
         rows[name] = [
             kept(f"{model} {name}, seed {seed}", partial(quality, yardstick, model, name, seed))
             for seed in seeds
