@@ -17,13 +17,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from nested_bitmaps import nested
 from pico import pico_mamba, pico_tokenizer
 from safetensors.torch import save_file
 from torch import Tensor
 
 from sparsessm import checkpoint
 from sparsessm.checkpoint import PackedTensor, container, packed_file
-from sparsessm.checkpoint.coded import fixed, nested
+from sparsessm.checkpoint.coded import ans, fixed
 from sparsessm.checkpoint.encoding import bits_of, encode
 
 HERE = Path(__file__).parent
@@ -82,8 +83,8 @@ def golden_tensors() -> dict[str, Tensor]:
     return tensors
 
 
-def golden_coded() -> dict[str, PackedTensor]:
-    """The same model, its four matrices on grids of every kind, every form of a row among them."""
+def golden_coded(version: str) -> dict[str, PackedTensor]:
+    """The same model, its four matrices on grids of every kind; in version 2 every form of a row is there."""
     tensors = {name: encode(name, tensor) for name, tensor in golden_tensors().items()}
     found: dict[str, PackedTensor] = {**tensors}
 
@@ -105,7 +106,10 @@ def golden_coded() -> dict[str, PackedTensor]:
     wide = codes(X, 40) * (torch.arange(9)[:, None] % 4 > 0)
     wide[1::4] %= 3
     forms = torch.tensor([0, 1, 2, 5, 0, 2, 9, 3, 2])
-    found[X] = nested(X, tensors[X].dtype, wide, scales(9), scales(16), forms)
+    if version == "2":
+        found[X] = nested(X, tensors[X].dtype, wide, scales(9), scales(16), forms)
+    else:
+        found[X] = ans(X, tensors[X].dtype, wide, scales(9), scales(16))
     return found
 
 
@@ -134,13 +138,15 @@ def write_golden() -> None:
             checkpoint.pack(Path(scratch) / "in", Path(scratch) / name, **options)
             for file in (container.PACKED, "config.json", "pruning.json"):
                 (GOLDEN / name / file).write_bytes((Path(scratch) / name / file).read_bytes())
-    (GOLDEN / CODED).mkdir(exist_ok=True)
-    (GOLDEN / CODED / "config.json").write_text(config + "\n")
-    packed_file.write(GOLDEN / CODED / container.PACKED, "transformers", golden_coded())
+    for name, version in CODED.items():
+        (GOLDEN / name).mkdir(exist_ok=True)
+        (GOLDEN / name / "config.json").write_text(config + "\n")
+        packed_file.write(GOLDEN / name / container.PACKED, "transformers", golden_coded(version))
 
 
 GOLDENS: dict[str, dict[str, str]] = {"lossless": {}, "int8": {"dtype": "int8", "head": "int8"}}
-CODED = "coded"
+CODED = {"coded": "2", "ans": "3"}
+"""Of a later version."""
 LABELS = {IN: "2:4", X: "bitmask", OUT: "1:4", A: "bitmask", DT: "dense", CONV: "dense", EMBEDDING: "dense"}
 
 

@@ -13,7 +13,7 @@ from typing import Any
 SIZES = {"F32": 4, "BF16": 2, "F16": 2, "I8": 1, "U8": 1, "I64": 8}
 PARTS = (
     *("values", "mask", "offsets", "starts", "index", "codes", "planes", "forms"),
-    *("scale", "scales", "rows", "columns"),
+    *("ends", "stream", "classes", "tables", "scale", "scales", "rows", "columns"),
 )
 CODES = {"F32": "<f", "F16": "<e", "I8": "<b", "U8": "<B", "I64": "<q"}
 
@@ -24,11 +24,12 @@ def read(file: Path) -> dict[str, tuple[list[int], str, list[float]]]:
     (length,) = struct.unpack_from("<Q", content)
     header = json.loads(content[8 : 8 + length])
     metadata = header.pop("__metadata__")
-    assert metadata["format"] == "sparsessm-packed" and metadata["version"] in ("1", "2")
+    assert metadata["format"] == "sparsessm-packed" and metadata["version"] in ("1", "2", "3")
     assert crc32c(metadata["tensors"].encode()) == metadata["checksum"], "the header is damaged"
     described = json.loads(metadata["tensors"])
-    coded = any(entry["kind"][:3] in ("int", "odd", "mas", "nes") for entry in described.values())
-    assert metadata["version"] == ("2" if coded else "1")
+    kinds = {entry["kind"][:3] for entry in described.values()}
+    coded = bool(kinds & {"int", "odd", "mas", "nes"})
+    assert metadata["version"] == ("3" if "ans" in kinds else "2" if coded else "1")
     arrays, raw = {}, {}
     for name, entry in header.items():
         begin, end = (8 + length + offset for offset in entry["data_offsets"])
@@ -65,6 +66,8 @@ def tensor(name: str, entry: dict[str, Any], arrays: dict[str, list[Any]]) -> li
     rows, columns = entry["shape"]
     if entry["kind"] == "nested":
         return nested(name, rows, columns, arrays)
+    if entry["kind"] == "ans":
+        return ans(name, rows, columns, arrays)
     if entry["kind"][:3] in ("int", "odd", "mas"):
         return fixed(name, entry["kind"], rows, columns, arrays)
     values, scale, fill = arrays[f"{name}.values"], arrays.get(f"{name}.scale"), entry.get("fill", 0.0)
@@ -113,10 +116,7 @@ def fixed(name: str, kind: str, rows: int, columns: int, arrays: dict[str, list[
 
 def nested(name: str, rows: int, columns: int, arrays: dict[str, list[Any]]) -> list[float]:
     planes, forms = arrays[f"{name}.planes"], arrays[f"{name}.forms"]
-    by_row, by_column = (
-        [struct.unpack("<e", struct.pack("<H", bits << 7))[0] for bits in arrays[f"{name}.{part}"]]
-        for part in ("rows", "columns")
-    )
+    by_row, by_column = factors(name, arrays)
     whole, at = [], 0
 
     def taken(bits: int = 1) -> int:
@@ -148,6 +148,64 @@ def nested(name: str, rows: int, columns: int, arrays: dict[str, list[Any]]) -> 
                 code += taken(low) - 2 ** (low - 1) if low else 0
                 whole.append(float32(float32(code * by_row[row]) * by_column[column]))
         assert -(-at // 8) == arrays[f"{name}.starts"][first // 16 + 1]
+    return whole
+
+
+def factors(name: str, arrays: dict[str, list[Any]]) -> list[list[float]]:
+    parts = (arrays[f"{name}.{part}"] for part in ("rows", "columns"))
+    return [[struct.unpack("<e", struct.pack("<H", bits << 7))[0] for bits in part] for part in parts]
+
+
+def ans(name: str, rows: int, columns: int, arrays: dict[str, list[Any]]) -> list[float]:
+    ends, stream, classes, held = (
+        arrays[f"{name}.{part}"] for part in ("ends", "stream", "classes", "tables")
+    )
+    tables, at = [], 0
+    while at < len(held):
+        most, at = held[at], at + 1
+        often = [n if n < 32 else (32 + n % 32) << (n // 32 - 1) for n in held[at : at + most]]
+        at += most
+        symbols = [(0, 4096 - 2 * sum(often))]
+        for token, frequency in enumerate(often, 1):
+            symbols += [(token, frequency), (-token, frequency)]
+        tables.append([(symbol, f, i) for symbol, f in symbols for i in range(f)])  # for each of 4096 slots
+    t, b = len(tables), {1: 0, 2: 1, 4: 2, 8: 3, 16: 4}[len(tables)]
+    assert len(classes) == -(-b * (rows + columns) // 8)
+    row_class, column_class = (
+        [number(classes, b * i, b) for i in part] for part in (range(rows), range(rows, rows + columns))
+    )
+    together = 64
+    while together * columns < 2**15:
+        together *= 2
+    by_row, by_column = factors(name, arrays)
+    whole, end = [], 0
+    for group, first in enumerate(range(0, rows, together)):
+        at, end = end, ends[group]
+        state = [number(stream, 8 * at + 32 * k, 32) for k in range(4)]
+        at += 16
+        coded = []
+        for row in range(first, min(first + together, rows)):
+            for column in range(columns):
+                which = min(max(row_class[row] + column_class[column] - t // 2, 0), t - 1)
+                x = state[column % 4]
+                token, f, i = tables[which][x % 4096]
+                x = f * (x // 4096) + i
+                if x < 2**16:
+                    x, at = 2**16 * x + stream[at] + 256 * stream[at + 1], at + 2
+                state[column % 4] = x
+                coded.append((row, column, token))
+        assert state == [2**16] * 4
+        place = 8 * at
+        for row, column, token in coded:
+            size = abs(token)
+            if size >= 16:
+                more = (size - 16) // 4 + 2
+                size = (4 + size % 4) * 2**more + number(stream, place, more)
+                place += more
+            code = -size if token < 0 else size
+            whole.append(float32(float32(code * by_row[row]) * by_column[column]))
+        assert -(-place // 8) == end
+    assert end == len(stream)
     return whole
 
 

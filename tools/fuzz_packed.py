@@ -29,7 +29,7 @@ GOLDEN = Path(__file__).parents[1] / "tests/golden"
 MOST = 8192
 PARTS = (
     *("values", "mask", "offsets", "starts", "index", "codes", "planes", "forms"),
-    *("scale", "scales", "rows", "columns"),
+    *("ends", "stream", "classes", "tables", "scale", "scales", "rows", "columns"),
 )
 VALUES = [
     0,
@@ -68,10 +68,12 @@ VALUES += [
     "odd2:3",
     "masked8:9",
     "nested",
+    "ans",
     "state-spaces",
     "transformers",
     "1",
     "2",
+    "3",
 ]
 
 
@@ -192,7 +194,7 @@ def _places(value: Any) -> list[tuple[Any, Any]]:
 def main() -> None:
     import atheris  # pyright: ignore[reportMissingImports]
 
-    for name in ("container", "encoding", "coded"):
+    for name in ("container", "encoding", "coded", "nested"):
         module = sys.modules[f"sparsessm.checkpoint.{name}"]
         kinds = (encoding.Encoded, coded.Coded)
         for function in [*vars(module).values(), *(part for kind in kinds for part in vars(kind).values())]:

@@ -13,10 +13,11 @@ import torch
 from golden_files import FLOATS, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nested_bitmaps import nested
 from torch import Tensor
 
 from sparsessm.checkpoint import container, packed_file
-from sparsessm.checkpoint.coded import Coded, fixed, nested, plain
+from sparsessm.checkpoint.coded import Coded, ans, fixed, plain
 from sparsessm.checkpoint.encoding import encode
 
 KINDS = ("int", "odd", "masked")
@@ -53,8 +54,8 @@ def matrices(draw: st.DrawFn) -> tuple[Coded, Tensor]:
     """(coded, its values by the formula), of every kind and hostile shapes."""
     rows, columns = draw(st.sampled_from([1, 2, 15, 16, 17, 33])), draw(st.integers(1, 70))
     seed, dtype = draw(st.integers(0, 2**31)), draw(st.sampled_from(FLOATS))
-    kind = draw(st.sampled_from([*KINDS, "nested"]))
-    if kind == "nested":
+    kind = draw(st.sampled_from([*KINDS, "nested", "ans"]))
+    if kind in ("nested", "ans"):
         spread = draw(st.sampled_from([0.0, 0.5, 2.0, 40.0]))
         source = torch.Generator().manual_seed(seed)
         codes = (torch.randn(rows, columns, generator=source) * spread).round().int()
@@ -63,6 +64,8 @@ def matrices(draw: st.DrawFn) -> tuple[Coded, Tensor]:
         forms[(codes == 0).all(1) & (torch.rand(rows, generator=source) < 0.5)] = 0
         by_row, by_column = factors(rows, seed=seed), factors(columns, seed=seed + 1)
         values = codes.float() * by_row.float()[:, None] * by_column.float()
+        if kind == "ans":
+            return ans("t", dtype, codes, by_row, by_column), values
         return nested("t", dtype, codes, by_row, by_column, forms), values
     width, group = draw(st.integers(2, 8)), draw(st.sampled_from([1, 2, 32, 64, 300]))
     codes = codes_of(kind, width, rows, columns, seed)
@@ -103,18 +106,23 @@ def test_bytes_are_those_of_the_formula() -> None:
     assert int4.label == "int4:64" and int4.nbytes == 16 * 4 + 16 * 2
 
 
-def test_a_file_without_codes_is_of_the_first_version(tmp_path: Path) -> None:
-    for name, version in (("plain", "1"), ("coded", "2")):
-        tensor: Any = encode("t", torch.eye(3))
-        if name == "coded":
-            tensor = fixed("t", torch.float32, torch.eye(3), torch.ones(3, 1), width=2, group=3, masked=True)
-        packed_file.write(tmp_path / name, "transformers", {"t": tensor})
-        content = (tmp_path / name).read_bytes()
-        assert b'"version":"%s"' % version.encode() in content
-    older = content.replace(b'"version":"2"', b'"version":"1"')
-    (tmp_path / "older").write_bytes(older)
-    with pytest.raises(ValueError, match=r"'t': kind 'masked2:3'; allowed: 'dense', 'bitmask', 'N:M'$"):
-        container.read_header(tmp_path / "older")
+def test_a_file_is_of_the_first_version_that_has_its_kinds(tmp_path: Path) -> None:
+    eye, ones = torch.eye(3), torch.ones(3)
+    tensors: dict[str, Any] = {
+        "1": encode("t", eye),
+        "2": fixed("t", torch.float32, eye, ones[:, None], width=2, group=3, masked=True),
+        "3": ans("t", torch.float32, eye, ones, ones),
+    }
+    said = {"2": r"'masked2:3'; allowed: 'dense', 'bitmask', 'N:M'$", "3": "'ans'; allowed: .*, 'nested'$"}
+    for version, tensor in tensors.items():
+        packed_file.write(tmp_path / version, "transformers", {"t": tensor})
+        content, this = (tmp_path / version).read_bytes(), b'"version":"%s"'
+        assert this % version.encode() in content
+        if version in said:
+            older = content.replace(this % version.encode(), this % str(int(version) - 1).encode())
+            (tmp_path / "older").write_bytes(older)
+            with pytest.raises(ValueError, match=rf"'t': kind {said[version]}"):
+                container.read_header(tmp_path / "older")
 
 
 @pytest.mark.parametrize("width", [2, 4, 8])
@@ -133,8 +141,10 @@ def test_a_code_that_the_width_does_not_have(kind: str, width: int) -> None:
 
 
 def some(kind: str) -> Coded:
+    codes = torch.tensor([[0, 1, -1, 2, -3, 0, 0, 19, 1]] * 17)
+    if kind == "ans":
+        return ans("t", torch.float16, codes, torch.ones(17), torch.ones(9))
     if kind == "nested":
-        codes = torch.tensor([[0, 1, -1, 2, -3, 0, 0, 9, 1]] * 17)
         return nested("t", torch.float16, codes, torch.ones(17), torch.ones(9), 2 + torch.arange(17) % 2)
     codes = codes_of(kind, 3, 17, 9, seed=2)
     return fixed("t", torch.float16, codes, torch.ones(17, 3), width=3, group=4, masked=kind == "masked")
@@ -159,6 +169,17 @@ SPOILT = [
     ("nested", "columns", lambda x: x * 0, "'columns' holds what is not a positive number"),
     ("nested", "columns", lambda x: x | 255, "'columns' holds what is not a positive number"),
     ("nested", "rows", lambda x: x * 0 + 247, "a value is beyond torch.float16"),
+    ("ans", "rows", lambda x: x * 0 + 247, "a value is beyond torch.float16"),
+    ("ans", "columns", lambda x: x * 0, "'columns' holds what is not a positive number"),
+    ("ans", "ends", lambda x: x + 1, "'ends' does not rise to the"),
+    ("ans", "ends", lambda x: x.repeat(2), "'ends' is torch.int64 [2], expected torch.int64 [1]"),
+    ("ans", "stream", lambda x: x[:8], "'ends' does not rise to the 8 bytes of 'stream'"),
+    ("ans", "stream", lambda x: x * 0, "'stream' does not come out even in rows 0 and on"),
+    ("ans", "stream", lambda x: x.view(1, -1), "'stream' is torch.uint8 [1, "),
+    ("ans", "classes", lambda x: x[:0].repeat(2).int(), "'classes' is torch.int32 [0]"),
+    ("ans", "classes", lambda x: torch.cat([x, x]), "'classes' has"),
+    ("ans", "tables", lambda x: x[:-1], "'tables' has 3 tables; allowed: 1, 2, 4, 8 or 16"),
+    ("ans", "tables", lambda x: x | 255, "'tables' ends inside of a table"),
 ]
 
 
@@ -173,10 +194,10 @@ def test_arrays_that_stand_for_nothing(kind: str, part: str, spoil: Any, words: 
 
 def test_what_is_not_as_it_is_said() -> None:
     codes, ones = torch.ones(2, 3), torch.ones(2)
-    with pytest.raises(ValueError, match="t: a row that is said to be empty is not"):
-        nested("t", torch.float32, codes, ones, torch.ones(3), torch.tensor([2, 0]))
+    with pytest.raises(ValueError, match="t: a code of 32768; allowed: at most 32767"):
+        ans("t", torch.float32, -32768 * codes, ones, torch.ones(3))
     with pytest.raises(ValueError, match="t: a factor of its columns has more bits than are stored"):
-        nested("t", torch.float32, codes, ones, torch.full((3,), 1.01), torch.tensor([2, 2]))
+        ans("t", torch.float32, codes, ones, torch.full((3,), 1.01))
 
 
 def test_arrays_of_another_kind() -> None:
@@ -191,15 +212,18 @@ def test_arrays_of_another_kind() -> None:
             replace(coded, **wrong).check()
 
 
-def test_any_planes_give_codes_or_one_line() -> None:
-    coded, draw = some("nested"), torch.Generator().manual_seed(0)
+@pytest.mark.parametrize(("kind", "part"), [("nested", "planes"), ("ans", "stream"), ("ans", "tables")])
+def test_any_bytes_give_codes_or_one_line(kind: str, part: str) -> None:
+    coded, draw = some(kind), torch.Generator().manual_seed(0)
     told = set()
     for _ in range(300):
-        planes = coded.arrays["planes"].clone()
-        at = torch.randint(len(planes), (2,), generator=draw)
-        planes[at] = torch.randint(256, (2,), generator=draw).to(torch.uint8)
+        held = coded.arrays[part].clone()
+        at = torch.randint(len(held), (2,), generator=draw)
+        held[at] = torch.randint(256, (2,), generator=draw).to(torch.uint8)
         try:
-            replace(coded, arrays={**coded.arrays, "planes": planes}).check()
+            replace(coded, arrays={**coded.arrays, part: held}).check()
         except ValueError as error:
             told.add(str(error).partition(" rows")[0])
-    assert told == {"t: 'planes' ends inside of", "t: 'planes' goes on behind"}
+    own = ("t: 'stream' ", "t: 'tables' ", "t: 'classes' ") if kind == "ans" else (f"t: '{part}' ",)
+    assert all(line.startswith(own) for line in told)
+    assert len(told) > 1

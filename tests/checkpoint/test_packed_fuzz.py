@@ -40,7 +40,7 @@ def test_the_check_of_the_fuzzer_can_fail(
         tool.one(changed[:at] + struct.pack("<f", math.nan) + changed[at + 4 :], expected(), tmp_path)
 
 
-@pytest.mark.parametrize("name", [*GOLDENS, CODED])
+@pytest.mark.parametrize("name", [*GOLDENS, *CODED])
 @given(st.data())
 @settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_changed_bytes_are_refused_or_valid(tool: ModuleType, name: str, data: st.DataObject) -> None:

@@ -12,6 +12,7 @@ from sweeps import SEEDS, problem
 from sparsessm.methods.dial import Curve, foretell, step
 from sparsessm.methods.grids import Dial
 from sparsessm.methods.hessian import factorise
+from sparsessm.methods.levels import coded_bits
 from sparsessm.methods.patterns import Unstructured
 from sparsessm.methods.repair import sweep
 
@@ -26,7 +27,7 @@ def test_some_rows_foretell_the_bits_of_all(size: float, spread: float) -> None:
     middle = float((weight / factor.pivots * prices.sqrt()[:, None]).square().mean().sqrt())
     rounding = Dial(size * middle).rounding(weight, factor.pivots, False, prices, False)
     sweep(weight, lambda now, part: now.abs(), Unstructured(), 0.0, factor, rounding=rounding)
-    assert curve.at(size * middle) == pytest.approx(rounding.levels().bits, rel=0.04)
+    assert curve.at(size * middle) == pytest.approx(rounding.levels().bits, rel=0.05)
 
 
 def test_rows_that_cost_nothing_take_no_bits() -> None:
@@ -63,4 +64,4 @@ def test_a_curve_beyond_its_ends() -> None:
 def test_a_matrix_of_zeros_has_a_flat_curve() -> None:
     weight = torch.zeros(3, 8)
     curve = foretell(weight, factorise(torch.eye(8)), None, weight == 0)
-    assert curve.at(0.1) == curve.at(10) == 3 * 4 + 8 * (3 + 8)
+    assert curve.at(0.1) == curve.at(10) == 8 * (3 + 8) + coded_bits(weight)

@@ -6,11 +6,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-import transcription_grids as transcribed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sweeps import SEEDS
 
+from sparsessm.kernels import entropy
 from sparsessm.methods import grids
 from sparsessm.methods.grids import (
     Alphabet,
@@ -21,16 +21,7 @@ from sparsessm.methods.grids import (
     thrift_of,
     thrifty,
 )
-from sparsessm.methods.levels import (
-    BY_EIGHTS,
-    EMPTY,
-    MOST_LOW,
-    NESTED,
-    Levels,
-    as_factors,
-    as_scales,
-    nested_bits,
-)
+from sparsessm.methods.levels import CLASS_BITS, MORE, Levels, as_factors, as_scales, row_bits
 
 KINDS = ["whole", "odd", "nonzero"]
 
@@ -39,7 +30,7 @@ def normal(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def nested(codes: torch.Tensor) -> Levels:
+def dialled(codes: torch.Tensor) -> Levels:
     rows, columns = as_factors(normal(1, len(codes)).exp(), normal(2, codes.shape[1]).exp())
     return Levels(codes.short(), rows[:, None], columns, codes.shape[1], 0, True)
 
@@ -66,33 +57,25 @@ def test_values_are_products_in_float32_in_the_documented_order(group: int) -> N
         torch.testing.assert_close(levels.scales() * codes, levels.values())
 
 
-@settings(deadline=None, max_examples=40)
-@given(seed=SEEDS, size=st.floats(0.1, 90), columns=st.integers(1, 20))
-def test_nested_bits_are_those_of_bitmaps_that_can_be_read_again(
-    seed: int, size: float, columns: int
-) -> None:
-    codes = (size * normal(seed, 3, columns)).round().short()
-    codes[0] *= (normal(seed + 1, columns) > 1.5).short()
-    bits = nested_bits(codes)
-    forms = {EMPTY: transcribed.EMPTY, BY_EIGHTS: transcribed.EIGHTS}
-    forms |= {NESTED + low: low for low in range(MOST_LOW + 1)}
-    assert bits.shape == (3, len(forms))
-    for i in range(3):
-        for form, told in forms.items():
-            if form == EMPTY and codes[i].any():
-                assert bits[i, form] > 1 << 60
-                continue
-            planes = transcribed.written(codes[i].numpy(), told)
-            assert bits[i, form] == sum(map(len, planes))
-            assert transcribed.read(planes, told, columns) == codes[i].tolist()
-    levels = nested(codes)
-    assert torch.equal(bits.gather(1, levels.forms[:, None])[:, 0], bits.amin(1))
-    assert levels.bits == bits.amin(1).sum() + 3 * 4 + 8 * (3 + columns)
+@pytest.mark.parametrize("size", [0.0, 0.4, 1.5, 30.0])
+def test_bits_are_those_of_the_entropy_coder_and_of_the_factors(size: float) -> None:
+    codes = (size * normal(0, 70, 90)).round().short()
+    assert dialled(codes).bits == entropy.size(codes.numpy()) + 8 * (70 + 90)
+
+
+@pytest.mark.parametrize("size", [0.4, 1.5, 6.0])
+def test_rows_foretell_their_bits(size: float) -> None:
+    scales = size * normal(1, 900, 1).mul(0.6).exp()
+    codes = (scales * normal(0, 900, 300)).round().short()
+    assert float(row_bits(codes).sum()) == pytest.approx(entropy.size(codes.numpy()), rel=0.03)
+    halves = torch.cat([row_bits(codes[:450]), row_bits(codes[450:])])
+    torch.testing.assert_close(row_bits(codes), halves)
 
 
 def test_bits_of_a_row_by_hand() -> None:
-    """0: one bit; 1: not zero, sign, not above 1; 3: two more."""
-    assert nested_bits(torch.tensor([[0, 1, -3]]))[0, NESTED] == 1 + 3 + 5
+    rows = row_bits(torch.tensor([[0, 0, 1, 1], [0, 0, 0, 0], [-300, 5, 7, 9]]))
+    ideal, kinds = torch.tensor([4.0, 0.0, 8.0]), torch.tensor([1.0, 0.0, 3.0])
+    torch.testing.assert_close(rows, (ideal + kinds * 0.5 / np.log(2) + CLASS_BITS + 4 * MORE).double())
     codes = torch.tensor([[0, 1, 3], [0, 0, -1]], dtype=torch.int16)
     rows = torch.ones(2, 2, dtype=torch.float16)
     assert Levels(codes, rows, None, 2, 3, True).bits == 6 + 3 * 3 + 4 * 16
@@ -101,8 +84,8 @@ def test_bits_of_a_row_by_hand() -> None:
 
 def test_entropy_is_that_of_an_ideal_code() -> None:
     codes = torch.tensor([[0, 0, 1, 1], [-1, -1, 2, 2]], dtype=torch.int16)
-    assert nested(codes).entropy == 8 + 2 * 4 + 8 * 6
-    assert nested(torch.zeros(2, 4)).entropy == 2 * 4 + 8 * 6
+    assert dialled(codes).entropy == 8 + 8 * 6
+    assert dialled(torch.zeros(2, 4)).entropy == 8 * 6
 
 
 @settings(deadline=None, max_examples=30)

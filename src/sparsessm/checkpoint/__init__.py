@@ -31,6 +31,7 @@ beside it (`docs/checkpoint.md` describes the files).
     packed_tensor.py  what every tensor of them is
     encoding.py       one of them: dense, bitmask, N:M, int8
     coded.py          one on a grid: codes of few bits and scales
+    nested.py         codes of older files on a grid
     container.py      the file that holds them, read
     packed_file.py    and written
     shelf.py          tensors that are read one by one

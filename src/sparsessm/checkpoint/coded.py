@@ -1,8 +1,9 @@
 """One tensor of a packed checkpoint on a grid: integer codes of few bits, and scales of 16 bits.
 
 `docs/sparse-format.md` defines what the arrays hold, methods/grids.py where codes and scales come from. Codes
-have a fixed width, with or without a mask that says what is zero, or are nested bitmaps, which take few bits
-for small codes. Beside `encoding.py`, and like it, this file knows no file and no model.
+have a fixed width, with or without a mask that says what is zero, or are entropy coded (kernels/entropy.py);
+older files have nested bitmaps instead (`nested.py`). Beside `encoding.py`, and like it, this file knows no
+file and no model.
 """
 
 from __future__ import annotations
@@ -17,25 +18,27 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..kernels import entropy
+from . import nested
 from .encoding import GROUP, Bools, Encoded, bits_above, encode, mask_of, starts_of
 from .packed_tensor import PackedTensor, chunks
 
-KIND = re.compile(r"nested|(?:int|odd|masked)[2-8]:[1-9]\d{0,4}", re.ASCII)
-"""Labels of the kinds that are coded."""
-WORDS = "'intB:G', 'oddB:G', 'maskedB:G' (codes of 2 to 8 bits, a scale for G columns), 'nested'"
+_OLDER = r"nested|(?:int|odd|masked)[2-8]:[1-9]\d{0,4}"
+OLDER, KIND = re.compile(_OLDER, re.ASCII), re.compile(f"ans|{_OLDER}", re.ASCII)
+"""Labels of the kinds that are coded: in version 2 of the format, and all."""
+OLDER_WORDS = "'intB:G', 'oddB:G', 'maskedB:G' (codes of 2 to 8 bits, a scale for G columns), 'nested'"
+WORDS = f"{OLDER_WORDS}, 'ans'"
 PARTS = {
     "int": ("codes", "scales"),
     "odd": ("codes", "scales"),
     "masked": ("mask", "offsets", "codes", "scales"),
     "nested": ("starts", "planes", "forms", "rows", "columns"),
+    "ans": ("ends", "stream", "classes", "tables", "rows", "columns"),
 }
 """Arrays of a kind, in the order in which the checksum takes them."""
-EMPTY, BY_EIGHTS, NESTED, MOST_FORM = 0, 1, 2, 9
-"""How a row of nested bitmaps is stored: not at all, by eight columns, with 0 to 7 lowest bits apart."""
-EIGHT = 8
 UNSTORED = 7
 """Bits of a factor's float16 that are zero and not stored."""
-MOST_CODE = 2**15 - 1
+MOST_CODE = entropy.MOST_CODE
 
 Codes = NDArray[np.int16]
 
@@ -52,11 +55,12 @@ class Coded(PackedTensor):
     """A matrix, and the arrays that stand for its codes and scales.
 
     value = (float32(code) * float32(row scale)) * float32(column scale), float32 products in this order; the
-    second only of nested bitmaps.
+    second only where columns have factors.
 
     Attributes:
-        kind: "int" or "odd": a code for every entry; "masked": for every entry that a mask keeps; "nested".
-        width: bits of a code, 0 if nested. group: columns of a scale, 0 if nested.
+        kind: "int" or "odd": a code for every entry; "masked": for every entry that a mask keeps; "ans",
+            "nested": codes of no fixed width, with factors of rows and columns.
+        width: bits of a code. group: columns of a scale. Both 0 without a fixed width.
         arrays: by the names of `PARTS`.
     """
 
@@ -67,7 +71,7 @@ class Coded(PackedTensor):
 
     @property
     def label(self) -> str:
-        return self.kind if self.kind == "nested" else f"{self.kind}{self.width}:{self.group}"
+        return self.kind if not self.width else f"{self.kind}{self.width}:{self.group}"
 
     @property
     def parts(self) -> dict[str, Tensor]:
@@ -93,11 +97,15 @@ class Coded(PackedTensor):
         """The codes, [rows, cols]; 0 where a mask keeps nothing.
 
         Raises:
-            ValueError: nested bitmaps that do not end where they should.
+            ValueError: a stream or nested bitmaps that do not end where they should; begins with the name.
         """
         rows, columns = self.shape
-        if self.kind == "nested":
-            return np.concatenate([self._nested(group) for group in range(-(-rows // GROUP))])
+        if not self.width:
+            decode = entropy.decode if self.kind == "ans" else nested.decode
+            try:
+                return decode({part: array.numpy() for part, array in self.arrays.items()}, (rows, columns))
+            except ValueError as error:
+                raise ValueError(f"{self.name}: {error}") from error
         held = self.arrays["codes"].numpy()
         if self.kind == "masked":
             kept, whole = self.kept(), np.zeros(self.shape, np.int16)
@@ -120,7 +128,7 @@ class Coded(PackedTensor):
 
     def decode(self, dtype: torch.dtype | None = None) -> Tensor:
         codes, columns = torch.from_numpy(self.codes()), self.shape[1]
-        if self.kind == "nested":
+        if not self.width:
             values = codes.float() * self.factors("rows")[:, None] * self.factors("columns")
         else:
             scales = self.arrays["scales"].float().repeat_interleave(self.group, 1)[:, :columns]
@@ -134,59 +142,15 @@ class Coded(PackedTensor):
             for found in self._content():
                 raise ValueError(f"{self.name}: {found}")
 
-    def forms(self) -> NDArray[np.int64]:
-        """Of nested bitmaps the form of each row, [rows]."""
-        held = self.arrays["forms"].numpy()
-        return np.stack([held & 15, held >> 4], 1).reshape(-1)[: self.shape[0]].astype(np.int64)
-
     def factors(self, part: str) -> Tensor:
-        """Of nested bitmaps the factors of its "rows" or "columns", float32."""
+        """The factors of its "rows" or "columns", float32."""
         return (self.arrays[part].short() << UNSTORED).view(torch.float16).float()
-
-    def _nested(self, group: int) -> Codes:
-        """The codes of a group of rows."""
-        part = slice(group * GROUP, min((group + 1) * GROUP, self.shape[0]))
-        columns, starts = self.shape[1], self.arrays["starts"]
-        stream = self.arrays["planes"].numpy()[int(starts[group]) : int(starts[group + 1])]
-        bits, at = np.unpackbits(stream, bitorder="little").view(np.bool_), 0
-
-        def taken(many: int) -> Bools:
-            nonlocal at
-            if len(bits) - at < many:
-                raise ValueError(f"{self.name}: 'planes' ends inside of rows {part.start} and on")
-            at += many
-            return bits[at - many : at]
-
-        forms = self.forms()[part]
-        live = np.zeros((len(forms), columns), np.bool_)
-        for row, form in enumerate(forms):
-            if form == BY_EIGHTS:
-                inside = np.repeat(taken(-(-columns // EIGHT)), EIGHT)[:columns]
-                live[row, inside] = taken(int(np.count_nonzero(inside)))
-            elif form != EMPTY:
-                live[row] = taken(columns)
-        count = int(np.count_nonzero(live))
-        negative, size, larger = taken(count), np.ones(count, np.int32), np.arange(count)
-        while len(larger):
-            larger = larger[taken(len(larger))]
-            size[larger] += 1
-        codes = np.zeros(live.shape, np.int32)
-        codes[live] = np.where(negative, -size, size)
-        for row, low in enumerate(forms - NESTED):
-            if low > 0:
-                rest = taken(columns * low).reshape(columns, low) @ (1 << np.arange(low))
-                codes[row] = (codes[row] << low) + rest - (1 << low >> 1)
-        if len(bits) - at >= 8 or bits[at:].any():
-            raise ValueError(f"{self.name}: 'planes' goes on behind rows {part.start} and on")
-        if np.abs(codes).max(initial=0) > MOST_CODE:
-            raise ValueError(f"{self.name}: a code above {MOST_CODE} in rows {part.start} and on")
-        return codes.astype(np.int16)
 
     def _form(self) -> Iterator[str]:
         """What is wrong with kind, dtypes and shapes."""
         yield from self.own_form()
         if not KIND.fullmatch(self.label) or self.kind not in PARTS:
-            yield f"its kind is {self.label!r}; allowed: int, odd or masked with BITS:GROUP, nested"
+            yield f"its kind is {self.label!r}; allowed: int, odd or masked with BITS:GROUP, nested, ans"
         if len(self.shape) != 2:
             yield f"kind {self.label} needs 2 axes, its shape is {list(self.shape)}"
         rows, columns = self.shape
@@ -196,6 +160,7 @@ class Coded(PackedTensor):
             "mask": (torch.uint8, (rows, -(-columns // 8))),
             "offsets": (torch.int64, (groups + 1,)),
             "starts": (torch.int64, (groups + 1,)),
+            "ends": (torch.int64, (-(-rows // entropy.together(columns)),)),
             "codes": (
                 torch.uint8,
                 (entries,) if self.kind == "masked" else (rows, -(-columns * self.width // 8)),
@@ -205,8 +170,9 @@ class Coded(PackedTensor):
             "rows": (torch.uint8, (rows,)),
             "columns": (torch.uint8, (columns,)),
         }
-        if "planes" in self.arrays:
-            expected["planes"] = (torch.uint8, (self.arrays["planes"].numel(),))
+        for part in ("planes", "stream", "classes", "tables"):  # what they hold says how much that is
+            if part in self.arrays:
+                expected[part] = (torch.uint8, (self.arrays[part].numel(),))
         if self.arrays.keys() != set(PARTS[self.kind]):
             yield f"kind {self.label} has the arrays {', '.join(PARTS[self.kind])}, not {sorted(self.arrays)}"
         for part, array in self.arrays.items():
@@ -216,9 +182,9 @@ class Coded(PackedTensor):
 
     def _content(self) -> Iterator[str]:
         """What is wrong with the bytes of arrays whose shapes are right."""
-        nested = self.kind == "nested"
-        scales = {part: self.factors(part) for part in ("rows", "columns")} if nested else self.arrays
-        for part in ("rows", "columns") if nested else ("scales",):
+        factors = {part: self.factors(part) for part in ("rows", "columns")} if not self.width else {}
+        scales = factors or {"scales": self.arrays["scales"]}
+        for part in scales:
             if not bool((torch.isfinite(scales[part]) & (scales[part] > 0)).all()):
                 yield f"'{part}' holds what is not a positive number"
         if "mask" in self.arrays:
@@ -233,7 +199,8 @@ class Coded(PackedTensor):
             if entries * self.width % 8 and held[-1] >> entries * self.width % 8:
                 yield "'codes' has bits set behind its last entry"
         elif self.kind == "nested":
-            yield from self._nested_content()
+            held = {part: array.numpy() for part, array in self.arrays.items()}
+            yield from nested.wrong(held, self.shape[0])
         elif (
             self.shape[1] * self.width % 8
             and (self.arrays["codes"][:, -1].numpy() >> self.shape[1] * self.width % 8).any()
@@ -241,15 +208,6 @@ class Coded(PackedTensor):
             yield "'codes' has bits set behind its last column"
         if not bool(torch.isfinite(self.decode()).all()):
             yield f"a value is beyond {self.dtype}"
-
-    def _nested_content(self) -> Iterator[str]:
-        starts, most = self.arrays["starts"], self.arrays["planes"].numel()
-        if int(starts[0]) != 0 or int(starts[-1]) != most or bool((starts.diff() < 0).any()):
-            yield f"'starts' does not rise from 0 to the {most} bytes of 'planes'"
-        if int(self.forms().max()) > MOST_FORM:
-            yield f"'forms' holds {int(self.forms().max())}; allowed: 0 to {MOST_FORM}"
-        if self.shape[0] % 2 and int(self.arrays["forms"][-1]) > 15:
-            yield "'forms' has bits set behind its last row"
 
 
 def plain(tensor: PackedTensor) -> Encoded:
@@ -272,8 +230,6 @@ class OnGrid(Protocol):
     def width(self) -> int: ...
     @property
     def masked(self) -> bool: ...
-    @property
-    def forms(self) -> Tensor: ...
 
 
 def code(name: str, dtype: torch.dtype, found: OnGrid) -> Coded:
@@ -283,10 +239,10 @@ def code(name: str, dtype: torch.dtype, found: OnGrid) -> Coded:
         name, dtype: of the stock tensor.
 
     Raises:
-        ValueError: as `fixed` and `nested`.
+        ValueError: as `fixed` and `ans`.
     """
     if found.columns is not None:
-        return nested(name, dtype, found.codes, found.rows[:, 0], found.columns, found.forms)
+        return ans(name, dtype, found.codes, found.rows[:, 0], found.columns)
     how: dict[str, Any] = {"width": found.width, "group": found.group, "masked": found.masked}
     return fixed(name, dtype, found.codes, found.rows, **how)
 
@@ -326,64 +282,27 @@ def fixed(
     return coded
 
 
-def nested(
-    name: str, dtype: torch.dtype, codes: Tensor, rows: Tensor, columns: Tensor, forms: Tensor
-) -> Coded:
-    """A matrix of codes as nested bitmaps.
+def ans(name: str, dtype: torch.dtype, codes: Tensor, rows: Tensor, columns: Tensor) -> Coded:
+    """A matrix of codes of no fixed width, entropy coded.
 
     Args:
         name, dtype: of the stock tensor. codes: (rows, cols) integers, at most `MOST_CODE` in size.
-        rows, columns: float16 factors whose lowest `UNSTORED` bits are zero. forms: (rows,), how each row is
-            stored; an `EMPTY` one is zero.
+        rows, columns: float16 factors whose lowest `UNSTORED` bits are zero.
 
     Raises:
-        ValueError: a factor of more bits, a row that is not empty, or as `Coded.check`.
+        ValueError: a factor of more bits, a larger code, or as `Coded.check`; begins with the name.
     """
-    whole, how = codes.numpy().astype(np.int32), forms.numpy().astype(np.int64)
-    if (whole[how == EMPTY] != 0).any():
-        raise ValueError(f"{name}: a row that is said to be empty is not")
-    streams = [_stream(whole[at : at + GROUP], how[at : at + GROUP]) for at in range(0, len(whole), GROUP)]
-    pairs = np.append(how, 0)[: len(how) + len(how) % 2].reshape(-1, 2)
-    factors = {}
+    if codes.numel() and int(codes.abs().max()) > MOST_CODE:
+        raise ValueError(f"{name}: a code of {int(codes.abs().max())}; allowed: at most {MOST_CODE}")
+    arrays = {part: torch.from_numpy(x) for part, x in entropy.encode(codes.short().numpy()).items()}
     for part, values in (("rows", rows), ("columns", columns)):
         bits = values.half().contiguous().view(torch.int16)
         if bool((bits & (1 << UNSTORED) - 1).any()):
             raise ValueError(f"{name}: a factor of its {part} has more bits than are stored")
-        factors[part] = (bits >> UNSTORED).to(torch.uint8)
-    arrays = {
-        "starts": torch.from_numpy(np.cumsum([0, *map(len, streams)], dtype=np.int64)),
-        "planes": torch.from_numpy(np.concatenate(streams)),
-        "forms": torch.from_numpy((pairs[:, 0] | pairs[:, 1] << 4).astype(np.uint8)),
-        **factors,
-    }
-    coded = Coded(name, tuple(codes.shape), dtype, "nested", 0, 0, arrays)
+        arrays[part] = (bits >> UNSTORED).to(torch.uint8)
+    coded = Coded(name, tuple(codes.shape), dtype, "ans", 0, 0, arrays)
     coded.check(contents=False)
     return coded
-
-
-def _stream(codes: NDArray[np.int32], forms: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """A group of rows: what is not zero, the planes of that, and the lowest bits of each row."""
-    columns, low = codes.shape[1], np.maximum(forms - NESTED, 0)[:, None]
-    shifted = codes + (1 << low >> 1)
-    high = shifted >> low
-    parts: list[Bools] = []
-    for row, form in zip(high != 0, forms, strict=True):
-        if form == BY_EIGHTS:
-            eights = np.pad(row, (0, -columns % EIGHT)).reshape(-1, EIGHT).any(1)
-            parts += [eights, row[np.repeat(eights, EIGHT)[:columns]]]
-        elif form != EMPTY:
-            parts.append(row)
-    size = np.abs(high[high != 0])
-    parts.append((high < 0)[high != 0])
-    level = 1
-    while size.size:
-        larger = size > level
-        parts.append(larger)
-        size, level = size[larger], level + 1
-    for row, (apart,) in zip(shifted, low, strict=True):
-        if apart:
-            parts.append((row[:, None] >> np.arange(apart) & 1).astype(np.bool_).ravel())
-    return np.packbits(np.concatenate(parts), bitorder="little")
 
 
 def _packed(found: NDArray[np.int32], width: int) -> NDArray[np.uint8]:

@@ -51,12 +51,13 @@ CODES = {dtype: code for code, dtype in _DTYPES.items()}
 NAMES = {dtype: name for name, dtype in STOCK.items()}
 _CHECKSUM = re.compile(r"[0-9a-f]{8}", re.ASCII)
 _PLAIN, _PLAIN_WORDS = r"dense|bitmask|[1-9]\d{0,2}:[1-9]\d{0,2}", "'dense', 'bitmask', 'N:M'"
-_KINDS = {  # of a version, the second with all of the first
+_KINDS = {  # of a version, each with all of those before it
     "1": (re.compile(_PLAIN, re.ASCII), _PLAIN_WORDS),
-    "2": (re.compile(f"{_PLAIN}|{coded.KIND.pattern}", re.ASCII), f"{_PLAIN_WORDS}, {coded.WORDS}"),
+    "2": (re.compile(f"{_PLAIN}|{coded.OLDER.pattern}", re.ASCII), f"{_PLAIN_WORDS}, {coded.OLDER_WORDS}"),
+    "3": (re.compile(f"{_PLAIN}|{coded.KIND.pattern}", re.ASCII), f"{_PLAIN_WORDS}, {coded.WORDS}"),
 }
 VERSIONS = tuple(_KINDS)
-"""The second has coded tensors; a file without them is written as the first."""
+"""The second has coded tensors, the third entropy coded ones."""
 _Stock = tuple[tuple[int, ...], torch.dtype, str, float]  # shape, dtype, label of the kind, removed value
 _PARTS = {"dense": (), "bitmask": ("mask", "offsets"), "n:m": ("index",)}
 
@@ -196,6 +197,12 @@ def checksum(parts: Iterable[bytes | NDArray[np.uint8]]) -> str:
 
 def array_bytes(array: Tensor) -> NDArray[np.uint8]:
     return np.ascontiguousarray(bits_of(array)).reshape(-1).view(np.uint8)
+
+
+def version_of(labels: Iterable[str]) -> str:
+    """The version of a file whose tensors are of these kinds: the first that has them all."""
+    labels = list(labels)
+    return next(one for one, (kinds, _) in _KINDS.items() if all(map(kinds.fullmatch, labels)))
 
 
 def _whole(value: Any) -> bool:

@@ -13,8 +13,17 @@ from typing import Any
 
 import torch
 
-from . import coded
-from .container import CODES, HEADER_BYTES, NAMES, PACKED, PACKING, VERSIONS, Format, array_bytes, checksum
+from .container import (
+    CODES,
+    HEADER_BYTES,
+    NAMES,
+    PACKED,
+    PACKING,
+    Format,
+    array_bytes,
+    checksum,
+    version_of,
+)
 from .packed_tensor import PackedTensor
 
 
@@ -64,7 +73,7 @@ def outline(format: Format, tensors: Mapping[str, PackedTensor]) -> Outline:
     # Wide elements first, as the library does: every array then begins at a multiple of its element size.
     arrays = dict(sorted(arrays.items(), key=lambda item: -item[1][0].itemsize))
     text = json.dumps(described)
-    version = VERSIONS[any(coded.KIND.fullmatch(label) for label, _ in forms.values())]
+    version = version_of(label for label, _ in forms.values())
     metadata = {"format": PACKING, "version": version, "layout": format, "tensors": text}
     metadata["checksum"] = checksum([text.encode()])
     header: dict[str, Any] = {"__metadata__": metadata}

@@ -61,6 +61,11 @@ def extension() -> Any:
     return _native
 
 
+def built() -> Any:
+    """The native extension at every level, for entropy.py: whole numbers have no precision to choose."""
+    return _native
+
+
 def native_crc32c(content: Any, before: int, portable: bool = False) -> int:
     """For checksum.py, at every level: a checksum has no precision to choose.
 

@@ -303,6 +303,7 @@ NB_MODULE(_native, m) {
           maybe("dz"));
     bind_runtime(m);
     bind_rounded(m);
+    bind_entropy(m);
     m.def("causal_conv1d", &causal_conv1d, nb::arg("level"), nb::arg("threads"), array("x"), array("weight"),
           maybe("bias"), maybe("before"), nb::arg("silu"), array("y"));
     m.def("ssd_scan", &ssd_scan, nb::arg("level"), nb::arg("threads"), array("u"), array("delta"), array("A"),

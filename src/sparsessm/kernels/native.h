@@ -1,4 +1,4 @@
-// What native.cpp and native_runtime.cpp, the two halves of the door, share.
+// What native.cpp, native_runtime.cpp and native_entropy.cpp, the parts of the door, share.
 #pragma once
 #include "scan.h"
 
@@ -21,5 +21,6 @@ inline int bounded(int threads) {
 }
 
 void bind_runtime(nanobind::module_ &m);
+void bind_entropy(nanobind::module_ &m);
 
 } // namespace sparsessm

@@ -18,11 +18,12 @@ from torch import Tensor
 
 from sparsessm.methods.grids import Rounder, thrift_of, thrifty
 from sparsessm.methods.hessian import Factor
-from sparsessm.methods.levels import factor_bits, nested_bits
+from sparsessm.methods.levels import coded_bits, factor_bits, row_bits
 from sparsessm.methods.patterns import Unstructured
 from sparsessm.methods.repair import sweep
 
 ROWS = 96  # of a matrix that are swept at every step
+CODED = 1 << 19  # of its entries, about, that are coded at every step
 CHEAPEST = 1e-40  # price of a row that costs nothing: its step must be a number
 FINEST, COARSEST = -9, 3  # steps that are tried, as powers of two of the root mean square of a weight
 
@@ -91,7 +92,8 @@ def foretell(weight: Tensor, factor: Factor, prices: Tensor | None, gone: Tensor
     """The curve of a matrix.
 
     What lies left of a weight changes it before it is rounded, so the bits of plain rounding are too few.
-    They are taken of all rows, and some rows say by how much a sweep takes more at every step.
+    They are taken of all rows, and some rows say by how much a sweep takes more at every step. How many a
+    file takes is measured, of so many rows that its tables hardly count.
 
     Args:
         weight: (out, in). factor: of its Hessian. prices: (out,) float64, in the unit of that Hessian; None
@@ -106,23 +108,26 @@ def foretell(weight: Tensor, factor: Factor, prices: Tensor | None, gone: Tensor
     middle = float(size.double().square().mean().sqrt())
     if not middle > 0 or not math.isfinite(middle):
         nothing = torch.zeros(0, dtype=torch.float64)
-        return Curve(nothing, nothing, factor_bits(out, columns), out * columns)
+        zeros = torch.zeros(out, columns, dtype=torch.int16)
+        return Curve(nothing, nothing, factor_bits(out, columns) + coded_bits(zeros), out * columns)
     ladder = [middle * 2.0**power for power in range(FINEST, COARSEST + 1)]
     some = torch.arange(0, out, -(-out // ROWS), device=weight.device)
-    plain, thrift = [], []
+    few = torch.arange(0, out, -(-out * columns // CODED), device=weight.device)
+    more, thrift = [], []
     for rung in ladder:  # one after the other: of a large head they would not be in memory together
         values = size / rung
         thrifts = thrift_of(values)
         thrift.append(thrifts[some])
-        plain.append(nested_bits(thrifty(values, thrifts[:, None])).amin(1).double())
+        codes = thrifty(values, thrifts[:, None])
+        plain = row_bits(codes)
+        stored = coded_bits(codes[few]) / plain[few].sum()  # columns are not alike
+        more.append(stored * plain.sum() / plain[some].sum())
     chosen = weight[some].repeat(len(ladder), 1)
     steps = torch.cat([units[some] * rung for rung in ladder]).to(weight.dtype)
     rounding = _Ladder(steps, pivots, torch.cat(thrift))
     none = gone[some].repeat(len(ladder), 1)
     sweep(chosen, lambda now, part: now.abs(), Unstructured(), 0.0, factor, gone=none, rounding=rounding)
-    swept = nested_bits(torch.stack(rounding.codes, 1)).amin(1).view(len(ladder), -1).sum(1).double()
-    bits = torch.stack(
-        [rows.sum() * more / rows[some].sum().clamp(min=1) for rows, more in zip(plain, swept, strict=True)]
-    )
+    swept = row_bits(torch.stack(rounding.codes, 1)).view(len(ladder), -1).sum(1)
+    bits = swept * torch.stack(more)
     sides = factor_bits(out, columns)
     return Curve(torch.tensor(ladder, dtype=torch.float64), bits.cpu() + sides, sides, out * columns)

@@ -20,18 +20,17 @@ from torch import Tensor
 
 from sparsessm.methods.levels import (
     MOST_CODE,
-    NESTED,
     SCALE_BITS,
     Levels,
     as_factors,
     as_scales,
-    nested_bits,
 )
 
 GROUP = 64  # columns that share a scale: a block of the packed layout
 WIDEST = 8  # bits of a code of fixed width
 SHRINKS = [1 - share / 80 for share in range(49)]  # of the largest value, for which scales are tried
 THRIFT = 0.1  # of the dial: what a bit is worth, in squares of the step
+LARGE = 1.7  # mean size of the codes of a row, above which it has no thrift
 FARTHEST_STEP = 4.0  # times a row's largest weight, with which it is zero
 
 
@@ -273,14 +272,13 @@ class _Dialled(Rounding):
 
 
 def thrift_of(values: Tensor) -> Tensor:
-    """(out,): `THRIFT`, and 0 for rows of large values, whose lowest bits lie apart: there a smaller code
-    hardly takes fewer bits.
+    """(out,): `THRIFT`, and 0 for rows of large values: there a smaller code hardly takes fewer bits.
 
     Args:
         values: (out, in), in units of their scales.
     """
-    forms = nested_bits(values.round().clamp(-MOST_CODE, MOST_CODE)).min(1).indices
-    return THRIFT * (forms <= NESTED).to(values.dtype)
+    size = values.round().clamp(-MOST_CODE, MOST_CODE).abs().mean(1)
+    return THRIFT * (size <= LARGE).to(values.dtype)
 
 
 def thrifty(values: Tensor, thrift: float | Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Stage 4, what is left of a matrix on a grid: codes and scales, small exact data of which a file holds every
 bit.
 
-Codes of a fixed width, with or without a bitmap of what is not zero, or nested bitmaps, in which small codes
-take few bits. Formulas in docs/methods.md.
+Codes of a fixed width, with or without a bitmap of what is not zero, or entropy coded (kernels/entropy.py).
+Formulas in docs/methods.md.
 """
 
 from __future__ import annotations
@@ -12,16 +12,15 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-MOST_LOW = 7  # lowest bits of a row that lie apart, at most
-SPARSE = 8  # columns that share a bit in a row of few values
-# How a row of nested bitmaps is stored: not at all, by eights, or with 0 to `MOST_LOW` lowest bits apart.
-EMPTY, BY_EIGHTS, NESTED = 0, 1, 2
-FORM_BITS = 4  # that say which it is, of each row
+from sparsessm.kernels import entropy
+
+CLASS_BITS = 4  # of a row, that say which tables of frequencies it has
+MORE = 0.01  # bits of a code that tables, states and roundings take
 SCALE_BITS = 16  # of a group's scale, a float16
 FACTOR_BITS = 8  # of a row's and a column's factor: a float16 without sign and with 3 bits of fraction
-MOST_CODE = 2**15 - 1
+MOST_CODE = entropy.MOST_CODE
+_MOST = 1 << 22  # counts and codes that are looked at together
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Levels:
         columns: (in,) float16; None: columns have no scales. With them all scales are factors: their lowest
             seven bits are zero, and a file holds bits 7 to 14.
         group: columns that a row's scale is for; the last group may be shorter.
-        width: bits of a code: they have a fixed width. 0: nested bitmaps, see `nested_bits`.
+        width: bits of a code: they have a fixed width. 0: entropy coded.
         masked: a bitmap says what is zero, and zeros take no code of fixed width.
     """
 
@@ -74,14 +73,8 @@ class Levels:
         return self.codes != 0 if self.masked else torch.ones_like(self.codes, dtype=torch.bool)
 
     @property
-    def forms(self) -> Tensor:
-        """(out,) int64: how each row of nested bitmaps is stored: in the form of `nested_bits` that takes the
-        fewest bits, the first of several."""
-        return nested_bits(self.codes).min(1).indices
-
-    @property
     def side_bits(self) -> int:
-        """Of scales and forms."""
+        """Of scales."""
         if self.columns is None:
             return SCALE_BITS * self.rows.numel()
         return factor_bits(*self.codes.shape)
@@ -91,7 +84,7 @@ class Levels:
         """That are stored for the matrix: codes, masks, scales, everything."""
         entries = self.codes.numel()
         if not self.width:
-            return self.side_bits + int(nested_bits(self.codes).amin(1).sum())
+            return self.side_bits + coded_bits(self.codes)
         if not self.masked:
             return self.side_bits + self.width * entries
         return self.side_bits + entries + self.width * int(self.codes.count_nonzero())
@@ -99,41 +92,48 @@ class Levels:
     @property
     def entropy(self) -> float:
         """Bits of the codes under an ideal code that knows how often each is in a row, and of the rest."""
-        rows = torch.arange(len(self.codes), device=self.codes.device)[:, None]
-        counts = (self.codes + (rows << 16)).unique(return_counts=True)[1].double()
-        return float(-(counts * (counts / self.codes.shape[1]).log2()).sum()) + self.side_bits
+        return float(_ideal(self.codes)[0].sum()) + self.side_bits
 
 
 def factor_bits(rows: int, columns: int) -> int:
-    """Of a matrix on the dial beside its codes: factors, and the forms of its rows."""
-    return FACTOR_BITS * (rows + columns) + FORM_BITS * rows
+    """Of a matrix on the dial beside its codes."""
+    return FACTOR_BITS * (rows + columns)
 
 
-def nested_bits(codes: Tensor) -> Tensor:
-    """Bits of every row as nested bitmaps, in every form.
+def coded_bits(codes: Tensor) -> int:
+    """Bits that codes (out, in) take in a file, entropy coded, everything counted."""
+    return entropy.size(codes.short().cpu().numpy())
 
-    Nested bitmaps of integers h: of all a bitmap of what is not zero; of these the signs, and a bitmap of
-    |h| > 1; of those a bitmap of |h| > 2, and so on: one bit for a zero, 2 + |h| for all else. A row that is
-    zero is not stored. In a row of few values a first bitmap says which eight columns have any, and only of
-    these the others tell. In a row of large values the lowest bits lie apart, as in a Rice code: z = 2^low h
-    + rest, rest + 2^(low - 1) has `low` bits, and h is nested.
+
+def row_bits(codes: Tensor) -> Tensor:
+    """About the bits that each row takes, entropy coded, if columns are alike.
+
+    Those of an ideal code that knows the row's histogram; as a code does not, half a bit times log2(e) for
+    each number of the row but one (Miller and Madow's correction of an entropy); and what a class and the
+    tables take.
 
     Args:
         codes: (out, in), integers.
 
     Returns:
-        (out, NESTED + MOST_LOW + 1) int64, in the order of the forms.
+        (out,) float64.
     """
-    codes = codes.int()
-    columns, live = codes.shape[1], codes != 0
-    none = torch.where(live.any(1), 1 << 62, 0)
-    eights = F.pad(live, (0, -columns % SPARSE)).unflatten(1, (-1, SPARSE)).any(2)
-    inside = eights.repeat_interleave(SPARSE, 1)[:, :columns].sum(1)
-    bits = [none, eights.shape[1] + inside + codes.abs().sum(1) + live.sum(1)]
-    for low in range(MOST_LOW + 1):
-        high = ((codes + (1 << low >> 1)) >> low).abs()
-        bits.append((1 + low) * columns + high.sum(1) + high.count_nonzero(1))
-    return torch.stack(bits, 1)
+    ideal, kinds = _ideal(codes)
+    return ideal + (kinds - 1) / (2 * math.log(2)) + CLASS_BITS + MORE * codes.shape[1]
+
+
+def _ideal(codes: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each row the bits under a code that knows its histogram, and how many numbers it has: float64."""
+    columns, found = codes.shape[1], []
+    most = int(codes.abs().max())
+    width = 2 * most + 1
+    for part in codes.long().split(max(1, _MOST // max(width, columns))):
+        counts = torch.zeros(len(part), width, dtype=torch.float64, device=codes.device)
+        counts = counts.scatter_add(1, part + most, torch.ones_like(part, dtype=torch.float64))
+        bits = columns * math.log2(columns) - torch.special.xlogy(counts, counts).sum(1) / math.log(2)
+        found.append((bits, counts.count_nonzero(1).double()))
+    bits, kinds = zip(*found, strict=True)
+    return torch.cat(bits), torch.cat(kinds)
 
 
 def as_scales(scales: Tensor) -> Tensor:

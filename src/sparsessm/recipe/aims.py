@@ -14,7 +14,7 @@ from .rules import assign
 
 OUTER = 0.1  # of the bytes: where embedding and head are more, they take part
 # Bytes that the header of a packed file takes for a tensor, and for one on a grid.
-PLAIN, CODED = 250, 700
+PLAIN, CODED = 250, 800
 NEAR = 0.005  # of the bits: a size is met within a hundredth
 
 
@@ -70,8 +70,7 @@ def bits_of(size: str, recipe: Recipe, architecture: Architecture) -> float:
     rest = sum(
         PLAIN + size for name, size in _sizes(architecture).items() if id(parameters[name]) not in coded
     )
-    # where its rows begin, by groups of 64
-    rest += sum(CODED + 8 * (1 + -(-len(target.matrix) // 64)) for target in targets)
+    rest += CODED * len(targets)
     entries = sum(target.matrix.numel() for target in targets)
     bits = 8 * (bytes_of(size, "size") - rest) / entries
     if LEAST_BITS * (1 - NEAR) <= bits <= MOST_BITS * (1 + NEAR):
