@@ -23,7 +23,7 @@ from sparsessm.methods.patterns import Unstructured
 from sparsessm.methods.repair import sweep
 
 ROWS = 96  # of a matrix that are swept at every step
-CODED = 1 << 19  # of its entries, about, that are coded at every step
+CODED = 1 << 17  # of its entries, about, that are coded at every step
 CHEAPEST = 1e-40  # price of a row that costs nothing: its step must be a number
 FINEST, COARSEST = -9, 3  # steps that are tried, as powers of two of the root mean square of a weight
 
