@@ -63,7 +63,7 @@ def test_memory_is_what_the_probe_took_and_what_grows_with_the_windows(tmp_path:
         how: dict[str, Any] = {"measured": 0, "peak": lambda: 1000}
         rules = run.plan.assignment.rules
         found[streaming.memory] = forecasts.forecast(run.architecture, rules, 16, 64, **how).memory
-        config: Any = run.checkpoint.model.config
+    config: Any = load(source).model.config
     states = 4 * tokens * config.hidden_size  # of two models, in two places each
     kept = 16 * tokens * config.intermediate_size
     assert found == {NOTHING.memory: 1000, PLENTY: 1000 + 4 * states + kept}
