@@ -5,13 +5,15 @@
 A directory is written on the spot with random weights of the real shapes (in bfloat16, layer by layer) and
 the tokenizer of the built-in model; a token beyond its vocabulary does not occur in the text. Each command
 runs in a process of its own. The peak is the kernel's ru_maxrss, which counts every page of a mapped file
-that was touched. The peak must not depend on the number of layers.
+that was touched, and what the process had before it became another program: so the weights are made in a
+process of their own too. The peak must not depend on the number of layers.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import shutil
 import sys
@@ -68,7 +70,7 @@ def main() -> None:
     for layers in given.layers or [2, 4]:
         with tempfile.TemporaryDirectory(dir=given.folder) as name:
             stock, out = Path(name) / "stock", Path(name) / "out"
-            write(SHAPES[given.shape], layers, stock)
+            made(SHAPES[given.shape], layers, stock)
             size = sum(file.stat().st_size for file in stock.iterdir())
             commands = {
                 "prune": [
@@ -106,6 +108,15 @@ def ran(arguments: list[Any]) -> dict[str, float]:
         raise SystemExit(f"{arguments[0]} ended with {code}")
     seconds = time.perf_counter() - began
     return {"peak": used.ru_maxrss * 1024, "seconds": seconds, "cpu": used.ru_utime + used.ru_stime}
+
+
+def made(shape: Shape, layers: int, folder: Path) -> None:
+    """`write` in a process of its own, so that this one stays small."""
+    writer = multiprocessing.get_context("spawn").Process(target=write, args=(shape, layers, folder))
+    writer.start()
+    writer.join()
+    if writer.exitcode:
+        raise SystemExit(f"writing the model ended with {writer.exitcode}")
 
 
 def write(shape: Shape, layers: int, folder: Path) -> None:

@@ -224,7 +224,7 @@ class Run:
     def forecast(self, *, measure: bool = True) -> Forecast | None:
         """What the run takes on this machine, by a measurement of seconds; None where whole units go."""
         from sparsessm.checkpoint.given import working
-        from sparsessm.checkpoint.memory import resident
+        from sparsessm.checkpoint.memory import peak
         from sparsessm.evaluation.before_after import LONGEST, WINDOWS
         from sparsessm.pruning.forecast import forecast
         from sparsessm.recipe.recipe import window_length
@@ -236,7 +236,7 @@ class Run:
         samples = 64 if recipe.samples == "auto" else recipe.samples
         measured = WINDOWS * min(length, LONGEST) * measure
         with working(self.checkpoint, "forecast"):
-            return forecast(self.architecture, rules, samples, length, measured=measured, resident=resident())
+            return forecast(self.architecture, rules, samples, length, measured=measured, peak=peak)
 
     def prune(self, tokens: Tensor | None = None, *, measure: bool = True) -> Report:
         """Change the model in place.

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from command import python
 from directories import write_original
-from pico import pico_mamba, pico_tokenizer
+from pico import pico_falcon_mamba, pico_mamba, pico_tokenizer
 from whereabouts import MODELS, NOTHING, PLENTY, TOKENS, plain, pruned, same, values, written
 
+from sparsessm.architectures.own import Own
 from sparsessm.calibration.loss import losses
 from sparsessm.calibration.prices import output_fisher
 from sparsessm.checkpoint import Streaming, load, pack, save
@@ -107,6 +109,55 @@ def test_original_and_packed_directories_are_read_block_by_block_too(tmp_path: P
         whole, parts = load(tmp_path / source), load(tmp_path / source, streaming=NOTHING)
         assert same(values(whole), values(parts)) and whole.stored == parts.stored
         assert whole.prefix == parts.prefix
+
+
+def wide(folder: Path, make: Any = pico_mamba, **fields: Any) -> Path:
+    """A packed directory of a model whose layers have channels of two numbers."""
+    make(**fields).save_pretrained(folder / "stock")
+    pico_tokenizer().save_pretrained(folder / "stock")
+    checkpoint = load(folder / "stock")
+    config: Any = checkpoint.model.config
+    other = {index: config.intermediate_size - 8 for index in range(1, config.num_hidden_layers)}
+    Own(widths=other).give(checkpoint.model)
+    random = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in checkpoint.model.parameters():
+            parameter.uniform_(0.1, 1.0, generator=random)
+    return save(checkpoint, folder / "wide")
+
+
+@pytest.mark.parametrize("make", [pico_mamba, pico_falcon_mamba])
+def test_layers_that_differ_in_shape_are_read_block_by_block_too(make: Any, tmp_path: Path) -> None:
+    source = wide(tmp_path, make, num_hidden_layers=3, use_bias=True)
+    whole, parts = load(source), load(source, streaming=NOTHING)
+    assert same(values(whole), values(parts)) and whole.stored == parts.stored
+    buffers = dict(parts.model.named_buffers())
+    assert all(torch.equal(tensor, buffers[key]) for key, tensor in whole.model.named_buffers())
+    (whole, report), (parts, other) = pruned(source, None), pruned(source, NOTHING)
+    assert same(values(whole), values(parts)) and plain(report) == plain(other)
+
+
+PEAK = """
+import sys
+from pathlib import Path
+from sparsessm.checkpoint import Streaming, load
+for source in sys.argv[1:]:  # the first sets up what is set up at the first use
+    held = [line for line in open("/proc/self/status") if line.startswith("VmRSS")]
+    Path("/proc/self/clear_refs").write_text("5")
+    load(source, streaming=Streaming(1))
+    most = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
+    print((int(most[0].split()[1]) - int(held[0].split()[1])) >> 10)
+"""
+
+
+def test_a_packed_model_whose_layers_differ_is_never_in_memory_as_a_whole(tmp_path: Path) -> None:
+    """20 layers of 6 MiB are 120 MiB."""
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("the system does not tell the peak of a process")
+    small = wide(tmp_path / "small", num_hidden_layers=2)
+    large = wide(tmp_path / "large", hidden_size=256, intermediate_size=2048, num_hidden_layers=20)
+    _, grown = map(int, python(PEAK, small, large).stdout.split())
+    assert grown < 60, grown
 
 
 def test_what_has_room_stays_in_memory(tmp_path: Path) -> None:

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from whereabouts import MODELS, NOTHING, same, values, written
+import torch
+from whereabouts import MODELS, NOTHING, PLENTY, same, values, written
 
 from sparsessm import Run
-from sparsessm.checkpoint import load
+from sparsessm.checkpoint import Streaming, load
+from sparsessm.checkpoint.memory import peak, resident
 from sparsessm.pruning import forecast as forecasts
 from sparsessm.report.cost import cost_table, time_in_words
 
@@ -36,13 +38,13 @@ def forecast(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **fields: Any) -> 
 
 
 def test_what_grows_with_the_windows_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    one, two = (forecast(monkeypatch, tmp_path, samples=count) for count in (1024, 2048))
+    one, two = (forecast(monkeypatch, tmp_path, samples=count) for count in (512, 1024))
     looking = two.seconds["blocks"] - one.seconds["blocks"]
-    # 1,024 windows of 64 tokens, each a second for 1,024 tokens: 2 layers, 5 looks, 1 pass that goes on
-    assert looking == pytest.approx(2 * (5 + 1) * 1024 * 64 / 1024, rel=0.01)
+    # 512 windows of 64 tokens, each a second for 2,048 tokens: 2 layers, 5 looks, 1 pass that goes on
+    assert looking == pytest.approx(2 * (5 + 1) * 512 * 64 / 2048, rel=0.01)
     assert two.seconds["prices"] == one.seconds["prices"] and two.seconds["survey"] == one.seconds["survey"]
     assert one.faster[0].startswith("--price none saves about ")
-    assert one.faster[1].startswith("half of the samples (512) saves about ")
+    assert one.faster[1].startswith("half of the samples (256) saves about ")
     assert two.disk > one.disk
 
 
@@ -51,6 +53,26 @@ def test_what_is_not_done_takes_no_time(monkeypatch: pytest.MonkeyPatch, tmp_pat
         monkeypatch, tmp_path, method="magnitude", target="projections", allocation="uniform", seed=1
     )
     assert found.seconds["prices"] == found.seconds["survey"] == found.seconds["perplexity"] == 0
+
+
+def test_memory_is_what_the_probe_took_and_what_grows_with_the_windows(tmp_path: Path) -> None:
+    source, tokens = written("mamba", tmp_path / "m"), 16 * 64
+    found = {}
+    for streaming in (NOTHING, Streaming(PLENTY)):
+        run = Run(load(source, streaming=streaming), samples=16, length=64)
+        how: dict[str, Any] = {"measured": 0, "peak": lambda: 1000}
+        rules = run.plan.assignment.rules
+        found[streaming.memory] = forecasts.forecast(run.architecture, rules, 16, 64, **how).memory
+    config: Any = load(source).model.config
+    states = 4 * tokens * config.hidden_size  # of two models, in two places each
+    kept = 16 * tokens * config.intermediate_size
+    assert found == {NOTHING.memory: 1000, PLENTY: 1000 + 4 * states + kept}
+
+
+def test_the_peak_of_this_process_is_what_it_once_had() -> None:
+    before, held = peak(), torch.ones(1 << 24)
+    del held
+    assert resident() <= peak() and peak() >= before
 
 
 def test_whole_units_are_not_foretold(tmp_path: Path) -> None:

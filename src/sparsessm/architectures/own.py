@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,15 +46,21 @@ class Own:
         """What the tensors of a file say; what does not fit is left to who compares them with the model."""
         return cls(projected.directions_in(shapes, config), _widths(shapes, config))
 
-    def give(self, model: Any) -> None:
-        """Give it to a stock model, also one without memory for its weights; new weights are arbitrary."""
-        projected.attach(model, self.directions)
+    def give(self, model: Any, made: Callable[[torch.nn.Module], None] | None = None) -> None:
+        """Give it to a stock model, also one without memory for its weights; new weights are arbitrary.
+
+        Args:
+            made: is called with each layer or mixer as soon as it is made, to take its weights away.
+        """
+        projected.attach(model, self.directions, made)
         layers = model.backbone.layers if self.widths else []
         for index, width in self.widths.items():
             config, was = copy.deepcopy(model.config), layers[index]
             config.intermediate_size = width
             with torch.random.fork_rng([]), torch.device(was.mixer.D.device):
                 layer = type(was)(config, layer_idx=index)
+            if made is not None:
+                made(layer)
             layers[index] = layer.requires_grad_(was.mixer.D.requires_grad).train(was.training)
         if self.widths:
             level(model)

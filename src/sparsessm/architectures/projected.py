@@ -10,7 +10,7 @@ computes what the runtime does.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -53,12 +53,14 @@ class ProjectedMixer(Mamba2Mixer):
         return out
 
 
-def attach(model: Any, directions: Mapping[int, int]) -> None:
+def attach(
+    model: Any, directions: Mapping[int, int], made: Callable[[nn.Module], None] | None = None
+) -> None:
     """Give layers of a stock Mamba-2 projections, which are zero until they are set.
 
     Args:
         model: `Mamba2ForCausalLM`, also without memory for its weights.
-        directions: layer -> r.
+        directions: layer -> r. made: is called with each mixer as soon as it has its weights.
     """
     if not directions:
         return
@@ -69,6 +71,8 @@ def attach(model: Any, directions: Mapping[int, int]) -> None:
             mixer = ProjectedMixer(model.config, index, count)
         missing = mixer.load_state_dict(stock.state_dict(), strict=False, assign=True).missing_keys
         assert set(missing) == set(MATRICES)
+        if made is not None:
+            made(mixer)
         mixer.requires_grad_(stock.A_log.requires_grad).train(stock.training)
         layers[index].mixer = mixer
     # What a stock model fills by itself is what these mixers refuse.

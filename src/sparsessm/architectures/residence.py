@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from sparsessm.kernels.free import free as free_memory
 
 KEEPING = 4  # what is kept of a block may take a fourth of the memory
+SHARE = 16  # one tensor of hidden states may have a sixteenth of it
 
 
 class Layer(Protocol):
@@ -70,6 +71,10 @@ class Residence(ABC):
         `KEEPING`-th of what the process may use."""
 
     @abstractmethod
+    def stays(self, nbytes: int) -> bool:
+        """Whether hidden states of so many bytes are in memory while a run with this memory carries them."""
+
+    @abstractmethod
     def copied(self, model: nn.Module) -> tuple[nn.Module, Residence]:
         """A copy of the model, which can be changed without changing it, and its residence."""
 
@@ -112,6 +117,9 @@ class InMemory(Residence):
 
     def spare(self) -> int:
         return (free_memory() // 2 if self._memory is None else self._memory) // KEEPING
+
+    def stays(self, nbytes: int) -> bool:
+        return self._memory is None or nbytes <= self._memory // SHARE
 
     def copied(self, model: nn.Module) -> tuple[Any, Residence]:
         return copy.deepcopy(model), self

@@ -164,6 +164,7 @@ class Stream:
             if which is None:
                 for window, row in enumerate(tokens):
                     places[0][window] = architecture.embed(row[None])[0]
+                    architecture.residence.release(places[0])
         if which is None:
             stage.placed(name, which := 0)
         return cls(name, places, which)

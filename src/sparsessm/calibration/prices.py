@@ -118,8 +118,7 @@ def output_fisher(
     steps = Steps("fisher", 2 * len(groups) * blocks, progress, blocks)
     journal = journal or Forgetful(architecture)
     sums: dict[str, Tensor] = {}
-    # Tensors made in inference mode could not be part of a graph, so this pass leaves that mode if it is on.
-    with torch.inference_mode(False), _frozen(architecture.model):
+    with frozen(architecture.model):
         for number, group in enumerate(groups):
             found = journal.once(f"prices {number}", partial(_energies, architecture, group, steps, head))
             sums = {name: sums[name] + energy if name in sums else energy for name, energy in found.items()}
@@ -141,9 +140,7 @@ def _energies(architecture: Architecture, group: Tensor, steps: Steps, head: boo
     sums: dict[str, Tensor] = {}
 
     def add(name: str, grad: Tensor) -> None:  # (..., out)
-        # squares in float64: gradients of a model that is sure of itself have squares below float32's range
-        energy = grad.flatten(0, -2).double().square().sum(0)
-        sums[name] = sums[name] + energy if name in sums else energy
+        sums[name] = sums[name] + energy(grad) if name in sums else energy(grad)
 
     group = group.clone()
     entering = _forward(architecture, group, steps)
@@ -154,15 +151,21 @@ def _energies(architecture: Architecture, group: Tensor, steps: Steps, head: boo
         words = vocabulary.Sums.nothing(size, width, back.device)
     for stop in backwards(architecture, steps):
         if stop.block is architecture.tail:
-            back = _head_backward(architecture, entering[-1], group, words)
+            back = head_backward(architecture, entering[-1], group, words)
         else:
-            back = _block_backward(architecture, stop.block, entering[stop.block.index], back, add)
+            back = block_backward(architecture, stop.block, entering[stop.block.index], back, add)
             architecture.residence.release(entering)
             steps()
     if words is not None:
         words.add_lookups(group, architecture.looked_up(back))
         sums |= vars(words)
     return sums
+
+
+def energy(grad: Tensor) -> Tensor:
+    """(out,) float64, the squares of a gradient (..., out), summed."""
+    # in float64: gradients of a model that is sure of itself have squares below float32's range
+    return grad.flatten(0, -2).double().square().sum(0)
 
 
 def _forward(architecture: Architecture, tokens: Tensor, steps: Steps) -> Tensor:
@@ -182,10 +185,18 @@ def _forward(architecture: Architecture, tokens: Tensor, steps: Steps) -> Tensor
     return entering
 
 
-def _head_backward(
-    architecture: Architecture, hidden: Tensor, tokens: Tensor, words: vocabulary.Sums | None
+def head_backward(
+    architecture: Architecture, hidden: Tensor, tokens: Tensor, words: vocabulary.Sums | None = None
 ) -> Tensor:
-    """d loss / d hidden, (W, L, d_model), after the last block; `words` is told of inputs and logits."""
+    """d loss / d hidden, (W, L, d_model), after the last block; inside of `frozen`.
+
+    Args:
+        hidden: (W, L, d_model) behind the last block. tokens: (W, L) int64.
+        words: is told of the head's inputs and logits.
+
+    Raises:
+        ValueError: a gradient that is not finite.
+    """
     parts = []
     if words is not None:
         architecture.tail.forward(hidden, taps={"lm_head": (power := vocabulary.Power())})
@@ -205,10 +216,18 @@ def _head_backward(
     return F.pad(back, (0, 0, 0, 1))  # the last token predicts nothing
 
 
-def _block_backward(
+def block_backward(
     architecture: Architecture, block: Block, hidden: Tensor, back: Tensor, add: Callable[[str, Tensor], None]
 ) -> Tensor:
-    """d loss / d the block's input, from `back`, that of its output; both (W, L, d_model)."""
+    """d loss / d the block's input (W, L, d_model); inside of `frozen`.
+
+    Args:
+        block: which is open. hidden: its input (W, L, d_model). back: d loss / d its output, likewise.
+        add: receives the name of each target and the gradient at its output.
+
+    Raises:
+        ValueError: a gradient that is not finite; names the layer.
+    """
     for target in block.targets:
         if target.kind == "A_log":  # the mixer writes the first part of the stream, in Zamba2 not all
             width = block.target("out_proj").matrix.shape[0]
@@ -234,13 +253,17 @@ def _refuse_non_finite(values: Tensor, what: str) -> None:
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter takes part in a graph meanwhile."""
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter takes part in a graph meanwhile, and gradients flow.
+
+    Tensors made in inference mode could not be part of a graph, so it is left if it is on.
+    """
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in learning:
         parameter.requires_grad_(False)
     try:
-        yield
+        with torch.inference_mode(False):
+            yield
     finally:
         for parameter in learning:
             parameter.requires_grad_(True)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -154,26 +154,42 @@ def float32_bytes(opened: Opened) -> int:
 
 
 def build(
-    opened: Opened, empty: PreTrainedModel, tensors: Mapping[str, Tensor], device: str = "cpu"
+    opened: Opened,
+    empty: PreTrainedModel,
+    tensors: Mapping[str, Tensor],
+    device: str = "cpu",
+    nowhere: Callable[[tuple[int, ...]], Tensor] | None = None,
 ) -> PreTrainedModel:
     """The model of these tensors, in float32 and in eval mode.
 
     Args:
         tensors: by their names in files, or in memory.
+        nowhere: shape -> what holds no values; given if `tensors` are such, so that no layer takes memory
+            for longer than it is made.
     """
     own, tensors = opened.own, dict(tensors)
     # What no stock model has comes in behind the stock code, which would leave it out.
     wide = tuple(f"backbone.layers.{index}." for index in own.widths)
     names = [*projected.named_in(tensors), *(name for name in tensors if wide and name.startswith(wide))]
     ours = {name: tensors.pop(name) for name in names}
+    if nowhere is not None and wide:  # in place of layers that stock code would fill with random numbers
+        _, stock, _ = stock_model(opened.source, opened.config)
+        tensors |= {n: nowhere(tuple(t.shape)) for n, t in stock.items() if n.startswith(wide)}
     placed: dict[str, Any] = {} if device == "cpu" else {"device_map": {"": device}}
     with torch.random.fork_rng([], enabled=bool(own)):  # stock code draws for what is left out here
         model = type(empty).from_pretrained(
             None, config=opened.config, state_dict=tensors, dtype=torch.float32, **placed
         )
-    own.give(model)
-    model.load_state_dict(ours, strict=False)
+    own.give(model, None if nowhere is None else partial(_emptied, nowhere))
+    if nowhere is None:
+        model.load_state_dict(ours, strict=False)
     return model.eval()
+
+
+def _emptied(nowhere: Callable[[tuple[int, ...]], Tensor], layer: torch.nn.Module) -> None:
+    """Its weights take no memory."""
+    for parameter in layer.parameters():
+        parameter.data = nowhere(tuple(parameter.shape))
 
 
 def most_precise(found: Checked) -> dict[str, torch.dtype]:

@@ -24,12 +24,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, final
 
-import torch
 from torch import Tensor
 
 from ..architectures import Block, Residence
 from ..data.unfinished import undoing
-from ..kernels.checksum import crc32c
 from .atomic import flush_directory
 from .container import checksum
 from .files import open_safetensors, write_one
@@ -253,7 +251,7 @@ class _Stage:
 
     def places(self, name: str, like: Tensor, shape: Sequence[int]) -> tuple[list[Tensor], int | None]:
         folder = self._journal.folder
-        files = [folder / f"states-{self._name}-{name}-{number}" for number in (0, 1)]
+        files = [self._file(name, number) for number in (0, 1)]
         began = self._began.get(name)
         if began is not None and not all(file.is_file() for file in files):
             raise ValueError(f"{files[0]}: the hidden states have gone; begin anew (--force)")
@@ -261,7 +259,7 @@ class _Stage:
         if began is None:
             return self._places[name], None
         which = began["place"]
-        if (found := _checksum_of(self._places[name][which])) != began["checksum"]:
+        if (found := _checksum_in(files[which])) != began["checksum"]:
             told = f"their checksum is {found}, the journal says {began['checksum']}"
             raise ValueError(f"{files[which]}: the hidden states are damaged: {told}; begin anew (--force)")
         return self._places[name], which
@@ -289,13 +287,17 @@ class _Stage:
             _refuse_damaged(self._residence.file(block), line["weights"])
             self._residence.adopt(block)
 
+    def _file(self, name: str, place: int) -> Path:
+        """Of hidden states."""
+        return self._journal.folder / f"states-{self._name}-{name}-{place}"
+
     def _told(self, which: Mapping[str, int]) -> dict[str, Any]:
         found = {}
         for name, place in which.items():
             states = self._places[name][place]
             self._residence.mapped.flush(states)
-            found[name] = {"place": place, "checksum": _checksum_of(states)}
-            self._residence.release(states)
+            self._residence.release(states)  # and not through the mapping: that would take them into memory
+            found[name] = {"place": place, "checksum": _checksum_in(self._file(name, place))}
         return found
 
 
@@ -336,10 +338,6 @@ def flushed(file: Path) -> str:
 def _checksum_in(file: Path) -> str:
     with open(file, "rb", buffering=0) as content:
         return checksum(iter(lambda: content.read(1 << 24), b""))
-
-
-def _checksum_of(states: Tensor) -> str:
-    return f"{crc32c(states.view(-1).view(torch.uint8).numpy(), 0):08x}"
 
 
 def _refuse_damaged(file: Path, expected: str) -> None:

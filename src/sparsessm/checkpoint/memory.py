@@ -31,6 +31,16 @@ def resident() -> int:
     return 0
 
 
+def peak() -> int:
+    """The most bytes that this process had in memory so far; where the system does not say, those of now."""
+    with suppress(OSError, ValueError, IndexError):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        for line in lines:
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) << 10
+    return resident()
+
+
 def allowed(memory: str | int | None) -> int:
     """What was said; half of what is free, where nothing was."""
     return max(free() // 2, _LEAST) if memory is None else size_of(memory)

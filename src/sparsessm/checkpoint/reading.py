@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..architectures import Architecture, InMemory, Residence, adapt
+from ..architectures.residence import SHARE
 from . import companions, state_spaces, tokenizing
 from .assembly import Assembled, assemble, float32_bytes
 from .container import Format
@@ -20,7 +21,6 @@ from .memory import allowed
 from .opened import Opened, find, open_checkpoint, quiet
 from .shelf import give_back
 from .skeleton import skeleton
-from .streamed import SHARE
 
 
 @dataclass

@@ -56,7 +56,8 @@ def _read(tensors: Unread, name: str) -> Tensor:
 
 def _without_weights(opened: Opened, found: Apart) -> PreTrainedModel:
     """The model with all that is computed and not stored; its parameters are nowhere."""
-    model = build(opened, found.model, {name: nowhere(shape) for name, shape in found.tensors.shapes.items()})
+    none = {name: nowhere(shape) for name, shape in found.tensors.shapes.items()}
+    model = build(opened, found.model, none, nowhere=nowhere)
     for parameter in model.parameters():  # those that stock code has copied, and what is ours
         parameter.data = nowhere(tuple(parameter.shape))
     # By which names the files hold them is remembered by stock code where it read them by those.

@@ -23,13 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from ..architectures import InMemory, Residence
-from ..architectures.residence import KEEPING, Layer
+from ..architectures.residence import KEEPING, SHARE, Layer
 from .files import open_safetensors, write_one
 from .mapped import Mapped
 from .shelf import give_back
 
-SHARE = 16
-"""Of the memory that is allowed, the part that one tensor of hidden states may have."""
 EXACT = (torch.bfloat16, torch.float16, torch.float32)
 """Tried in this order for a tensor of a changed block: the first that holds all its values."""
 _NAN = torch.full((), math.nan)
@@ -168,12 +166,12 @@ class Streamed(Residence):
         return home.read() if home is not None and _is_empty(home.parameter) else parameter.detach()
 
     def room(self, like: Tensor, *shape: int) -> Tensor:
-        if 4 * math.prod(shape) <= self._limit or like.device.type != "cpu" or like.dtype != torch.float32:
+        if self.stays(4 * math.prod(shape)) or like.device.type != "cpu" or like.dtype != torch.float32:
             return like.new_empty(shape)
         return self.mapped.tensor(self.folder, shape)
 
     def release(self, states: Tensor) -> None:
-        if states.nbytes > self._limit:
+        if not self.stays(states.nbytes):
             self.mapped.release(states)
 
     def at_once(self, nbytes: int, most: int, *, free: int) -> int:
@@ -181,6 +179,9 @@ class Streamed(Residence):
 
     def spare(self) -> int:
         return SHARE * self._limit // KEEPING
+
+    def stays(self, nbytes: int) -> bool:
+        return nbytes <= self._limit
 
     def copied(self, model: nn.Module) -> tuple[Any, Residence]:
         if self._keep:

@@ -1,8 +1,9 @@
 """How long a run will take on this machine, and how much memory and disk: what `--dry-run` says of its cost.
 
-One block of each kind is looked at and solved as in a run, on a few windows of random hidden states; what
-grows with the tokens is scaled. Nothing is changed, no text is read. The backward pass is counted as three
-forwards. Whole units are not foretold: how many trials they take is found out in the run.
+One block of each kind is looked at, solved and gone through backwards as in a run, on one full slab of random
+hidden states; what grows with the tokens is scaled. What that took of memory at most is what a run takes,
+beside what grows with the tokens. Nothing is changed, no text is read. Whole units are not foretold: how many
+trials they take is found out in the run.
 """
 
 from __future__ import annotations
@@ -13,22 +14,21 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sparsessm.architectures import Architecture, Block
 from sparsessm.calibration.journal import Stream, Streams
 from sparsessm.calibration.loss import head_losses
-from sparsessm.calibration.prices import PRICED_TOKENS
-from sparsessm.calibration.walk import opened, through
+from sparsessm.calibration.prices import PRICED_TOKENS, block_backward, energy, frozen, head_backward
+from sparsessm.calibration.prices import ROWS as PRICED_AT_ONCE
+from sparsessm.calibration.walk import ROWS, opened, through
 from sparsessm.methods import Rule
 from sparsessm.pruning.entries import solve
 from sparsessm.pruning.shares import SURVEY_TOKENS, reduced
 from sparsessm.report.cost import time_in_words
 
-WINDOWS, LENGTH = (
-    4,
-    256,
-)  # of random hidden states: enough for products at full speed, seconds for a large block
-BACKWARD = 3  # forwards that a backward pass takes, the forward before it among them
+WINDOWS = 16
+LENGTH = ROWS // WINDOWS  # of random hidden states: one slab as large as a run's
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,14 @@ class Forecast:
 
 @dataclass
 class _Times:
-    """Seconds for a block: a token for the first three. `look`: with the pass that hands the windows on."""
+    """Seconds for a block: a token for the first four. `look`: with the pass that hands the windows on.
+    `reduce`: what the survey makes of its sums."""
 
     look: float = 0.0
     survey: float = 0.0
     forward: float = 0.0
+    backward: float = 0.0
+    reduce: float = 0.0
     solve: float = 0.0
     open: float = 0.0
 
@@ -65,7 +68,7 @@ def forecast(
     length: int,
     *,
     measured: int,
-    resident: int,
+    peak: Callable[[], int],
 ) -> Forecast:
     """What pruning entries by these rules will take.
 
@@ -73,7 +76,8 @@ def forecast(
         architecture: of the model, which is not changed.
         rules: target name -> how it is pruned.
         samples, length: of the calibration windows.
-        measured: tokens that perplexity is measured on, twice. resident: bytes of this process now.
+        measured: tokens that perplexity is measured on, twice. peak: says the most bytes that this process
+            had in memory so far; asked in the end.
     """
     tokens = samples * length
     paired = any(rule.paired for rule in rules.values())
@@ -82,19 +86,20 @@ def forecast(
     looking = 0.0
     seconds = {"prices": 0.0, "survey": 0.0, "blocks": 0.0, "perplexity": 0.0}
     width = architecture.embed(torch.zeros(1, 1, dtype=torch.int64)).shape[-1]
-    head = _head_seconds(architecture, width)
+    head, head_back = _head_seconds(architecture, width)
     surveyed = any(rule.allocation[0].watch for rule in rules.values())
     priced = any(rule.price == "fisher" for rule in rules.values())
     few, fewer = min(tokens, SURVEY_TOKENS), min(tokens, PRICED_TOKENS)
     for block, count in kinds:
-        took = _probe(architecture, block, rules, width, paired)
+        took = _probe(architecture, block, rules, width, paired, priced)
         looking += count * took.look * tokens * watches
         seconds["blocks"] += count * (took.solve + took.open)
-        seconds["survey"] += count * (took.survey * few + took.open) * surveyed
-        groups = -(-fewer // 2048)
-        seconds["prices"] += count * ((1 + BACKWARD) * took.forward * fewer + 2 * groups * took.open) * priced
+        seconds["survey"] += count * (took.survey * few + took.reduce + took.open) * surveyed
+        groups = -(-fewer // PRICED_AT_ONCE)
+        through_both = (took.forward + took.backward) * fewer
+        seconds["prices"] += count * (through_both + 2 * groups * took.open) * priced
         seconds["perplexity"] += 2 * count * (took.forward * measured + took.open * bool(measured))
-    seconds["prices"] += (1 + BACKWARD) * head * fewer * priced
+    seconds["prices"] += head_back * fewer * priced
     seconds["perplexity"] += 2 * head * measured
     seconds["blocks"] += looking
     saved = {
@@ -109,16 +114,12 @@ def forecast(
         for what, time in sorted(saved.items(), key=lambda item: -item[1])
         if time > least
     ]
-    states = 4 * tokens * width * (1 + paired) if watches else 0
-    return Forecast(
-        {name: round(value, 1) for name, value in seconds.items()},
-        resident
-        + _sums(architecture, rules)
-        + _block_bytes(architecture) * (1 + paired)
-        + _kept_bytes(architecture, tokens) * watches,
-        2 * states + sum(2 * p.numel() for block in architecture.blocks for p in block.layer.parameters()),
-        faster,
-    )
+    states = 2 * 4 * tokens * width * (1 + paired) if watches else 0  # in two places that take turns
+    held = states if architecture.residence.stays(4 * tokens * width) else 0
+    kept = _kept_bytes(architecture, tokens) * watches
+    blocks = sum(2 * p.numel() for block in architecture.blocks for p in block.layer.parameters())
+    rounded = {name: round(value, 1) for name, value in seconds.items()}
+    return Forecast(rounded, peak() + held + kept, states + blocks, faster)
 
 
 def _kinds(architecture: Architecture) -> list[tuple[Block, int]]:
@@ -131,7 +132,12 @@ def _kinds(architecture: Architecture) -> list[tuple[Block, int]]:
 
 
 def _probe(
-    architecture: Architecture, block: Block, rules: Mapping[str, Rule], width: int, paired: bool
+    architecture: Architecture,
+    block: Block,
+    rules: Mapping[str, Rule],
+    width: int,
+    paired: bool,
+    priced: bool,
 ) -> _Times:
     """What one block takes; as much is watched as in a run."""
     took = _Times()
@@ -144,6 +150,9 @@ def _probe(
         done = work()
         return time.perf_counter() - began, done
 
+    def squared(name: str, grad: Tensor) -> None:
+        energy(grad)
+
     used = architecture.compute.used
     took.open, _ = clock(lambda: architecture.residence.open(block))
     try:
@@ -151,6 +160,12 @@ def _probe(
             through(block, states)  # the first time memory is made
             seconds, _ = clock(lambda: through(block, states))
         took.forward = seconds / tokens
+        if priced:
+            with frozen(architecture.model):
+                seconds, _ = clock(
+                    lambda: block_backward(architecture, block, states, torch.ones_like(states), squared)
+                )
+            took.backward = seconds / tokens
         here = [target for target in block.targets if target.name in rules and not target.uses]
         alone = {t.name: replace(rules[t.name], repair="none") for t in here}
         watched = {
@@ -168,7 +183,7 @@ def _probe(
                 if target.kind in watched:
                     seen = watched[target.kind].result()
                     seconds, _ = clock(lambda t=target, s=seen: reduced(t, alone[t.name], s))
-                    took.solve += seconds
+                    took.reduce += seconds
         streams = Streams(
             architecture.residence, Stream("probe", [states.clone()]), compute=used, keeping=True
         )
@@ -192,26 +207,15 @@ def _probe(
     return took
 
 
-def _head_seconds(architecture: Architecture, width: int) -> float:
-    """Of the loss, a token."""
-    states, tokens = torch.randn(1, LENGTH, width), torch.zeros(1, LENGTH, dtype=torch.int64)
+def _head_seconds(architecture: Architecture, width: int) -> tuple[float, float]:
+    """Of the loss, and of its gradient, a token."""
+    states, tokens = torch.randn(2, LENGTH, width), torch.zeros(2, LENGTH, dtype=torch.int64)
     began = time.perf_counter()
     head_losses(architecture, states, tokens)
-    return (time.perf_counter() - began) / LENGTH
-
-
-def _block_bytes(architecture: Architecture) -> int:
-    return max(sum(4 * p.numel() for p in block.layer.parameters()) for block in architecture.blocks)
-
-
-def _sums(architecture: Architecture, rules: Mapping[str, Rule]) -> int:
-    """The Hessian of the matrix with the most inputs, what is made of it, and the matrix a few times."""
-    found = 0
-    for target in architecture.targets:
-        if (rule := rules.get(target.name)) and rule.method.hessian:
-            rows, columns = target.matrix.shape
-            found = max(found, (8 * (1 + rule.paired) + 16) * columns**2 + 24 * rows * columns)
-    return found
+    between = time.perf_counter()
+    with frozen(architecture.model):
+        head_backward(architecture, states, tokens, None)
+    return (between - began) / tokens.numel(), (time.perf_counter() - between) / tokens.numel()
 
 
 def _kept_bytes(architecture: Architecture, tokens: int) -> int:
