@@ -74,7 +74,7 @@ ROWS: dict[str, tuple[list[Fields], Fields]] = {
         for bits in (4, 3)
     },
 }
-REPEATED = ("one dial", "gptq", "half removed, bf16")  # with every seed; others with the first
+REPEATED = tuple(f"one dial, {bits:g} bits" for bits in (4.25, 3.25, 2.25))  # with every seed
 LLAMA = {f"llama.cpp {kind}": kind for kind in ("Q8_0", "Q5_0", "Q4_0", "Q3_K", "Q2_K")}
 EMBEDDING = "Q6_K"  # of llama.cpp's files with fewer than 8 bits, where head and embedding are one
 MATRICES = ("in_proj", "x_proj", "dt_proj", "out_proj", "embeddings")
