@@ -48,8 +48,11 @@ def outer_share(architecture: Architecture) -> float:
 
 def _sizes(architecture: Architecture) -> dict[str, int]:
     """Bytes of each parameter in the checkpoint, tied ones once."""
+    dtypes = {id(target.parameter): target.stored for target in architecture.targets}
     return {
-        name: parameter.numel() * architecture.stored.get(name, parameter.dtype).itemsize
+        # a tied one may be stored under its other name, which its target knows
+        name: parameter.numel()
+        * architecture.stored.get(name, dtypes.get(id(parameter), parameter.dtype)).itemsize
         for name, parameter in architecture.model.named_parameters()
     }
 
