@@ -7,8 +7,8 @@ next-token distribution from the dense model's (nats a token) come from the runt
 held-out windows of 512 tokens that no calibration sees. Means over calibration seeds 0, 1 and 2 (32 windows
 of 512 tokens), in brackets the least and the greatest; without brackets of seed 0, or no text was needed.
 Bytes are those of the weights' file, and of the weights in memory when our runtime has loaded it, which has
-no kernels for codes yet and decodes them. Decoding is timed at batch 1, the rows of TIMED in turn, one thread;
-ratios to the dense model are medians over rounds, of models that a cache holds.
+no kernels for codes yet and decodes them. Decoding is timed at batch 1, the rows of TIMED in turn, one
+thread; ratios to the dense model are medians over rounds, of models that a cache holds.
 Rows of llama.cpp (kquants.py; no importance matrix) keep a tied embedding in Q6_K as llama.cpp does, and all
 small tensors in our dtypes; they are not timed. "alone": without our target, prices and dial.
 Every run is kept in the JSON file and not repeated; `--again` forgets them. Options: --model NAME (both by
