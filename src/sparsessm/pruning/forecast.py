@@ -118,7 +118,7 @@ def forecast(
     held = states if architecture.residence.stays(4 * tokens * width) else 0
     kept = _kept_bytes(architecture, tokens) * watches
     blocks = sum(2 * p.numel() for block in architecture.blocks for p in block.layer.parameters())
-    rounded = {name: round(value, 1) for name, value in seconds.items()}
+    rounded = {name: round(value, 3) for name, value in seconds.items()}
     return Forecast(rounded, peak() + held + kept, states + blocks, faster)
 
 
