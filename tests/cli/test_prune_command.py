@@ -99,7 +99,7 @@ def test_a_text_that_was_calibrated_and_measured_on_is_named() -> None:
         (["--method", "wnada"], "unknown method 'wnada'; known: random, magnitude"),
         (
             ["--target", "projection"],
-            "unknown target 'projection'; known: all, matrices, projections, ssm, conv1d, head, embedding; did",
+            "unknown target 'projection'; known: all, matrices, projections, ssm, conv1d, head, embedding",
         ),
         (["--data", "wikitext"], "unknown data set 'wikitext'; known: stdlib, wikitext2, c4, ptb, or a file"),
         (["--data", "absent.txt"], "'absent.txt': no such file"),
