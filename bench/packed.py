@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import kquants
 import torch
 from torch import Tensor
 
@@ -115,15 +116,11 @@ def four_bits(checkpoint: Any) -> int:
     for name, tensor in checkpoint.model.state_dict().items():
         if name == "lm_head.weight":
             continue
-        if not any(kind in name for kind in MATRICES) or tensor.ndim != 2 or tensor.shape[1] % 32:
-            total += tensor.numel() * checkpoint.stored[name].itemsize
-            continue
-        blocks = tensor.reshape(-1, 32)
-        most = blocks.gather(1, blocks.abs().argmax(1, keepdim=True))
-        scale = (most / -8).half().float()
-        inverse = torch.where(scale != 0, 1 / scale, 0.0)
-        tensor.copy_(((blocks * inverse + 8.5).floor().clamp(0, 15).sub_(8) * scale).view_as(tensor))
-        total += tensor.numel() // 32 * 18
+        bits = 8.0 * checkpoint.stored[name].itemsize
+        if any(kind in name for kind in MATRICES) and tensor.ndim == 2 and tensor.shape[1] % 32 == 0:
+            values, bits = kquants.stored(tensor, "Q4_0")
+            tensor.copy_(values)
+        total += round(bits * tensor.numel() / 8)
     return total
 
 

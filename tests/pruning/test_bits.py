@@ -32,7 +32,7 @@ def test_bits_are_met(bits: float, target: str, tied: bool) -> None:
     families |= set() if tied else {"embedding"}
     assert {row.family for row in report.rows} == families
     steps = [row.step for row in report.rows]
-    assert all(steps) and max(steps) < 1.35 * min(steps), "one step, up to what was foretold wrongly"
+    assert all(steps) and max(steps) < 1.6 * min(steps), "one step, up to what was foretold wrongly"
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def compare(progress: Progress, sparsity: float, **fields: Any) -> Demo:
     measured: dict[str, dict[str, Any]] = {}
     kept: dict[str, tuple[Checkpoint, Report]] = {}
     for name, how in RUNS.items():
-        share = {"sparsity": sparsity} if name.startswith("removed") else {}
+        share = {} if how.keys() & {"bits", "grid"} else {"sparsity": sparsity}
         run = sparsessm.Run(sparsessm.load(MODEL), progress=progress, **how, **share, **fields)
         progress.say(f"pruning, {name}")
         report = run.prune(tokens, measure=False)

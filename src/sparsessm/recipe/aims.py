@@ -40,10 +40,8 @@ def aimed(recipe: Recipe, architecture: Architecture) -> Recipe:
 
 def outer_share(architecture: Architecture) -> float:
     """Share of the checkpoint's bytes that are embedding and head."""
-    sizes = _sizes(architecture)
-    vocabulary = architecture.tail.targets[0].matrix.shape
-    parameters = dict(architecture.model.named_parameters())
-    return sum(sizes[name] for name in sizes if parameters[name].shape == vocabulary) / sum(sizes.values())
+    outer = sum(target.matrix.numel() * target.stored.itemsize for target in architecture.tail.targets)
+    return outer / sum(_sizes(architecture).values())
 
 
 def _sizes(architecture: Architecture) -> dict[str, int]:

@@ -85,13 +85,14 @@ def fits_grid(said: Mapping[str, Any]) -> None:
     bits, size, grid, sparsity, allocation = (said.get(name) for name in names)
     if bits is None and size is None:
         return
-    given, said_how = (
-        (f"size {size}", f"size is {size}") if bits is None else (f"bits {bits:g}", f"bits is {bits:g}")
-    )
+    what, number = ("size", size) if bits is None else ("bits", f"{bits:g}")
+    given = f"{what} {number}"
     if bits is not None and size is not None:
         raise ValueError(f"size is {size}, but bits {bits:g} already says how many; give only one of them")
     if grid:
-        raise ValueError(f"{said_how}, but grid {grid!r} already says how many; give only one of them")
+        raise ValueError(
+            f"{what} is {number}, but grid {grid!r} already says how many; give only one of them"
+        )
     if sparsity is not None and "pattern" not in said:
         raise ValueError(
             f"sparsity is {sparsity:g}, but with {given} zeros are found by what they "

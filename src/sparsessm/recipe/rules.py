@@ -6,7 +6,7 @@ kinds, `layer:N`):
     in_proj · A_log                         a kind: the parameter's own name inside its layer
     backbone.layers.0.mixer.in_proj         a module or parameter, or all that is inside one
     Linear · Conv1d · MambaMixer            the class of the module that owns the parameter
-    projections · ssm · conv1d · head · embedding       a family
+    projections · ssm · conv1d · head · ... a family
     layer:0 · layer:-1                      a layer; negative numbers count from the last
     re:.*layers\\.[0-3]\\..*_proj             a regular expression, from the start of the module's name
 
