@@ -26,6 +26,7 @@ from sparsessm import checkpoint
 from sparsessm.checkpoint import PackedTensor, container, packed_file
 from sparsessm.checkpoint.coded import ans, fixed
 from sparsessm.checkpoint.encoding import bits_of, encode
+from sparsessm.kernels import entropy
 
 HERE = Path(__file__).parent
 GOLDEN, CORPUS, TOOLS = HERE / "golden", HERE / "corpus/packed", HERE.parent / "tools"
@@ -40,6 +41,12 @@ def same(left: Tensor, right: Tensor) -> bool:
     if left.dtype != right.dtype or left.shape != right.shape:
         return False
     return np.array_equal(bits_of(left.detach()), bits_of(right.detach()))
+
+
+def streams(codes: Tensor) -> dict[str, Tensor]:
+    """Codes, entropy coded."""
+    arrays = entropy.encode(codes.short().numpy())
+    return {part: torch.from_numpy(array) for part, array in arrays.items()}
 
 
 def random(*shape: int, kept: float = 0.5, dtype: torch.dtype = torch.float32, fill: float = 0.0) -> Tensor:
@@ -109,7 +116,7 @@ def golden_coded(version: str) -> dict[str, PackedTensor]:
     if version == "2":
         found[X] = nested(X, tensors[X].dtype, wide, scales(9), scales(16), forms)
     else:
-        found[X] = ans(X, tensors[X].dtype, wide, scales(9), scales(16))
+        found[X] = ans(X, tensors[X].dtype, streams(wide), scales(9), scales(16))
     return found
 
 

@@ -55,7 +55,7 @@ def test_every_method_on_a_grid_rounds_the_family(name: str, method: str) -> Non
     targets = {target.name: target for target in architecture.targets if target.family == "projections"}
     assert report.levels.keys() == targets.keys()
     for row in report.rows:
-        assert torch.equal(targets[row.target].matrix, report.levels[row.target].values())
+        assert torch.equal(targets[row.target].matrix, report.levels[row.target].levels().values())
         rows, columns = targets[row.target].matrix.shape
         assert (row.pruned, row.bits) == (0, rows * (4 * columns + 16 * -(-columns // 64)))
     assert_same(logits_of(architecture, TOKENS), stock_logits(architecture.model, TOKENS))

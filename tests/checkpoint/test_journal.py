@@ -151,7 +151,7 @@ def test_a_line_that_was_cut_off_does_not_count(cut: tuple[Path, Path]) -> None:
     assert same(found, values(whole)) and record == plain(report)
 
 
-@pytest.mark.parametrize("content", [b"[1]\n", b"{}\n", b'{"format": 2}\n', b"\xff\n"])
+@pytest.mark.parametrize("content", [b"[1]\n", b"{}\n", b'{"format": 1}\n', b"\xff\n"])
 def test_a_journal_of_something_else_is_refused(tmp_path: Path, content: bytes) -> None:
     folder = folder_of(tmp_path / "out")
     folder.mkdir()

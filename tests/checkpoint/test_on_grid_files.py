@@ -18,6 +18,8 @@ from sparsessm import Run, runtime
 from sparsessm.checkpoint import Streaming, load, packed, unfinished, unpack
 from sparsessm.checkpoint.coded import Coded
 from sparsessm.evaluation.perplexity import measure
+from sparsessm.kernels import entropy
+from sparsessm.methods import dial
 from sparsessm.report.record import Report
 
 GRIDS: tuple[dict[str, Any], ...] = (
@@ -113,6 +115,27 @@ def test_streamed_and_resumed_runs_write_the_same_file(
             sparsessm.save(checkpoint, tmp_path / "cut", run.prune(TOKENS, measure=False))
     files = [(tmp_path / name / "packed.safetensors").read_bytes() for name in ("whole", "streamed", "cut")]
     assert files[0] == files[1] == files[2]
+
+
+def test_codes_are_coded_once_and_kept_as_the_file_has_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    done = []
+
+    def encode(codes: Any, encode: Any = entropy.encode) -> Any:
+        done.append(codes.shape)
+        return encode(codes)
+
+    monkeypatch.setattr(entropy, "encode", encode)
+    monkeypatch.setattr(dial, "coded_bits", lambda codes: 3.0 * codes.numel())  # of the dense model
+    checkpoint, report = pruned(written("mamba", tmp_path / "m"), None, **WHOLE, bits=3.25)
+    sparsessm.save(checkpoint, tmp_path / "out", report)
+    assert len(done) == len(report.levels) == len(report.rows)
+    tensors = packed.read(tmp_path / "out").tensors
+    for name, kept in report.levels.items():
+        assert all(torch.equal(array, tensors[name].arrays[part]) for part, array in kept.arrays.items())
+    held = sum(array.nbytes for kept in report.levels.values() for array in kept.arrays.values())
+    assert held < 0.5 * sum(row.total for row in report.rows)
 
 
 @pytest.mark.parametrize("name", PURE)

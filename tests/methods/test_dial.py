@@ -27,7 +27,7 @@ def test_some_rows_foretell_the_bits_of_all(size: float, spread: float) -> None:
     middle = float((weight / factor.pivots * prices.sqrt()[:, None]).square().mean().sqrt())
     rounding = Dial(size * middle).rounding(weight, factor.pivots, False, prices, False)
     sweep(weight, lambda now, part: now.abs(), Unstructured(), 0.0, factor, rounding=rounding)
-    assert curve.at(size * middle) == pytest.approx(rounding.levels().bits, rel=0.05)
+    assert curve.at(size * middle) == pytest.approx(rounding.levels().coded().bits, rel=0.05)
 
 
 def test_rows_that_cost_nothing_take_no_bits() -> None:

@@ -60,7 +60,7 @@ def test_values_are_products_in_float32_in_the_documented_order(group: int) -> N
 @pytest.mark.parametrize("size", [0.0, 0.4, 1.5, 30.0])
 def test_bits_are_those_of_the_entropy_coder_and_of_the_factors(size: float) -> None:
     codes = (size * normal(0, 70, 90)).round().short()
-    assert dialled(codes).bits == entropy.size(codes.numpy()) + 8 * (70 + 90)
+    assert dialled(codes).coded().bits == entropy.size(codes.numpy()) + 8 * (70 + 90)
 
 
 @pytest.mark.parametrize("size", [0.4, 1.5, 6.0])
@@ -78,8 +78,8 @@ def test_bits_of_a_row_by_hand() -> None:
     torch.testing.assert_close(rows, (ideal + kinds * 0.5 / np.log(2) + CLASS_BITS + 4 * MORE).double())
     codes = torch.tensor([[0, 1, 3], [0, 0, -1]], dtype=torch.int16)
     rows = torch.ones(2, 2, dtype=torch.float16)
-    assert Levels(codes, rows, None, 2, 3, True).bits == 6 + 3 * 3 + 4 * 16
-    assert Levels(codes, rows, None, 2, 3, False).bits == 3 * 6 + 4 * 16
+    assert Levels(codes, rows, None, 2, 3, True).coded().bits == 6 + 3 * 3 + 4 * 16
+    assert Levels(codes, rows, None, 2, 3, False).coded().bits == 3 * 6 + 4 * 16
 
 
 def test_entropy_is_that_of_an_ideal_code() -> None:
@@ -192,7 +192,7 @@ def test_the_dial_takes_every_matrix(hostile: str) -> None:
     )
     for j in range(8):
         assert torch.isfinite(rounding.round(weight[:, j], torch.ones(4, dtype=torch.bool), j)).all()
-    assert torch.isfinite(rounding.levels().values()).all() and rounding.levels().bits > 0
+    assert torch.isfinite(rounding.levels().values()).all() and rounding.levels().coded().bits > 0
 
 
 # Words.

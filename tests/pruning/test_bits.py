@@ -55,9 +55,10 @@ def test_what_is_stored_is_the_model(fields: dict[str, object]) -> None:
     report = run(model, **fields)
     assert report.levels.keys() == {row.target for row in report.rows}
     for row in report.rows:
-        levels, weight = report.levels[row.target], model.state_dict()[row.target]
+        coded, weight = report.levels[row.target], model.state_dict()[row.target]
+        levels = coded.levels()
         assert torch.equal(levels.values(), weight.flatten(1)) and weight.dtype == torch.float32
-        assert row.bits == levels.bits and row.pruned == int((~levels.keep).sum())
+        assert row.bits == coded.bits and row.pruned == int((~levels.keep).sum())
         share = {"sparsity": fields.get("sparsity"), "pattern": 0.5}
         if fields.get("pattern"):
             groups = (weight.flatten(1) != 0).unflatten(1, (-1, 4)).sum(-1)
@@ -120,6 +121,6 @@ def test_rows_that_were_noted_come_back_with_what_is_stored() -> None:
     assert noting.new() == []
     again = Rows(SimpleNamespace(left={0: noted[:3], 1: noted[3:], 2: None}))
     assert again.all == report.rows and again.new() == []
-    for name, levels in report.levels.items():
-        assert torch.equal(again.levels[name].values(), levels.values())
-        assert again.levels[name].bits == levels.bits
+    for name, coded in report.levels.items():
+        assert torch.equal(again.levels[name].levels().values(), coded.levels().values())
+        assert again.levels[name].bits == coded.bits

@@ -9,7 +9,7 @@ file and no model.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, final
 
@@ -38,7 +38,6 @@ PARTS = {
 """Arrays of a kind, in the order in which the checksum takes them."""
 UNSTORED = 7
 """Bits of a factor's float16 that are zero and not stored."""
-MOST_CODE = entropy.MOST_CODE
 
 Codes = NDArray[np.int16]
 
@@ -216,10 +215,10 @@ def plain(tensor: PackedTensor) -> Encoded:
 
 
 class OnGrid(Protocol):
-    """A matrix on a grid, as methods/levels.py has it; see there."""
+    """A matrix on a grid, as methods/levels.py has it (`CodedLevels`); see there."""
 
     @property
-    def codes(self) -> Tensor: ...
+    def arrays(self) -> Mapping[str, Tensor]: ...
     @property
     def rows(self) -> Tensor: ...
     @property
@@ -230,6 +229,7 @@ class OnGrid(Protocol):
     def width(self) -> int: ...
     @property
     def masked(self) -> bool: ...
+    def codes(self) -> Tensor: ...
 
 
 def code(name: str, dtype: torch.dtype, found: OnGrid) -> Coded:
@@ -242,9 +242,9 @@ def code(name: str, dtype: torch.dtype, found: OnGrid) -> Coded:
         ValueError: as `fixed` and `ans`.
     """
     if found.columns is not None:
-        return ans(name, dtype, found.codes, found.rows[:, 0], found.columns)
+        return ans(name, dtype, found.arrays, found.rows[:, 0], found.columns)
     how: dict[str, Any] = {"width": found.width, "group": found.group, "masked": found.masked}
-    return fixed(name, dtype, found.codes, found.rows, **how)
+    return fixed(name, dtype, found.codes(), found.rows, **how)
 
 
 def fixed(
@@ -282,25 +282,23 @@ def fixed(
     return coded
 
 
-def ans(name: str, dtype: torch.dtype, codes: Tensor, rows: Tensor, columns: Tensor) -> Coded:
+def ans(name: str, dtype: torch.dtype, arrays: Mapping[str, Tensor], rows: Tensor, columns: Tensor) -> Coded:
     """A matrix of codes of no fixed width, entropy coded.
 
     Args:
-        name, dtype: of the stock tensor. codes: (rows, cols) integers, at most `MOST_CODE` in size.
+        name, dtype: of the stock tensor. arrays: of `entropy.encode`, which are not copied.
         rows, columns: float16 factors whose lowest `UNSTORED` bits are zero.
 
     Raises:
-        ValueError: a factor of more bits, a larger code, or as `Coded.check`; begins with the name.
+        ValueError: a factor of more bits, or as `Coded.check`; begins with the name.
     """
-    if codes.numel() and int(codes.abs().max()) > MOST_CODE:
-        raise ValueError(f"{name}: a code of {int(codes.abs().max())}; allowed: at most {MOST_CODE}")
-    arrays = {part: torch.from_numpy(x) for part, x in entropy.encode(codes.short().numpy()).items()}
+    arrays = dict(arrays)
     for part, values in (("rows", rows), ("columns", columns)):
         bits = values.half().contiguous().view(torch.int16)
         if bool((bits & (1 << UNSTORED) - 1).any()):
             raise ValueError(f"{name}: a factor of its {part} has more bits than are stored")
         arrays[part] = (bits >> UNSTORED).to(torch.uint8)
-    coded = Coded(name, tuple(codes.shape), dtype, "ans", 0, 0, arrays)
+    coded = Coded(name, (len(rows), len(columns)), dtype, "ans", 0, 0, arrays)
     coded.check(contents=False)
     return coded
 

@@ -33,7 +33,7 @@ from .container import checksum
 from .files import open_safetensors, write_one
 from .streamed import Streamed
 
-FORMAT = 1
+FORMAT = 2
 FILE = "journal.jsonl"
 SUFFIX = ".unfinished"
 _TENSOR = "__tensor__"

@@ -79,20 +79,52 @@ class Levels:
             return SCALE_BITS * self.rows.numel()
         return factor_bits(*self.codes.shape)
 
-    @property
-    def bits(self) -> int:
-        """That are stored for the matrix: codes, masks, scales, everything."""
-        entries = self.codes.numel()
-        if not self.width:
-            return self.side_bits + coded_bits(self.codes)
-        if not self.masked:
-            return self.side_bits + self.width * entries
-        return self.side_bits + entries + self.width * int(self.codes.count_nonzero())
+    def coded(self) -> CodedLevels:
+        """The same in as little memory as there is."""
+        found = entropy.encode(self.codes.cpu().numpy())
+        arrays = {part: torch.from_numpy(array) for part, array in found.items()}
+        if self.width:
+            kept = self.codes.numel() + self.width * int(self.codes.count_nonzero())
+            bits = kept if self.masked else self.width * self.codes.numel()
+        else:
+            bits = 8 * sum(array.nbytes for array in arrays.values())
+        how = self.codes.shape[1], self.group, self.width, self.masked, self.side_bits + bits
+        return CodedLevels(arrays, self.rows, self.columns, *how)
 
     @property
     def entropy(self) -> float:
         """Bits of the codes under an ideal code that knows how often each is in a row, and of the rest."""
         return float(_ideal(self.codes)[0].sum()) + self.side_bits
+
+
+@dataclass(frozen=True)
+class CodedLevels:
+    """A matrix on a grid as a run keeps it until it is written: codes of all matrices are too much for the
+    memory. Codes without a fixed width are written as they are here, and are coded once.
+
+    Attributes:
+        arrays: of `kernels.entropy.encode`, of the codes. inputs: columns of the matrix.
+        rows, columns, group, width, masked: as of `Levels`.
+        bits: that are stored for the matrix: codes, masks, scales, everything.
+    """
+
+    arrays: dict[str, Tensor]
+    rows: Tensor
+    columns: Tensor | None
+    inputs: int
+    group: int
+    width: int
+    masked: bool
+    bits: int
+
+    def codes(self) -> Tensor:
+        """(out, in) int16."""
+        found = {part: array.numpy() for part, array in self.arrays.items()}
+        return torch.from_numpy(entropy.decode(found, (len(self.rows), self.inputs)))
+
+    def levels(self) -> Levels:
+        """With the codes, and thus the values, at hand."""
+        return Levels(self.codes(), self.rows, self.columns, self.group, self.width, self.masked)
 
 
 def factor_bits(rows: int, columns: int) -> int:

@@ -22,7 +22,7 @@ from sparsessm.methods import WITHOUT_DATA, Rule, on_grid
 from sparsessm.methods.base import scorer
 from sparsessm.methods.grids import Dial, Rounding
 from sparsessm.methods.hessian import Factor, by_power, factorise
-from sparsessm.methods.levels import Levels
+from sparsessm.methods.levels import CodedLevels, Levels
 from sparsessm.methods.observers import Moments, joined
 from sparsessm.methods.patterns import Unstructured
 from sparsessm.methods.repair import dense_target, output_error, refit, sweep
@@ -93,7 +93,7 @@ class EntryPlan(Plan):
         return Outcome(sorted(rows.all, key=lambda row: order.index(row.target)), levels=rows.levels)
 
 
-def _prune(target: Target, rule: Rule, look: Look) -> tuple[Row, Levels | None]:
+def _prune(target: Target, rule: Rule, look: Look) -> tuple[Row, CodedLevels | None]:
     """Prune one target: the four stages; and what it is on a grid."""
     # 1 calibrate; what was seen is handed over, not kept: a float64 Hessian is large
     seen = look(target) if rule.method.watch and not target.looked_up else None
@@ -109,8 +109,9 @@ def _prune(target: Target, rule: Rule, look: Look) -> tuple[Row, Levels | None]:
     row = replace(_row(target, rule, done.keep, done.factor, companions, error), tokens=tokens)
     if done.levels is None:
         return row, None
-    counts = {"bits": done.levels.bits, "entropy": done.levels.entropy}
-    return replace(row, **counts, step=rule.grid.step if isinstance(rule.grid, Dial) else None), done.levels
+    coded = done.levels.coded()
+    counts = {"bits": coded.bits, "entropy": done.levels.entropy}
+    return replace(row, **counts, step=rule.grid.step if isinstance(rule.grid, Dial) else None), coded
 
 
 class Solution(NamedTuple):

@@ -18,7 +18,7 @@ from sparsessm.calibration.journal import Forgetful, Journal, Stage
 from sparsessm.calibration.progress import Progress
 from sparsessm.data.edition import edition
 from sparsessm.data.texts import fingerprint
-from sparsessm.methods.levels import Levels
+from sparsessm.methods.levels import CodedLevels
 from sparsessm.recipe.recipe import Recipe
 from sparsessm.recipe.rules import Assignment
 from sparsessm.report.contents import Table
@@ -46,7 +46,7 @@ class Outcome:
     parameters: dict[str, int] = field(default_factory=dict)
     shape: dict[str, int] = field(default_factory=dict)
     trials: list[dict[str, Any]] = field(default_factory=list)
-    levels: dict[str, Levels] = field(default_factory=dict)
+    levels: dict[str, CodedLevels] = field(default_factory=dict)
 
 
 @final
@@ -59,14 +59,14 @@ class Rows:
 
     def __init__(self, stage: Stage) -> None:
         self.all: list[Row] = []
-        self.levels: dict[str, Levels] = {}
+        self.levels: dict[str, CodedLevels] = {}
         for noted in (row for note in stage.left.values() for row in note or ()):
             row = dict(noted)
             levels = row.pop("levels", None)
-            self.add(Row(**{**row, "repaired": tuple(row["repaired"])}), levels and Levels(**levels))
+            self.add(Row(**{**row, "repaired": tuple(row["repaired"])}), levels and CodedLevels(**levels))
         self._noted = len(self.all)
 
-    def add(self, row: Row, levels: Levels | None = None) -> None:
+    def add(self, row: Row, levels: CodedLevels | None = None) -> None:
         """What was done to a target."""
         self.all.append(row)
         if levels is not None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..data.texts import DATASETS
 from ..methods.hessian import DAMPING
-from ..methods.levels import Levels
+from ..methods.levels import CodedLevels
 from . import machine
 from .row import Row, relative
 
@@ -56,7 +56,8 @@ class Report:
         shape: axis -> units that stayed in every layer, then. trials: what was measured to find how much each
             axis gives, where the recipe left it open (`mixes.Trial`s as plain values).
         pruned_before: the model had been pruned in memory already, so the recipe alone does not repeat it.
-        levels: codes and scales of the targets on a grid, by name; not part of the record.
+        levels: codes and scales of the targets on a grid, by name, coded (`levels()` of one gives codes and
+            values); not part of the record.
         packed: no stock checkpoint can hold it: projected states, or layers of different widths.
         machine: on which it ran; masks may differ on another (`machine.current`).
     """
@@ -71,7 +72,7 @@ class Report:
     parameters: dict[str, int] = field(default_factory=dict)
     shape: dict[str, int] = field(default_factory=dict)
     trials: list[dict[str, Any]] = field(default_factory=list)
-    levels: dict[str, Levels] = field(default_factory=dict, repr=False)
+    levels: dict[str, CodedLevels] = field(default_factory=dict, repr=False)
     text: dict[str, str] = field(default_factory=dict)
     pruned_before: bool = False
     packed: bool = False
