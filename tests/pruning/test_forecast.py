@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from whereabouts import MODELS, NOTHING, PLENTY, same, values, written
+from safetensors.torch import load_file
+from whereabouts import MODELS, NOTHING, PLENTY, TOKENS, same, values, written
 
 from sparsessm import Run
-from sparsessm.checkpoint import Streaming, load
+from sparsessm.checkpoint import Streaming, load, unfinished
 from sparsessm.checkpoint.memory import peak, resident
 from sparsessm.pruning import forecast as forecasts
 from sparsessm.report.cost import cost_table, time_in_words
@@ -85,3 +86,24 @@ def test_the_table_adds_up() -> None:
     *_, cells, _ = cost_table({"seconds": seconds, "memory": 5 * 10**9, "disk": 0})
     assert ["in all, about", "2.0 h"] in cells and ["memory, about", "5.0 GB"] in cells
     assert [time_in_words(s) for s in (0, 89, 90, 5399, 5400)] == ["0 s", "89 s", "2 min", "90 min", "1.5 h"]
+
+
+@pytest.mark.parametrize("fields", [{"sparsity": 0.5}, {"target": "matrices", "bits": 8.0}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_disk_holds_changed_blocks_as_wide_as_they_are(
+    dtype: torch.dtype, fields: dict[str, Any], tmp_path: Path
+) -> None:
+    source, out = written("mamba", tmp_path / "m", dtype), tmp_path / "out"
+    with unfinished(out) as journal:
+        checkpoint = load(source, streaming=Streaming(1, journal.folder))
+        journal.holds(checkpoint.residence)
+        run = Run(checkpoint, journal=journal, length=40, **fields)
+        foretold = run.plan.working(run.architecture)
+        report, found = run.prune(TOKENS, measure=False), 0
+        for file in journal.folder.glob("?????.safetensors"):
+            found += sum(tensor.nbytes for tensor in load_file(file).values())
+        noted = sum(row.bits // 8 for row in report.rows if row.bits)
+        assert 0.9 * foretold < found + noted <= foretold
+    states = 16 * TOKENS.numel() * load(source).model.config.hidden_size  # of two models, twice each
+    alone = Run(load(source), length=40, samples=len(TOKENS), **fields).forecast(measure=False)
+    assert alone is not None and alone.disk == foretold + states

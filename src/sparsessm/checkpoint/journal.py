@@ -159,15 +159,14 @@ class Journal:
                 "then, or begin anew (--force)"
             )
 
-    def room(self, states: int, share: float) -> int:
+    def room(self, states: int, others: int) -> int:
         """Bytes that its directory will take more than now.
 
         Args:
-            states: entries of the hidden states of all windows. share: of the model that is changed.
+            states: entries of the hidden states of all windows. others: bytes of all else.
         """
-        assert self._residence is not None, "holds comes first"
         now = sum(path.stat().st_size for path in self.folder.iterdir())
-        return max(0, 16 * states + round(share * self._residence.nbytes) - now)  # of two models, twice each
+        return max(0, 16 * states + others - now)  # of two models, twice each
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
         for line in self._lines[1:]:

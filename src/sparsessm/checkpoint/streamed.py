@@ -101,12 +101,6 @@ class Streamed(Residence):
             weakref.finalize(self, shutil.rmtree, self._temporary, ignore_errors=True)
         return self._temporary
 
-    @property
-    def nbytes(self) -> int:
-        """Of what comes and goes, at two bytes an entry: a changed block is kept in the narrowest dtype that
-        holds it, which is mostly that of the checkpoint."""
-        return sum(2 * home.parameter.numel() for home in self._homes.values())
-
     def open(self, block: Layer) -> None:
         if block.index in self._open:
             self._open[block.index].times += 1

@@ -203,7 +203,7 @@ def _pruned(
     torch.manual_seed(run.recipe.seed)
     tokens = run.windows()
     states = 0 if tokens is None else tokens.numel() * run.checkpoint.model.config.hidden_size
-    refuse_full(out, run.checkpoint, share, journal.room(states, share))
+    refuse_full(out, run.checkpoint, share, journal.room(states, run.plan.working(run.architecture)))
     if run.advice:
         progress.note(f"calibrating on {run.recipe.samples} windows")
     if recipe and tokens is not None:  # what looks at no data gives the same masks everywhere

@@ -104,6 +104,11 @@ class Rule:
         """Whether the repair aims at the dense model: then inputs of both models are looked at."""
         return self.repair == "dense-target"
 
+    @property
+    def rounds(self) -> bool:
+        """Whether its matrices come onto a grid."""
+        return self.grid is not None or self.bits is not None
+
 
 @dataclass(frozen=True)
 class EntryMethod:

@@ -73,6 +73,9 @@ class EntryPlan(Plan):
     def share_left(self, architecture: Architecture) -> float:
         return 1.0  # zeros are stored
 
+    def working(self, architecture: Architecture) -> int:
+        return preview.working(architecture, self._assignment.rules)
+
     def _carry_out(
         self, architecture: Architecture, tokens: Tensor | None, progress: Progress | None, journal: Journal
     ) -> Outcome:

@@ -23,6 +23,7 @@ from sparsessm.calibration.prices import PRICED_TOKENS, block_backward, energy, 
 from sparsessm.calibration.prices import ROWS as PRICED_AT_ONCE
 from sparsessm.calibration.walk import ROWS, opened, through
 from sparsessm.methods import Rule
+from sparsessm.pruning import preview
 from sparsessm.pruning.entries import solve
 from sparsessm.pruning.shares import SURVEY_TOKENS, reduced
 from sparsessm.report.cost import time_in_words
@@ -117,9 +118,9 @@ def forecast(
     states = 2 * 4 * tokens * width * (1 + paired) if watches else 0  # in two places that take turns
     held = states if architecture.residence.stays(4 * tokens * width) else 0
     kept = _kept_bytes(architecture, tokens) * watches
-    blocks = sum(2 * p.numel() for block in architecture.blocks for p in block.layer.parameters())
     rounded = {name: round(value, 3) for name, value in seconds.items()}
-    return Forecast(rounded, peak() + held + kept, states + blocks, faster)
+    memory = peak() + held + kept + preview.coded(architecture, rules)
+    return Forecast(rounded, memory, states + preview.working(architecture, rules), faster)
 
 
 def _kinds(architecture: Architecture) -> list[tuple[Block, int]]:

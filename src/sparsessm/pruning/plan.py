@@ -116,6 +116,10 @@ class Plan(ABC):
         """About the share of the parameters that the result will have, at most: zeros are stored."""
 
     @abstractmethod
+    def working(self, architecture: Architecture) -> int:
+        """About the bytes that a journal on a disk takes, beside those of hidden states."""
+
+    @abstractmethod
     def _carry_out(
         self, architecture: Architecture, tokens: Tensor | None, progress: Progress | None, journal: Journal
     ) -> Outcome:

@@ -79,6 +79,29 @@ def entries(
     }
 
 
+def working(architecture: Architecture, rules: Mapping[str, Rule]) -> int:
+    """Bytes that a working directory takes beside hidden states, about: the blocks when all are changed, and
+    what is `coded`.
+
+    A changed block is there in the narrowest dtypes that hold its values: those of the checkpoint, and
+    float32 of a matrix on a grid. Embedding and head are there if a rule hits them.
+    """
+    named = architecture.model.named_parameters(remove_duplicate=False)
+    stored = {id(p): form for name, p in named if (form := architecture.stored.get(name))}
+    hit = [target for target in architecture.targets if target.name in rules]
+    tail = [architecture.tail] if any(target.layer == architecture.tail.index for target in hit) else []
+    tensors = [p for block in (*architecture.blocks, *tail) for p in block.layer.parameters()]
+    size = sum(p.numel() * stored.get(id(p), p.dtype).itemsize for p in tensors)
+    wider = [t.matrix.numel() * (4 - t.stored.itemsize) for t in hit if rules[t.name].rounds]
+    return size + sum(wider) + coded(architecture, rules)
+
+
+def coded(architecture: Architecture, rules: Mapping[str, Rule]) -> int:
+    """Bytes of the matrices on a grid as a run keeps them until they are written, about."""
+    found = ((target, rules.get(target.name)) for target in architecture.targets)
+    return sum(packed_size(rule, target) for target, rule in found if rule is not None and rule.rounds)
+
+
 def packed_size(rule: Rule, target: Target) -> int:
     """Bytes of a matrix in a packed file: on its grid, or as a bitmap and what it keeps."""
     total, stays = target.matrix.numel(), kept(rule, *target.matrix.shape)

@@ -50,6 +50,9 @@ class UnitPlan(Plan):
         counts = preview.units(self.order, architecture)["parameters"]
         return 1.0 if counts["after"] is None else counts["after"] / counts["now"]
 
+    def working(self, architecture: Architecture) -> int:
+        return round(self.share_left(architecture) * preview.working(architecture, {}))
+
     def _carry_out(
         self, architecture: Architecture, tokens: Tensor | None, progress: Progress | None, journal: Journal
     ) -> Outcome:
