@@ -131,3 +131,26 @@ def test_inspect_says_what_a_packed_file_takes() -> None:
     lines = run("inspect", "few").stdout.splitlines()
     (outer,) = (line for line in lines if "embedding and head" in line)
     assert f"{sizes['embeddings'] + sizes.get('lm_head', 0):,}" in outer
+
+
+@pytest.mark.parametrize("target", ["matrices", "projections"])
+def test_a_dry_run_says_the_same_halves(target: str) -> None:
+    """Where both are on the dial their sum is known, and the dry run says so."""
+    line = ["prune", "dense", "--bits", "4", "--target", target, "--no-eval", *FAST]
+    foretold = json.loads(run(*line, "--dry-run", "--json").stdout)["bytes"]
+    halves, sizes = foretold["halves"], {}
+    assert halves["vocabulary"]["bytes"] + halves["body"]["bytes"] == foretold["packed"]
+    assert halves["vocabulary"]["bits"] == (4 if target == "matrices" else 32)
+    assert foretold["even"] == (target == "matrices")
+    lines = run(*line, "--dry-run").stdout.splitlines()
+    run(*line, "-o", target, "--quiet")
+    seen = run("inspect", target).stdout.splitlines()
+    for name, half in (("embedding and head", "vocabulary"), ("all others", "body")):
+        (told,), (found,) = ([one for one in text if name in one] for text in (lines, seen))
+        cells = [cell.strip() for cell in told.strip("│ ").split("│")]
+        assert foretold["even"] == cells[0].endswith(", if bits were shared evenly")
+        assert cells[1] == f"{halves[half]['bytes']:,}" and cells[3] == f"{halves[half]['bits']:.3g}"
+        sizes[half] = int(found.strip("│ ").split("│")[2].replace(",", ""))
+    assert sum(sizes.values()) == pytest.approx(foretold["packed"], rel=0.05)
+    if target == "projections":
+        assert sizes == {half: pytest.approx(halves[half]["bytes"], rel=0.05) for half in halves}

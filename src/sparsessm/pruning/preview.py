@@ -19,8 +19,8 @@ from sparsessm.methods.patterns import NofM
 from sparsessm.pruning.mixes import saved
 from sparsessm.recipe.rules import Assignment, words
 from sparsessm.recipe.sizes import Order, size_of
-from sparsessm.report.contents import Table
-from sparsessm.report.record import kind_of, percent
+from sparsessm.report.contents import HALVES, VOCABULARY, Table, halves
+from sparsessm.report.record import kind_of, number, percent
 
 
 def entries(
@@ -38,8 +38,10 @@ def entries(
     Returns:
         "rules": one entry for each rule and family it hits. "bytes": "now"; "after", the same, as zeros are
         stored; "packed", with the pruned linear matrices as a bitmask, 1 bit a weight, and the kept values in
-        their dtype (a matrix that this makes larger stays as it is); "dense", what then still is dense, by
-        kind of tensor, the largest first.
+        their dtype (a matrix that this makes larger stays as it is), or with the bits that are asked for;
+        "halves", the same as `contents.halves` says it; "even": both share the bits that were asked for, here
+        evenly, in the run as one step for all of them says; "dense", what then still is dense, by kind of
+        tensor, the largest first.
     """
     rules, packed = [], {}
     for group in assignment.groups:
@@ -68,12 +70,21 @@ def entries(
         if name not in packed:
             dense[kind_of(name) + (".bias" if name.endswith(".bias") else "")] += size
     now = sum(sizes.values())
+    shared = [part for part in assignment.budgets if any(assignment.rules[t.name].bits for t in part)]
+    here: Counter[str] = Counter()
+    weights: Counter[str] = Counter()
+    for name, size in {**sizes, **packed}.items():
+        here[kind_of(name)] += size
+        weights[kind_of(name)] += tensors[name].numel()
+    kinds = {kind: {"bytes": size, "bits": 8 * size / weights[kind]} for kind, size in here.items()}
     return {
         "rules": rules,
         "bytes": {
             "now": now,
             "after": now,
-            "packed": sum(dense.values()) + sum(packed.values()),
+            "packed": sum(here.values()),
+            "halves": halves(kinds),
+            "even": any(len({kind_of(t.name) in VOCABULARY for t in part}) == 2 for part in shared),
             "dense": dict(dense.most_common()),
         },
     }
@@ -184,13 +195,17 @@ def entries_tables(model: str, record: Mapping[str, Any]) -> list[Table]:
     sizes = record["bytes"]
     titles = {"now": "checkpoint now", "after": "after pruning, zeros stored", "packed": "packed"}
     lines = [
-        [title, f"{sizes[name]:,}", percent(sizes[name] / sizes["now"])] for name, title in titles.items()
+        [title, f"{sizes[name]:,}", percent(sizes[name] / sizes["now"]), ""] for name, title in titles.items()
     ]
+    for name, half in sizes["halves"].items():
+        share, bits = percent(half["bytes"] / sizes["now"]), number(half["bits"], ".3g")
+        title = HALVES[name] + ", if bits were shared evenly" * sizes["even"]
+        lines.append([f"  {title}", f"{half['bytes']:,}", share, bits])
     lines += [
-        [f"  of it dense: {kind}", f"{size:,}", percent(size / sizes["now"])]
+        [f"  of it dense: {kind}", f"{size:,}", percent(size / sizes["now"]), ""]
         for kind, size in sizes["dense"].items()
     ]
     return [
         (f"{model}: what would be pruned", ["rule", "targets", *fields, "entries"], rules, 2 + len(fields)),
-        ("Bytes of tensors", ["", "bytes", "of now"], lines, 1),
+        ("Bytes of tensors", ["", "bytes", "of now", "bits a weight"], lines, 1),
     ]

@@ -6,13 +6,13 @@ Place in the flow: beside it. Nothing here looks at data or changes a weight.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, dtype
 
 from sparsessm.architectures import REMOVED_A_LOG, REMOVED_A_LOG_FLOAT16, REMOVED_WEIGHT
-from sparsessm.report.record import kind_of, percent, recipe_table, removed_table, targets_table
+from sparsessm.report.record import kind_of, number, percent, recipe_table, removed_table, targets_table
 
 if TYPE_CHECKING:
     from sparsessm.checkpoint import AtRest
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 REMOVED = {word: {value, REMOVED_A_LOG_FLOAT16[word]} for word, value in REMOVED_A_LOG.items()}
 REMOVED |= {word: {value} for word, value in REMOVED_WEIGHT.items()}
 VOCABULARY = ("embeddings", "embed_tokens", "lm_head")  # kinds
+HALVES = {"vocabulary": "embedding and head", "body": "all others"}
 Table = tuple[str, list[str], list[list[str]], int]  # title, columns, cells, columns that are words
 
 
@@ -83,14 +84,18 @@ def inspection_tables(facts: Mapping[str, Any]) -> list[Table]:
     total = sum(kind["bytes"] for kind in facts["tensors"].values())
     title = f"{facts['model']}: format {facts['format']}, {total:,} bytes of tensors"
     cells = [
-        [name, ", ".join(kind["dtypes"]), f"{kind['bytes']:,}", percent(kind["bytes"] / total), _bits([kind])]
+        [
+            name,
+            ", ".join(kind["dtypes"]),
+            f"{kind['bytes']:,}",
+            percent(kind["bytes"] / total),
+            number(kind["bits"], ".3g"),
+        ]
         for name, kind in facts["tensors"].items()
     ]
-    outer = [kind for name, kind in facts["tensors"].items() if name in VOCABULARY]
-    body = [kind for name, kind in facts["tensors"].items() if name not in VOCABULARY]
-    for name, kinds in (("embedding and head", outer), ("all others", body)):
-        size = sum(kind["bytes"] for kind in kinds)
-        cells.append([name, "", f"{size:,}", percent(size / total), _bits(kinds)])
+    for name, half in halves(facts["tensors"]).items():
+        size = half["bytes"]
+        cells.append([HALVES[name], "", f"{size:,}", percent(size / total), number(half["bits"], ".3g")])
     found: list[Table] = [(title, ["tensors", "dtype", "bytes", "share", "bits a weight"], cells, 2)]
     if record := facts["record"]:
         parts = record["targets"], record["totals"]
@@ -102,10 +107,20 @@ def inspection_tables(facts: Mapping[str, Any]) -> list[Table]:
     return found
 
 
-def _bits(kinds: Sequence[Mapping[str, Any]]) -> str:
-    """Stored bits a weight of kinds together."""
-    entries = sum(8 * kind["bytes"] / kind["bits"] for kind in kinds)
-    return f"{sum(8 * kind['bytes'] for kind in kinds) / entries:.3g}" if entries else "-"
+def halves(kinds: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Embedding and head together ("vocabulary") and all others ("body"), as kinds of tensors are: "bytes",
+    and "bits" a weight, None of nothing.
+
+    Args:
+        kinds: the same, by kind of tensor.
+    """
+    found = {}
+    for half in HALVES:
+        part = [kind for name, kind in kinds.items() if (name in VOCABULARY) == (half == "vocabulary")]
+        size = sum(kind["bytes"] for kind in part)
+        entries = sum(8 * kind["bytes"] / kind["bits"] for kind in part)
+        found[half] = {"bytes": size, "bits": 8 * size / entries if entries else None}
+    return found
 
 
 def recount(
@@ -126,25 +141,25 @@ def recount(
     rows = [row for row in record["targets"] if row["removed"] != "cut"]  # that is not there to be counted
     inside: dict[str, list[tuple[int, int | None]]] = {}  # tensor -> (number of a row, its slice of it)
     counts: dict[int, int] = {}
-    for number, row in enumerate(rows):
+    for place, row in enumerate(rows):
         name = row["target"]
         held, _, expert = name.rpartition(".")
         if row["removed"] == "projected":
-            counts[number] = _projected(tensors, name.removesuffix(".state"))
+            counts[place] = _projected(tensors, name.removesuffix(".state"))
         elif expert.isdigit() and held in tensors and int(expert) < len(tensors[held]):
-            inside.setdefault(held, []).append((number, int(expert)))
+            inside.setdefault(held, []).append((place, int(expert)))
         elif name in tensors:
-            inside.setdefault(name, []).append((number, None))
+            inside.setdefault(name, []).append((place, None))
     for held, parts in inside.items():
         whole = value(held)
-        for number, expert in parts:
-            counts[number] = _count(whole if expert is None else whole[expert], rows[number]["removed"])
+        for place, expert in parts:
+            counts[place] = _count(whole if expert is None else whole[expert], rows[place]["removed"])
         del whole  # before the next one is read
-    for number, row in enumerate(rows):
-        if number not in counts:
+    for place, row in enumerate(rows):
+        if place not in counts:
             raise ValueError(f"{path}: the model has no {row['target']}")
-        _refuse_fewer(counts[number], row, path)
-    return {row["target"]: counts[number] for number, row in enumerate(rows)}
+        _refuse_fewer(counts[place], row, path)
+    return {row["target"]: counts[place] for place, row in enumerate(rows)}
 
 
 def _count(tensor: Tensor, removed: str) -> int:
