@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <exception>
 #include <mutex>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -233,7 +234,9 @@ std::vector<uint8_t> encode(const Codes &c, const std::vector<uint8_t> &tables, 
     parallel_for(static_cast<int64_t>(streams.size()), c.rows * c.cols * 8, threads, [&](int64_t group) {
         streams[group] = encode_rows(c, group * together, std::min(c.rows, (group + 1) * together), known);
     });
-    std::vector<uint8_t> whole;
+    std::vector<uint8_t> whole; // is kept as long as a run goes: no more memory than it has bytes
+    whole.reserve(std::accumulate(streams.begin(), streams.end(), size_t{0},
+                                  [](size_t sum, const auto &stream) { return sum + stream.size(); }));
     for (const auto &stream : streams) {
         whole.insert(whole.end(), stream.begin(), stream.end());
         *ends++ = static_cast<int64_t>(whole.size());
