@@ -6,9 +6,9 @@ Every row is a whole model as it runs: perplexity (change in % against the dense
 next-token distribution from the dense model's (nats a token) come from the runtime's own logits, on 32
 held-out windows of 512 tokens that no calibration sees. Means over calibration seeds 0, 1 and 2 (32 windows
 of 512 tokens), in brackets the least and the greatest; without brackets of seed 0, or no text was needed.
-Bytes are those of the weights' file, and of the weights in memory when our runtime has loaded it, which has
-no kernels for codes yet and decodes them. Decoding is timed at batch 1, the rows of TIMED in turn, one
-thread; ratios to the dense model are medians over rounds, of models that a cache holds.
+Bytes are those of the weights' file, and of the weights in memory when our runtime has loaded it. Decoding is
+timed at batch 1, the rows of TIMED in turn, one thread; ratios to the dense model are medians over rounds, of
+models that a cache holds.
 Rows of llama.cpp (kquants.py; no importance matrix) keep a tied embedding in Q6_K as llama.cpp does, and all
 small tensors in our dtypes; they are not timed. "alone": without our target, prices and dial.
 Every run is kept in the JSON file and not repeated; `--again` forgets them. Options: --model NAME (both by
@@ -74,11 +74,10 @@ ROWS: dict[str, tuple[list[Fields], Fields]] = {
         for bits in (4, 3)
     },
 }
-# What is timed. Codes are decoded when they are loaded, so that all rows of the dial run like one.
 TIMED = (
     "dense, bf16",
     "dense, int8",
-    "one dial, 3.25 bits",
+    *(f"one dial, {bits:g} bits" for bits in (4.25, 3.25, 2.25)),
     "half removed, bf16",
     "half removed, int8",
     "2:4, bf16",

@@ -1,6 +1,8 @@
-"""Decoding and prompts without zeros, at real shapes: random weights, packed against dense, equal precision.
+"""Decoding and prompts at real shapes, random weights: without zeros against dense at equal precision, or few
+bits against int8.
 
     python bench/runtime.py --shape 130m --threads 1 --dtype bf16 fp32 int8 --head same int8 --json FILE
+    python bench/runtime.py --shape 130m --bits 3.25 --batches 1 16
     python bench/runtime.py --shape 130m --shrink state=8 channel=768 --batches 1 16
     python bench/runtime.py --shape mamba2-130m --shrink state=64 head=12 direction=32 --batches 1 16
 
@@ -13,10 +15,12 @@ Shares that are removed are those of a real run at 50 % (`--shares uniform`: hal
 little in the first layers and much in the last. The dense model keeps all of its states, and its head in the
 same precision unless `--dense-head same` leaves it in that of its other matrices. With --shrink there are no
 zeros: what is compared with the dense model is a dense one of fewer states, channels (of Mamba-2: of a head)
-or heads, or one whose states are projected (direction). Options: --shape, --shrink AXIS=SIZE..., --layers N
-(fewer than the shape has), --threads N (default 1), --dtype (default bf16), --head (default same), --rounds N
-(default 9), --batches (default 1 4 8 16),
---prompt N (default 512), --shares real|uniform, --json FILE.
+or heads, or one whose states are projected (direction). With --bits the packed model has all matrices as
+codes that take so many bits in a file, whose rows and columns differ in size as those of the dial do (normal
+numbers times lognormal factors, spreads 0.5 and 0.4); the dense one is int8, its head too.
+Options: --shape, --bits N..., --shrink AXIS=SIZE..., --layers N (fewer than the shape has), --threads N (1),
+--dtype (bf16), --head (same), --rounds N (9), --batches (1 4 8 16), --prompt N (512),
+--shares real|uniform, --json FILE.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ import argparse
 import gc
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,8 +40,11 @@ from bench import cpu, show
 from torch import Tensor
 
 from sparsessm import kernels
+from sparsessm.checkpoint.coded import Coded, ans
 from sparsessm.checkpoint.encoding import Encoded, encode
+from sparsessm.checkpoint.packed_tensor import PackedTensor
 from sparsessm.evaluation.speed import Measurement, Subject, measure, storage
+from sparsessm.kernels import entropy
 from sparsessm.runtime.base import heads, model_type
 from sparsessm.runtime.engine import NativeEngine
 
@@ -171,12 +178,48 @@ def encoded(
     return dense, sparse
 
 
+def coded(name: str, shape: Sequence[int], bits: float, generator: torch.Generator) -> Coded:
+    """A random matrix of codes that take about so many bits in a file."""
+    rows, columns = (torch.randn(size, generator=generator) for size in shape)
+    spread = 2**bits / math.sqrt(2 * math.pi * math.e)  # of normal numbers whose rounded entropy that is
+    codes = (
+        torch.randn(*shape, generator=generator)
+        * spread
+        * (0.5 * rows).exp()[:, None]
+        * (0.4 * columns).exp()
+    )
+    arrays = {
+        part: torch.from_numpy(array) for part, array in entropy.encode(codes.round().short().numpy()).items()
+    }
+    return ans(name, torch.bfloat16, arrays, *(torch.full((size,), 0.125) for size in shape))
+
+
+def of_few_bits(config: SimpleNamespace, bits: float) -> tuple[dict[str, Encoded], dict[str, PackedTensor]]:
+    """A dense model in int8, its head too, and one with all matrices as codes."""
+    dense, _ = encoded(config, "int8", "int8", "none")
+    generator, few = torch.Generator().manual_seed(2), dict[str, PackedTensor](dense)
+    for name, tensor in dense.items():
+        if len(tensor.shape) == 2 and not name.endswith("A_log"):
+            few[name] = coded(name, tensor.shape, bits, generator)
+    return dense, few
+
+
 def compared(
-    shape: str, dtype: str, head: str, options: argparse.Namespace, shrunken: str = ""
+    shape: str,
+    dtype: str,
+    head: str,
+    options: argparse.Namespace,
+    shrunken: str = "",
+    bits: float | None = None,
 ) -> Measurement:
     """Both engines of one precision, in turn."""
     config, shares = configuration(shape, options.layers), "none" if shrunken else options.shares
-    dense, sparse = encoded(config, dtype, head, shares, options.dense_head)
+    dense: Mapping[str, PackedTensor]
+    sparse: Mapping[str, PackedTensor]
+    if bits is None:
+        dense, sparse = encoded(config, dtype, head, shares, options.dense_head)
+    else:
+        dense, sparse = of_few_bits(config, bits)
     models = [("packed", config, sparse), ("dense", config, dense)]
     if shrunken:
         other = configuration(shape, options.layers, shrunken)
@@ -235,6 +278,18 @@ def rows(found: Measurement) -> dict[str, Any]:
     return table
 
 
+def titled(shape: str, layers: int | None) -> str:
+    """A model in words."""
+    return (shape if shape in SHAPES2 else f"mamba-{shape}") + (f" of {layers} layers" if layers else "")
+
+
+def told(title: str, found: Measurement, results: dict[str, Any]) -> None:
+    """Print a comparison, and keep it."""
+    show(title, rows(found))
+    results[title] = {"shown": rows(found), **found.record()}
+    gc.collect()
+
+
 def axis(text: str) -> str:
     """An argument of --shrink, checked."""
     name, _, size = text.partition("=")
@@ -250,6 +305,7 @@ def main() -> None:
     parser.add_argument("--shape", nargs="+", choices=(*SHAPES, *SHAPES2), default=["130m"])
     parser.add_argument("--shrink", nargs="+", type=axis, default=[""], metavar="AXIS=SIZE")
     parser.add_argument("--layers", type=int)
+    parser.add_argument("--bits", nargs="+", type=float, default=[])
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
     parser.add_argument("--head", nargs="+", choices=("same", "int8"), default=["same"])
     parser.add_argument("--dense-head", choices=("same", "int8"), default="int8")
@@ -270,17 +326,18 @@ def main() -> None:
     show("machine", where)
     results: dict[str, Any] = {"machine": where, "shares": options.shares}
     for shape, dtype, head, shrunken in product(options.shape, options.dtype, options.head, options.shrink):
-        found = compared(shape, dtype, head, options, shrunken)
-        title = f"{shape if shape in SHAPES2 else f'mamba-{shape}'}, {dtype}"
+        if options.bits:
+            break
+        title = titled(shape, options.layers)
+        title += f", {dtype}"
         title += ", int8 head" if head == "int8" else ""
         if head == "int8" and options.dense_head == "same":
             title += f" against {dtype} head"
         title += f", {shrunken}, dense" if shrunken else ""
-        title += f", {options.layers} layers" if options.layers else ""
-        show(title, rows(found))
-        results[title] = {"shown": rows(found), **found.record()}
-        del found
-        gc.collect()
+        told(title, compared(shape, dtype, head, options, shrunken), results)
+    for shape, bits in product(options.shape, options.bits):
+        title = f"{titled(shape, options.layers)}, {bits:g} bits against int8"
+        told(title, compared(shape, "int8", "int8", options, bits=bits), results)
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")
 

@@ -8,23 +8,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from products import close, numbers, probe
 from torch import Tensor
 from torch.nn import functional as F
 
 from sparsessm import kernels
 from sparsessm.checkpoint.encoding import encode
-from sparsessm.kernels.matrix import BLOCK, Decoder, Matrix, rounded
-from sparsessm.runtime.engine import matrix
+from sparsessm.kernels.matrix import BLOCK, Matrix, rounded
+from sparsessm.runtime.mixer import matrices, matrix
 
 pytestmark = pytest.mark.skipif(not kernels.NATIVE, reason="the native extension is not built")
 VALUES = [torch.float32, torch.bfloat16, torch.int8]
 KINDS = [*VALUES, torch.float16]
 COLUMNS = [1, 3, 63, 64, 65, 130, 769]
 LENGTHS = [1, 2, 3, 4, 5, 15, 16, 31, 32, 33, 64, 65, 130]
-
-
-def numbers(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def weight(rows: int, cols: int, density: float, dtype: torch.dtype, seed: int = 0) -> Tensor:
@@ -52,33 +49,6 @@ def pack(values: Tensor, scale: Tensor | None = None, rows: Tensor | None = None
 
 def exact(values: Tensor, scale: Tensor | None) -> Tensor:
     return values.double() if scale is None else values.double() * scale.double()[:, None]
-
-
-def close(
-    found: Tensor, x: Tensor, weights: Tensor, scale: Tensor | None, bias: Tensor | None = None
-) -> bool:
-    """Within some roundings of float32 of the sum of magnitudes, which nothing but rounding can reach."""
-    x = x.double()
-    expected, room = x @ weights.T, x.abs() @ weights.abs().T
-    if bias is not None:
-        expected, room = expected + bias.double(), room + bias.double().abs()
-    if scale is not None:  # bytes are multiplied as w + 128, and 128 taken off again
-        room = room + 128 * x.abs().sum(1, keepdim=True) * scale.double()
-    assert found.dtype == torch.float32 and found.shape == expected.shape
-    return bool(((found.double() - expected).abs() <= 4e-6 * room + 1e-30).all())
-
-
-def probe(head: Matrix, x: Tensor) -> tuple[Tensor, Tensor]:
-    """What decoding makes of x with a matrix, by a network of no layers; and the normed x that it saw."""
-    rows, cols = head.rows, head.cols
-    table = torch.zeros(rows, cols)
-    count = min(len(x), rows)
-    table[:count] = x[:count]
-    sizes = {"width": cols, "channels": 1, "states": 1, "rank": 1, "taps": 1, "vocabulary": rows}
-    rest = {"norm": torch.ones(cols), "embedding": Matrix.dense(table), "head": head}
-    decoder = Decoder(sizes | {"epsilon": 1e-5}, [], rest)
-    logits = decoder.step(torch.arange(count), torch.empty(count, 0), 1)
-    return logits, F.rms_norm(x[:count], (cols,), None, 1e-5)
 
 
 @pytest.mark.parametrize("dtype", VALUES, ids=str)
@@ -156,7 +126,7 @@ def test_matrices_of_encoded_tensors_and_chosen_rows(level: str, dtype: torch.dt
     for kind in ("dense", "bitmask"):
         found = encode("w", values, kind=kind, int8=dtype == torch.int8)
         for order in orders:
-            made = matrix(found, order)
+            made = matrices(found, [order])[0]
             whole = found.decode(torch.float32)
             weights = whole if order is None else whole[order]
             scale = found.scale if order is None or found.scale is None else found.scale[order]

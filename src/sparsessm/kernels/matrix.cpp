@@ -1,6 +1,8 @@
 // From packed rows to the layout that the kernels stream, with every count checked on the way. Portable code.
 #include "matrix.h"
 
+#include "few_bits.h"
+
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -69,13 +71,18 @@ Buffer::Buffer(int64_t bytes) {
 }
 
 int64_t Matrix::bytes() const {
-    const int64_t stored = (sparse ? nonzero : rows * cols) * size_of(value);
-    return stored + (sparse ? groups * blocks * GROUP * 8 : 0) + static_cast<int64_t>(scale.size()) * 4;
+    const auto of = [](const auto &vector) { return static_cast<int64_t>(vector.size() * sizeof vector[0]); };
+    if (form == Form::codes)
+        return offsets[groups] + of(offsets) + of(scale) + of(columns) + of(widths) + of(inputs) + of(place) + of(strays) +
+               of(stray_counts) + of(stray_offsets);
+    const int64_t stored = (form == Form::sparse ? nonzero : rows * cols) * size_of(value);
+    return stored + (form == Form::sparse ? groups * blocks * GROUP * 8 : 0) + of(scale);
 }
 
 void Matrix::row(int64_t index, float *out) const {
     const float unit = scale.empty() ? 1.0f : scale[index];
-    if (!sparse) {
+    if (form == Form::codes) return code_row(*this, index, out);
+    if (form == Form::dense) {
         for (int64_t c = 0; c < cols; ++c) out[c] = number(values, index * cols + c, value) * unit;
         return;
     }
@@ -96,7 +103,8 @@ void Matrix::row(int64_t index, float *out) const {
 
 std::vector<int64_t> Matrix::shares(int threads) const {
     const auto before = [&](int64_t group) {
-        if (!sparse) return group;
+        if (form == Form::dense) return group;
+        if (form == Form::codes) return offsets[group] + stray_offsets[group] * static_cast<int64_t>(sizeof(Stray));
         return offsets[group] * size_of(value) + group * blocks * GROUP * 8;
     };
     std::vector<int64_t> bounds(threads + 1, groups);
@@ -109,7 +117,7 @@ std::vector<int64_t> Matrix::shares(int threads) const {
             if (before(middle) < wanted) low = middle + 1;
             else high = middle;
         }
-        bounds[t] = low;
+        bounds[t] = low / together() * together();
     }
     return bounds;
 }
@@ -130,7 +138,7 @@ Matrix sparse_matrix(const Packed &p) {
         refuse("the mask keeps " + std::to_string(starts[p.rows]) + " entries, there are " + std::to_string(p.nonzero) +
                " values");
     Matrix m;
-    m.sparse = true, m.value = p.value, m.cols = p.cols;
+    m.form = Form::sparse, m.value = p.value, m.cols = p.cols;
     m.rows = p.order ? p.ordered : p.rows;
     if (m.rows < 1) refuse("no rows chosen");
     m.blocks = (m.cols + BLOCK - 1) / BLOCK, m.groups = (m.rows + GROUP - 1) / GROUP;

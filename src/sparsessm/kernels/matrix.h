@@ -1,5 +1,5 @@
-// A weight matrix as the runtime's kernels read it: dense rows as they came, or packed non-zeros under bit masks.
-// Built and checked by matrix.cpp, read by product_impl.h.
+// A weight matrix as the runtime's kernels read it: dense rows as they came, packed non-zeros under bit masks, or integer
+// codes of few bits. Built and checked by matrix.cpp and few_bits.cpp, read by product_impl.h and few_bits_impl.h.
 #pragma once
 #include <cstdint>
 #include <memory>
@@ -10,8 +10,11 @@ namespace sparsessm {
 enum class Value : uint8_t { f32, bf16, i8 };
 inline int64_t size_of(Value value) { return value == Value::f32 ? 4 : value == Value::bf16 ? 2 : 1; }
 
+enum class Form : uint8_t { dense, sparse, codes };
+
 constexpr int GROUP = 4;  // rows whose blocks lie next to each other: one stream feeds four sums
 constexpr int BLOCK = 64; // columns under one mask
+constexpr int BAND = 16;  // rows of codes that lie in the order of their sizes; as many as a group of the scan has channels
 
 // Memory for streaming, and readable some cache lines beyond its end. Many share one large block of huge pages: reading
 // a gigabyte through small pages costs up to half of the bandwidth.
@@ -25,20 +28,39 @@ class Buffer {
     uint8_t *data_ = nullptr;
 };
 
+// A code that has more bits than its block of a group stores: its column as it lies, and what it is more than the
+// nearest one that they can say.
+struct Stray {
+    uint16_t column;
+    int16_t more;
+};
+
 struct Matrix {
     int64_t rows = 0, cols = 0, blocks = 0, groups = 0, nonzero = 0;
     Value value = Value::f32;
-    bool sparse = false;
-    // Sparse: for each group, block, row of the group: the kept values. Dense: (rows, cols).
+    Form form = Form::dense;
+    // Sparse: for each group, block, row of the group: the kept values. Dense: (rows, cols). Codes: for each group,
+    // block, row of the group 8 bytes for each bit of the group's width (few_bits_impl.h).
     const uint8_t *values = nullptr;
     const uint64_t *masks = nullptr;  // (groups, blocks, GROUP): bit j keeps column 64 * block + j
-    std::vector<int64_t> offsets;     // (groups + 1): where a group's values begin, in values
+    std::vector<int64_t> offsets;     // (groups + 1): where a group's values begin, in values; of codes in bytes
     std::vector<float> scale;         // (rows) or empty
+    // Of codes. Columns lie in the order of their sizes, and so do the rows of a band: what lies together has about as
+    // many bits. scale and columns are in these orders.
+    std::vector<uint8_t> widths;        // (groups, blocks): bits of a code
+    std::vector<int32_t> inputs;        // (cols): which input a column is for
+    std::vector<uint8_t> place;         // (rows): which row of its band it is
+    std::vector<float> columns;         // (cols) or empty: factors of the inputs
+    std::vector<Stray> strays;          // row by row as they lie
+    std::vector<uint16_t> stray_counts; // (rows)
+    std::vector<int64_t> stray_offsets; // (groups + 1)
     Buffer own_values, own_masks;
 
     int64_t bytes() const; // what decoding one token reads
     // A row as floats, for the embedding.
     void row(int64_t index, float *out) const;
+    // How many groups must stay with one thread: their rows lie in another order.
+    int64_t together() const { return form == Form::codes ? BAND / GROUP : 1; }
     // Bounds of the groups of `threads` shares of about equal bytes: share t is [bounds[t], bounds[t + 1]).
     std::vector<int64_t> shares(int threads) const;
 };
@@ -57,6 +79,17 @@ struct Packed {
 
 // Throws std::invalid_argument where the masks and values do not fit each other: a kernel must never read beyond them.
 Matrix sparse_matrix(const Packed &);
+// Integer codes: value = code * scale of the row * factor of the column.
+struct Codes {
+    int64_t rows, cols;
+    const int16_t *codes;  // (rows, cols)
+    const float *scale;    // (rows)
+    const float *columns;  // (cols) or null
+    const int64_t *order;  // as above
+    int64_t ordered;
+};
+Matrix codes_matrix(const Codes &);
+
 Matrix dense_matrix(int64_t rows, int64_t cols, Value, const uint8_t *values, const float *scale);
 
 } // namespace sparsessm

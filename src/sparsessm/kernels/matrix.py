@@ -1,12 +1,13 @@
-"""Weight matrices as the runtime reads them, dense or without their zeros, and the decoder made of them.
+"""Weight matrices as the runtime reads them, dense, without their zeros or as codes of few bits, and the
+decoder made of them.
 
-Part of the kernels' door: shapes are checked here and again natively. What a matrix computes is
-torch's `linear` of the weight it stands for; the native side is matrix.h, product_impl.h and step_impl.h.
+Part of the kernels' door: shapes are checked here and again natively. What a matrix computes is torch's
+`linear` of the weight it stands for; the native side is matrix.h, few_bits.h, product_impl.h and step_impl.h.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,10 +32,15 @@ class Matrix:
         nbytes: bytes that one decoding step reads.
     """
 
-    def __init__(self, native: Any, dtype: torch.dtype, scale: Tensor | None) -> None:
-        self.native = native
-        self._values = None if native.sparse else native.values.view(dtype)
-        self._scale = _floats(scale)
+    def __init__(self, native: Any, wide: Callable[[], Tensor] | None, scale: Tensor | None) -> None:
+        """Wrap what the extension made.
+
+        Args:
+            wide: gives the weight as float32, for products of `MANY` rows or more by the BLAS; None: they are
+                native too.
+            scale: of rows, of int8; inputs are then `rounded` here, as not all of the native ways do it.
+        """
+        self.native, self._wide, self._rounds = native, wide, scale is not None
         self.rows, self.cols = int(native.rows), int(native.cols)
         self.sparse, self.nbytes = bool(native.sparse), int(native.nbytes)
 
@@ -50,8 +56,14 @@ class Matrix:
             ValueError: another dtype or shape.
         """
         _expect("values", values, VALUES, -1, -1)
-        values = values.detach().contiguous()
-        return Matrix(kernels.extension().dense(_bits(values), _floats(scale)), values.dtype, scale)
+        values, scale = values.detach().contiguous(), _floats(scale)
+        made = kernels.extension().dense(_bits(values), scale)
+        held = made.values.view(values.dtype)
+
+        def wide() -> Tensor:
+            return held.float() if scale is None else held.float() * scale[:, None]
+
+        return Matrix(made, wide, scale)
 
     @staticmethod
     def packed(
@@ -76,10 +88,36 @@ class Matrix:
         made = kernels.extension().sparse(
             mask.contiguous(), cols, _bits(values.contiguous()), _floats(scale), order
         )
-        return Matrix(made, values.dtype, scale if scale is None or rows is None else scale[rows])
+        return Matrix(made, None, scale)
+
+    @staticmethod
+    def codes(
+        codes: Tensor, scale: Tensor, columns: Tensor | None = None, rows: Tensor | None = None
+    ) -> Matrix:
+        """Integers of few bits: four rows of 64 columns have the width that takes the fewest bytes, and what
+        is beyond it is stored apart (few_bits.h); everything is copied.
+
+        Args:
+            codes: (stored rows, cols) int16.
+            scale: (stored rows,): what a unit of a row is worth. columns: (cols,): the same of a column.
+            rows: as in `packed`.
+
+        Raises:
+            ValueError: another dtype or shape, a row that is not there.
+        """
+        _expect("codes", codes, (torch.int16,), -1, -1)
+        order = None
+        if rows is not None:
+            _expect("rows", rows, (torch.int64,), -1)
+            order = rows.contiguous()
+        made = kernels.extension().codes(codes.contiguous(), _floats(scale), _floats(columns), order)
+        return Matrix(made, None, None)
 
     def linear(self, x: Tensor, bias: Tensor | None = None, *, softplus: bool = False) -> Tensor:
-        """x (L, cols) float32 -> x @ weight.T + bias, (L, rows) float32; of int8, x is `rounded` first.
+        """x (L, cols) float32 -> x @ weight.T + bias, (L, rows) float32.
+
+        With integers x is `rounded` first; with `codes` after it was multiplied by the factors of columns and
+        put into the order in which those lie.
 
         Args:
             bias: (rows,) float32.
@@ -93,11 +131,10 @@ class Matrix:
             _expect("bias", bias, (torch.float32,), self.rows)
             bias = bias.detach().contiguous()
         x = x.detach()
-        if self._scale is not None:
+        if self._rounds:
             x = rounded(x)
-        if self._values is not None and len(x) >= MANY:  # what a BLAS is made for
-            weight = self._values.float()
-            out = F.linear(x, weight if self._scale is None else weight * self._scale[:, None], bias)
+        if self._wide is not None and len(x) >= MANY:  # what a BLAS is made for
+            out = F.linear(x, self._wide(), bias)
             return F.softplus(out) if softplus else out
         x = x if x.stride(-1) == 1 or self.cols == 1 else x.contiguous()
         out = kernels.empty(x.shape[0], self.rows)

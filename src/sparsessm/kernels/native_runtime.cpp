@@ -82,6 +82,19 @@ std::shared_ptr<Matrix> dense(Raw values, std::optional<Array<const float, 1>> s
                                                static_cast<const uint8_t *>(values.data()), scale_of));
 }
 
+std::shared_ptr<Matrix> codes(Array<const int16_t, 2> codes, Array<const float, 1> scale,
+                              std::optional<Array<const float, 1>> columns, std::optional<Array<const int64_t, 1>> order) {
+    Codes c{};
+    c.rows = codes.shape(0), c.cols = codes.shape(1), c.codes = codes.data(), c.scale = scale.data();
+    if (static_cast<int64_t>(scale.shape(0)) != c.rows) refuse("there are not as many scales as rows");
+    if (columns && static_cast<int64_t>(columns->shape(0)) != c.cols) refuse("there are not as many factors as columns");
+    if (columns) c.columns = columns->data();
+    if (order && order->shape(0) == 0) refuse("no rows chosen");
+    if (order) c.order = order->data(), c.ordered = order->shape(0);
+    nb::gil_scoped_release release;
+    return std::make_shared<Matrix>(codes_matrix(c));
+}
+
 // The values of a dense matrix as torch sees them; they live as long as the matrix.
 template <typename T> nb::object view(nb::handle self, const Matrix &m) {
     const size_t shape[2] = {static_cast<size_t>(m.rows), static_cast<size_t>(m.cols)};
@@ -365,13 +378,13 @@ void bind_runtime(nb::module_ &m) {
     nb::class_<Matrix>(m, "Matrix")
         .def_prop_ro("rows", [](const Matrix &h) { return h.rows; })
         .def_prop_ro("cols", [](const Matrix &h) { return h.cols; })
-        .def_prop_ro("sparse", [](const Matrix &h) { return h.sparse; })
+        .def_prop_ro("sparse", [](const Matrix &h) { return h.form == Form::sparse; })
         .def_prop_ro("nonzero", [](const Matrix &h) { return h.nonzero; })
         .def_prop_ro("nbytes", [](const Matrix &h) { return h.bytes(); })
         .def_prop_ro("values",
                      [](nb::handle self) {
                          const auto &m = nb::cast<const Matrix &>(self);
-                         if (m.sparse) refuse("a sparse matrix has no dense values");
+                         if (m.form != Form::dense) refuse("only a dense matrix has dense values");
                          return m.value == Value::f32   ? view<float>(self, m)
                                 : m.value == Value::i8 ? view<int8_t>(self, m)
                                                        : view<int16_t>(self, m);
@@ -385,6 +398,7 @@ void bind_runtime(nb::module_ &m) {
         .def("product", &product, nb::arg("level"), nb::arg("threads"), array("x"), maybe("bias"),
              nb::arg("softplus"), array("out"));
     m.def("sparse", &sparse, array("mask"), nb::arg("cols"), array("values"), maybe("scale"), maybe("order"));
+    m.def("codes", &codes, array("codes"), array("scale"), maybe("columns"), maybe("order"));
     m.def("dense", &dense, array("values"), maybe("scale"));
     nb::class_<Decoder>(m, "Decoder")
         .def_prop_ro("state_size", [](const Decoder &d) { return d.net.state_size; })

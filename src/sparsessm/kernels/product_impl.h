@@ -177,6 +177,7 @@ struct Inputs {
     Aligned<int8_t> q;          // the same as bytes, for dot products of bytes
     std::vector<float> scale;   // (batch, blocks): what a unit of q is worth
     std::vector<int32_t> shift; // (batch, blocks): -128 times the sum of q
+    std::vector<float> before;  // (batch, blocks + 1), for codes: sums of the inputs of all blocks before, as rounded
     int64_t width = 0;
 };
 
@@ -222,13 +223,21 @@ static void prepare(const Matrix &m, const float *x, int64_t stride, int64_t bat
     in.x.resize(batch * in.width);
     for (int64_t b = 0; b < batch; ++b) {
         float *to = in.x.data() + b * in.width;
-        std::memcpy(to, x + b * stride, m.cols * sizeof(float));
+        if (m.inputs.empty()) std::memcpy(to, x + b * stride, m.cols * sizeof(float));
+        for (size_t i = 0; i < m.inputs.size(); ++i) to[i] = x[b * stride + m.inputs[i]];
+        for (size_t i = 0; i < m.columns.size(); ++i) to[i] *= m.columns[i];
         std::memset(to + m.cols, 0, (in.width - m.cols) * sizeof(float));
     }
     if (m.value == Value::i8) {
         in.q.resize(batch * in.width), in.scale.resize(batch * m.blocks), in.shift.resize(batch * m.blocks);
         for (int64_t i = 0; i < batch * m.blocks; ++i)
             quantise(&in.x[i * BLOCK], &in.q[i * BLOCK], &in.scale[i], &in.shift[i]);
+        if (m.form == Form::codes) {
+            in.before.assign(batch * (m.blocks + 1), 0);
+            for (int64_t b = 0; b < batch; ++b)
+                for (int64_t i = b * m.blocks, to = i + b + 1; i < (b + 1) * m.blocks; ++i, ++to)
+                    in.before[to] = in.before[to - 1] + in.scale[i] * (static_cast<float>(in.shift[i]) / -128);
+        }
     } else if (HALVES && m.value == Value::bf16) { // even columns, then odd ones, of each 2 * LANES
         for (int64_t at = 0; at < batch * in.width; at += 2 * LANES) {
             float even[LANES], odd[LANES];
@@ -379,19 +388,25 @@ static void dot_bytes(const Matrix &m, const Inputs &in, int64_t first, int64_t 
 }
 #endif
 
-template <Value V, bool SPARSE, int COLS>
+#include "few_bits_impl.h"
+
+template <Value V, Form FORM, int COLS>
 static inline void dots(const Matrix &m, const Inputs &in, int64_t first, int64_t group, float (*sums)[GROUP]) {
+    if constexpr (FORM == Form::codes) {
+        dot_codes<COLS>(m, in, first, group, sums);
+        return;
+    }
 #if BYTES
     if constexpr (V == Value::i8) {
-        dot_bytes<SPARSE, COLS>(m, in, first, group, sums);
+        dot_bytes<FORM == Form::sparse, COLS>(m, in, first, group, sums);
         return;
     }
 #endif
-    if constexpr (SPARSE) dot_packed<V, COLS>(m, in, first, group, sums);
+    if constexpr (FORM == Form::sparse) dot_packed<V, COLS>(m, in, first, group, sums);
     else dot_dense<V, COLS>(m, in, first, group, sums);
 }
 
-template <Value V, bool SPARSE>
+template <Value V, Form FORM>
 static void project_groups(const Matrix &m, const Inputs &in, int64_t batch, int64_t begin, int64_t end, float *out,
                            int64_t stride) {
     for (int64_t group = begin; group < end; ++group) {
@@ -399,14 +414,16 @@ static void project_groups(const Matrix &m, const Inputs &in, int64_t batch, int
         for (int64_t b = 0; b < batch;) { // the group is in the first-level cache from the second turn on
             float sums[4][GROUP];
             // a dense row has four sums a column: sixteen only where there are registers for them
-            const int64_t cols = std::min<int64_t>(SPARSE || LANES == 16 ? 4 : 2, batch - b);
-            if (cols == 4) dots<V, SPARSE, 4>(m, in, b, group, sums);
-            else if (cols == 3) dots<V, SPARSE, 3>(m, in, b, group, sums);
-            else if (cols == 2) dots<V, SPARSE, 2>(m, in, b, group, sums);
-            else dots<V, SPARSE, 1>(m, in, b, group, sums);
+            const int64_t cols = std::min<int64_t>(FORM != Form::dense || LANES == 16 ? 4 : 2, batch - b);
+            if (cols == 4) dots<V, FORM, 4>(m, in, b, group, sums);
+            else if (cols == 3) dots<V, FORM, 3>(m, in, b, group, sums);
+            else if (cols == 2) dots<V, FORM, 2>(m, in, b, group, sums);
+            else dots<V, FORM, 1>(m, in, b, group, sums);
             for (int64_t c = 0; c < cols; ++c)
-                for (int64_t r = 0; r < rows; ++r)
-                    out[(b + c) * stride + first + r] = sums[c][r] * (m.scale.empty() ? 1.0f : m.scale[first + r]);
+                for (int64_t r = 0; r < rows; ++r) {
+                    const int64_t place = FORM == Form::codes ? first / BAND * BAND + m.place[first + r] : first + r;
+                    out[(b + c) * stride + place] = sums[c][r] * (m.scale.empty() ? 1.0f : m.scale[first + r]);
+                }
             b += cols;
         }
     }
@@ -535,14 +552,16 @@ static void project(const Matrix &m, const float *x, int64_t x_stride, int64_t b
     asm("" : "+r"(mine)); // else the compiler finds out whose they are, and asks for their address in every loop
     Inputs &in = *mine;
     prepare(m, x, x_stride, batch, in);
-    if (m.sparse) {
-        if (m.value == Value::f32) project_groups<Value::f32, true>(m, in, batch, begin, end, out, stride);
-        else if (m.value == Value::bf16) project_groups<Value::bf16, true>(m, in, batch, begin, end, out, stride);
-        else project_groups<Value::i8, true>(m, in, batch, begin, end, out, stride);
+    if (m.form == Form::codes) {
+        project_groups<Value::i8, Form::codes>(m, in, batch, begin, end, out, stride);
+    } else if (m.form == Form::sparse) {
+        if (m.value == Value::f32) project_groups<Value::f32, Form::sparse>(m, in, batch, begin, end, out, stride);
+        else if (m.value == Value::bf16) project_groups<Value::bf16, Form::sparse>(m, in, batch, begin, end, out, stride);
+        else project_groups<Value::i8, Form::sparse>(m, in, batch, begin, end, out, stride);
     } else {
-        if (m.value == Value::f32) project_groups<Value::f32, false>(m, in, batch, begin, end, out, stride);
-        else if (m.value == Value::bf16) project_groups<Value::bf16, false>(m, in, batch, begin, end, out, stride);
-        else project_groups<Value::i8, false>(m, in, batch, begin, end, out, stride);
+        if (m.value == Value::f32) project_groups<Value::f32, Form::dense>(m, in, batch, begin, end, out, stride);
+        else if (m.value == Value::bf16) project_groups<Value::bf16, Form::dense>(m, in, batch, begin, end, out, stride);
+        else project_groups<Value::i8, Form::dense>(m, in, batch, begin, end, out, stride);
     }
 }
 
@@ -563,10 +582,12 @@ static void finish(const Product &p, int64_t from, int64_t tokens, int64_t first
 void product(const Product &p, int threads) {
     const Matrix &m = p.matrix;
     const int64_t cost = p.length * m.nonzero / LANES;
-    if (p.length < WALK_FROM || !m.sparse) {
-        const int64_t units = std::min<int64_t>(m.groups, threads > 1 ? 4 * threads : 1);
+    if (p.length < WALK_FROM || m.form != Form::sparse) {
+        const int64_t bands = (m.groups + m.together() - 1) / m.together();
+        const int64_t units = std::min<int64_t>(bands, threads > 1 ? 4 * threads : 1);
         parallel_for(units, cost, threads, [&](int64_t unit) {
-            const int64_t begin = m.groups * unit / units, end = m.groups * (unit + 1) / units;
+            const int64_t begin = bands * unit / units * m.together(),
+                          end = std::min(m.groups, bands * (unit + 1) / units * m.together());
             project(m, p.x, p.x_stride, p.length, begin, end, p.out, p.out_stride);
             finish(p, 0, p.length, begin * GROUP, std::min(m.rows, end * GROUP));
         });

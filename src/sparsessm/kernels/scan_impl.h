@@ -5,6 +5,7 @@
 //   h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t      y_t = (C_t . h_t + D u_t) silu(z_t)
 //
 // Time is cut into tiles short enough for everything that a tile touches to stay in the first-level cache.
+#include "few_bits.h"
 #include "runtime.h"
 #include "scan.h"
 

@@ -13,8 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsessm.checkpoint.coded import plain
-from sparsessm.checkpoint.encoding import Encoded
 from sparsessm.checkpoint.packed_tensor import PackedTensor
 from sparsessm.checkpoint.shelf import Unread, give_back, shapes_of
 from sparsessm.kernels.matrix import Decoder, Matrix
@@ -40,11 +38,11 @@ class Traced(Unread):
         """As `Unread.shapes`."""
         return self._shapes
 
-    def __getitem__(self, name: str) -> Encoded:
+    def __getitem__(self, name: str) -> PackedTensor:
         found = self._tensors[name]
         if name not in self._traces:
             self._traces[name] = {part: trace(part, array) for part, array in found.parts.items()}
-        return plain(found)
+        return found
 
     def traces(self) -> dict[str, str]:
         """Of all arrays of all tensors."""

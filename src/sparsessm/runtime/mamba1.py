@@ -21,7 +21,7 @@ from sparsessm import kernels
 from sparsessm.architectures import REMOVED_A_LOG, removed_a_log
 from sparsessm.kernels.matrix import Matrix
 from sparsessm.runtime.base import channels_of, mixer_epsilon, scan_shapes
-from sparsessm.runtime.mixer import LANES, Mixer, Weights, matrix, padded
+from sparsessm.runtime.mixer import LANES, Mixer, Weights, matrices, matrix, padded
 
 
 @dataclass(frozen=True)
@@ -87,17 +87,17 @@ class Mamba1(Mixer):
         inner = channels_of(config, weights.shape)
         weights.check({f"mixer.{name}": shape for name, shape in scan_shapes(config, inner).items()})
         super().__init__(weights)
-        stored = weights.encoded("mixer.A_log")
+        stored = weights.stored("mixer.A_log")
         a_log, forgets = stored.decode(torch.float32), removed_a_log(stored.dtype)["memoryless"]
         self.slots, self.a = Slots.of(a_log, forgets), -torch.exp(a_log)
         self.in_bias = weights.optional("mixer.in_proj.bias")
         self.dt_bias = weights.vector("mixer.dt_proj.bias")
-        every, projection = torch.arange(2 * inner), weights.encoded("mixer.in_proj.weight")
-        self.in_x, self.in_z = matrix(projection, every[:inner]), matrix(projection, every[inner:])
-        self.x_proj = matrix(weights.encoded("mixer.x_proj.weight"))
-        step = weights.encoded("mixer.dt_proj.weight")
+        every, projection = torch.arange(2 * inner), weights.stored("mixer.in_proj.weight")
+        self.in_x, self.in_z = matrices(projection, [every[:inner], every[inner:]])
+        self.x_proj = matrix(weights.stored("mixer.x_proj.weight"))
+        step = weights.stored("mixer.dt_proj.weight")
         # twice, as it is small: in the order of the slots for decoding, as it came for prompts
-        self.dt_proj, self.dt_rows = matrix(step, self.slots.order), matrix(step)
+        self.dt_proj, self.dt_rows = matrices(step, [self.slots.order, None])
         self.state_size = (int(config.conv_kernel) - 1) * inner + len(self.slots.entry)
         self._epsilon = mixer_epsilon(config)
 

@@ -19,7 +19,7 @@ from sparsessm.architectures import removed_a_log
 from sparsessm.kernels.matrix import Matrix
 from sparsessm.kernels.ssd import ssd_scan
 from sparsessm.runtime.base import heads, limits
-from sparsessm.runtime.mixer import LANES, Mixer, Weights, matrix, padded
+from sparsessm.runtime.mixer import LANES, Mixer, Weights, matrices, padded
 
 
 class Mamba2(Mixer):
@@ -31,7 +31,7 @@ class Mamba2(Mixer):
         super().__init__(weights)
         self.size, self._epsilon = heads(config), float(config.layer_norm_epsilon)
         self._limit = limits(config)
-        stored = weights.encoded("mixer.A_log")
+        stored = weights.stored("mixer.A_log")
         a_log, forgets = stored.decode(torch.float32), removed_a_log(stored.dtype)["memoryless"]
         self.keeps, self.a = a_log < forgets, -torch.exp(a_log)
         self.gated_norm, self.dt_bias = weights.vector("mixer.norm.weight"), weights.vector("mixer.dt_bias")
@@ -39,10 +39,8 @@ class Mamba2(Mixer):
         if (bias := weights.optional("mixer.in_proj.bias")) is not None:
             of_gate, of_conv, of_step = bias.split(widths)
             self.in_bias, self.dt_bias = torch.cat([of_conv, of_gate]), self.dt_bias + of_step
-        projection = weights.encoded("mixer.in_proj.weight")
-        self.in_z, self.in_x, self.in_dt = (
-            matrix(projection, rows) for rows in torch.arange(sum(widths)).split(widths)
-        )
+        projection = weights.stored("mixer.in_proj.weight")
+        self.in_z, self.in_x, self.in_dt = matrices(projection, torch.arange(sum(widths)).split(widths))
         self.B_projection, self.C_projection = map(
             weights.optional, ("mixer.B_projection", "mixer.C_projection")
         )

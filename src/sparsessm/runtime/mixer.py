@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsessm import kernels
-from sparsessm.checkpoint.coded import plain
+from sparsessm.checkpoint.coded import Coded, plain
 from sparsessm.checkpoint.encoding import Encoded
+from sparsessm.checkpoint.packed_tensor import PackedTensor
 from sparsessm.checkpoint.shelf import Unread
 from sparsessm.kernels.matrix import Matrix
 
@@ -46,13 +47,13 @@ class Weights:
         shape = self._tensors.shapes.get(self._prefix + name)
         return None if shape is None else tuple(shape)
 
-    def encoded(self, name: str) -> Encoded:
-        """A tensor as it is stored; one of codes with its values."""
-        return plain(self._tensors[self._prefix + name])
+    def stored(self, name: str) -> PackedTensor:
+        """A tensor as it is stored."""
+        return self._tensors[self._prefix + name]
 
     def vector(self, name: str) -> Tensor:
         """A tensor in float32."""
-        return self.encoded(name).decode(torch.float32)
+        return self.stored(name).decode(torch.float32)
 
     def optional(self, name: str) -> Tensor | None:
         """The same, None where the model has no such tensor."""
@@ -78,7 +79,7 @@ class Mixer(ABC):
         self.conv = weights.vector("mixer.conv1d.weight")[:, 0]
         self.conv_bias = weights.optional("mixer.conv1d.bias")
         self.out_bias = weights.optional("mixer.out_proj.bias")
-        self.out_proj = matrix(weights.encoded("mixer.out_proj.weight"))
+        self.out_proj = matrix(weights.stored("mixer.out_proj.weight"))
 
     @staticmethod
     @abstractmethod
@@ -148,9 +149,26 @@ class Mixer(ABC):
         return x, rest
 
 
-def matrix(tensor: Encoded, rows: Tensor | None = None) -> Matrix:
-    """The rows of a checked tensor, all if not given, in the form the kernels read."""
-    tensor = tensor.bitmask()
+def matrix(tensor: PackedTensor) -> Matrix:
+    """A checked tensor in the form the kernels read."""
+    return matrices(tensor, [None])[0]
+
+
+def matrices(tensor: PackedTensor, parts: Sequence[Tensor | None]) -> list[Matrix]:
+    """The same for some of its rows, and for others; None: all. What is coded is decoded once."""
+    if isinstance(tensor, Coded) and not tensor.width:
+        codes, factors = torch.from_numpy(tensor.codes()), (tensor.factors("rows"), tensor.factors("columns"))
+        found = [Matrix.codes(codes, *factors, rows) for rows in parts]
+        if (
+            sum(made.nbytes for made in found)
+            < sum(made.rows * made.cols for made in found) * tensor.dtype.itemsize
+        ):
+            return found
+    held = plain(tensor).bitmask()
+    return [_matrix(held, rows) for rows in parts]
+
+
+def _matrix(tensor: Encoded, rows: Tensor | None) -> Matrix:
     # float16 is read as float32, and so is a removed value other than zero written out
     if tensor.values.dtype == torch.float16 or tensor.removed:
         values, scale = tensor.decode(torch.float32), None
