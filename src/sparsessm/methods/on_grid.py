@@ -18,6 +18,7 @@ from sparsessm.methods.levels import Levels, as_factors, as_scales
 
 PASSES = 2  # of coordinate descent
 ROUNDS = 3  # of row and column factors in turn
+TOGETHER = 4096  # rows that are in float64 at once
 FARTHEST = 2.0  # a fit changes a scale by this factor at most
 RIDGE = 1e-3  # share of the mean diagonal, in the least squares of column factors
 
@@ -109,34 +110,55 @@ def fit_factors(
     """Row and column factors in turn, each by least squares with the other fixed; codes stay.
 
     Rows: a_i = <z_i, V_i> / <z_i, z_i> under H. Columns: (H o W'FW) g = diag(W'F V H), damped towards 1.
-    Factors are coarse: where rounding them loses what the fit gains, they stay.
+    Factors are coarse: where rounding them loses what the fit gains, they stay. Some rows at a time are in
+    float64: a vocabulary has many.
     """
     assert levels.columns is not None
-    goal, hessian = goal.double(), hessian.double()
-    value, wanted = levels.values().double(), goal @ hessian
-    costs = (torch.ones_like(goal[:, 0]) if prices is None else prices)[:, None]
+    hessian = hessian.double()
+    costs = torch.ones_like(levels.rows[:, 0], dtype=torch.float64) if prices is None else prices
     rows, columns = levels.rows[:, 0].double(), levels.columns.double()
+    parts = torch.arange(len(goal), device=goal.device).split(TOGETHER)
 
-    def of_rows(value: Tensor) -> Tensor:
+    def of_rows(value: Tensor, wanted: Tensor) -> Tensor:
         power = ((value @ hessian) * value).sum(1)
         change = torch.where(power > 0, (wanted * value).sum(1) / power.clamp(min=1e-300), 1.0)
         return change.clamp(1 / FARTHEST, FARTHEST)
 
-    def error(value: Tensor) -> float:
-        return float((((value @ hessian - 2 * wanted) * value) * costs).sum())
-
     for _ in range(rounds):
-        change = of_rows(value)
-        rows, value = rows * change, value * change[:, None]
-        priced = costs * value
-        products, target = hessian * (value.T @ priced), (priced * wanted).sum(0)
+        products, target = torch.zeros_like(hessian), torch.zeros_like(columns)
+        for part in parts:
+            wanted = goal[part].double() @ hessian
+            value = levels.codes[part].double() * rows[part, None] * columns
+            change = of_rows(value, wanted)
+            rows[part], value = rows[part] * change, value * change[:, None]
+            priced = costs[part, None] * value
+            products += value.T @ priced
+            target += (priced * wanted).sum(0)
+        products *= hessian
         damp = RIDGE * products.diagonal().mean().clamp(min=1e-300)
         products.diagonal().add_(damp)
-        change = torch.linalg.solve(products, target + damp).clamp(1 / FARTHEST, FARTHEST)
-        columns, value = columns * change, value * change
+        columns *= torch.linalg.solve(products, target + damp).clamp(1 / FARTHEST, FARTHEST)
+    found = with_factors(levels, rows, columns)
+    for part in parts:  # rows once more, to the columns as they are now
+        rows[part] = of_rows(values(found, part), goal[part].double() @ hessian)
+    found = with_factors(levels, found.rows[:, 0].double() * rows, columns)
+
+    def error(levels: Levels) -> float:
+        total = 0.0
+        for part in parts:
+            value, wanted = values(levels, part), goal[part].double() @ hessian
+            total += float((((value @ hessian - 2 * wanted) * value) * costs[part, None]).sum())
+        return total
+
+    return found if error(found) < error(levels) else levels
+
+
+def values(levels: Levels, rows: Tensor) -> Tensor:
+    """(rows, in) float64, of some of the rows."""
+    return replace(levels, codes=levels.codes[rows], rows=levels.rows[rows]).values().double()
+
+
+def with_factors(levels: Levels, rows: Tensor, columns: Tensor) -> Levels:
+    """The same codes with other factors (out,), (in,), as near to these as there are."""
     new_rows, new_columns = as_factors(rows, columns)
-    found = replace(levels, rows=new_rows[:, None], columns=new_columns)
-    # rows once more, to the columns as they are now
-    new_rows, new_columns = as_factors(found.rows[:, 0].double() * of_rows(found.values().double()), columns)
-    found = replace(levels, rows=new_rows[:, None], columns=new_columns)
-    return found if error(found.values().double()) < error(levels.values().double()) else levels
+    return replace(levels, rows=new_rows[:, None], columns=new_columns)
