@@ -5,7 +5,8 @@
 //   flags="-std=gnu++17 -g1 -O1 -fno-math-errno -ffp-contract=fast -fsanitize=address,undefined,float-cast-overflow
 //          -fno-sanitize-recover=all -Isrc/sparsessm/kernels"; wide="-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma
 //          -mpopcnt -mbmi -mprefer-vector-width=512"; k=src/sparsessm/kernels; o=build/fuzz_matrix; mkdir -p $o
-//   g++ $flags -c $k/matrix.cpp -o $o/m.o && g++ $flags -c $k/level_portable.cpp -o $o/p.o &&
+//   g++ $flags -c $k/matrix.cpp -o $o/m.o && g++ $flags -c $k/few_bits.cpp -o $o/f.o &&
+//   g++ $flags -c $k/level_portable.cpp -o $o/p.o &&
 //   g++ $flags -mavx2 -mfma -mpopcnt -mbmi -c $k/level_avx2.cpp -o $o/2.o &&
 //   g++ $flags $wide -c $k/level_avx512.cpp -o $o/5.o &&
 //   g++ $flags $wide -mavx512vbmi2 -mavx512vnni -c $k/level_avx512vbmi2.cpp -o $o/b.o &&
@@ -159,7 +160,10 @@ Weights weights(Source &s, bool sparse) {
 // A copy whose values are followed by nothing but what kernels may read. `keep` owns them.
 Matrix exposed(const Matrix &m, std::vector<std::unique_ptr<Guarded>> &keep) {
     Matrix out = m;
-    if (m.sparse) {
+    if (m.form == Form::codes) {
+        keep.push_back(std::make_unique<Guarded>(m.values, m.offsets[m.groups]));
+        out.values = keep.back()->data;
+    } else if (m.form == Form::sparse) {
         keep.push_back(std::make_unique<Guarded>(m.values, m.nonzero * size_of(m.value) + SLACK));
         out.values = keep.back()->data;
         keep.push_back(std::make_unique<Guarded>(m.masks, m.groups * m.blocks * GROUP * 8));
@@ -181,6 +185,33 @@ void round_to_bytes(float *x, int64_t count) { // as kernels/matrix.py
     }
 }
 
+// The same of inputs (m.cols) as codes meet them: in the order in which their columns lie, times powers of two.
+void round_for(const Matrix &m, float *x) {
+    if (m.value != Value::i8) return;
+    if (m.form != Form::codes) return round_to_bytes(x, m.cols);
+    std::vector<float> lies(m.cols);
+    const auto factor = [&](int64_t i) { return m.columns.empty() ? 1.0f : m.columns[i]; };
+    for (int64_t i = 0; i < m.cols; ++i) lies[i] = x[m.inputs[i]] * factor(i);
+    round_to_bytes(lies.data(), m.cols);
+    for (int64_t i = 0; i < m.cols; ++i) x[m.inputs[i]] = lies[i] / factor(i);
+}
+
+// What the numbers that bytes are above may add to a row, times the inputs of a column.
+double above(const Matrix &m, int64_t row, int64_t column) {
+    if (m.value != Value::i8) return 0;
+    if (m.form != Form::codes) return 128.0 * m.scale[row];
+    double most = 0;
+    for (int64_t lies = row / BAND * BAND; lies < std::min(m.rows, row / BAND * BAND + BAND); ++lies)
+        if (m.place[lies] == row % BAND) most = m.scale[lies];
+    for (int64_t i = 0; i < m.cols && !m.columns.empty(); ++i)
+        if (m.inputs[i] == column) return 128.0 * most * m.columns[i];
+    return 128.0 * most;
+}
+
+const char *form_of(const Matrix &m) {
+    return m.form == Form::sparse ? "packed" : m.form == Form::dense ? "dense" : "codes";
+}
+
 bool same(const std::vector<float> &a, const std::vector<float> &b) {
     return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0);
 }
@@ -195,8 +226,9 @@ void products(Source &s, const Matrix &m, const std::vector<double> &dense) {
     std::vector<float> x(inputs);
     for (float &value : x) value = s.normal();
     if (s.below(8) == 0) std::fill(x.begin(), x.begin() + m.cols, s.pick<float>({0.0f, 1e-40f, 1e-30f, -1e-44f}));
-    if (m.value == Value::i8)
-        for (int64_t t = 0; t < length; ++t) round_to_bytes(&x[t * x_stride], m.cols);
+    for (int64_t t = 0; t < length; ++t) round_for(m, &x[t * x_stride]);
+    std::vector<double> own_room(m.rows * m.cols);
+    for (int64_t i = 0; i < m.rows * m.cols; ++i) own_room[i] = above(m, i / m.cols, i % m.cols);
     const int64_t sick = s.below(4) == 0 ? s.below(static_cast<int>(std::min<int64_t>(255, length))) : -1;
     const int64_t column = s.below(static_cast<int>(std::min<int64_t>(255, m.cols)));
     for (const Level *level : levels()) {
@@ -219,22 +251,22 @@ void products(Source &s, const Matrix &m, const std::vector<double> &dense) {
                 for (int64_t c = 0; c < m.cols; ++c) {
                     const double part = dense[r * m.cols + c] * x[t * x_stride + c];
                     sum += part, room += std::fabs(part);
-                    if (m.value == Value::i8) room += 128.0 * m.scale[r] * std::fabs(x[t * x_stride + c]); // w + 128
+                    room += own_room[r * m.cols + c] * std::fabs(x[t * x_stride + c]);
                 }
                 if (softplus) sum = std::log1p(std::exp(-std::fabs(sum))) + std::max(sum, 0.0), room += 1;
                 CHECK(std::fabs(found - sum) <= 4e-6 * room, "%s %s value %d, %ld x %ld, token %ld of %ld, row %ld: %g not %g",
-                      level->name, m.sparse ? "packed" : "dense", static_cast<int>(m.value), static_cast<long>(m.rows),
+                      level->name, form_of(m), static_cast<int>(m.value), static_cast<long>(m.rows),
                       static_cast<long>(m.cols), static_cast<long>(t), static_cast<long>(length), static_cast<long>(r),
                       static_cast<double>(found), sum);
             }
         CHECK(same(run(x, length, 3), out), "%s: threads change a bit", level->name);
-        if (length < 8) // WALK_FROM of the narrowest level
+        if (length < 8 || m.form == Form::codes) // WALK_FROM of the narrowest level
             for (int64_t t = 0; t < length; ++t) {
                 const std::vector<float> own(x.begin() + t * x_stride, x.begin() + t * x_stride + m.cols);
                 const std::vector<float> alone = run(own, 1, 1);
                 CHECK(std::memcmp(alone.data(), &out[t * stride], m.rows * sizeof(float)) == 0,
                       "%s %s value %d, %ld columns: token %ld of %ld is another alone", level->name,
-                      m.sparse ? "packed" : "dense", static_cast<int>(m.value), static_cast<long>(m.cols),
+                      form_of(m), static_cast<int>(m.value), static_cast<long>(m.cols),
                       static_cast<long>(t), static_cast<long>(length));
             }
         if (sick < 0) continue;
@@ -249,20 +281,68 @@ void products(Source &s, const Matrix &m, const std::vector<double> &dense) {
                           level->name, static_cast<long>(sick), static_cast<long>(t));
                 } else if (dense[r * m.cols + column] != 0.0 && !softplus) {
                     CHECK(!std::isfinite(ill[t * stride + r]), "%s %s value %d: an input that is no number is lost",
-                          level->name, m.sparse ? "packed" : "dense", static_cast<int>(m.value));
+                          level->name, form_of(m), static_cast<int>(m.value));
                 }
     }
 }
 
+// Integers: few bits in most rows, and some that are beyond them.
+struct Integers {
+    std::vector<int16_t> codes;
+    std::vector<float> scale, columns;
+    std::vector<double> dense;
+};
+
+Integers integers(Source &s, int64_t rows, int64_t cols) {
+    Integers found;
+    for (int64_t r = 0; r < rows; ++r) found.scale.push_back(std::fabs(s.normal()) + 0.01f);
+    if (s.below(2))
+        for (int64_t c = 0; c < cols; ++c) found.columns.push_back(std::ldexp(1.0f, static_cast<int>(s.random() % 7) - 3));
+    for (int64_t r = 0; r < rows; ++r) {
+        const int most = s.pick<int>({0, 1, 1, 2, 3, 5, 9, 20, 70, 200, 32767});
+        for (int64_t c = 0; c < cols; ++c) {
+            int code = static_cast<int>(s.random() % (2 * most + 1)) - most;
+            if (s.random() % 64 == 0) code = static_cast<int>(s.random() % 65536) - 32768;
+            found.codes.push_back(static_cast<int16_t>(code));
+            found.dense.push_back(static_cast<double>(static_cast<float>(code) * found.scale[r]) *
+                                  (found.columns.empty() ? 1.0f : found.columns[c]));
+        }
+    }
+    return found;
+}
+
+Matrix of(const Integers &w, int64_t rows, int64_t cols, const std::vector<int64_t> &order = {}) {
+    return codes_matrix({rows, cols, w.codes.data(), w.scale.data(), w.columns.empty() ? nullptr : w.columns.data(),
+                         order.empty() ? nullptr : order.data(), static_cast<int64_t>(order.size())});
+}
+
+template <typename CheckRows> void codes(Source &s, std::vector<std::unique_ptr<Guarded>> &keep, const CheckRows &check) {
+    const int64_t rows = 1 + s.below(70), cols = s.pick<int64_t>({1, 2, 3, 16, 31, 63, 64, 65, 127, 128, 130, 200, 769});
+    const Integers w = integers(s, rows, cols);
+    std::vector<int64_t> order(s.below(2) ? 1 + s.below(40) : 0);
+    for (int64_t &row : order) row = static_cast<int64_t>(s.random() % rows);
+    const bool valid = order.empty() || s.below(8);
+    if (!valid) order[s.random() % order.size()] = s.pick<int64_t>({-1, rows, INT64_MIN, INT64_MAX});
+    std::vector<double> dense = order.empty() ? w.dense : std::vector<double>();
+    try {
+        const Matrix m = exposed(of(w, rows, cols, order), keep);
+        CHECK(valid, "it took a row that is not there");
+        for (int64_t row : order) dense.insert(dense.end(), w.dense.begin() + row * cols, w.dense.begin() + (row + 1) * cols);
+        check(m, dense);
+        products(s, m, dense);
+    } catch (const std::invalid_argument &error) {
+        CHECK(!valid, "%s", error.what());
+    }
+}
+
 void matrices(Source &s) {
-    const bool sparse = s.below(3) != 0;
-    Weights w = weights(s, sparse);
+    const int kind = s.below(5);
+    const bool sparse = kind > 1;
     std::vector<std::unique_ptr<Guarded>> keep;
     const auto hold = [&](const void *from, int64_t bytes) {
         keep.push_back(std::make_unique<Guarded>(from, bytes));
         return keep.back()->data;
     };
-    const auto *scale = w.scale.empty() ? nullptr : reinterpret_cast<float *>(hold(w.scale.data(), w.rows * 4));
     const auto check_rows = [&](const Matrix &m, const std::vector<double> &dense) {
         for (int64_t r = 0; r < m.rows; ++r) {
             std::vector<float> out(m.cols);
@@ -278,6 +358,9 @@ void matrices(Source &s) {
         }
         CHECK(m.bytes() >= 0, "bytes");
     };
+    if (kind == 0) return codes(s, keep, check_rows);
+    Weights w = weights(s, sparse);
+    const auto *scale = w.scale.empty() ? nullptr : reinterpret_cast<float *>(hold(w.scale.data(), w.rows * 4));
     if (!sparse) {
         const Matrix m = exposed(dense_matrix(w.rows, w.cols, w.value, hold(w.values.data(), w.values.size()), scale), keep);
         check_rows(m, w.dense);
@@ -322,6 +405,11 @@ void matrices(Source &s) {
 
 std::shared_ptr<const Matrix> random_matrix(Source &s, int64_t rows, int64_t cols,
                                             std::vector<std::unique_ptr<Guarded>> &keep) {
+    if (s.below(3) == 0) {
+        Integers w = integers(s, rows, cols);
+        for (float &scale : w.scale) scale *= 1e-5f;
+        return std::make_shared<Matrix>(exposed(of(w, rows, cols), keep));
+    }
     const Value value = s.pick<Value>({Value::f32, Value::bf16, Value::i8});
     const bool sparse = s.below(2);
     std::vector<uint8_t> mask(rows * ((cols + 7) / 8)), values;
@@ -372,7 +460,7 @@ void steps(Source &s) {
         m->dt_bias = numbers(room), m->skip = numbers(room);
         for (int64_t h = 0; h < room; ++h) m->A.push_back(s.below(8) ? -std::fabs(s.normal()) : -4.6e16f);
         for (int64_t h = 0; h < m->count; ++h) (s.below(3) ? m->kept : m->memoryless).push_back(h);
-        l.conv_state = net.state_size, l.scan_state = l.conv_state + (net.taps - 1) * mixed;
+        l.channels = inner, l.conv_state = net.state_size, l.scan_state = l.conv_state + (net.taps - 1) * mixed;
         net.state_size = l.scan_state + static_cast<int64_t>(m->kept.size()) * inner / m->count * net.states;
         l.heads = std::move(m);
         net.layers.push_back(std::move(l));
@@ -403,7 +491,7 @@ void steps(Source &s) {
         }
         for (int64_t i = 0; i < entries; ++i) l.A.push_back(s.below(8) ? -std::fabs(s.normal()) : -4.6e16f);
         l.index.resize(entries + SCAN_LANES);
-        l.conv_state = net.state_size, l.scan_state = l.conv_state + (net.taps - 1) * D;
+        l.channels = D, l.conv_state = net.state_size, l.scan_state = l.conv_state + (net.taps - 1) * D;
         net.state_size = l.scan_state + entries;
         net.layers.push_back(std::move(l));
     }

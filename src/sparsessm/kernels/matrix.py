@@ -19,6 +19,7 @@ from sparsessm.kernels.arguments import expect_dense, expect_floats
 
 BLOCK = 64  # columns that share a scale where int8 weights meet inputs (matrix.h)
 MANY = 16  # rows of inputs from which a dense matrix is better widened to float32 and left to the BLAS
+BYTEWISE = ("avx512vbmi2",)  # levels with an instruction for products of bytes: faster than a BLAS on floats
 TINY = 1e-30  # inputs below it are zero there (product_impl.h)
 VALUES = (torch.float32, torch.bfloat16, torch.int8)
 
@@ -36,8 +37,8 @@ class Matrix:
         """Wrap what the extension made.
 
         Args:
-            wide: gives the weight as float32, for products of `MANY` rows or more by the BLAS; None: they are
-                native too.
+            wide: gives the weight as float32, for products of `MANY` rows or more by the BLAS, where that is
+                faster; None: it never is.
             scale: of rows, of int8; inputs are then `rounded` here, as not all of the native ways do it.
         """
         self.native, self._wide, self._rounds = native, wide, scale is not None
@@ -133,7 +134,8 @@ class Matrix:
         x = x.detach()
         if self._rounds:
             x = rounded(x)
-        if self._wide is not None and len(x) >= MANY:  # what a BLAS is made for
+        bytewise = self._rounds and kernels.LEVEL in BYTEWISE
+        if self._wide is not None and len(x) >= MANY and not bytewise:  # what a BLAS is made for
             out = F.linear(x, self._wide(), bias)
             return F.softplus(out) if softplus else out
         x = x if x.stride(-1) == 1 or self.cols == 1 else x.contiguous()
