@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from sweeps import SEEDS, problem
 from torch import Tensor
 
+from sparsessm.methods import on_grid
 from sparsessm.methods.grids import Dial, Rounding, Uniform, thrifty
 from sparsessm.methods.hessian import Factor, factorise
 from sparsessm.methods.levels import Levels
@@ -38,7 +39,7 @@ def distance(levels: Levels, goal: Tensor, hessian: Tensor, prices: Tensor | Non
 
 def nearest(grid: Uniform | Dial, rounding: Rounding) -> Nearest:
     """As the grid does, without thrift."""
-    return (lambda values, cost: values.round()) if isinstance(grid, Dial) else rounding.nearest
+    return (lambda values, cost, rows: values.round()) if isinstance(grid, Dial) else rounding.nearest
 
 
 GRIDS = [Uniform(2, 4), Uniform(3, 5), Uniform(4), Dial(0.3), Dial(1.5)]
@@ -85,8 +86,18 @@ def test_descent_weighs_error_against_bits(thrift: float) -> None:
         sizes = torch.where(now.codes == 0, 1, 2 + now.codes.abs()).sum(1)
         return ((change @ hessian) * change).sum(1) + thrift * now.rows[:, 0].double().square() * sizes
 
-    got = descend(levels, goal, hessian, keep, lambda x, cost: thrifty(x, thrift / cost), costs)
+    got = descend(levels, goal, hessian, keep, lambda x, cost, _: thrifty(x, thrift / cost), costs)
     assert (total(got) <= total(levels) * (1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize("grid", [Uniform(3, 5), Dial(0.7)], ids=str)
+def test_some_rows_at_a_time_come_out_as_all(grid: Uniform | Dial, monkeypatch: pytest.MonkeyPatch) -> None:
+    levels, goal, gram, factor, keep, rounding = state(4, grid, rows=37)
+    whole = refit(levels, goal, gram, factor, keep, rounding)
+    monkeypatch.setattr(on_grid, "TOGETHER", 5)
+    found = refit(levels, goal, gram, factor, keep, rounding)
+    assert not torch.equal(whole.codes, levels.codes) and torch.equal(found.codes, whole.codes)
+    assert torch.equal(found.rows, whole.rows) and torch.equal(found.scales(), whole.scales())
 
 
 @settings(deadline=None, max_examples=25)

@@ -32,6 +32,7 @@ SHRINKS = [1 - share / 80 for share in range(49)]  # of the largest value, for w
 THRIFT = 0.1  # of the dial: what a bit is worth, in squares of the step
 LARGE = 1.7  # mean size of the codes of a row, above which it has no thrift
 FARTHEST_STEP = 4.0  # times a row's largest weight, with which it is zero
+ALL = slice(None)  # rows
 
 
 class Rounder(ABC):
@@ -62,11 +63,11 @@ class Rounding(Rounder):
     prices: Tensor | None
 
     @abstractmethod
-    def nearest(self, values: Tensor, cost: float | Tensor = 1.0) -> Tensor:
-        """The codes (out,) of a column of values in units of their scales, as the grid chooses them.
+    def nearest(self, values: Tensor, cost: float | Tensor = 1.0, rows: slice = ALL) -> Tensor:
+        """The codes of a column of values (rows,) in units of their scales, as the grid chooses them.
 
         Args:
-            cost: of an error here, in units of what it costs in the sweep.
+            cost: of an error here, in units of what it costs in the sweep. rows: of the matrix.
         """
 
     @abstractmethod
@@ -179,7 +180,7 @@ class _ByGroups(Rounding):
         self._codes[column] = codes.short()
         return codes * self._scale
 
-    def nearest(self, values: Tensor, cost: float | Tensor = 1.0) -> Tensor:
+    def nearest(self, values: Tensor, cost: float | Tensor = 1.0, rows: slice = ALL) -> Tensor:
         return self._alphabet.nearest(values)
 
     def levels(self) -> Levels:
@@ -263,8 +264,8 @@ class _Dialled(Rounding):
         self._codes[column] = codes.short()
         return codes * self._row * self._column[column]
 
-    def nearest(self, values: Tensor, cost: float | Tensor = 1.0) -> Tensor:
-        return thrifty(values, self._thrift / cost)
+    def nearest(self, values: Tensor, cost: float | Tensor = 1.0, rows: slice = ALL) -> Tensor:
+        return thrifty(values, self._thrift[rows] / cost)
 
     def levels(self) -> Levels:
         codes = self._codes.T.contiguous()

@@ -18,12 +18,12 @@ from sparsessm.methods.levels import Levels, as_factors, as_scales
 
 PASSES = 2  # of coordinate descent
 ROUNDS = 3  # of row and column factors in turn
-TOGETHER = 4096  # rows that are in float64 at once
+TOGETHER = 4096  # rows of a matrix that are worked on at once: a vocabulary has many
 FARTHEST = 2.0  # a fit changes a scale by this factor at most
 RIDGE = 1e-3  # share of the mean diagonal, in the least squares of column factors
 
-# (wanted values of a column in units of their scales, what an error costs there) -> codes.
-Nearest = Callable[[Tensor, Tensor], Tensor]
+# (wanted values of a column in units of their scales, what an error costs there, of which rows) -> codes.
+Nearest = Callable[[Tensor, Tensor, slice], Tensor]
 
 
 def refit(
@@ -70,18 +70,23 @@ def descend(
         nearest: the codes of a column. costs: (in,), H_jj in units of 1 / U_jj^2; 1 if None.
     """
     costs = torch.ones_like(goal[0]) if costs is None else costs
-    codes = levels.codes.T.to(goal.dtype).contiguous()  # (in, out)
-    scales = levels.scales().T.to(goal.dtype).expand(codes.shape).contiguous()
-    lanes, kept, power = codes * scales, keep.T.contiguous(), hessian.diagonal()
-    rest = hessian @ (lanes - goal.T)
-    for _ in range(passes):
-        for column, lane in enumerate(lanes):
-            wanted = (lane - rest[column] / power[column]) / scales[column]
-            code = torch.where(kept[column], nearest(wanted, costs[column]), 0.0)
-            rest.addr_(hessian[column], (code - codes[column]) * scales[column])
-            codes[column] = code
-            lane.copy_(code * scales[column])
-    return replace(levels, codes=codes.T.short().contiguous())
+    found = torch.empty_like(levels.codes)
+    for first in range(0, len(goal), TOGETHER):
+        rows = slice(first, first + TOGETHER)
+        some = replace(levels, codes=levels.codes[rows], rows=levels.rows[rows])
+        codes = some.codes.T.to(goal.dtype).contiguous()  # (in, rows)
+        scales = some.scales().T.to(goal.dtype).expand(codes.shape).contiguous()
+        lanes, kept, power = codes * scales, keep[rows].T.contiguous(), hessian.diagonal()
+        rest = hessian @ (lanes - goal[rows].T)
+        for _ in range(passes):
+            for column, lane in enumerate(lanes):
+                wanted = (lane - rest[column] / power[column]) / scales[column]
+                code = torch.where(kept[column], nearest(wanted, costs[column], rows), 0.0)
+                rest.addr_(hessian[column], (code - codes[column]) * scales[column])
+                codes[column] = code
+                lane.copy_(code * scales[column])
+        found[rows] = codes.T.short()
+    return replace(levels, codes=found)
 
 
 def fit_groups(levels: Levels, goal: Tensor, hessian: Tensor) -> Levels:
@@ -110,14 +115,13 @@ def fit_factors(
     """Row and column factors in turn, each by least squares with the other fixed; codes stay.
 
     Rows: a_i = <z_i, V_i> / <z_i, z_i> under H. Columns: (H o W'FW) g = diag(W'F V H), damped towards 1.
-    Factors are coarse: where rounding them loses what the fit gains, they stay. Some rows at a time are in
-    float64: a vocabulary has many.
+    Factors are coarse: where rounding them loses what the fit gains, they stay.
     """
     assert levels.columns is not None
     hessian = hessian.double()
     costs = torch.ones_like(levels.rows[:, 0], dtype=torch.float64) if prices is None else prices
     rows, columns = levels.rows[:, 0].double(), levels.columns.double()
-    parts = torch.arange(len(goal), device=goal.device).split(TOGETHER)
+    parts = [slice(first, first + TOGETHER) for first in range(0, len(goal), TOGETHER)]
 
     def of_rows(value: Tensor, wanted: Tensor) -> Tensor:
         power = ((value @ hessian) * value).sum(1)
@@ -153,7 +157,7 @@ def fit_factors(
     return found if error(found) < error(levels) else levels
 
 
-def values(levels: Levels, rows: Tensor) -> Tensor:
+def values(levels: Levels, rows: slice) -> Tensor:
     """(rows, in) float64, of some of the rows."""
     return replace(levels, codes=levels.codes[rows], rows=levels.rows[rows]).values().double()
 
