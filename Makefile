@@ -14,7 +14,7 @@ demo: $(INSTALLED) ## prune the built-in model by every method, pack it, run it
 COVERAGE := # of src, as .ci/run asks for it; then less than pyproject.toml wants fails
 
 test: $(DEVELOPED) ## the whole suite, two workers
-	$(BIN)/python -m pytest -n 2 $(COVERAGE)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(COVERAGE)
 
 # Tests whose outcome could hang on one processor: on the code of older ones, of ours and of the BLAS alike, and
 # with other numbers of threads.
@@ -30,7 +30,7 @@ OLDER := MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILIT
 HAS_AVX2 := "import sys; from sparsessm.kernels import LEVELS; sys.exit('avx2' not in LEVELS)"
 
 test-portable: $(DEVELOPED) ## the numerically sensitive part, as on other processors
-	$(OLDEST) $(BIN)/python -m pytest -n 2 $(NUMERIC)
+	$(OLDEST) $(BIN)/python -m pytest -n 2 --dist worksteal $(NUMERIC)
 	if $(BIN)/python -c $(HAS_AVX2); then \
 		OMP_NUM_THREADS=2 SPARSESSM_TEST_THREADS=2 $(OLDER) $(BIN)/python -m pytest $(NUMERIC_METHODS); fi
 
