@@ -55,6 +55,8 @@ def mixed(folder: Path) -> Path:
     stock(folder, pico_mamba())
     tensors = load_file(folder / "model.safetensors")
     mixed_dtypes(tensors)
+    first = "backbone.embeddings.weight"  # what it is alone must not decide
+    tensors[first] = tensors[first].bfloat16()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return folder
 

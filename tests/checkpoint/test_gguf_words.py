@@ -50,9 +50,11 @@ def test_a_beginning_that_is_added_and_a_template_are_told(tmp_path: Path) -> No
 def test_other_ways_to_split_are_noted(tmp_path: Path) -> None:
     ours = export(with_tokenizer(tmp_path / "a", builtin_tokenizer(), 4096), tmp_path / "a.gguf")
     assert "'gpt-2' is written, with which some texts become other tokens" in ours.notes[0]
-    before = pico_tokenizer()
-    before.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    assert export(with_tokenizer(tmp_path / "b", before), tmp_path / "b.gguf").notes
+    for how in ({"add_prefix_space": True}, {"add_prefix_space": False, "use_regex": False}):
+        other = pico_tokenizer()
+        other.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(**how)
+        source = with_tokenizer(tmp_path / "b", other)
+        assert len(export(source, tmp_path / "b.gguf", force=True).notes) == 1, how
 
 
 @pytest.mark.skipif(not NEOX.exists(), reason="needs ../shared/data")
