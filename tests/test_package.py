@@ -26,6 +26,7 @@ HOMES = {  # library -> the only rooms, or files of rooms, that may import it
     "transformers": {"architectures", "checkpoint", "runtime/causal_lm.py"},
     "huggingface_hub": {"checkpoint"},
     "safetensors": {"checkpoint"},
+    "gguf": {"checkpoint/exporting.py"},
     "datasets": {"data/texts.py"},
     "pyarrow": {"data/text_files.py"},
     "yaml": {"data/foreign.py", "cli"},

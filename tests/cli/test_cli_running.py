@@ -1,4 +1,4 @@
-"""The commands generate, pack and unpack: what they print where, what they refuse."""
+"""The commands generate, export, pack and unpack: what they print where, what they refuse."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command import COMMAND, refused, run
+from command import COMMAND, refused, row_of, run
 from pico import pico_mamba, pico_tokenizer
 from programs import Program
 from safetensors.torch import load_file
@@ -126,6 +126,27 @@ def test_the_slow_engine_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     note = "note: the native kernels are not installed; the slow reference is used"
     assert outcome.stderr.splitlines()[0] == note
     assert run("generate", "dense", "the state", "-n", "3", "--quiet").stderr == ""
+
+
+def test_export() -> None:
+    outcome = run("export", "sparse", "--gguf", "m.gguf")
+    assert "Saved to m.gguf." in outcome.stdout and "exporting sparse" in outcome.stderr
+    size = Path("m.gguf").stat().st_size
+    assert row_of(outcome.stdout, "the file") == ["the file", "f32", "22", f"{size:,}"]
+    assert row_of(outcome.stdout, "ssm_in.weight") == ["ssm_in.weight", "f32", "2", f"{2 * 64 * 16 * 4:,}"]
+    assert "'m.gguf' exists" in refused("export", "sparse", "--gguf", "m.gguf")
+    quiet = run("export", "sparse", "--gguf", "m.gguf", "--type", "bf16", "--force", "--quiet")
+    assert (quiet.stdout, quiet.stderr) == ("", "") and Path("m.gguf").stat().st_size < size
+    outcome = run("export", "sparse", "--gguf", "m.gguf", "--type", "q8_0", "--force", "--json", "-q")
+    document = json.loads(outcome.stdout)
+    size = Path("m.gguf").stat().st_size
+    said = {"model": "sparse", "out": "m.gguf", "type": "q8_0", "bytes": size}
+    assert document | said == document and outcome.stderr == ""
+    # rows of 16 are no whole blocks
+    assert document["tensors"]["ssm_in.weight"] == {"type": "f16", "count": 2, "bytes": 2 * 64 * 16 * 2}
+    assert document["tensors"]["ssm_out.weight"] == {"type": "q8_0", "count": 2, "bytes": 2 * 16 * 34}
+    assert "type is 'q3'; allowed: bf16" in refused("export", "sparse", "--gguf", "n.gguf", "--type", "q3")
+    assert not Path("n.gguf").exists()
 
 
 def test_pack_and_back() -> None:

@@ -28,6 +28,8 @@ beside it (`docs/checkpoint.md` describes the files).
     state_spaces.py   the original format in the words of transformers
     packed.py         packed directories (`docs/sparse-format.md`): what is encoded how, written and read
     unpacking.py      and back to a stock checkpoint
+    exporting.py      one GGUF file, for llama.cpp
+    gguf_words.py     the tokenizer in it
     packed_tensor.py  what every tensor of them is
     encoding.py       one of them: dense, bitmask, N:M, int8
     coded.py          one on a grid: codes of few bits and scales
@@ -41,6 +43,7 @@ beside it (`docs/checkpoint.md` describes the files).
 from . import packed
 from .at_rest import AtRest, at_rest
 from .atomic import refuse_room, refuse_target
+from .exporting import Exported, export
 from .journal import Journal, folder_of, unfinished
 from .opened import Opened, local_folder, open_checkpoint, read_record
 from .packed import Packed, pack, save
@@ -52,12 +55,14 @@ from .writing import refuse_existing, refuse_full
 __all__ = [
     "AtRest",
     "Checkpoint",
+    "Exported",
     "Journal",
     "Opened",
     "Packed",
     "PackedTensor",
     "Streaming",
     "at_rest",
+    "export",
     "folder_of",
     "load",
     "local_folder",

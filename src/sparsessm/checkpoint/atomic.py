@@ -1,4 +1,4 @@
-"""Write a directory so that it appears whole or not at all.
+"""Write a directory, or one file, so that it appears whole or not at all.
 
 Everything is written into one hidden sibling of the target, `.NAME.saving-XXXX/new`, and renamed into place
 at the end; a replaced directory waits in `.NAME.saving-XXXX/old` until the rename has succeeded. The sibling
@@ -29,8 +29,11 @@ _MARGIN = 1 << 20  # bytes beside the tensors: the small files, and blocks that 
 
 
 @contextmanager
-def replacing(target: Path, *, force: bool = False) -> Iterator[Path]:
+def replacing(target: Path, *, force: bool = False, folder: bool = True) -> Iterator[Path]:
     """Yield a new empty directory that becomes `target` when the block ends without an exception.
+
+    Args:
+        folder: False for the name of a file, which the block writes.
 
     On any exception (Ctrl-C and a full disk included) nothing stays behind and an old target is where it was.
 
@@ -58,7 +61,8 @@ def replacing(target: Path, *, force: bool = False) -> Iterator[Path]:
             lock = os.open(staging, os.O_RDONLY)
             with suppress(OSError):  # a file system without locks: the sibling of a killed run then stays
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            new.mkdir()
+            if folder:
+                new.mkdir()
             yield new
             _flush(new)
             if os.path.lexists(target):
@@ -241,15 +245,13 @@ def _missing(folder: Path) -> list[Path]:
 
 
 def _flush(folder: Path) -> None:
-    """Wait until every file below `folder` is on the disk: a rename must not outrun the data it publishes."""
-    for base, _, files in os.walk(folder):
-        for name in files:
-            with open(os.path.join(base, name), "rb") as file:
-                os.fsync(file.fileno())
-        flush_directory(Path(base))
+    """Wait until a file, or a folder with all in it, is on the disk: a rename must not outrun its data."""
+    for path in (folder, *folder.rglob("*")):
+        flush_directory(path)
 
 
 def flush_directory(folder: Path) -> None:
+    """Wait until a directory, or a file, is on the disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -9,7 +9,7 @@ transformers are imported, which takes seconds in which people press Ctrl-C.
     answering.py   the app, options in common, what is printed where
     pruning.py     prune, demo, analyze
     looking.py     eval, inspect, list
-    running.py     generate, pack, unpack
+    running.py     generate, export, pack, unpack
     measuring.py   bench
     demonstration.py   what demo compares
     tables.py      draws tables and progress

@@ -21,7 +21,7 @@ from .ending import TRACEBACK
 from .looking import evaluate, inspect, list_
 from .measuring import bench
 from .pruning import analyze, demo, prune
-from .running import generate, pack, unpack
+from .running import export, generate, pack, unpack
 
 __all__ = [
     "analyze",
@@ -29,6 +29,7 @@ __all__ = [
     "bench",
     "demo",
     "evaluate",
+    "export",
     "generate",
     "inspect",
     "list_",

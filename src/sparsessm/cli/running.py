@@ -1,10 +1,11 @@
-"""Commands that run a model, or make it small for running: generate, pack, unpack.
+"""Commands that run a model, or write it for running: generate, export, pack, unpack.
 
-Place in the flow: parses, streams and prints; the work is in `runtime/` and `checkpoint/packed.py`.
+Place in the flow: parses, streams and prints; the work is in `runtime/` and `checkpoint/`.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,6 +28,7 @@ from .answering import (
 )
 from .progress import to_stderr
 
+_BLOCK = re.compile(r"blk\.\d+\.")
 Generating = Annotated[
     bool, option("--quiet", "-q", help="Print nothing but the text (or the JSON) and errors.")
 ]
@@ -111,6 +113,48 @@ def _standard_input() -> str:
 def _speed(tokens: int, steps: int, seconds: float) -> str:
     rate = f", {steps / seconds:.1f} tokens/s" if steps and seconds > 0 else ""
     return f"{tokens} {'token' if tokens == 1 else 'tokens'}{rate}"
+
+
+@app.command(rich_help_panel=RUN)
+def export(
+    model: Annotated[str, argument(metavar="MODEL", help="A result of `prune` or `pack`, or any model.")],
+    gguf: Annotated[Path, option("--gguf", help="The file to write.")],
+    kind: Annotated[
+        str | None,
+        option(
+            "--type",
+            help="Store the large matrices as bf16, f16, f32, q8_0 or q4_0 [default: the model's dtype].",
+        ),
+    ] = None,
+    tokenizer: Tokenizer = None,
+    force: Annotated[
+        bool, option("--force", help="Replace an existing GGUF file.", rich_help_panel="Output")
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a model as a GGUF file, for llama.cpp, Ollama and LM Studio."""
+    with answering(quiet, gguf, events=as_json) as progress:
+        from ..checkpoint import export as exporting
+
+        progress.say(f"exporting {model}")
+        done = exporting(model, gguf, type=kind, force=force, tokenizer=tokenizer)
+        tell(done.notes, progress)
+    rows: dict[str, dict[str, Any]] = {}
+    for name, (stored, nbytes) in done.tensors.items():
+        row = rows.setdefault(_BLOCK.sub("", name), {"type": stored, "count": 0, "bytes": 0})
+        row["count"] += 1
+        row["bytes"] += nbytes
+    if as_json:
+        print_json(
+            {"model": model, "out": str(gguf), "type": done.kind, "bytes": done.nbytes, "tensors": rows}
+        )
+    elif not quiet:
+        found = sorted(rows.items(), key=lambda item: -item[1]["bytes"])
+        cells = [[name, row["type"], f"{row['count']:,}", f"{row['bytes']:,}"] for name, row in found]
+        cells.append(["the file", done.kind, f"{len(done.tensors):,}", f"{done.nbytes:,}"])
+        columns = ["tensors", "type", "number", "bytes"]
+        tables.show(tables.table(f"{model}, as GGUF", columns, cells, left=2), f"Saved to {gguf}.")
 
 
 @app.command(rich_help_panel=SMALLER)

@@ -1,0 +1,304 @@
+"""One GGUF file of a checkpoint, for llama.cpp and what is built on it (Ollama, LM Studio).
+
+Beside `packed.py`. Names, shapes and metadata are those of llama.cpp's own converter, and so is which tensor
+takes which type: 2-D matrices the one that is asked for, all others float32. Read and written tensor by
+tensor; `docs/runtime.md` says what such a file holds and what it cannot.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..architectures.own import Own
+from . import atomic, gguf_words
+from .at_rest import AtRest, at_rest
+from .encoding import finite
+from .opened import local_folder, open_checkpoint
+
+TYPES = ("bf16", "f16", "f32", "q8_0", "q4_0")
+NAMES = {"mamba": "mamba", "falcon_mamba": "mamba", "mamba2": "mamba2"}  # model type -> architecture in GGUF
+CONTEXT = 1 << 20  # tokens, as the converter says: a state space model has no bound
+_STOCK = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
+_MATRIX = re.compile(r".*\.(in_proj|x_proj|dt_proj|out_proj|embeddings)\.weight|lm_head\.weight")
+_HALF = 65504.0  # the largest float16, in which blocks have their scales
+_LARGEST = {"q8_0": 127 * _HALF, "q4_0": 8 * _HALF}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What `export` wrote.
+
+    Attributes:
+        file: that was written.
+        kind: the type of its matrices, one of `TYPES`.
+        nbytes: of the whole file.
+        tensors: by their name in it, each with its type and bytes.
+        notes: what of the source is not followed, or is otherwise in llama.cpp.
+    """
+
+    file: Path
+    kind: str
+    nbytes: int
+    tensors: dict[str, tuple[str, int]]
+    notes: tuple[str, ...]
+
+
+def export(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    type: str | None = None,
+    force: bool = False,
+    tokenizer: str | os.PathLike[str] | None = None,
+) -> Exported:
+    """Write a model as one GGUF file, whole or not at all.
+
+    Args:
+        source: as of `load`.
+        out: the file to write.
+        type: of the matrices, one of `TYPES`; None: the dtype they are stored in, of several one that holds
+            all. Quantised types need rows of whole blocks of 32; a matrix without becomes f16.
+        force: replace a GGUF file that is already there.
+        tokenizer: as of `load`.
+
+    Raises:
+        ValueError: the package gguf is not installed; GGUF or llama.cpp has no place for the model or its
+            tokenizer; `out` cannot be written; a value is too large for its type.
+        OSError: writing failed; nothing is left behind, an old file is intact.
+    """
+    library = _library()
+    if type is not None and type not in TYPES:
+        raise ValueError(f"type is {type!r}; allowed: {', '.join(TYPES)}")
+    opened = open_checkpoint(source)
+    if opened.model_type not in NAMES:
+        raise ValueError(
+            f"{opened.source!r} is a {opened.model_type} model; exported to GGUF are: {', '.join(NAMES)}"
+        )
+    target = _refuse_file(out, force, opened.source)
+    found = at_rest(opened, tokenizer)
+    _refuse_misfit(found)
+    checkpoint = found.checkpoint
+    rows = found.tensors.shapes["backbone.embeddings.weight"][0]
+    words = gguf_words.words(checkpoint.tokenizer, checkpoint.model.config, rows)
+    kind = type or _STOCK[reduce(torch.promote_types, (checkpoint.stored[n] for n in _matrices(found)))]
+    pieces = list(_pieces(found, kind, library))
+    atomic.refuse_room(out, sum(piece.nbytes for piece in pieces))
+    try:
+        with atomic.replacing(target, force=force, folder=False) as file:
+            _write(file, found, kind, pieces, words, library)
+    except OSError as error:
+        raise OSError(f"could not write {os.fspath(out)!r}, nothing was left behind: {error}") from error
+    return Exported(
+        file=Path(out),
+        kind=kind,
+        nbytes=target.stat().st_size,
+        tensors={piece.name: (piece.kind, piece.nbytes) for piece in pieces},
+        notes=(*checkpoint.notes, *words.notes, *_notes(checkpoint.model.config)),
+    )
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A tensor of the file: `name`, `shape`, `kind` and `nbytes` there, `source` its name in the model (None:
+    zeros)."""
+
+    name: str
+    source: str | None
+    shape: tuple[int, ...]
+    kind: str
+    nbytes: int
+
+
+def _library() -> Any:
+    try:
+        import gguf
+    except ImportError:
+        raise ValueError("a GGUF file needs the package gguf; install sparsessm[gguf]") from None
+    return gguf
+
+
+def _refuse_file(path: str | os.PathLike[str], force: bool, source: str) -> Path:
+    shown = os.fspath(path)
+    target, origin = atomic.refuse_target(path), local_folder(source)
+    if target.is_dir():
+        raise ValueError(f"{shown!r} is a directory; name a file for the result")
+    if origin is not None and origin.resolve() in target.parents:
+        raise ValueError(f"{shown!r} lies in the source {source!r}; write the result somewhere else")
+    if target.exists():
+        if not force:
+            raise ValueError(
+                f"{shown!r} exists; choose another name, or replace it with force=True (--force)"
+            )
+        with open(target, "rb") as file:
+            if file.read(4) != b"GGUF":
+                raise ValueError(f"{shown!r} is not replaced, because it is no GGUF file; remove it yourself")
+    return target
+
+
+def _refuse_misfit(found: AtRest) -> None:
+    """Refuse what GGUF, or llama.cpp's code for it, has no place for."""
+    source, config = found.checkpoint.source, _config(found)
+    if own := Own.of(found.checkpoint.model):
+        what = "projected states" if own.directions else "layers of different widths"
+        raise ValueError(f"{source!r} has {what}, which no GGUF file can hold; our runtime runs it")
+    inner, allowed = _inner(config), 2 * config.hidden_size
+    if config.model_type != "mamba2" and inner != allowed:
+        raise ValueError(
+            f"{source!r} has {inner} channels; llama.cpp runs a {config.model_type} of this width only with "
+            f"{allowed}"
+        )
+    if config.use_bias:
+        raise ValueError(f"{source!r} has biases of in_proj and out_proj, for which llama.cpp has no place")
+    if config.hidden_act not in ("silu", "swish"):
+        raise ValueError(f"{source!r} has the activation {config.hidden_act!r}; llama.cpp has silu")
+    if config.model_type == "mamba2" and tuple(config.time_step_limit) != (0.0, math.inf):
+        low, high = config.time_step_limit
+        raise ValueError(f"{source!r} limits its steps to {low} and {high}; llama.cpp has no limits")
+
+
+def _notes(config: Any) -> Iterator[str]:
+    if config.model_type == "falcon_mamba" and config.mixer_rms_eps != config.layer_norm_epsilon:
+        yield (
+            f"llama.cpp computes all norms with the epsilon {config.layer_norm_epsilon:g}; those of B, C and "
+            f"the step size have {config.mixer_rms_eps:g} here"
+        )
+    inner = _inner(config)
+    if config.model_type == "mamba2" and (inner != 2 * config.hidden_size or inner % config.state_size):
+        yield (
+            f"older versions of llama.cpp (b9190) do not run a mamba2 of {inner} channels, width "
+            f"{config.hidden_size} and {config.state_size} states; newer ones (b11549) do"
+        )
+
+
+def _config(found: AtRest) -> Any:
+    return found.checkpoint.model.config
+
+
+def _inner(config: Any) -> int:
+    """Its channels."""
+    if config.model_type == "mamba2":
+        return config.num_heads * config.head_dim
+    return config.intermediate_size
+
+
+def _matrices(found: AtRest) -> Iterator[str]:
+    return (name for name in found.tensors if _MATRIX.fullmatch(name))
+
+
+def _pieces(found: AtRest, kind: str, library: Any) -> Iterator[_Piece]:
+    """What the file will hold, in order; nothing is read for it."""
+    config = _config(found)
+    named = library.get_tensor_name_map(_architecture(config, library), config.num_hidden_layers)
+
+    def piece(name: str, shape: tuple[int, ...], source: str | None) -> _Piece:
+        held = kind if source is not None and _MATRIX.fullmatch(source) else "f32"
+        if held in _LARGEST and shape[-1] % _blocks(library, held)[0]:
+            held = "f16"
+        entries, nbytes = _blocks(library, held)
+        short = named.get_name(name, try_suffixes=(".weight", ".bias"))
+        if short is None:
+            raise ValueError(f"{found.checkpoint.source!r} has a tensor {name!r}, which GGUF has no name for")
+        return _Piece(short, source, shape, held, math.prod(shape) // entries * nbytes)
+
+    for source, shape in found.tensors.shapes.items():
+        name = source.replace(".dt_bias", ".dt_proj.bias")
+        if name.endswith("conv1d.weight"):
+            shape = (shape[0], shape[-1])
+        elif config.model_type == "mamba2":
+            if name.endswith((".A_log", ".D")):
+                shape = (*shape, 1)
+            elif name.endswith(".mixer.norm.weight"):
+                shape = (config.n_groups, shape[0] // config.n_groups)
+        yield piece(name, shape, source)
+        if name.endswith("conv1d.weight") and not config.use_conv_bias:  # llama.cpp wants one
+            yield piece(name.replace(".weight", ".bias"), shape[:1], None)
+
+
+def _architecture(config: Any, library: Any) -> Any:
+    return library.MODEL_ARCH[NAMES[config.model_type].upper()]
+
+
+def _blocks(library: Any, kind: str) -> tuple[int, int]:
+    """Entries and bytes of a block."""
+    return library.GGML_QUANT_SIZES[library.GGMLQuantizationType[kind.upper()]]
+
+
+def _write(
+    file: Path, found: AtRest, kind: str, pieces: list[_Piece], words: gguf_words.Words, library: Any
+) -> None:
+    with closing(library.GGUFWriter(None, NAMES[_config(found).model_type])) as writer:
+        _describe(writer, found, kind, library)
+        words.add_to(writer)
+        for piece in pieces:
+            form = library.GGMLQuantizationType[piece.kind.upper()]
+            # the dtype is not looked at beside the form, as long as it is not that of bytes
+            writer.add_tensor_info(piece.name, piece.shape, np.dtype(np.float32), piece.nbytes, form)
+        writer.write_header_to_file(file)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for piece in pieces:
+            writer.write_tensor_data(_data(found, piece, library))
+
+
+def _describe(writer: Any, found: AtRest, kind: str, library: Any) -> None:
+    """The metadata that llama.cpp's code for the model asks for."""
+    config, mamba2 = _config(found), _config(found).model_type == "mamba2"
+    name = found.checkpoint.source.rstrip("/").rpartition("/")[2]
+    whole = "ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"
+    writer.add_name(name.removeprefix("builtin:") or NAMES[config.model_type])
+    writer.add_file_type(library.LlamaFileType[whole])
+    writer.add_quantization_version(library.GGML_QUANT_VERSION)
+    writer.add_context_length(CONTEXT)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(0)  # there is none, but llama.cpp wants to be told
+    # The converter says 0 heads of attention. For Mamba-2 some versions of llama.cpp (b9190) take this number
+    # for that of its own heads, and refuse the file; to others it is nothing.
+    writer.add_head_count(config.num_heads if mamba2 else 0)
+    writer.add_layer_norm_rms_eps(config.layer_norm_epsilon)
+    writer.add_ssm_conv_kernel(config.conv_kernel)
+    writer.add_ssm_inner_size(_inner(config))
+    writer.add_ssm_state_size(config.state_size)
+    writer.add_ssm_time_step_rank(config.num_heads if mamba2 else config.time_step_rank)
+    if mamba2:
+        writer.add_ssm_group_count(config.n_groups)
+    else:
+        writer.add_ssm_dt_b_c_rms(config.model_type == "falcon_mamba")
+
+
+def _data(found: AtRest, piece: _Piece, library: Any) -> Any:
+    """The array of a tensor, as it goes into the file.
+
+    Raises:
+        ValueError: it has values that its type does not.
+    """
+    if piece.source is None:
+        return np.zeros(piece.shape, np.float32)
+    value = found.exact(piece.source).to(torch.float32).reshape(piece.shape)
+    if piece.source.endswith(".A_log"):
+        value = -value.exp()
+    if (largest := _LARGEST.get(piece.kind)) is not None:
+        if float(value.abs().max()) > largest:
+            raise _too_large(piece)
+        return library.quants.quantize(value.numpy(), library.GGMLQuantizationType[piece.kind.upper()])
+    held: Tensor = value.to({name: dtype for dtype, name in _STOCK.items()}[piece.kind])
+    if not finite(held):
+        raise _too_large(piece)
+    held = held.contiguous()
+    return (held.view(torch.int16) if held.dtype is torch.bfloat16 else held).numpy()  # numpy has no bfloat16
+
+
+def _too_large(piece: _Piece) -> ValueError:
+    return ValueError(f"{piece.source} ({piece.name}) has values that are too large for {piece.kind}")
