@@ -32,10 +32,10 @@ _MARGIN = 1 << 20  # bytes beside the tensors: the small files, and blocks that 
 def replacing(target: Path, *, force: bool = False, folder: bool = True) -> Iterator[Path]:
     """Yield a new empty directory that becomes `target` when the block ends without an exception.
 
+    On any exception (Ctrl-C and a full disk included) nothing stays behind and an old target is where it was.
+
     Args:
         folder: False for the name of a file, which the block writes.
-
-    On any exception (Ctrl-C and a full disk included) nothing stays behind and an old target is where it was.
 
     Raises:
         FileExistsError: `target` exists and `force` is false.
