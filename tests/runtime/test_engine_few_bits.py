@@ -108,7 +108,7 @@ def test_codes_are_read_as_what_they_say(case: str, monkeypatch: pytest.MonkeyPa
             rows,
             told,
         ):  # few inputs lie so that the last bit of a sum decides how they are rounded
-            assert float((found - expected).norm()) < 0.5 * off and off < 0.1 * float(expected.norm()), level
+            assert float((found - expected).norm()) < 0.8 * off and off < 0.1 * float(expected.norm()), level
     assert_rows_are_alone(engine, lambda n, seed: tokens(n, seed), 3, torch.set_num_threads)
 
 
