@@ -161,7 +161,7 @@ Weights weights(Source &s, bool sparse) {
 Matrix exposed(const Matrix &m, std::vector<std::unique_ptr<Guarded>> &keep) {
     Matrix out = m;
     if (m.form == Form::codes) {
-        keep.push_back(std::make_unique<Guarded>(m.values, m.offsets[m.groups]));
+        keep.push_back(std::make_unique<Guarded>(m.values, m.offsets.back()));
         out.values = keep.back()->data;
     } else if (m.form == Form::sparse) {
         keep.push_back(std::make_unique<Guarded>(m.values, m.nonzero * size_of(m.value) + SLACK));
@@ -191,9 +191,9 @@ void round_for(const Matrix &m, float *x) {
     if (m.form != Form::codes) return round_to_bytes(x, m.cols);
     std::vector<float> lies(m.cols);
     const auto factor = [&](int64_t i) { return m.columns.empty() ? 1.0f : m.columns[i]; };
-    for (int64_t i = 0; i < m.cols; ++i) lies[i] = x[m.inputs[i]] * factor(i);
+    for (int64_t i = 0; i < m.cols; ++i) lies[i] = x[m.input(i)] * factor(i);
     round_to_bytes(lies.data(), m.cols);
-    for (int64_t i = 0; i < m.cols; ++i) x[m.inputs[i]] = lies[i] / factor(i);
+    for (int64_t i = 0; i < m.cols; ++i) x[m.input(i)] = lies[i] / factor(i);
 }
 
 // What the numbers that bytes are above may add to a row, times the inputs of a column.
@@ -204,7 +204,7 @@ double above(const Matrix &m, int64_t row, int64_t column) {
     for (int64_t lies = row / BAND * BAND; lies < std::min(m.rows, row / BAND * BAND + BAND); ++lies)
         if (m.place[lies] == row % BAND) most = m.scale[lies];
     for (int64_t i = 0; i < m.cols && !m.columns.empty(); ++i)
-        if (m.inputs[i] == column) return 128.0 * most * m.columns[i];
+        if (m.input(i) == column) return 128.0 * most * m.columns[i];
     return 128.0 * most;
 }
 
@@ -311,13 +311,18 @@ Integers integers(Source &s, int64_t rows, int64_t cols) {
     return found;
 }
 
+Matrix whole(int64_t rows, int64_t cols, Value value, const uint8_t *values, const float *scale) {
+    if (value != Value::i8) return dense_matrix(rows, cols, value, values);
+    return bytes_matrix(rows, cols, reinterpret_cast<const int8_t *>(values), scale, 2);
+}
+
 Matrix of(const Integers &w, int64_t rows, int64_t cols, const std::vector<int64_t> &order = {}) {
     return codes_matrix({rows, cols, w.codes.data(), w.scale.data(), w.columns.empty() ? nullptr : w.columns.data(),
-                         order.empty() ? nullptr : order.data(), static_cast<int64_t>(order.size())});
+                         order.empty() ? nullptr : order.data(), static_cast<int64_t>(order.size()), true}, 2);
 }
 
 template <typename CheckRows> void codes(Source &s, std::vector<std::unique_ptr<Guarded>> &keep, const CheckRows &check) {
-    const int64_t rows = 1 + s.below(70), cols = s.pick<int64_t>({1, 2, 3, 16, 31, 63, 64, 65, 127, 128, 130, 200, 769});
+    const int64_t rows = 1 + s.below(140), cols = s.pick<int64_t>({1, 2, 3, 16, 31, 63, 64, 65, 127, 128, 130, 200, 769});
     const Integers w = integers(s, rows, cols);
     std::vector<int64_t> order(s.below(2) ? 1 + s.below(40) : 0);
     for (int64_t &row : order) row = static_cast<int64_t>(s.random() % rows);
@@ -362,7 +367,7 @@ void matrices(Source &s) {
     Weights w = weights(s, sparse);
     const auto *scale = w.scale.empty() ? nullptr : reinterpret_cast<float *>(hold(w.scale.data(), w.rows * 4));
     if (!sparse) {
-        const Matrix m = exposed(dense_matrix(w.rows, w.cols, w.value, hold(w.values.data(), w.values.size()), scale), keep);
+        const Matrix m = exposed(whole(w.rows, w.cols, w.value, hold(w.values.data(), w.values.size()), scale), keep);
         check_rows(m, w.dense);
         products(s, m, w.dense);
         return;
@@ -422,7 +427,7 @@ std::shared_ptr<const Matrix> random_matrix(Source &s, int64_t rows, int64_t col
         }
     const std::vector<float> ones(value == Value::i8 ? rows : 0, 0.01f);
     const float *scale = ones.empty() ? nullptr : ones.data();
-    if (!sparse) return std::make_shared<Matrix>(exposed(dense_matrix(rows, cols, value, values.data(), scale), keep));
+    if (!sparse) return std::make_shared<Matrix>(exposed(whole(rows, cols, value, values.data(), scale), keep));
     return std::make_shared<Matrix>(
         exposed(sparse_matrix({rows, cols, mask.data(), values.data(), nonzero, value, scale, nullptr, 0}), keep));
 }

@@ -12,10 +12,11 @@ from products import close, numbers, probe, seen
 from torch import Tensor
 
 from sparsessm import kernels
-from sparsessm.kernels.matrix import MANY, Matrix
+from sparsessm.kernels.matrix import Matrix
 
 pytestmark = pytest.mark.skipif(not kernels.NATIVE, reason="the native extension is not built")
 COLUMNS = [1, 3, 63, 64, 65, 130, 769]
+ROWS = [1, 2, 9, 16, 17, 33, 64, 65, 130]  # around strips of 16 and bands of 64
 LENGTHS = [1, 2, 3, 4, 5, 15, 16, 33]
 SPREADS = [0, 0.3, 0.7, 1.5, 3, 6, 12, 25, 50, 5000]  # of codes: each asks for another width
 
@@ -40,7 +41,7 @@ def weights(found: Tensor, scale: Tensor, columns: Tensor | None) -> Tensor:
 @pytest.mark.parametrize("cols", COLUMNS)
 def test_products_of_every_width_and_shape(level: str, cols: int, factored: bool) -> None:
     for case, spread in enumerate(SPREADS):
-        rows = 1 + (case + cols) % 9
+        rows = ROWS[(case + cols) % len(ROWS)]
         found, (scale, columns) = codes(rows, cols, spread, seed=case), scales(rows, cols, factored)
         made, exact = Matrix.codes(found, scale, columns), weights(found, scale, columns)
         assert (made.rows, made.cols, made.sparse) == (rows, cols, False)
@@ -55,53 +56,70 @@ def test_products_of_every_width_and_shape(level: str, cols: int, factored: bool
 
 
 def beside(rows: int, cols: int) -> int:
-    """Bytes of all but codes and strays: where four rows and their strays begin; of a row scale, place and
-    number of strays; the order of the columns; the widths."""
-    groups = -(-rows // 4)
-    return 16 * (groups + 1) + 7 * rows + 4 * cols + groups * -(-cols // 64)
+    """Bytes of all but codes and strays: where strips and their strays begin; of a row scale and place; the
+    order of the columns; the widths."""
+    strips = -(-rows // 16)
+    return 16 * (strips + 1) + 5 * rows + 4 * cols + strips * 2 * -(-cols // 64)
 
 
-def test_a_width_for_each_block_and_bands_of_rows(level: str) -> None:
+def test_a_width_for_each_piece_and_bands_of_rows(level: str) -> None:
     """Large columns and large rows lie together, wherever they were."""
     generator = torch.Generator().manual_seed(0)
-    large_rows = torch.rand(64, generator=generator) < 0.25
+    large_rows = torch.rand(192, generator=generator) < 0.25
     large_columns = torch.randperm(256, generator=generator) < 64
-    found = torch.where(large_rows[:, None] | large_columns, 100, 1) * torch.randint(0, 2, (64, 256)).mul(
-        2
-    ).sub(1)
-    made = Matrix.codes(found.short(), torch.ones(64))
-    bands = large_rows.view(4, 16).sum(1)
-    wide = int((4 * (-(-bands // 4))).sum())  # rows of groups that hold a large one
-    codes = (wide * 256 + (64 - wide) * 64) * 8 + (64 - wide) * 192 * 2
-    assert made.nbytes == codes // 8 + beside(64, 256)
+    large, sign = large_rows[:, None] | large_columns, torch.randint(0, 2, (192, 256)).mul(2).sub(1)
+    found = torch.where(large, 100, 1) * sign
+    made = Matrix.codes(found.short(), torch.ones(192))
+    wide = int((16 * (-(-large_rows.view(3, 64).sum(1) // 16))).sum())  # rows of strips that hold a large one
+    bits = wide * 256 * 8 + (192 - wide) * (64 * 8 + 192 * 2)
+    assert made.nbytes == bits // 8 + beside(192, 256)
     x = numbers(3, 256)
-    assert close(made.linear(x), seen(x, found, None), found.double(), torch.full((64,), 100.0))
+    assert close(made.linear(x), seen(x, found, None), found.double(), torch.full((192,), 100.0))
 
 
 @pytest.mark.parametrize("width", range(1, 9))
 def test_every_code_of_a_width_is_held_in_so_many_bits(level: str, width: int) -> None:
     least, most = -(1 << width - 1), (1 << width - 1) - 1
     draw = torch.Generator().manual_seed(width)
-    found = torch.randint(least, most + 1, (8, 640), generator=draw).short()
-    found[:, ::3] = least  # so that no block does with fewer
-    made, x = Matrix.codes(found, torch.ones(8)), numbers(4, 640)
-    assert made.nbytes == 8 * 640 * width // 8 + beside(8, 640)
-    assert all(torch.equal(made.row(i), found[i].float()) for i in range(8))
-    assert close(made.linear(x), seen(x, found, None), found.double(), torch.ones(8))
+    found = torch.randint(least, most + 1, (32, 640), generator=draw).short()
+    found[:, ::3] = least  # so that no piece does with fewer
+    made, x = Matrix.codes(found, torch.ones(32)), numbers(15, 640)
+    assert made.nbytes == 32 * 640 * width // 8 + beside(32, 640)
+    assert all(torch.equal(made.row(i), found[i].float()) for i in range(32))
+    assert close(made.linear(x), seen(x, found, None), found.double(), torch.ones(32))
 
 
 def test_a_few_large_codes_do_not_widen_the_others(level: str) -> None:
-    found = torch.ones(8, 640, dtype=torch.int16)
+    found = torch.ones(16, 640, dtype=torch.int16)
     found[1, 7], found[1, 639], found[6, 64] = 32767, -32768, -9
-    made = Matrix.codes(found, torch.ones(8))
-    assert made.nbytes == 2 * 4 * 640 * 2 // 8 + beside(8, 640) + 3 * 4  # two bits, and three apart
+    made = Matrix.codes(found, torch.ones(16))
+    # two bits, and apart 127 * 256 + 127 * 2, the same of the other sign, and -7
+    assert made.nbytes == 16 * 640 * 2 // 8 + beside(16, 640) + 5 * 4
+    assert all(torch.equal(made.row(i), found[i].float()) for i in range(16))
     x = numbers(5, 640)
-    assert close(made.linear(x), seen(x, found, None), found.double(), torch.ones(8) * 10)
+    assert close(made.linear(x), seen(x, found, None), found.double(), torch.ones(16) * 10)
 
 
 def test_rows_of_zeros_take_nothing(level: str) -> None:
     made = Matrix.codes(torch.zeros(9, 200, dtype=torch.int16), torch.ones(9))
     assert made.nbytes == beside(9, 200) and not made.linear(numbers(3, 200)).any() and not made.row(8).any()
+
+
+@pytest.mark.parametrize("spread", [2, 9, 40, 700])
+def test_levels_differ_by_no_more_than_a_fused_product(spread: float) -> None:
+    """Integers are exact; of all levels only the portable one rounds products before it adds them."""
+    found, (scale, columns) = codes(70, 200, spread), scales(70, 200, True)
+    made, x, before = Matrix.codes(found, scale, columns), numbers(9, 200), kernels.LEVEL
+    results = []
+    try:
+        for level in kernels.LEVELS[1:]:
+            kernels.LEVEL = level
+            results.append(made.linear(x))
+    finally:
+        kernels.LEVEL = before
+    portable, *others = results
+    assert all(torch.equal(other, others[0]) for other in others)
+    assert all(torch.allclose(other, portable, rtol=1e-5, atol=1e-4 * spread) for other in others)
 
 
 @pytest.mark.parametrize("factored", [False, True])
@@ -120,7 +138,7 @@ def test_decoding_multiplies_as_the_definition(level: str, factored: bool) -> No
 def test_a_row_of_inputs_gives_the_same_bits_alone_and_with_any_threads(level: str, factored: bool) -> None:
     for cols, spread in ((65, 2), (200, 9), (769, 700)):
         found, (scale, columns) = codes(211, cols, spread), scales(211, cols, factored)
-        made, x = Matrix.codes(found, scale, columns), numbers(MANY - 1, cols)
+        made, x = Matrix.codes(found, scale, columns), numbers(23, cols)
         results = []
         for threads in (1, 2, 3, 5):
             torch.set_num_threads(threads)

@@ -3,10 +3,18 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
+#include <cstring>
+#include <exception>
 #include <limits>
 #include <numeric>
 #include <stdexcept>
 #include <string>
+#include <thread>
+#include <vector>
+#if defined(__linux__)
+#include <dlfcn.h>
+#endif
 
 namespace sparsessm {
 
@@ -14,60 +22,69 @@ namespace {
 
 // As bytes: what a stray costs, its own and the time that reading its input takes; and a change of the width, after
 // which a processor has guessed wrongly what comes.
-constexpr int64_t STRAY_COST = 48, CHANGE_COST = 64;
-constexpr int WIDTHS = MOST_WIDTH + 1;
+constexpr int64_t STRAY_COST = 48, CHANGE_COST = 128;
+constexpr int WIDTHS = MOST_WIDTH + 1, NUMBERS = STRIP * PIECE;
 
 [[noreturn]] void refuse(const std::string &what) { throw std::invalid_argument(what); }
 
-int nearest(int code, int width) { return std::clamp(code, least_code(width), most_code(width)); }
+#include "threads.h"
 
-// Bits that a code takes: none for 0, one for -1, two for 1 and -2, ...
-int bits_of(int code) {
-    if (!code) return 0;
-    int bits = 1;
-    for (int size = code < 0 ? ~code : code; size; size >>= 1) ++bits;
-    return bits;
+// Bits that codes take: none for 0, one for -1, two for 1 and -2, ...; read off an exponent, which vectors can do.
+void bits_of(const int16_t *codes, int64_t count, int32_t *bits) {
+    for (int64_t i = 0; i < count; ++i) {
+        const int32_t code = codes[i], size = code < 0 ? ~code : code;
+        const auto odd = static_cast<float>(2 * size + 1);
+        int32_t exponent;
+        std::memcpy(&exponent, &odd, sizeof exponent);
+        bits[i] = code ? (exponent >> 23) - 126 : 0;
+    }
 }
 
-// The reverse of cut_apart: 64 numbers of `width` bits.
+// The reverse of `number`, for a whole piece: (UNITS, LINE) numbers.
 void put_together(const uint8_t *numbers, int width, uint8_t *to) {
     if (width == 8) {
-        std::memcpy(to, numbers, BLOCK);
+        std::memcpy(to, numbers, NUMBERS);
         return;
     }
-    std::memset(to, 0, 8 * width);
+    std::memset(to, 0, LINE * width);
     int at = 0;
     for (const int bits : {4, 2, 1}) {
         if (!(width & bits)) continue;
-        const int bytes = 8 * bits, mask = (1 << bits) - 1;
-        for (int i = 0; i < BLOCK; ++i) {
-            const int part = numbers[i] >> at & mask;
-            if (bits == 1) to[i / 8] = static_cast<uint8_t>(to[i / 8] | part << i % 8);
-            else to[i % bytes] = static_cast<uint8_t>(to[i % bytes] | part << i / bytes * bits);
+        for (int unit = 0; unit < UNITS; ++unit) {
+            uint8_t *line = to + LINE * (unit % bits);
+            const uint8_t *from = numbers + LINE * unit;
+            const int shift = unit / bits * bits, mask = (1 << bits) - 1;
+            for (int i = 0; i < LINE; ++i) line[i] = static_cast<uint8_t>(line[i] | (from[i] >> at & mask) << shift);
         }
-        to += bytes, at += bits;
+        to += LINE * bits, at += bits;
     }
 }
 
-// The width of each block of a group, so that all of it costs least.
-void choose(const std::vector<std::array<int32_t, WIDTHS + 1>> &counts, uint8_t *widths) {
-    const auto blocks = static_cast<int64_t>(counts.size());
-    std::vector<std::array<uint8_t, WIDTHS>> before(blocks);
+// The width of each piece of a strip, so that all of it costs least; beyond: how many codes of a piece a width lacks.
+void choose(const std::vector<std::array<int32_t, WIDTHS>> &beyond, uint8_t *widths) {
+    const auto pieces = static_cast<int64_t>(beyond.size());
+    std::vector<std::array<uint8_t, WIDTHS>> before(pieces);
     std::array<int64_t, WIDTHS> total{};
-    for (int64_t block = 0; block < blocks; ++block) {
+    for (int64_t piece = 0; piece < pieces; ++piece) {
         const auto cheapest = std::min_element(total.begin(), total.end());
         std::array<int64_t, WIDTHS> next{};
-        int64_t beyond = 0;
-        for (int width = WIDTHS - 1; width >= 0; --width) {
-            beyond += counts[block][width + 1];
-            const bool changes = block && *cheapest + CHANGE_COST < total[width];
-            before[block][width] = static_cast<uint8_t>(changes ? cheapest - total.begin() : width);
-            next[width] = (changes ? *cheapest + CHANGE_COST : total[width]) + GROUP * 8 * width + beyond * STRAY_COST;
+        for (int width = 0; width < WIDTHS; ++width) {
+            const bool changes = piece && *cheapest + CHANGE_COST < total[width];
+            before[piece][width] = static_cast<uint8_t>(changes ? cheapest - total.begin() : width);
+            next[width] = (changes ? *cheapest + CHANGE_COST : total[width]) + LINE * width;
+            next[width] += beyond[piece][width] * STRAY_COST;
         }
         total = next;
     }
     auto width = static_cast<uint8_t>(std::min_element(total.begin(), total.end()) - total.begin());
-    for (int64_t block = blocks - 1; block >= 0; --block) widths[block] = width, width = before[block][width];
+    for (int64_t piece = pieces - 1; piece >= 0; --piece) widths[piece] = width, width = before[piece][width];
+}
+
+int16_t count_beyond(const int16_t *codes, int width) {
+    const auto least = static_cast<int16_t>(least_code(width)), most = static_cast<int16_t>(most_code(width));
+    int16_t count = 0;
+    for (int i = 0; i < NUMBERS; ++i) count = static_cast<int16_t>(count + (codes[i] < least || codes[i] > most));
+    return count;
 }
 
 // 0 to count - 1 by falling size, within each `band`.
@@ -81,9 +98,50 @@ std::vector<int32_t> by_size(const std::vector<int64_t> &size, int64_t band) {
     return order;
 }
 
+// What a code is more than its width can say, as strays.
+void stray(int more, int64_t column, int row, std::vector<Stray> &to) {
+    while (more) {
+        int shift = 0;
+        while (std::abs(more) >> shift > 127) ++shift;
+        const int part = more < 0 ? -(-more >> shift) : more >> shift;
+        to.push_back({static_cast<uint16_t>(column), static_cast<int8_t>(part), static_cast<uint8_t>(row << 4 | shift)});
+        more -= part * (1 << shift);
+    }
+}
+
+struct Strip {
+    std::vector<uint8_t> packed;
+    std::vector<Stray> strays;
+};
+
+// Rows of codes, those of a strip, as they lie: (pieces, UNITS, LINE).
+Strip pack(const std::vector<int16_t> &codes, uint8_t *widths) {
+    const auto pieces = static_cast<int64_t>(codes.size()) / NUMBERS;
+    std::vector<std::array<int32_t, WIDTHS>> beyond(pieces);
+    for (int64_t piece = 0; piece < pieces; ++piece)
+        for (int width = 0; width < WIDTHS; ++width)
+            beyond[piece][width] = count_beyond(&codes[piece * NUMBERS], width);
+    choose(beyond, widths);
+    Strip made;
+    for (int64_t piece = 0; piece < pieces; ++piece) {
+        const int width = widths[piece];
+        const auto least = static_cast<int16_t>(least_code(width)), most = static_cast<int16_t>(most_code(width));
+        const int16_t *from = &codes[piece * NUMBERS];
+        uint8_t numbers[NUMBERS];
+        for (int i = 0; i < NUMBERS; ++i)
+            numbers[i] = static_cast<uint8_t>(std::min(std::max(from[i], least), most) - least);
+        for (int i = 0; beyond[piece][width] && i < NUMBERS; ++i)
+            if (const int more = from[i] - (numbers[i] + least); more)
+                stray(more, piece * PIECE + i / LINE * 4 + i % 4, i % LINE / 4, made.strays);
+        made.packed.resize(made.packed.size() + LINE * width);
+        put_together(numbers, width, made.packed.data() + made.packed.size() - LINE * width);
+    }
+    return made;
+}
+
 } // namespace
 
-Matrix codes_matrix(const Codes &c) {
+Matrix codes_matrix(const Codes &c, int threads) {
     if (c.rows < 1 || c.cols < 1) refuse("a matrix needs at least one row and one column");
     if (c.cols > std::numeric_limits<uint16_t>::max()) refuse("codes have at most 65,535 columns");
     Matrix m;
@@ -91,81 +149,71 @@ Matrix codes_matrix(const Codes &c) {
     m.rows = c.order ? c.ordered : c.rows;
     m.blocks = (m.cols + BLOCK - 1) / BLOCK, m.groups = (m.rows + GROUP - 1) / GROUP, m.nonzero = m.rows * m.cols;
     const auto source = [&](int64_t r) { return c.order ? c.order[r] : r; };
-    std::vector<int64_t> of_rows(m.rows), of_columns(m.cols); // bits
-    for (int64_t r = 0; r < m.rows; ++r) {
+    for (int64_t r = 0; r < m.rows; ++r)
         if (source(r) < 0 || source(r) >= c.rows)
             refuse("row " + std::to_string(source(r)) + " of a matrix of " + std::to_string(c.rows) + " rows");
-        for (int64_t i = 0; i < m.cols; ++i) {
-            const int bits = bits_of(c.codes[source(r) * c.cols + i]);
-            of_rows[r] += bits, of_columns[i] += bits;
+    const int64_t bands = (m.rows + BAND - 1) / BAND, strips = (m.rows + STRIP - 1) / STRIP, pieces = m.pieces();
+    std::vector<int64_t> of_rows(m.rows), of_columns(m.cols); // bits
+    std::vector<int32_t> of_bands(bands * m.cols);
+    parallel_for(bands, m.nonzero, threads, [&](int64_t band) {
+        std::vector<int32_t> bits(m.cols);
+        for (int64_t r = band * BAND; r < std::min(m.rows, (band + 1) * BAND); ++r) {
+            bits_of(c.codes + source(r) * c.cols, m.cols, bits.data());
+            of_rows[r] = std::accumulate(bits.begin(), bits.end(), 0);
+            for (int64_t i = 0; i < m.cols; ++i) of_bands[band * m.cols + i] += bits[i];
         }
-    }
-    m.inputs = by_size(of_columns, m.cols);
-    const std::vector<int32_t> order = by_size(of_rows, BAND);
+    });
+    for (int64_t band = 0; band < bands; ++band)
+        for (int64_t i = 0; i < m.cols; ++i) of_columns[i] += of_bands[band * m.cols + i];
+    if (c.sorted) m.inputs = by_size(of_columns, m.cols);
+    const std::vector<int32_t> order = by_size(of_rows, c.sorted ? BAND : 1);
     for (const int32_t row : order)
         m.place.push_back(static_cast<uint8_t>(row % BAND)), m.scale.push_back(c.scale[source(row)]);
     if (c.columns)
-        for (const int32_t column : m.inputs) m.columns.push_back(c.columns[column]);
-    const auto code = [&](int64_t row, int64_t column) { // as they lie
-        return static_cast<int>(c.codes[source(order[row]) * c.cols + m.inputs[column]]);
-    };
-    const auto exist = [&](int64_t group) { return std::min<int64_t>(GROUP, m.rows - group * GROUP); };
-    m.offsets.assign(1, 0), m.stray_offsets.assign(1, 0), m.widths.resize(m.groups * m.blocks);
-    for (int64_t group = 0; group < m.groups; ++group) {
-        std::vector<std::array<int32_t, WIDTHS + 1>> counts(m.blocks); // codes of a block, by the bits that they take
-        uint8_t *widths = &m.widths[group * m.blocks];
-        for (int64_t r = 0; r < exist(group); ++r)
-            for (int64_t i = 0; i < m.cols; ++i)
-                ++counts[i / BLOCK][std::min(bits_of(code(group * GROUP + r, i)), WIDTHS)];
-        choose(counts, widths);
-        m.offsets.push_back(m.offsets.back() + std::accumulate(widths, widths + m.blocks, int64_t{0}) * GROUP * 8);
-        for (int64_t r = 0; r < exist(group); ++r) {
-            const size_t before = m.strays.size();
-            for (int64_t i = 0; i < m.cols; ++i) {
-                const int found = code(group * GROUP + r, i), more = found - nearest(found, widths[i / BLOCK]);
-                if (more) m.strays.push_back({static_cast<uint16_t>(i), static_cast<int16_t>(more)});
-            }
-            m.stray_counts.push_back(static_cast<uint16_t>(m.strays.size() - before));
+        for (int64_t i = 0; i < m.cols; ++i) m.columns.push_back(c.columns[m.input(i)]);
+    m.widths.resize(strips * pieces);
+    std::vector<Strip> made(strips);
+    parallel_for(strips, m.nonzero, threads, [&](int64_t strip) {
+        std::vector<int16_t> codes(pieces * NUMBERS); // beyond the matrix zeros
+        for (int64_t r = 0; r < std::min<int64_t>(STRIP, m.rows - strip * STRIP); ++r) {
+            const int16_t *row = c.codes + source(order[strip * STRIP + r]) * c.cols;
+            for (int64_t i = 0; i < m.cols; ++i) codes[i / 4 * LINE + byte_of(r, i)] = row[m.input(i)];
         }
+        made[strip] = pack(codes, &m.widths[strip * pieces]);
+    });
+    m.offsets.assign(1, 0), m.stray_offsets.assign(1, 0);
+    for (const Strip &strip : made) {
+        m.offsets.push_back(m.offsets.back() + static_cast<int64_t>(strip.packed.size()));
+        m.strays.insert(m.strays.end(), strip.strays.begin(), strip.strays.end());
         m.stray_offsets.push_back(static_cast<int64_t>(m.strays.size()));
     }
     m.own_values = Buffer(std::max<int64_t>(1, m.offsets.back()));
-    uint8_t *to = m.own_values.data();
-    for (int64_t group = 0; group < m.groups; ++group)
-        for (int64_t block = 0; block < m.blocks; ++block) {
-            const int width = m.widths[group * m.blocks + block];
-            for (int64_t r = 0; r < GROUP; ++r, to += 8 * width) {
-                uint8_t numbers[BLOCK] = {}; // beyond the matrix anything will do: inputs there are zero
-                const int64_t count = r < exist(group) ? std::min<int64_t>(BLOCK, m.cols - block * BLOCK) : 0;
-                for (int64_t i = 0; i < count; ++i) {
-                    const int found = code(group * GROUP + r, block * BLOCK + i);
-                    numbers[i] = static_cast<uint8_t>(nearest(found, width) - least_code(width));
-                }
-                put_together(numbers, width, to);
-            }
-        }
+    for (int64_t strip = 0; strip < strips; ++strip)
+        std::copy(made[strip].packed.begin(), made[strip].packed.end(), m.own_values.data() + m.offsets[strip]);
     m.values = m.own_values.data();
     return m;
+}
+
+Matrix bytes_matrix(int64_t rows, int64_t cols, const int8_t *values, const float *scale, int threads) {
+    const std::vector<int16_t> codes(values, values + rows * cols);
+    return codes_matrix({rows, cols, codes.data(), scale, nullptr, nullptr, 0, false}, threads);
 }
 
 void code_row(const Matrix &m, int64_t index, float *out) {
     const auto band = m.place.begin() + index / BAND * BAND;
     const int64_t lies = std::find(band, m.place.end(), static_cast<uint8_t>(index % BAND)) - m.place.begin();
-    const int64_t group = lies / GROUP, place = lies % GROUP;
-    const uint8_t *at = m.values + m.offsets[group];
-    for (int64_t block = 0; block < m.blocks; ++block) {
-        const int width = m.widths[group * m.blocks + block];
-        uint8_t numbers[BLOCK];
-        cut_apart(at + place * 8 * width, width, numbers);
-        at += GROUP * 8 * width;
-        for (int64_t i = block * BLOCK; i < std::min((block + 1) * BLOCK, m.cols); ++i)
-            out[m.inputs[i]] = static_cast<float>(numbers[i % BLOCK] + least_code(width));
+    const int64_t strip = lies / STRIP;
+    const uint8_t *at = m.values + m.offsets[strip], *widths = m.widths.data() + strip * m.pieces();
+    for (int64_t i = 0; i < m.cols; ++i) {
+        const int width = widths[i / PIECE];
+        const int found = width ? number(at, width, i % PIECE / 4, byte_of(lies % STRIP, i)) + least_code(width) : 0;
+        out[m.input(i)] = static_cast<float>(found);
+        if (i % PIECE == PIECE - 1) at += LINE * width;
     }
-    const Stray *stray = m.strays.data() + m.stray_offsets[group];
-    for (int64_t row = group * GROUP; row < lies; ++row) stray += m.stray_counts[row];
-    for (int i = 0; i < m.stray_counts[lies]; ++i) out[m.inputs[stray[i].column]] += stray[i].more;
+    for (int64_t i = m.stray_offsets[strip]; i < m.stray_offsets[strip + 1]; ++i)
+        if (const Stray &one = m.strays[i]; one.row() == lies % STRIP) out[m.input(one.column)] += static_cast<float>(one.value());
     for (int64_t i = 0; i < m.cols; ++i)
-        out[m.inputs[i]] *= m.scale[lies], out[m.inputs[i]] *= m.columns.empty() ? 1.0f : m.columns[i];
+        out[m.input(i)] *= m.scale[lies], out[m.input(i)] *= m.columns.empty() ? 1.0f : m.columns[i];
 }
 
 } // namespace sparsessm

@@ -1,195 +1,254 @@
-// Products with codes of few bits, for decoding. Included by product_impl.h, in the namespace of its level.
+// Products with codes of few bits. Included by product_impl.h, in the namespace of its level.
+//
+// Rows of a strip are the lanes. What they meet, four bytes of inputs, is the same for all of them; each lane sums its
+// own row, as integers over a piece of 32 columns and as floats over the pieces. Integers are exact, and so a result
+// depends neither on the level nor on how many columns of inputs are multiplied together.
 
-#if defined(__AVX2__)
-#define INTEGERS 1 // bytes of codes meet bytes of inputs; else both are floats
-// The numbers of eight bits are taken as signed ones, where an instruction for all that are not would overflow.
-template <int WIDTH> constexpr bool SIGNED = !BYTES && WIDTH == 8;
-#else
-#define INTEGERS 0
-template <int WIDTH> constexpr bool SIGNED = true;
-#endif
+constexpr int PARTS = STRIP / LANES; // vectors of rows
+constexpr int MOST_COLS = LANES == 16 ? 8 : 4;
+typedef uint16_t pairs __attribute__((vector_size(4 * LANES)));
 
-// What a number that is stored as zero stands for where numbers are multiplied as they are stored.
-template <int WIDTH> constexpr float LEAST = SIGNED<WIDTH> ? 0.0f : static_cast<float>(least_code(WIDTH));
-
-// The 64 stored numbers of a row's block as bytes (few_bits.h): shifts and masks of vectors that are loaded several times
-// over. No shift or rotation moves a wanted bit into another byte.
-#if defined(__AVX512BW__)
-using Numbers = __m512i;
-
-template <int WIDTH> static inline Numbers numbers(const uint8_t *from) {
-    if constexpr (WIDTH == 8) return _mm512_loadu_si512(from);
-    __m512i out{};
-    if constexpr (WIDTH & 4) {
-        const __m512i both = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(from)));
-        const __m512i turned = _mm512_srlv_epi64(both, _mm512_setr_epi64(0, 0, 0, 0, 4, 4, 4, 4));
-        out = _mm512_and_si512(turned, _mm512_set1_epi8(15));
-    }
-    if constexpr (WIDTH & 2) {
-        constexpr int at = WIDTH & 4;
-        const __m512i all = _mm512_broadcast_i32x4(
-            _mm_loadu_si128(reinterpret_cast<const __m128i *>(from + 8 * (WIDTH & 4))));
-        const __m512i turns = _mm512_setr_epi64(at, at, at - 2, at - 2, at - 4, at - 4, at - 6, at - 6);
-        out = _mm512_or_si512(out, _mm512_and_si512(_mm512_rolv_epi64(all, turns), _mm512_set1_epi8(3 << at)));
-    }
-    if constexpr (WIDTH & 1) {
-        uint64_t bits;
-        std::memcpy(&bits, from + 8 * (WIDTH & 6), 8);
-        out = _mm512_mask_add_epi8(out, bits, out, _mm512_set1_epi8(1 << (WIDTH & 6)));
-    }
+static inline pairs line(const uint8_t *from) {
+    pairs out;
+    std::memcpy(&out, from, sizeof out);
     return out;
 }
 
-// Sums of some of the products with 64 bytes of inputs.
-template <int WIDTH> static inline vec products(Numbers n, const int8_t *inputs) {
-    const __m512i q = _mm512_load_si512(inputs);
-#if BYTES
-    return vec(_mm512_cvtepi32_ps(_mm512_dpbusd_epi32(__m512i{}, n, q)));
-#else
-    __m512i pairs;
-    if constexpr (SIGNED<WIDTH>) {
-        const __m512i code = _mm512_xor_si512(n, _mm512_set1_epi8(static_cast<char>(0x80)));
-        const __m512i turned = _mm512_mask_sub_epi8(q, _mm512_movepi8_mask(code), __m512i{}, q);
-        pairs = _mm512_maddubs_epi16(_mm512_abs_epi8(code), turned);
-    } else {
-        pairs = _mm512_maddubs_epi16(n, q);
-    }
-    return vec(_mm512_cvtepi32_ps(_mm512_madd_epi16(pairs, _mm512_set1_epi16(1))));
-#endif
+// BITS bits of every byte from FROM on, at TO. No wanted bit comes into another byte.
+template <int BITS, int TO, int FROM> static inline pairs cut(pairs all) {
+    constexpr uint16_t mask = ((1 << BITS) - 1) << TO;
+    const pairs moved = FROM > TO ? all >> (FROM > TO ? FROM - TO : 0) : all << (TO > FROM ? TO - FROM : 0);
+    return moved & static_cast<uint16_t>(mask << 8 | mask);
 }
+
+// The stored numbers of unit K of a piece (few_bits.h), those of a vector of rows.
+template <int WIDTH, int K> static inline pairs numbers(const uint8_t *piece) {
+    if constexpr (WIDTH == 8) return line(piece + LINE * K);
+    pairs out{};
+    if constexpr (WIDTH & 4) out = cut<4, 0, K / 4 * 4>(line(piece + LINE * (K % 4)));
+    if constexpr (WIDTH & 2) out |= cut<2, WIDTH & 4, K / 2 * 2>(line(piece + LINE * ((WIDTH & 4) + K % 2)));
+    if constexpr (WIDTH & 1) out |= cut<1, WIDTH & 6, K>(line(piece + LINE * (WIDTH & 6)));
+    return out;
+}
+
+// `met` adds four products of a lane to a sum of its kind, `whole` makes integers of 32 bits of it. So many units may be
+// added up before: sums of 16 bits hold less.
+#if BYTES
+using Sum = __m512i;
+template <int> constexpr int AT_ONCE = UNITS;
+template <int> constexpr bool SIGNED = false; // numbers are taken as they are stored
+
+template <int> static inline Sum met(Sum sum, pairs numbers, int32_t q) {
+    return _mm512_dpbusd_epi32(sum, __m512i(numbers), _mm512_set1_epi32(q));
+}
+static inline ivec whole(Sum sum) { return ivec(sum); }
 #elif defined(__AVX2__)
-struct Numbers {
-    __m256i low, high; // columns 0 to 31, 32 to 63
+template <int WIDTH> constexpr int AT_ONCE = WIDTH <= 4 ? UNITS : WIDTH >= 7 ? 1 : UNITS >> (WIDTH - 4);
+template <int WIDTH> constexpr bool SIGNED = WIDTH == 8; // two products of 255 and 127 are beyond 16 bits
+#if LANES == 16
+using Sum = __m512i;
+template <int WIDTH> static inline Sum met(Sum sum, pairs numbers, int32_t q) {
+    const __m512i n = __m512i(numbers), inputs = _mm512_set1_epi32(q);
+    if constexpr (!SIGNED<WIDTH>) return _mm512_add_epi16(sum, _mm512_maddubs_epi16(n, inputs));
+    const __m512i code = _mm512_xor_si512(n, _mm512_set1_epi8(static_cast<char>(0x80)));
+    const __m512i turned = _mm512_mask_sub_epi8(inputs, _mm512_movepi8_mask(code), __m512i{}, inputs);
+    return _mm512_add_epi16(sum, _mm512_maddubs_epi16(_mm512_abs_epi8(code), turned));
+}
+static inline ivec whole(Sum sum) { return ivec(_mm512_madd_epi16(sum, _mm512_set1_epi16(1))); }
+#else
+using Sum = __m256i;
+template <int WIDTH> static inline Sum met(Sum sum, pairs numbers, int32_t q) {
+    const __m256i n = __m256i(numbers), inputs = _mm256_set1_epi32(q);
+    if constexpr (!SIGNED<WIDTH>) return _mm256_add_epi16(sum, _mm256_maddubs_epi16(n, inputs));
+    const __m256i code = _mm256_xor_si256(n, _mm256_set1_epi8(static_cast<char>(0x80)));
+    return _mm256_add_epi16(sum, _mm256_maddubs_epi16(_mm256_abs_epi8(code), _mm256_sign_epi8(inputs, code)));
+}
+static inline ivec whole(Sum sum) { return ivec(_mm256_madd_epi16(sum, _mm256_set1_epi16(1))); }
+#endif
+#else
+using Sum = ivec;
+template <int> constexpr int AT_ONCE = UNITS;
+template <int> constexpr bool SIGNED = false;
+
+template <int> static inline Sum met(Sum sum, pairs numbers, int32_t q) {
+    ivec four;
+    std::memcpy(&four, &numbers, sizeof four);
+    for (int i = 0; i < 4; ++i) sum += (four >> (8 * i) & 255) * static_cast<int8_t>(q >> (8 * i));
+    return sum;
+}
+static inline ivec whole(Sum sum) { return sum; }
+#endif
+
+// ---- inputs, in chunks of columns that are multiplied together; the columns of a chunk lie next to each other
+
+static int64_t chunk(int64_t left) {
+    return left >= MOST_COLS ? MOST_COLS : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+}
+
+struct Met {
+    Aligned<float> x;   // (cols of the matrix, columns of a chunk): as rounded
+    Aligned<int32_t> q; // (units, ...): four bytes
+    Aligned<float> scale; // (blocks, ...)
+    Aligned<int32_t> less; // (pieces, ...): minus the sum of q
+    int64_t width = 0;
 };
 
-template <int WIDTH> static inline Numbers numbers(const uint8_t *from) {
-    const auto load = [&](int at) { return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(from + at)); };
-    const auto every = [](int byte) { return _mm256_set1_epi8(static_cast<char>(byte)); };
-    if constexpr (WIDTH == 8) return {load(0), load(32)};
-    Numbers out{};
-    if constexpr (WIDTH & 4) {
-        const __m256i both = load(0);
-        out = {_mm256_and_si256(both, every(15)), _mm256_and_si256(_mm256_srli_epi16(both, 4), every(15))};
-    }
-    if constexpr (WIDTH & 2) {
-        constexpr int at = WIDTH & 4;
-        const __m256i all = _mm256_broadcastsi128_si256(
-            _mm_loadu_si128(reinterpret_cast<const __m128i *>(from + 8 * (WIDTH & 4))));
-        const auto turned = [&](int first, int second) { // each half by its own number of bits, to the left or right
-            const __m256i left = _mm256_setr_epi64x(first, first, second, second);
-            const __m256i right = _mm256_sub_epi64(__m256i{}, left); // a count that is too large gives zeros
-            return _mm256_and_si256(_mm256_or_si256(_mm256_sllv_epi64(all, left), _mm256_srlv_epi64(all, right)),
-                                    every(3 << at));
-        };
-        out = {_mm256_or_si256(out.low, turned(at, at - 2)), _mm256_or_si256(out.high, turned(at - 4, at - 6))};
-    }
-    if constexpr (WIDTH & 1) {
-        const auto spread = [&](int half) { // bit i into byte i
-            int32_t bits;
-            std::memcpy(&bits, from + 8 * (WIDTH & 6) + 4 * half, 4);
-            const __m256i bytes = _mm256_shuffle_epi8(_mm256_set1_epi32(bits),
-                                                      _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202,
-                                                                         0x0303030303030303));
-            const __m256i bit = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201));
-            return _mm256_and_si256(_mm256_cmpeq_epi8(_mm256_and_si256(bytes, bit), bit), every(1 << (WIDTH & 6)));
-        };
-        out = {_mm256_or_si256(out.low, spread(0)), _mm256_or_si256(out.high, spread(1))};
-    }
-    return out;
+// Columns [first, first + cols) of the batch.
+static void prepare_chunk(const Matrix &m, const float *x, int64_t stride, int64_t first, int64_t cols, Met &in) {
+    alignas(64) float values[BLOCK];
+    alignas(64) int8_t bytes[BLOCK];
+    for (int64_t b = 0; b < cols; ++b)
+        for (int64_t block = 0; block < m.blocks; ++block) {
+            const float *from = x + (first + b) * stride;
+            const int64_t c0 = block * BLOCK, count = std::min<int64_t>(BLOCK, m.cols - c0);
+            if (m.inputs.empty()) std::memcpy(values, from + c0, count * sizeof(float));
+            else
+                for (int64_t i = 0; i < count; ++i) values[i] = from[m.inputs[c0 + i]];
+            if (!m.columns.empty())
+                for (int64_t i = 0; i < count; ++i) values[i] *= m.columns[c0 + i];
+            std::fill(values + count, values + BLOCK, 0.0f);
+            float unit;
+            int32_t sums[BLOCK / PIECE];
+            quantise(values, bytes, &unit, sums);
+            in.scale[first * m.blocks + block * cols + b] = unit;
+            float *to = &in.x[first * in.width + c0 * cols + b];
+            int32_t *four = &in.q[first * (in.width / 4) + c0 / 4 * cols + b];
+            if (cols == 1) {
+                std::memcpy(to, values, sizeof values), std::memcpy(four, bytes, sizeof bytes);
+            } else {
+                for (int i = 0; i < BLOCK; ++i) to[i * cols] = values[i];
+                for (int i = 0; i < BLOCK / 4; ++i) std::memcpy(four + i * cols, bytes + 4 * i, 4);
+            }
+            for (int piece = 0; piece < BLOCK / PIECE; ++piece)
+                in.less[first * m.pieces() + (block * 2 + piece) * cols + b] = -sums[piece];
+        }
 }
 
-template <int WIDTH> static inline vec products(Numbers n, const int8_t *inputs) {
-    const auto *q = reinterpret_cast<const __m256i *>(inputs);
-    const auto pairs = [](__m256i numbers, __m256i q) {
-        if constexpr (!SIGNED<WIDTH>) return _mm256_maddubs_epi16(numbers, q);
-        const __m256i code = _mm256_xor_si256(numbers, _mm256_set1_epi8(static_cast<char>(0x80)));
-        return _mm256_maddubs_epi16(_mm256_abs_epi8(code), _mm256_sign_epi8(q, code));
-    };
-    const __m256i low = pairs(n.low, _mm256_load_si256(q)), high = pairs(n.high, _mm256_load_si256(q + 1));
-    const auto four = [](__m256i two) { return _mm256_madd_epi16(two, _mm256_set1_epi16(1)); };
-    // four products of at most 63 times 127 fit into 16 bits
-    const __m256i sum = WIDTH <= 6 ? four(_mm256_add_epi16(low, high)) : _mm256_add_epi32(four(low), four(high));
-    return vec(_mm256_cvtepi32_ps(sum));
+static void make_room(const Matrix &m, int64_t batch, Met &in) {
+    in.width = m.blocks * BLOCK;
+    in.x.resize(batch * in.width), in.q.resize(batch * in.width / 4);
+    in.scale.resize(batch * m.blocks), in.less.resize(batch * m.pieces());
 }
-#endif
 
-// What blocks [block, end) of one width add to the sums of four rows and COLS columns of inputs.
-template <int WIDTH, int COLS>
-static const uint8_t *add_codes(const Inputs &in, int64_t first, const uint8_t *at, int64_t block, int64_t end,
-                                vec (*sums)[COLS], float *below) {
-    if constexpr (!SIGNED<WIDTH>)
+// ---- products
+
+// What a piece adds to the sums of a vector of rows.
+template <int WIDTH, int COLS, size_t... K>
+static inline void add_piece(const uint8_t *piece, const int32_t *q, const int32_t *less, const float *scale, vec *sums,
+                             std::index_sequence<K...>) {
+    Sum sum[COLS] = {};
+    ivec total[COLS];
+    for (int b = 0; b < COLS; ++b) total[b] = ivec{} + (SIGNED<WIDTH> ? 0 : less[b] * -least_code(WIDTH));
+    const auto unit = [&](auto k) {
+        const pairs own = numbers<WIDTH, k>(piece);
         for (int b = 0; b < COLS; ++b) {
-            const float *before = in.before.data() + (first + b) * (in.width / BLOCK + 1);
-            below[b] += LEAST<WIDTH> * (before[end] - before[block]);
+            sum[b] = met<WIDTH>(sum[b], own, q[k * COLS + b]);
+            if constexpr ((k + 1) % AT_ONCE<WIDTH> == 0) total[b] += whole(sum[b]), sum[b] = Sum{};
         }
-    vec acc[GROUP][COLS]; // else the compiler leaves them in memory
-    std::memcpy(acc, sums, sizeof acc);
-    for (; block < end; ++block) {
+    };
+    (unit(std::integral_constant<int, K>{}), ...);
+    for (int b = 0; b < COLS; ++b) sums[b] += splat(scale[b]) * __builtin_convertvector(total[b], vec);
+}
+
+// Pieces [piece, end), all of one width.
+template <int WIDTH, int COLS>
+static const uint8_t *add_pieces(const Matrix &m, const Met &in, int64_t first, const uint8_t *at, int64_t piece,
+                                 int64_t end, vec (*sums)[COLS]) {
+    vec own[PARTS][COLS]; // else the compiler leaves them in memory
+    std::memcpy(own, sums, sizeof own);
+    const int32_t *q = &in.q[first * (in.width / 4)], *less = &in.less[first * m.pieces()];
+    const float *scale = &in.scale[first * m.blocks];
+    for (; piece < end; ++piece, at += LINE * WIDTH) {
 #pragma GCC unroll 8
-        for (int line = 0; line < GROUP * WIDTH * 8; line += 64) PREFETCH(at + line);
+        for (int i = 0; i < WIDTH; ++i) PREFETCH(at + LINE * i);
 #pragma GCC unroll 4
-        for (int r = 0; r < GROUP; ++r, at += 8 * WIDTH) {
-#if INTEGERS
-            const Numbers own = numbers<WIDTH>(at);
-            for (int b = 0; b < COLS; ++b) {
-                const int64_t i = (first + b) * (in.width / BLOCK) + block;
-                acc[r][b] += splat(in.scale[i]) * products<WIDTH>(own, &in.q[i * BLOCK]);
-            }
-#else
-            uint8_t whole[BLOCK];
-            cut_apart(at, WIDTH, whole);
-            for (int i = 0; i < BLOCK; ++i) whole[i] = static_cast<uint8_t>(whole[i] + least_code(WIDTH));
-            const float *x = in.x.data() + first * in.width + block * BLOCK;
-#pragma GCC unroll 16
-            for (int p = 0; p < BLOCK; p += LANES) {
-                vec w;
-                widen<Value::i8>(whole + p, LANES, &w);
-                for (int b = 0; b < COLS; ++b) acc[r][b] += w * load(x + b * in.width + p);
-            }
-#endif
-        }
+        for (int part = 0; part < PARTS; ++part)
+            add_piece<WIDTH, COLS>(at + part * 4 * LANES, q + piece * UNITS * COLS, less + piece * COLS,
+                                   scale + piece / 2 * COLS, own[part], std::make_index_sequence<UNITS>{});
     }
-    std::memcpy(sums, acc, sizeof acc);
+    std::memcpy(sums, own, sizeof own);
     return at;
 }
 
-// Four rows times COLS columns of inputs.
+// A strip times COLS columns of inputs -> out (STRIP, COLS), without the scales of rows.
 template <int COLS>
-static void dot_codes(const Matrix &m, const Inputs &in, int64_t first, int64_t group, float (*sums)[GROUP]) {
-    vec acc[GROUP][COLS] = {};
-    float below[COLS] = {}; // what the least of the codes adds, which numbers are stored above
-    const uint8_t *at = m.values + m.offsets[group], *widths = m.widths.data() + group * m.blocks;
-    for (int64_t block = 0, end; block < m.blocks; block = end) {
-        for (end = block + 1; end < m.blocks && widths[end] == widths[block];) ++end;
-        switch (widths[block]) {
+static void dot_strip(const Matrix &m, const Met &in, int64_t first, int64_t strip, float (*out)[STRIP]) {
+    vec sums[PARTS][COLS] = {};
+    const uint8_t *at = m.values + m.offsets[strip], *widths = m.widths.data() + strip * m.pieces();
+    for (int64_t piece = 0, end; piece < m.pieces(); piece = end) {
+        for (end = piece + 1; end < m.pieces() && widths[end] == widths[piece];) ++end;
+        switch (widths[piece]) {
         case 0: break;
-        case 1: at = add_codes<1, COLS>(in, first, at, block, end, acc, below); break;
-        case 2: at = add_codes<2, COLS>(in, first, at, block, end, acc, below); break;
-        case 3: at = add_codes<3, COLS>(in, first, at, block, end, acc, below); break;
-        case 4: at = add_codes<4, COLS>(in, first, at, block, end, acc, below); break;
-        case 5: at = add_codes<5, COLS>(in, first, at, block, end, acc, below); break;
-        case 6: at = add_codes<6, COLS>(in, first, at, block, end, acc, below); break;
-        case 7: at = add_codes<7, COLS>(in, first, at, block, end, acc, below); break;
-        default: at = add_codes<8, COLS>(in, first, at, block, end, acc, below);
+        case 1: at = add_pieces<1, COLS>(m, in, first, at, piece, end, sums); break;
+        case 2: at = add_pieces<2, COLS>(m, in, first, at, piece, end, sums); break;
+        case 3: at = add_pieces<3, COLS>(m, in, first, at, piece, end, sums); break;
+        case 4: at = add_pieces<4, COLS>(m, in, first, at, piece, end, sums); break;
+        case 5: at = add_pieces<5, COLS>(m, in, first, at, piece, end, sums); break;
+        case 6: at = add_pieces<6, COLS>(m, in, first, at, piece, end, sums); break;
+        case 7: at = add_pieces<7, COLS>(m, in, first, at, piece, end, sums); break;
+        default: at = add_pieces<8, COLS>(m, in, first, at, piece, end, sums);
         }
     }
-    for (int b = 0; b < COLS; ++b) {
-        add_up(&acc[0][b], COLS, sums[b]);
-        for (int r = 0; r < GROUP; ++r) sums[b][r] += below[b];
+    for (int b = 0; b < COLS; ++b)
+        for (int part = 0; part < PARTS; ++part) store(out[b] + part * LANES, sums[part][b], LANES);
+    const int64_t begin = m.stray_offsets[strip], end = m.stray_offsets[strip + 1];
+    if (begin == end) return;
+    float more[STRIP][COLS] = {};
+    const float *x = &in.x[first * in.width];
+    for (int64_t i = begin; i < end; ++i) {
+        const Stray &one = m.strays[i];
+        const auto value = static_cast<float>(one.value());
+        for (int b = 0; b < COLS; ++b) more[one.row()][b] += value * x[one.column * COLS + b];
     }
-    const Stray *stray = m.strays.data() + m.stray_offsets[group];
-    for (int64_t r = 0; r < std::min<int64_t>(GROUP, m.rows - group * GROUP); ++r) {
-        constexpr int WAYS = 4; // independent sums, as each waits for the one before it
-        float more[WAYS][COLS] = {};
-        const Stray *last = stray + m.stray_counts[group * GROUP + r];
-        const auto add = [&](float *to, const Stray &one) {
-            for (int b = 0; b < COLS; ++b)
-                to[b] += static_cast<float>(one.more) * in.x[(first + b) * in.width + one.column];
-        };
-        for (; stray + WAYS <= last; stray += WAYS)
-#pragma GCC unroll 4
-            for (int way = 0; way < WAYS; ++way) add(more[way], stray[way]);
-        for (; stray < last; ++stray) add(more[0], *stray);
-        for (int b = 0; b < COLS; ++b) sums[b][r] += (more[0][b] + more[1][b]) + (more[2][b] + more[3][b]);
+    for (int r = 0; r < STRIP; ++r)
+        for (int b = 0; b < COLS; ++b) out[b][r] += more[r][b];
+}
+
+// Rows of groups [begin, end) times `batch` columns of inputs, which are prepared.
+static void project_codes(const Matrix &m, const Met &in, int64_t batch, int64_t begin, int64_t end, float *out,
+                          int64_t stride) {
+    const int64_t strips = (std::min(m.rows, end * GROUP) + STRIP - 1) / STRIP;
+    for (int64_t strip = begin * GROUP / STRIP; strip < strips; ++strip) {
+        const int64_t r0 = strip * STRIP, rows = std::min<int64_t>(STRIP, m.rows - r0);
+        for (int64_t b = 0, cols; b < batch; b += cols) { // the strip is in the first-level cache from the second turn on
+            float sums[MOST_COLS][STRIP];
+            cols = chunk(batch - b);
+            if (cols == MOST_COLS) dot_strip<MOST_COLS>(m, in, b, strip, sums);
+            else if (cols == 4) dot_strip<4>(m, in, b, strip, sums);
+            else if (cols == 2) dot_strip<2>(m, in, b, strip, sums);
+            else dot_strip<1>(m, in, b, strip, sums);
+            for (int64_t c = 0; c < cols; ++c) {
+                float *to = out + (b + c) * stride + r0 / BAND * BAND;
+                for (int64_t r = 0; r < rows; ++r) to[m.place[r0 + r]] = sums[c][r] * m.scale[r0 + r];
+            }
+        }
+    }
+}
+
+static void prepare_codes(const Matrix &m, const float *x, int64_t stride, int64_t batch, Met &in) {
+    make_room(m, batch, in);
+    for (int64_t b = 0, cols; b < batch; b += cols) cols = chunk(batch - b), prepare_chunk(m, x, stride, b, cols, in);
+}
+
+// Columns of inputs whose bytes stay in the second-level cache while strips go by.
+constexpr int64_t TOKENS = 16 * MOST_COLS;
+
+static void product_codes(const Product &p, int threads) {
+    const Matrix &m = p.matrix;
+    const int64_t bands = (m.groups + m.together() - 1) / m.together(), cost = p.length * m.nonzero / LANES;
+    for (int64_t from = 0; from < p.length; from += TOKENS) {
+        const int64_t tokens = std::min(TOKENS, p.length - from), chunks = (tokens + MOST_COLS - 1) / MOST_COLS;
+        Met in;
+        make_room(m, tokens, in);
+        parallel_for(chunks, tokens * m.cols, threads, [&](int64_t unit) {
+            const int64_t end = std::min(tokens, (unit + 1) * MOST_COLS);
+            for (int64_t b = unit * MOST_COLS, cols; b < end; b += cols)
+                cols = chunk(end - b), prepare_chunk(m, p.x + from * p.x_stride, p.x_stride, b, cols, in);
+        });
+        parallel_for(bands, cost, threads, [&](int64_t band) {
+            const int64_t begin = band * m.together(), end = std::min(m.groups, begin + m.together());
+            project_codes(m, in, tokens, begin, end, p.out + from * p.out_stride, p.out_stride);
+            finish(p, from, tokens, begin * GROUP, std::min(m.rows, end * GROUP));
+        });
     }
 }

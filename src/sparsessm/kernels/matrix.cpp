@@ -73,8 +73,8 @@ Buffer::Buffer(int64_t bytes) {
 int64_t Matrix::bytes() const {
     const auto of = [](const auto &vector) { return static_cast<int64_t>(vector.size() * sizeof vector[0]); };
     if (form == Form::codes)
-        return offsets[groups] + of(offsets) + of(scale) + of(columns) + of(widths) + of(inputs) + of(place) + of(strays) +
-               of(stray_counts) + of(stray_offsets);
+        return offsets.back() + of(offsets) + of(scale) + of(columns) + of(widths) + of(inputs) + of(place) + of(strays) +
+               of(stray_offsets);
     const int64_t stored = (form == Form::sparse ? nonzero : rows * cols) * size_of(value);
     return stored + (form == Form::sparse ? groups * blocks * GROUP * 8 : 0) + of(scale);
 }
@@ -104,7 +104,10 @@ void Matrix::row(int64_t index, float *out) const {
 std::vector<int64_t> Matrix::shares(int threads) const {
     const auto before = [&](int64_t group) {
         if (form == Form::dense) return group;
-        if (form == Form::codes) return offsets[group] + stray_offsets[group] * static_cast<int64_t>(sizeof(Stray));
+        if (form == Form::codes) {
+            const int64_t strip = (group * GROUP + STRIP - 1) / STRIP;
+            return offsets[strip] + stray_offsets[strip] * static_cast<int64_t>(sizeof(Stray));
+        }
         return offsets[group] * size_of(value) + group * blocks * GROUP * 8;
     };
     std::vector<int64_t> bounds(threads + 1, groups);
@@ -175,7 +178,7 @@ Matrix sparse_matrix(const Packed &p) {
     return m;
 }
 
-Matrix dense_matrix(int64_t rows, int64_t cols, Value value, const uint8_t *values, const float *scale) {
+Matrix dense_matrix(int64_t rows, int64_t cols, Value value, const uint8_t *values) {
     if (rows < 1 || cols < 1) refuse("a matrix needs at least one row and one column");
     Matrix m;
     m.rows = rows, m.cols = cols, m.value = value, m.nonzero = rows * cols;
@@ -183,7 +186,6 @@ Matrix dense_matrix(int64_t rows, int64_t cols, Value value, const uint8_t *valu
     std::memcpy(m.own_values.data(), values, rows * cols * size_of(value));
     m.values = m.own_values.data();
     m.blocks = (cols + BLOCK - 1) / BLOCK, m.groups = (rows + GROUP - 1) / GROUP;
-    if (scale) m.scale.assign(scale, scale + rows);
     return m;
 }
 

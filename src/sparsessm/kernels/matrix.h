@@ -14,7 +14,8 @@ enum class Form : uint8_t { dense, sparse, codes };
 
 constexpr int GROUP = 4;  // rows whose blocks lie next to each other: one stream feeds four sums
 constexpr int BLOCK = 64; // columns under one mask
-constexpr int BAND = 16;  // rows of codes that lie in the order of their sizes; as many as a group of the scan has channels
+constexpr int STRIP = 16; // rows of codes that lie in the lanes of a vector
+constexpr int BAND = 64;  // rows of codes that lie in the order of their sizes
 
 // Memory for streaming, and readable some cache lines beyond its end. Many share one large block of huge pages: reading
 // a gigabyte through small pages costs up to half of the bandwidth.
@@ -28,34 +29,37 @@ class Buffer {
     uint8_t *data_ = nullptr;
 };
 
-// A code that has more bits than its block of a group stores: its column as it lies, and what it is more than the
-// nearest one that they can say.
+// What a code is more than the nearest one that the bits of its piece can say, or a part of that.
 struct Stray {
-    uint16_t column;
-    int16_t more;
+    uint16_t column; // as it lies
+    int8_t more;
+    uint8_t place; // the row of the strip, and by how many bits `more` is shifted
+    int row() const { return place >> 4; }
+    int value() const { return more * (1 << (place & 15)); }
 };
 
 struct Matrix {
     int64_t rows = 0, cols = 0, blocks = 0, groups = 0, nonzero = 0;
     Value value = Value::f32;
     Form form = Form::dense;
-    // Sparse: for each group, block, row of the group: the kept values. Dense: (rows, cols). Codes: for each group,
-    // block, row of the group 8 bytes for each bit of the group's width (few_bits_impl.h).
+    // Sparse: for each group, block, row of the group: the kept values. Dense: (rows, cols). Codes: for each strip and
+    // piece of 32 columns a line of 64 bytes for each bit of its width (few_bits.h).
     const uint8_t *values = nullptr;
     const uint64_t *masks = nullptr;  // (groups, blocks, GROUP): bit j keeps column 64 * block + j
-    std::vector<int64_t> offsets;     // (groups + 1): where a group's values begin, in values; of codes in bytes
+    std::vector<int64_t> offsets;     // (groups + 1): where a group's values begin; of codes (strips + 1), in bytes
     std::vector<float> scale;         // (rows) or empty
     // Of codes. Columns lie in the order of their sizes, and so do the rows of a band: what lies together has about as
     // many bits. scale and columns are in these orders.
-    std::vector<uint8_t> widths;        // (groups, blocks): bits of a code
-    std::vector<int32_t> inputs;        // (cols): which input a column is for
+    std::vector<uint8_t> widths;        // (strips, pieces): bits of a code
+    std::vector<int32_t> inputs;        // (cols): which input a column is for; empty: each for its own
     std::vector<uint8_t> place;         // (rows): which row of its band it is
     std::vector<float> columns;         // (cols) or empty: factors of the inputs
-    std::vector<Stray> strays;          // row by row as they lie
-    std::vector<uint16_t> stray_counts; // (rows)
-    std::vector<int64_t> stray_offsets; // (groups + 1)
+    std::vector<Stray> strays;          // strip by strip, by column
+    std::vector<int64_t> stray_offsets; // (strips + 1)
     Buffer own_values, own_masks;
 
+    int64_t pieces() const { return 2 * blocks; } // of a strip
+    int64_t input(int64_t column) const { return inputs.empty() ? column : inputs[column]; }
     int64_t bytes() const; // what decoding one token reads
     // A row as floats, for the embedding.
     void row(int64_t index, float *out) const;
@@ -87,9 +91,12 @@ struct Codes {
     const float *columns;  // (cols) or null
     const int64_t *order;  // as above
     int64_t ordered;
+    bool sorted;           // large columns and rows may lie together
 };
-Matrix codes_matrix(const Codes &);
+Matrix codes_matrix(const Codes &, int threads);
+// Bytes are codes too, each column where it was.
+Matrix bytes_matrix(int64_t rows, int64_t cols, const int8_t *values, const float *scale, int threads);
 
-Matrix dense_matrix(int64_t rows, int64_t cols, Value, const uint8_t *values, const float *scale);
+Matrix dense_matrix(int64_t rows, int64_t cols, Value, const uint8_t *values); // of floats
 
 } // namespace sparsessm

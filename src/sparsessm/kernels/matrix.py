@@ -19,7 +19,6 @@ from sparsessm.kernels.arguments import expect_dense, expect_floats
 
 BLOCK = 64  # columns that share a scale where int8 weights meet inputs (matrix.h)
 MANY = 16  # rows of inputs from which a dense matrix is better widened to float32 and left to the BLAS
-BYTEWISE = ("avx512vbmi2",)  # levels with an instruction for products of bytes: faster than a BLAS on floats
 TINY = 1e-30  # inputs below it are zero there (product_impl.h)
 VALUES = (torch.float32, torch.bfloat16, torch.int8)
 
@@ -33,15 +32,15 @@ class Matrix:
         nbytes: bytes that one decoding step reads.
     """
 
-    def __init__(self, native: Any, wide: Callable[[], Tensor] | None, scale: Tensor | None) -> None:
+    def __init__(self, native: Any, wide: Callable[[], Tensor] | None = None, *, rounds: bool = False) -> None:
         """Wrap what the extension made.
 
         Args:
             wide: gives the weight as float32, for products of `MANY` rows or more by the BLAS, where that is
                 faster; None: it never is.
-            scale: of rows, of int8; inputs are then `rounded` here, as not all of the native ways do it.
+            rounds: inputs are `rounded` here, as not all of the native ways do it.
         """
-        self.native, self._wide, self._rounds = native, wide, scale is not None
+        self.native, self._wide, self._rounds = native, wide, rounds
         self.rows, self.cols = int(native.rows), int(native.cols)
         self.sparse, self.nbytes = bool(native.sparse), int(native.nbytes)
 
@@ -57,14 +56,12 @@ class Matrix:
             ValueError: another dtype or shape.
         """
         _expect("values", values, VALUES, -1, -1)
-        values, scale = values.detach().contiguous(), _floats(scale)
-        made = kernels.extension().dense(_bits(values), scale)
+        values = values.detach().contiguous()
+        made = kernels.extension().dense(torch.get_num_threads(), _bits(values), _floats(scale))
+        if values.dtype == torch.int8:
+            return Matrix(made)
         held = made.values.view(values.dtype)
-
-        def wide() -> Tensor:
-            return held.float() if scale is None else held.float() * scale[:, None]
-
-        return Matrix(made, wide, scale)
+        return Matrix(made, held.float)
 
     @staticmethod
     def packed(
@@ -89,14 +86,14 @@ class Matrix:
         made = kernels.extension().sparse(
             mask.contiguous(), cols, _bits(values.contiguous()), _floats(scale), order
         )
-        return Matrix(made, None, scale)
+        return Matrix(made, rounds=scale is not None)
 
     @staticmethod
     def codes(
         codes: Tensor, scale: Tensor, columns: Tensor | None = None, rows: Tensor | None = None
     ) -> Matrix:
-        """Integers of few bits: four rows of 64 columns have the width that takes the fewest bytes, and what
-        is beyond it is stored apart (few_bits.h); everything is copied.
+        """Integers of few bits: sixteen rows of 32 columns have the width that takes the fewest bytes, and
+        what is beyond it is stored apart (few_bits.h); everything is copied.
 
         Args:
             codes: (stored rows, cols) int16.
@@ -111,8 +108,10 @@ class Matrix:
         if rows is not None:
             _expect("rows", rows, (torch.int64,), -1)
             order = rows.contiguous()
-        made = kernels.extension().codes(codes.contiguous(), _floats(scale), _floats(columns), order)
-        return Matrix(made, None, None)
+        made = kernels.extension().codes(
+            torch.get_num_threads(), codes.contiguous(), _floats(scale), _floats(columns), order
+        )
+        return Matrix(made)
 
     def linear(self, x: Tensor, bias: Tensor | None = None, *, softplus: bool = False) -> Tensor:
         """x (L, cols) float32 -> x @ weight.T + bias, (L, rows) float32.
@@ -134,8 +133,7 @@ class Matrix:
         x = x.detach()
         if self._rounds:
             x = rounded(x)
-        bytewise = self._rounds and kernels.LEVEL in BYTEWISE
-        if self._wide is not None and len(x) >= MANY and not bytewise:  # what a BLAS is made for
+        if self._wide is not None and len(x) >= MANY:  # what a BLAS is made for
             out = F.linear(x, self._wide(), bias)
             return F.softplus(out) if softplus else out
         x = x if x.stride(-1) == 1 or self.cols == 1 else x.contiguous()
@@ -195,7 +193,7 @@ def rounded(x: Tensor) -> Tensor:
     """
     blocks = F.pad(x, (0, -x.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
     most = blocks.abs().amax(2, keepdim=True)
-    inverse = torch.where(most > TINY, 127.0 / most, 0.0)
+    inverse = torch.where(most > TINY, torch.full_like(most, 127.0) / most, 0.0)  # 127.0 / most is rounded twice
     return torch.round(blocks * inverse).mul_(most / 127.0).flatten(1)[:, : x.shape[1]]
 
 

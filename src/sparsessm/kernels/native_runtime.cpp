@@ -73,18 +73,22 @@ std::shared_ptr<Matrix> sparse(Array<const uint8_t, 2> mask, int64_t cols, Raw v
     return std::make_shared<Matrix>(sparse_matrix(p));
 }
 
-std::shared_ptr<Matrix> dense(Raw values, std::optional<Array<const float, 1>> scale) {
+std::shared_ptr<Matrix> dense(int threads, Raw values, std::optional<Array<const float, 1>> scale) {
     if (values.ndim() != 2) refuse("values must have two dimensions");
     const Value value = value_of(values);
     const float *scale_of = scales(scale, value, values.shape(0));
     nb::gil_scoped_release release;
-    return std::make_shared<Matrix>(dense_matrix(values.shape(0), values.shape(1), value,
-                                               static_cast<const uint8_t *>(values.data()), scale_of));
+    const auto rows = static_cast<int64_t>(values.shape(0)), cols = static_cast<int64_t>(values.shape(1));
+    if (value == Value::i8)
+        return std::make_shared<Matrix>(
+            bytes_matrix(rows, cols, static_cast<const int8_t *>(values.data()), scale_of, bounded(threads)));
+    return std::make_shared<Matrix>(dense_matrix(rows, cols, value, static_cast<const uint8_t *>(values.data())));
 }
 
-std::shared_ptr<Matrix> codes(Array<const int16_t, 2> codes, Array<const float, 1> scale,
+std::shared_ptr<Matrix> codes(int threads, Array<const int16_t, 2> codes, Array<const float, 1> scale,
                               std::optional<Array<const float, 1>> columns, std::optional<Array<const int64_t, 1>> order) {
     Codes c{};
+    c.sorted = true;
     c.rows = codes.shape(0), c.cols = codes.shape(1), c.codes = codes.data(), c.scale = scale.data();
     if (static_cast<int64_t>(scale.shape(0)) != c.rows) refuse("there are not as many scales as rows");
     if (columns && static_cast<int64_t>(columns->shape(0)) != c.cols) refuse("there are not as many factors as columns");
@@ -92,7 +96,7 @@ std::shared_ptr<Matrix> codes(Array<const int16_t, 2> codes, Array<const float, 
     if (order && order->shape(0) == 0) refuse("no rows chosen");
     if (order) c.order = order->data(), c.ordered = order->shape(0);
     nb::gil_scoped_release release;
-    return std::make_shared<Matrix>(codes_matrix(c));
+    return std::make_shared<Matrix>(codes_matrix(c, bounded(threads)));
 }
 
 // The values of a dense matrix as torch sees them; they live as long as the matrix.
@@ -398,8 +402,8 @@ void bind_runtime(nb::module_ &m) {
         .def("product", &product, nb::arg("level"), nb::arg("threads"), array("x"), maybe("bias"),
              nb::arg("softplus"), array("out"));
     m.def("sparse", &sparse, array("mask"), nb::arg("cols"), array("values"), maybe("scale"), maybe("order"));
-    m.def("codes", &codes, array("codes"), array("scale"), maybe("columns"), maybe("order"));
-    m.def("dense", &dense, array("values"), maybe("scale"));
+    m.def("codes", &codes, nb::arg("threads"), array("codes"), array("scale"), maybe("columns"), maybe("order"));
+    m.def("dense", &dense, nb::arg("threads"), array("values"), maybe("scale"));
     nb::class_<Decoder>(m, "Decoder")
         .def_prop_ro("state_size", [](const Decoder &d) { return d.net.state_size; })
         .def("step", &step, nb::arg("level"), nb::arg("threads"), array("tokens"), array("state"), array("logits"));

@@ -177,7 +177,6 @@ struct Inputs {
     Aligned<int8_t> q;          // the same as bytes, for dot products of bytes
     std::vector<float> scale;   // (batch, blocks): what a unit of q is worth
     std::vector<int32_t> shift; // (batch, blocks): -128 times the sum of q
-    std::vector<float> before;  // (batch, blocks + 1), for codes: sums of the inputs of all blocks before, as rounded
     int64_t width = 0;
 };
 
@@ -185,7 +184,8 @@ constexpr float TINY = 1e-30f; // 127 / TINY is finite, TINY / 127 not a denorma
 
 // The bytes of weights meet bytes of inputs, with one scale for 64 of them; every level rounds them alike.
 // A block with NaN or Inf is NaN, one that is all but zero is zero, as in matrix.py.
-static void quantise(float *x, int8_t *q, float *scale, int32_t *shift) {
+// `sums` are those of q, of each half of the block.
+static void quantise(float *x, int8_t *q, float *scale, int32_t *sums) {
     constexpr int VECTORS = BLOCK / LANES;
     typedef int8_t bytes __attribute__((vector_size(LANES)));
     ivec largest{}; // bits of magnitudes: in their order NaN is above all numbers
@@ -200,22 +200,21 @@ static void quantise(float *x, int8_t *q, float *scale, int32_t *shift) {
     float most;
     std::memcpy(&most, &magnitude, sizeof most);
     if (magnitude >= 0x7f800000) {
-        *scale = most - most, *shift = 0; // NaN
+        *scale = most - most, sums[0] = sums[1] = 0; // NaN
         std::memset(q, 0, BLOCK);
         std::fill(x, x + BLOCK, *scale);
         return;
     }
     const float unit = most > TINY ? most / 127.0f : 0.0f, inverse = most > TINY ? 127.0f / most : 0.0f;
-    const vec magic = splat(12582912.0f); // 1.5 * 2^23: adding it rounds to the nearest integer, ties to even
-    vec total{};
+    ivec total[2] = {};
     for (int i = 0; i < VECTORS; ++i) {
-        const vec whole = (load(x + i * LANES) * splat(inverse) + magic) - magic;
-        const bytes narrow = __builtin_convertvector(__builtin_convertvector(whole, ivec), bytes);
+        const ivec whole = nearest(load(x + i * LANES) * splat(inverse));
+        const bytes narrow = __builtin_convertvector(whole, bytes);
         std::memcpy(q + i * LANES, &narrow, sizeof narrow);
-        store(x + i * LANES, whole * splat(unit), LANES);
-        total += whole;
+        store(x + i * LANES, __builtin_convertvector(whole, vec) * splat(unit), LANES);
+        total[i / (VECTORS / 2)] += whole;
     }
-    *scale = unit, *shift = -128 * static_cast<int32_t>(sum(total));
+    *scale = unit, sums[0] = sum(total[0]), sums[1] = sum(total[1]);
 }
 
 static void prepare(const Matrix &m, const float *x, int64_t stride, int64_t batch, Inputs &in) {
@@ -223,20 +222,15 @@ static void prepare(const Matrix &m, const float *x, int64_t stride, int64_t bat
     in.x.resize(batch * in.width);
     for (int64_t b = 0; b < batch; ++b) {
         float *to = in.x.data() + b * in.width;
-        if (m.inputs.empty()) std::memcpy(to, x + b * stride, m.cols * sizeof(float));
-        for (size_t i = 0; i < m.inputs.size(); ++i) to[i] = x[b * stride + m.inputs[i]];
-        for (size_t i = 0; i < m.columns.size(); ++i) to[i] *= m.columns[i];
+        std::memcpy(to, x + b * stride, m.cols * sizeof(float));
         std::memset(to + m.cols, 0, (in.width - m.cols) * sizeof(float));
     }
     if (m.value == Value::i8) {
         in.q.resize(batch * in.width), in.scale.resize(batch * m.blocks), in.shift.resize(batch * m.blocks);
-        for (int64_t i = 0; i < batch * m.blocks; ++i)
-            quantise(&in.x[i * BLOCK], &in.q[i * BLOCK], &in.scale[i], &in.shift[i]);
-        if (m.form == Form::codes) {
-            in.before.assign(batch * (m.blocks + 1), 0);
-            for (int64_t b = 0; b < batch; ++b)
-                for (int64_t i = b * m.blocks, to = i + b + 1; i < (b + 1) * m.blocks; ++i, ++to)
-                    in.before[to] = in.before[to - 1] + in.scale[i] * (static_cast<float>(in.shift[i]) / -128);
+        for (int64_t i = 0; i < batch * m.blocks; ++i) {
+            int32_t sums[2];
+            quantise(&in.x[i * BLOCK], &in.q[i * BLOCK], &in.scale[i], sums);
+            in.shift[i] = -128 * (sums[0] + sums[1]);
         }
     } else if (HALVES && m.value == Value::bf16) { // even columns, then odd ones, of each 2 * LANES
         for (int64_t at = 0; at < batch * in.width; at += 2 * LANES) {
@@ -351,54 +345,29 @@ static inline void meet(const Inputs &in, int64_t first, int64_t block, int64_t 
     }
 }
 
-template <bool SPARSE, int COLS>
+// Four packed rows.
+template <int COLS>
 static void dot_bytes(const Matrix &m, const Inputs &in, int64_t first, int64_t group, float (*sums)[GROUP]) {
     vec acc[GROUP][COLS] = {};
-    if constexpr (SPARSE) {
-        const uint8_t *values = m.values + m.offsets[group];
-        const uint64_t *masks = m.masks + group * m.blocks * GROUP;
-        for (int64_t block = 0; block < m.blocks; ++block, masks += GROUP)
+    const uint8_t *values = m.values + m.offsets[group];
+    const uint64_t *masks = m.masks + group * m.blocks * GROUP;
+    for (int64_t block = 0; block < m.blocks; ++block, masks += GROUP)
 #pragma GCC unroll 4
-            for (int r = 0; r < GROUP; ++r) {
-                PREFETCH(values);
-                const __m512i w = _mm512_maskz_expand_epi8(masks[r], whole(values));
-                values += __builtin_popcountll(masks[r]);
-                meet<COLS>(in, first, block, m.blocks, w, acc[r]);
-            }
-    } else {
         for (int r = 0; r < GROUP; ++r) {
-            const uint8_t *row = m.values + std::min(group * GROUP + r, m.rows - 1) * m.cols;
-            vec part[2][COLS] = {};
-            int64_t block = 0;
-            for (; (block + 2) * BLOCK <= m.cols; block += 2)
-#pragma GCC unroll 2
-                for (int64_t i = 0; i < 2; ++i, row += BLOCK) {
-                    PREFETCH(row);
-                    meet<COLS>(in, first, block + i, m.blocks, _mm512_loadu_si512(row), part[i]);
-                }
-            for (; block < m.blocks; ++block, row += BLOCK) {
-                const int64_t left = m.cols - block * BLOCK;
-                const __mmask64 exists = left >= BLOCK ? ~__mmask64{0} : (__mmask64{1} << left) - 1;
-                meet<COLS>(in, first, block, m.blocks, _mm512_maskz_loadu_epi8(exists, row), part[0]);
-            }
-            for (int b = 0; b < COLS; ++b) acc[r][b] = part[0][b] + part[1][b];
+            PREFETCH(values);
+            const __m512i w = _mm512_maskz_expand_epi8(masks[r], whole(values));
+            values += __builtin_popcountll(masks[r]);
+            meet<COLS>(in, first, block, m.blocks, w, acc[r]);
         }
-    }
     for (int b = 0; b < COLS; ++b) add_up(&acc[0][b], COLS, sums[b]);
 }
 #endif
 
-#include "few_bits_impl.h"
-
 template <Value V, Form FORM, int COLS>
 static inline void dots(const Matrix &m, const Inputs &in, int64_t first, int64_t group, float (*sums)[GROUP]) {
-    if constexpr (FORM == Form::codes) {
-        dot_codes<COLS>(m, in, first, group, sums);
-        return;
-    }
 #if BYTES
     if constexpr (V == Value::i8) {
-        dot_bytes<FORM == Form::sparse, COLS>(m, in, first, group, sums);
+        dot_bytes<COLS>(m, in, first, group, sums);
         return;
     }
 #endif
@@ -420,10 +389,8 @@ static void project_groups(const Matrix &m, const Inputs &in, int64_t batch, int
             else if (cols == 2) dots<V, FORM, 2>(m, in, b, group, sums);
             else dots<V, FORM, 1>(m, in, b, group, sums);
             for (int64_t c = 0; c < cols; ++c)
-                for (int64_t r = 0; r < rows; ++r) {
-                    const int64_t place = FORM == Form::codes ? first / BAND * BAND + m.place[first + r] : first + r;
-                    out[(b + c) * stride + place] = sums[c][r] * (m.scale.empty() ? 1.0f : m.scale[first + r]);
-                }
+                for (int64_t r = 0; r < rows; ++r)
+                    out[(b + c) * stride + first + r] = sums[c][r] * (m.scale.empty() ? 1.0f : m.scale[first + r]);
             b += cols;
         }
     }
@@ -543,28 +510,6 @@ static void walk_tile(const Matrix &m, int width, const float *x, int64_t begin,
 constexpr int64_t TILE_TOKENS = 4 * LANES, CACHE = 512 << 10;
 constexpr int64_t WALK_FROM = 2 * LANES; // tokens from which lanes are better spent on them than on columns
 
-// Rows of groups [begin, end) times `batch` inputs (batch, cols) -> out (batch, rows); both with a stride.
-static void project(const Matrix &m, const float *x, int64_t x_stride, int64_t batch, int64_t begin, int64_t end,
-                    float *out, int64_t stride) {
-    if (begin >= end) return;
-    static thread_local Inputs own;
-    Inputs *mine = &own;
-    asm("" : "+r"(mine)); // else the compiler finds out whose they are, and asks for their address in every loop
-    Inputs &in = *mine;
-    prepare(m, x, x_stride, batch, in);
-    if (m.form == Form::codes) {
-        project_groups<Value::i8, Form::codes>(m, in, batch, begin, end, out, stride);
-    } else if (m.form == Form::sparse) {
-        if (m.value == Value::f32) project_groups<Value::f32, Form::sparse>(m, in, batch, begin, end, out, stride);
-        else if (m.value == Value::bf16) project_groups<Value::bf16, Form::sparse>(m, in, batch, begin, end, out, stride);
-        else project_groups<Value::i8, Form::sparse>(m, in, batch, begin, end, out, stride);
-    } else {
-        if (m.value == Value::f32) project_groups<Value::f32, Form::dense>(m, in, batch, begin, end, out, stride);
-        else if (m.value == Value::bf16) project_groups<Value::bf16, Form::dense>(m, in, batch, begin, end, out, stride);
-        else project_groups<Value::i8, Form::dense>(m, in, batch, begin, end, out, stride);
-    }
-}
-
 // What follows a product, on rows [first, last) of `tokens` tokens.
 static void finish(const Product &p, int64_t from, int64_t tokens, int64_t first, int64_t last) {
     if (!p.bias && !p.softplus) return;
@@ -578,16 +523,43 @@ static void finish(const Product &p, int64_t from, int64_t tokens, int64_t first
         }
 }
 
+#include "few_bits_impl.h"
+
+// Rows of groups [begin, end) times `batch` inputs (batch, cols) -> out (batch, rows); both with a stride.
+static void project(const Matrix &m, const float *x, int64_t x_stride, int64_t batch, int64_t begin, int64_t end,
+                    float *out, int64_t stride) {
+    if (begin >= end) return;
+    if (m.form == Form::codes) {
+        static thread_local Met own;
+        Met *mine = &own;
+        asm("" : "+r"(mine)); // as below
+        prepare_codes(m, x, x_stride, batch, *mine);
+        return project_codes(m, *mine, batch, begin, end, out, stride);
+    }
+    static thread_local Inputs own;
+    Inputs *mine = &own;
+    asm("" : "+r"(mine)); // else the compiler finds out whose they are, and asks for their address in every loop
+    Inputs &in = *mine;
+    prepare(m, x, x_stride, batch, in);
+    if (m.form == Form::sparse) {
+        if (m.value == Value::f32) project_groups<Value::f32, Form::sparse>(m, in, batch, begin, end, out, stride);
+        else if (m.value == Value::bf16) project_groups<Value::bf16, Form::sparse>(m, in, batch, begin, end, out, stride);
+        else project_groups<Value::i8, Form::sparse>(m, in, batch, begin, end, out, stride);
+    } else {
+        if (m.value == Value::f32) project_groups<Value::f32, Form::dense>(m, in, batch, begin, end, out, stride);
+        else project_groups<Value::bf16, Form::dense>(m, in, batch, begin, end, out, stride);
+    }
+}
+
 // Some tokens are multiplied as in decoding, many as tiles of tokens; the latter only by sparse matrices.
 void product(const Product &p, int threads) {
     const Matrix &m = p.matrix;
+    if (m.form == Form::codes) return product_codes(p, threads);
     const int64_t cost = p.length * m.nonzero / LANES;
     if (p.length < WALK_FROM || m.form != Form::sparse) {
-        const int64_t bands = (m.groups + m.together() - 1) / m.together();
-        const int64_t units = std::min<int64_t>(bands, threads > 1 ? 4 * threads : 1);
+        const int64_t units = std::min<int64_t>(m.groups, threads > 1 ? 4 * threads : 1);
         parallel_for(units, cost, threads, [&](int64_t unit) {
-            const int64_t begin = bands * unit / units * m.together(),
-                          end = std::min(m.groups, bands * (unit + 1) / units * m.together());
+            const int64_t begin = m.groups * unit / units, end = m.groups * (unit + 1) / units;
             project(m, p.x, p.x_stride, p.length, begin, end, p.out, p.out_stride);
             finish(p, 0, p.length, begin * GROUP, std::min(m.rows, end * GROUP));
         });

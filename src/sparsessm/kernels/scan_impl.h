@@ -18,7 +18,7 @@
 #include <thread>
 #include <type_traits>
 #include <vector>
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 #if defined(__linux__)

@@ -38,6 +38,27 @@ static inline float sum(vec value) {
     return total;
 }
 
+static inline int32_t sum(ivec value) {
+    int32_t total = 0;
+    for (int lane = 0; lane < LANES; ++lane) total += value[lane];
+    return total;
+}
+
+// The nearest integers, ties to even. No sum that a compiler could fuse with the product before it.
+static inline ivec nearest(vec x) {
+#if defined(__AVX512F__) && LANES == 16
+    return ivec(_mm512_cvtps_epi32(__m512(x)));
+#elif defined(__AVX2__) && LANES == 8
+    return ivec(_mm256_cvtps_epi32(__m256(x)));
+#elif defined(__SSE2__) && LANES == 4
+    return ivec(_mm_cvtps_epi32(__m128(x)));
+#else
+    ivec out;
+    for (int lane = 0; lane < LANES; ++lane) out[lane] = static_cast<int32_t>(std::nearbyintf(x[lane]));
+    return out;
+#endif
+}
+
 static constexpr float EXP2_1 = 0.693147004f, EXP2_2 = 0.240222424f, EXP2_3 = 0.0555073358f, EXP2_4 = 0.00967151299f,
                        EXP2_5 = 0.00132647273f;
 

@@ -177,10 +177,14 @@ void step(const Step &s, int thread, int threads) {
                 }
                 from = readings;
             }
-            // Whole scan groups, of SCAN_LANES / GROUP groups of dt_proj's sorted rows each.
-            const int64_t groups = static_cast<int64_t>(layer.groups.size()), g0 = groups * thread / threads,
-                          g1 = groups * (thread + 1) / threads;
+            // Whole scan groups, of SCAN_LANES / GROUP groups of dt_proj's sorted rows each, and of those what must stay
+            // together.
             constexpr int64_t WITHIN = SCAN_LANES / GROUP;
+            const int64_t groups = static_cast<int64_t>(layer.groups.size()),
+                          together = (layer.dt_proj->together() + WITHIN - 1) / WITHIN,
+                          units = (groups + together - 1) / together,
+                          g0 = std::min(groups, units * thread / threads * together),
+                          g1 = std::min(groups, units * (thread + 1) / threads * together);
             project(*layer.dt_proj, from, R + 2 * N, s.batch, std::min(g0 * WITHIN, layer.dt_proj->groups),
                     std::min(g1 * WITHIN, layer.dt_proj->groups), inner, padded);
             for (int64_t b = 0; b < s.batch; ++b) {
