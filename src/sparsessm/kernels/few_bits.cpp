@@ -127,14 +127,14 @@ Strip pack(const std::vector<int16_t> &codes, uint8_t *widths) {
         const int width = widths[piece];
         const auto least = static_cast<int16_t>(least_code(width)), most = static_cast<int16_t>(most_code(width));
         const int16_t *from = &codes[piece * NUMBERS];
-        uint8_t numbers[NUMBERS];
+        uint8_t numbers[NUMBERS], lines[NUMBERS];
         for (int i = 0; i < NUMBERS; ++i)
             numbers[i] = static_cast<uint8_t>(std::min(std::max(from[i], least), most) - least);
         for (int i = 0; beyond[piece][width] && i < NUMBERS; ++i)
             if (const int more = from[i] - (numbers[i] + least); more)
                 stray(more, piece * PIECE + i / LINE * 4 + i % 4, i % LINE / 4, made.strays);
-        made.packed.resize(made.packed.size() + LINE * width);
-        put_together(numbers, width, made.packed.data() + made.packed.size() - LINE * width);
+        put_together(numbers, width, lines);
+        made.packed.insert(made.packed.end(), lines, lines + LINE * width);
     }
     return made;
 }

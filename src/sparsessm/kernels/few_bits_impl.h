@@ -86,7 +86,7 @@ static int64_t chunk(int64_t left) {
 }
 
 struct Met {
-    Aligned<float> x;   // (cols of the matrix, columns of a chunk): as rounded
+    Aligned<float> x;   // (cols of the matrix, columns of a chunk): as rounded; for strays
     Aligned<int32_t> q; // (units, ...): four bytes
     Aligned<float> scale; // (blocks, ...)
     Aligned<int32_t> less; // (pieces, ...): minus the sum of q
@@ -95,6 +95,7 @@ struct Met {
 
 // Columns [first, first + cols) of the batch.
 static void prepare_chunk(const Matrix &m, const float *x, int64_t stride, int64_t first, int64_t cols, Met &in) {
+    const bool strays = !m.strays.empty();
     alignas(64) float values[BLOCK];
     alignas(64) int8_t bytes[BLOCK];
     for (int64_t b = 0; b < cols; ++b)
@@ -114,10 +115,11 @@ static void prepare_chunk(const Matrix &m, const float *x, int64_t stride, int64
             float *to = &in.x[first * in.width + c0 * cols + b];
             int32_t *four = &in.q[first * (in.width / 4) + c0 / 4 * cols + b];
             if (cols == 1) {
-                std::memcpy(to, values, sizeof values), std::memcpy(four, bytes, sizeof bytes);
+                std::memcpy(four, bytes, sizeof bytes);
+                if (strays) std::memcpy(to, values, sizeof values);
             } else {
-                for (int i = 0; i < BLOCK; ++i) to[i * cols] = values[i];
                 for (int i = 0; i < BLOCK / 4; ++i) std::memcpy(four + i * cols, bytes + 4 * i, 4);
+                for (int i = 0; strays && i < BLOCK; ++i) to[i * cols] = values[i];
             }
             for (int piece = 0; piece < BLOCK / PIECE; ++piece)
                 in.less[first * m.pieces() + (block * 2 + piece) * cols + b] = -sums[piece];
@@ -132,13 +134,10 @@ static void make_room(const Matrix &m, int64_t batch, Met &in) {
 
 // ---- products
 
-// What a piece adds to the sums of a vector of rows.
+// What a piece adds to the integers of a vector of rows.
 template <int WIDTH, int COLS, size_t... K>
-static inline void add_piece(const uint8_t *piece, const int32_t *q, const int32_t *less, const float *scale, vec *sums,
-                             std::index_sequence<K...>) {
+__attribute__((always_inline)) static inline void add_units(const uint8_t *piece, const int32_t *q, ivec *total, std::index_sequence<K...>) {
     Sum sum[COLS] = {};
-    ivec total[COLS];
-    for (int b = 0; b < COLS; ++b) total[b] = ivec{} + (SIGNED<WIDTH> ? 0 : less[b] * -least_code(WIDTH));
     const auto unit = [&](auto k) {
         const pairs own = numbers<WIDTH, k>(piece);
         for (int b = 0; b < COLS; ++b) {
@@ -147,10 +146,29 @@ static inline void add_piece(const uint8_t *piece, const int32_t *q, const int32
         }
     };
     (unit(std::integral_constant<int, K>{}), ...);
-    for (int b = 0; b < COLS; ++b) sums[b] += splat(scale[b]) * __builtin_convertvector(total[b], vec);
 }
 
-// Pieces [piece, end), all of one width.
+// What COUNT pieces of one block add to the sums of all rows.
+template <int WIDTH, int COLS, int COUNT>
+__attribute__((noinline)) static void add_block(const uint8_t *at, const int32_t *q, const int32_t *less, const float *scale,
+                             vec (*sums)[COLS]) {
+#pragma GCC unroll 4
+    for (int part = 0; part < PARTS; ++part) {
+        ivec total[COLS];
+        for (int b = 0; b < COLS; ++b) {
+            total[b] = ivec{} + less[b];
+            if constexpr (COUNT == 2) total[b] += less[COLS + b];
+            total[b] *= SIGNED<WIDTH> ? 0 : -least_code(WIDTH);
+        }
+#pragma GCC unroll 2
+        for (int i = 0; i < COUNT; ++i)
+            add_units<WIDTH, COLS>(at + i * LINE * WIDTH + part * 4 * LANES, q + i * UNITS * COLS, total,
+                                   std::make_index_sequence<UNITS>{});
+        for (int b = 0; b < COLS; ++b) sums[part][b] += splat(scale[b]) * __builtin_convertvector(total[b], vec);
+    }
+}
+
+// Pieces [piece, end), all of one width; those of a block become floats together, as one scale is for all of it.
 template <int WIDTH, int COLS>
 static const uint8_t *add_pieces(const Matrix &m, const Met &in, int64_t first, const uint8_t *at, int64_t piece,
                                  int64_t end, vec (*sums)[COLS]) {
@@ -158,14 +176,17 @@ static const uint8_t *add_pieces(const Matrix &m, const Met &in, int64_t first, 
     std::memcpy(own, sums, sizeof own);
     const int32_t *q = &in.q[first * (in.width / 4)], *less = &in.less[first * m.pieces()];
     const float *scale = &in.scale[first * m.blocks];
-    for (; piece < end; ++piece, at += LINE * WIDTH) {
-#pragma GCC unroll 8
-        for (int i = 0; i < WIDTH; ++i) PREFETCH(at + LINE * i);
-#pragma GCC unroll 4
-        for (int part = 0; part < PARTS; ++part)
-            add_piece<WIDTH, COLS>(at + part * 4 * LANES, q + piece * UNITS * COLS, less + piece * COLS,
-                                   scale + piece / 2 * COLS, own[part], std::make_index_sequence<UNITS>{});
-    }
+    const auto add = [&](auto count) {
+#pragma GCC unroll 16
+        for (int i = 0; i < count * WIDTH; ++i) PREFETCH(at + LINE * i);
+        add_block<WIDTH, COLS, count>(at, q + piece * UNITS * COLS, less + piece * COLS, scale + piece / 2 * COLS, own);
+        piece += count, at += count * LINE * WIDTH;
+    };
+    const std::integral_constant<int, 1> one{};
+    const std::integral_constant<int, 2> two{};
+    if (piece % 2) add(one);
+    while (piece + 2 <= end) add(two);
+    if (piece < end) add(one);
     std::memcpy(sums, own, sizeof own);
     return at;
 }
