@@ -202,7 +202,8 @@ double above(const Matrix &m, int64_t row, int64_t column) {
     if (m.form != Form::codes) return 128.0 * m.scale[row];
     double most = 0;
     for (int64_t lies = row / BAND * BAND; lies < std::min(m.rows, row / BAND * BAND + BAND); ++lies)
-        if (m.place[lies] == row % BAND) most = m.scale[lies];
+        if (m.place[lies] == row % BAND)
+            most = m.group ? m.scales_of(lies / STRIP, column)[lies % STRIP] : m.scale[lies];
     for (int64_t i = 0; i < m.cols && !m.columns.empty(); ++i)
         if (m.input(i) == column) return 128.0 * most * m.columns[i];
     return 128.0 * most;
@@ -291,11 +292,15 @@ struct Integers {
     std::vector<int16_t> codes;
     std::vector<float> scale, columns;
     std::vector<double> dense;
+    int64_t group = 0;
 };
 
 Integers integers(Source &s, int64_t rows, int64_t cols) {
     Integers found;
-    for (int64_t r = 0; r < rows; ++r) found.scale.push_back(std::fabs(s.normal()) + 0.01f);
+    found.group = s.pick<int64_t>({0, 0, 32, 64, 96});
+    const int64_t groups = found.group ? (cols + found.group - 1) / found.group : 1;
+    for (int64_t i = 0; i < rows * groups; ++i) found.scale.push_back(std::fabs(s.normal()) + 0.01f);
+    const bool odd = s.below(4) == 0;
     if (s.below(2))
         for (int64_t c = 0; c < cols; ++c) found.columns.push_back(std::ldexp(1.0f, static_cast<int>(s.random() % 7) - 3));
     for (int64_t r = 0; r < rows; ++r) {
@@ -303,8 +308,10 @@ Integers integers(Source &s, int64_t rows, int64_t cols) {
         for (int64_t c = 0; c < cols; ++c) {
             int code = static_cast<int>(s.random() % (2 * most + 1)) - most;
             if (s.random() % 64 == 0) code = static_cast<int>(s.random() % 65536) - 32768;
+            if (odd) code |= 1;
             found.codes.push_back(static_cast<int16_t>(code));
-            found.dense.push_back(static_cast<double>(static_cast<float>(code) * found.scale[r]) *
+            const float scale = found.scale[r * groups + (found.group ? c / found.group : 0)];
+            found.dense.push_back(static_cast<double>(static_cast<float>(code) * scale) *
                                   (found.columns.empty() ? 1.0f : found.columns[c]));
         }
     }
@@ -318,7 +325,7 @@ Matrix whole(int64_t rows, int64_t cols, Value value, const uint8_t *values, con
 
 Matrix of(const Integers &w, int64_t rows, int64_t cols, const std::vector<int64_t> &order = {}) {
     return codes_matrix({rows, cols, w.codes.data(), w.scale.data(), w.columns.empty() ? nullptr : w.columns.data(),
-                         order.empty() ? nullptr : order.data(), static_cast<int64_t>(order.size()), true}, 2);
+                         order.empty() ? nullptr : order.data(), static_cast<int64_t>(order.size()), true, w.group}, 2);
 }
 
 template <typename CheckRows> void codes(Source &s, std::vector<std::unique_ptr<Guarded>> &keep, const CheckRows &check) {

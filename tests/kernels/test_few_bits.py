@@ -12,7 +12,7 @@ from products import close, numbers, probe, seen
 from torch import Tensor
 
 from sparsessm import kernels
-from sparsessm.kernels.matrix import Matrix
+from sparsessm.kernels.matrix import Matrix, rounded
 
 pytestmark = pytest.mark.skipif(not kernels.NATIVE, reason="the native extension is not built")
 COLUMNS = [1, 3, 63, 64, 65, 130, 769]
@@ -172,6 +172,34 @@ def test_any_codes_are_the_sum_that_they_stand_for(data: st.DataObject) -> None:
     assert all(torch.equal(made.row(i), exact[i]) for i in range(made.rows))
 
 
+@pytest.mark.parametrize("group", [32, 64, 96, 128, 640])
+@pytest.mark.parametrize("odd", [False, True])
+def test_groups_of_columns_have_scales_of_their_own(level: str, group: int, odd: bool) -> None:
+    """And codes that are all odd take no bit more than their halves."""
+    for rows, cols, spread in ((1, 33, 1), (17, 64, 3), (70, 200, 9), (33, 769, 40)):
+        found = codes(rows, cols, spread)
+        found = (2 * (found.int() // 4) + 1).short() if odd else found
+        scale = numbers(rows, -(-cols // group), seed=cols).abs() + 0.1
+        made = Matrix.codes(found, scale, group=group)
+        exact = found.float() * scale.repeat_interleave(group, 1)[:, :cols]
+        for row in range(rows):
+            assert torch.equal(made.row(row), exact[row])
+        x = numbers(21, cols, seed=3)
+        result = made.linear(x)
+        assert close(result, rounded(x), exact.double(), scale.amax(1))
+        assert all(torch.equal(made.linear(x[i : i + 1])[0], result[i]) for i in range(len(x)))
+        order = torch.arange(rows).flip(0)[: rows // 2 + 1]
+        some = Matrix.codes(found, scale, rows=order, group=group)
+        assert torch.allclose(some.linear(x), result[:, order], rtol=1e-5, atol=1e-4 * spread * cols)
+
+
+def test_odd_codes_take_no_bit_more_than_their_halves(level: str) -> None:
+    draw = torch.Generator().manual_seed(0)
+    found = (2 * torch.randint(-8, 8, (16, 640), generator=draw) + 1).short()
+    made = Matrix.codes(found, torch.ones(16))
+    assert made.nbytes == 16 * 640 * 4 // 8 + beside(16, 640)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_inputs_that_are_no_numbers_come_out(level: str, bad: float) -> None:
     found = codes(9, 130, 3).abs() + 1
@@ -194,6 +222,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "too few scales": ({"scale": torch.ones(1)}, "as many scales"),
     "too many factors": ({"columns": torch.ones(10)}, "as many factors"),
     "scale of integers": ({"scale": torch.ones(2, dtype=torch.int32)}, "scale"),
+    "a scale for half a piece": ({"scale": torch.ones(2, 1), "group": 16}, "for 16 columns.*multiples of 32"),
+    "a scale for less than none": ({"scale": torch.ones(2, 1), "group": -32}, "for -32 columns"),
+    "too few groups": ({"scale": torch.ones(2, 2), "group": 32}, "2 scales, expected 1"),
     "row too high": ({"rows": torch.tensor([0, 2])}, "row 2 of a matrix of 2 rows"),
     "row too low": ({"rows": torch.tensor([-1])}, "row -1 of a matrix of 2 rows"),
     "no rows": ({"rows": torch.tensor([], dtype=torch.int64)}, "no rows"),

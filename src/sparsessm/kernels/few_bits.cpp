@@ -40,6 +40,12 @@ void bits_of(const int16_t *codes, int64_t count, int32_t *bits) {
     }
 }
 
+bool all_odd(const int16_t *codes, int64_t count) {
+    int16_t bits = 1;
+    for (int64_t i = 0; i < count; ++i) bits = static_cast<int16_t>(bits & codes[i]);
+    return bits & 1;
+}
+
 // The reverse of `number`, for a whole piece: (UNITS, LINE) numbers.
 void put_together(const uint8_t *numbers, int width, uint8_t *to) {
     if (width == 8) {
@@ -115,12 +121,12 @@ struct Strip {
 };
 
 // Rows of codes, those of a strip, as they lie: (pieces, UNITS, LINE).
-Strip pack(const std::vector<int16_t> &codes, uint8_t *widths) {
+Strip pack(const std::vector<int16_t> &codes, bool odd, uint8_t *widths) {
     const auto pieces = static_cast<int64_t>(codes.size()) / NUMBERS;
     std::vector<std::array<int32_t, WIDTHS>> beyond(pieces);
     for (int64_t piece = 0; piece < pieces; ++piece)
         for (int width = 0; width < WIDTHS; ++width)
-            beyond[piece][width] = count_beyond(&codes[piece * NUMBERS], width);
+            beyond[piece][width] = odd && !width ? NUMBERS : count_beyond(&codes[piece * NUMBERS], width);
     choose(beyond, widths);
     Strip made;
     for (int64_t piece = 0; piece < pieces; ++piece) {
@@ -153,22 +159,35 @@ Matrix codes_matrix(const Codes &c, int threads) {
         if (source(r) < 0 || source(r) >= c.rows)
             refuse("row " + std::to_string(source(r)) + " of a matrix of " + std::to_string(c.rows) + " rows");
     const int64_t bands = (m.rows + BAND - 1) / BAND, strips = (m.rows + STRIP - 1) / STRIP, pieces = m.pieces();
+    if (c.group % PIECE) refuse("a scale is for " + std::to_string(c.group) + " columns; allowed: multiples of 32");
+    m.group = c.group < m.cols ? c.group : 0;
+    const int64_t groups = m.group ? (m.cols + m.group - 1) / m.group : 1;
+    std::atomic<bool> odd{true};
     std::vector<int64_t> of_rows(m.rows), of_columns(m.cols); // bits
     std::vector<int32_t> of_bands(bands * m.cols);
     parallel_for(bands, m.nonzero, threads, [&](int64_t band) {
         std::vector<int32_t> bits(m.cols);
         for (int64_t r = band * BAND; r < std::min(m.rows, (band + 1) * BAND); ++r) {
-            bits_of(c.codes + source(r) * c.cols, m.cols, bits.data());
+            const int16_t *row = c.codes + source(r) * c.cols;
+            if (odd && !all_odd(row, m.cols)) odd = false;
+            bits_of(row, m.cols, bits.data());
             of_rows[r] = std::accumulate(bits.begin(), bits.end(), 0);
             for (int64_t i = 0; i < m.cols; ++i) of_bands[band * m.cols + i] += bits[i];
         }
     });
     for (int64_t band = 0; band < bands; ++band)
         for (int64_t i = 0; i < m.cols; ++i) of_columns[i] += of_bands[band * m.cols + i];
-    if (c.sorted) m.inputs = by_size(of_columns, m.cols);
+    m.odd = odd;
+    if (c.sorted && !c.group) m.inputs = by_size(of_columns, m.cols);
     const std::vector<int32_t> order = by_size(of_rows, c.sorted ? BAND : 1);
-    for (const int32_t row : order)
-        m.place.push_back(static_cast<uint8_t>(row % BAND)), m.scale.push_back(c.scale[source(row)]);
+    for (const int32_t row : order) {
+        m.place.push_back(static_cast<uint8_t>(row % BAND));
+        m.scale.push_back(m.group ? 1.0f : c.scale[source(row)]);
+    }
+    if (m.group) m.scales.resize(strips * groups * STRIP);
+    for (int64_t r = 0; m.group && r < m.rows; ++r)
+        for (int64_t i = 0; i < groups; ++i)
+            m.scales[(r / STRIP * groups + i) * STRIP + r % STRIP] = c.scale[source(order[r]) * groups + i];
     if (c.columns)
         for (int64_t i = 0; i < m.cols; ++i) m.columns.push_back(c.columns[m.input(i)]);
     m.widths.resize(strips * pieces);
@@ -177,9 +196,12 @@ Matrix codes_matrix(const Codes &c, int threads) {
         std::vector<int16_t> codes(pieces * NUMBERS); // beyond the matrix zeros
         for (int64_t r = 0; r < std::min<int64_t>(STRIP, m.rows - strip * STRIP); ++r) {
             const int16_t *row = c.codes + source(order[strip * STRIP + r]) * c.cols;
-            for (int64_t i = 0; i < m.cols; ++i) codes[i / 4 * LINE + byte_of(r, i)] = row[m.input(i)];
+            for (int64_t i = 0; i < m.cols; ++i) {
+                const int16_t code = row[m.input(i)];
+                codes[i / 4 * LINE + byte_of(r, i)] = static_cast<int16_t>(m.odd ? (code - 1) / 2 : code);
+            }
         }
-        made[strip] = pack(codes, &m.widths[strip * pieces]);
+        made[strip] = pack(codes, m.odd, &m.widths[strip * pieces]);
     });
     m.offsets.assign(1, 0), m.stray_offsets.assign(1, 0);
     for (const Strip &strip : made) {
@@ -196,7 +218,7 @@ Matrix codes_matrix(const Codes &c, int threads) {
 
 Matrix bytes_matrix(int64_t rows, int64_t cols, const int8_t *values, const float *scale, int threads) {
     const std::vector<int16_t> codes(values, values + rows * cols);
-    return codes_matrix({rows, cols, codes.data(), scale, nullptr, nullptr, 0, false}, threads);
+    return codes_matrix({rows, cols, codes.data(), scale, nullptr, nullptr, 0, false, 0}, threads);
 }
 
 void code_row(const Matrix &m, int64_t index, float *out) {
@@ -212,8 +234,13 @@ void code_row(const Matrix &m, int64_t index, float *out) {
     }
     for (int64_t i = m.stray_offsets[strip]; i < m.stray_offsets[strip + 1]; ++i)
         if (const Stray &one = m.strays[i]; one.row() == lies % STRIP) out[m.input(one.column)] += static_cast<float>(one.value());
-    for (int64_t i = 0; i < m.cols; ++i)
-        out[m.input(i)] *= m.scale[lies], out[m.input(i)] *= m.columns.empty() ? 1.0f : m.columns[i];
+    for (int64_t i = 0; i < m.cols; ++i) {
+        float &value = out[m.input(i)];
+        if (m.odd) value = 2 * value + 1;
+        value *= m.scale[lies];
+        if (m.group) value *= m.scales_of(strip, i)[lies % STRIP];
+        if (!m.columns.empty()) value *= m.columns[i];
+    }
 }
 
 } // namespace sparsessm

@@ -148,45 +148,50 @@ __attribute__((always_inline)) static inline void add_units(const uint8_t *piece
     (unit(std::integral_constant<int, K>{}), ...);
 }
 
-// What COUNT pieces of one block add to the sums of all rows.
+// What COUNT pieces of one block add to the sums of all rows; scales: their own there, or null.
 template <int WIDTH, int COLS, int COUNT>
 __attribute__((noinline)) static void add_block(const uint8_t *at, const int32_t *q, const int32_t *less, const float *scale,
-                             vec (*sums)[COLS]) {
+                             const float *scales, bool odd, vec (*sums)[COLS]) {
+    const auto minus = [&](int b) { return ivec{} + (COUNT == 2 ? less[b] + less[COLS + b] : less[b]); };
 #pragma GCC unroll 4
     for (int part = 0; part < PARTS; ++part) {
         ivec total[COLS];
-        for (int b = 0; b < COLS; ++b) {
-            total[b] = ivec{} + less[b];
-            if constexpr (COUNT == 2) total[b] += less[COLS + b];
-            total[b] *= SIGNED<WIDTH> ? 0 : -least_code(WIDTH);
-        }
+        for (int b = 0; b < COLS; ++b) total[b] = minus(b) * (SIGNED<WIDTH> ? 0 : -least_code(WIDTH));
 #pragma GCC unroll 2
         for (int i = 0; i < COUNT; ++i)
             add_units<WIDTH, COLS>(at + i * LINE * WIDTH + part * 4 * LANES, q + i * UNITS * COLS, total,
                                    std::make_index_sequence<UNITS>{});
-        for (int b = 0; b < COLS; ++b) sums[part][b] += splat(scale[b]) * __builtin_convertvector(total[b], vec);
+        if (odd)
+            for (int b = 0; b < COLS; ++b) total[b] += total[b] - minus(b);
+        for (int b = 0; b < COLS; ++b) {
+            vec whole = __builtin_convertvector(total[b], vec);
+            if (scales) whole *= load(scales + part * LANES);
+            sums[part][b] += splat(scale[b]) * whole;
+        }
     }
 }
 
 // Pieces [piece, end), all of one width; those of a block become floats together, as one scale is for all of it.
 template <int WIDTH, int COLS>
-static const uint8_t *add_pieces(const Matrix &m, const Met &in, int64_t first, const uint8_t *at, int64_t piece,
-                                 int64_t end, vec (*sums)[COLS]) {
+static const uint8_t *add_pieces(const Matrix &m, const Met &in, int64_t first, int64_t strip, const uint8_t *at,
+                                 int64_t piece, int64_t end, vec (*sums)[COLS]) {
     vec own[PARTS][COLS]; // else the compiler leaves them in memory
     std::memcpy(own, sums, sizeof own);
     const int32_t *q = &in.q[first * (in.width / 4)], *less = &in.less[first * m.pieces()];
     const float *scale = &in.scale[first * m.blocks];
     const auto add = [&](auto count) {
+        constexpr int LINES = decltype(count)::value * WIDTH;
 #pragma GCC unroll 16
-        for (int i = 0; i < count * WIDTH; ++i) PREFETCH(at + LINE * i);
-        add_block<WIDTH, COLS, count>(at, q + piece * UNITS * COLS, less + piece * COLS, scale + piece / 2 * COLS, own);
+        for (int i = 0; i < LINES; ++i) PREFETCH(at + LINE * i);
+        add_block<WIDTH, COLS, count>(at, q + piece * UNITS * COLS, less + piece * COLS, scale + piece / 2 * COLS,
+                                      m.group ? m.scales_of(strip, piece * PIECE) : nullptr, m.odd, own);
         piece += count, at += count * LINE * WIDTH;
     };
     const std::integral_constant<int, 1> one{};
     const std::integral_constant<int, 2> two{};
     if (piece % 2) add(one);
-    while (piece + 2 <= end) add(two);
-    if (piece < end) add(one);
+    while (m.group % BLOCK == 0 && piece + 2 <= end) add(two);
+    while (piece < end) add(one);
     std::memcpy(sums, own, sizeof own);
     return at;
 }
@@ -199,15 +204,15 @@ static void dot_strip(const Matrix &m, const Met &in, int64_t first, int64_t str
     for (int64_t piece = 0, end; piece < m.pieces(); piece = end) {
         for (end = piece + 1; end < m.pieces() && widths[end] == widths[piece];) ++end;
         switch (widths[piece]) {
-        case 0: break;
-        case 1: at = add_pieces<1, COLS>(m, in, first, at, piece, end, sums); break;
-        case 2: at = add_pieces<2, COLS>(m, in, first, at, piece, end, sums); break;
-        case 3: at = add_pieces<3, COLS>(m, in, first, at, piece, end, sums); break;
-        case 4: at = add_pieces<4, COLS>(m, in, first, at, piece, end, sums); break;
-        case 5: at = add_pieces<5, COLS>(m, in, first, at, piece, end, sums); break;
-        case 6: at = add_pieces<6, COLS>(m, in, first, at, piece, end, sums); break;
-        case 7: at = add_pieces<7, COLS>(m, in, first, at, piece, end, sums); break;
-        default: at = add_pieces<8, COLS>(m, in, first, at, piece, end, sums);
+        case 0: break; // all are zero: there is none of odd codes
+        case 1: at = add_pieces<1, COLS>(m, in, first, strip, at, piece, end, sums); break;
+        case 2: at = add_pieces<2, COLS>(m, in, first, strip, at, piece, end, sums); break;
+        case 3: at = add_pieces<3, COLS>(m, in, first, strip, at, piece, end, sums); break;
+        case 4: at = add_pieces<4, COLS>(m, in, first, strip, at, piece, end, sums); break;
+        case 5: at = add_pieces<5, COLS>(m, in, first, strip, at, piece, end, sums); break;
+        case 6: at = add_pieces<6, COLS>(m, in, first, strip, at, piece, end, sums); break;
+        case 7: at = add_pieces<7, COLS>(m, in, first, strip, at, piece, end, sums); break;
+        default: at = add_pieces<8, COLS>(m, in, first, strip, at, piece, end, sums);
         }
     }
     for (int b = 0; b < COLS; ++b)
@@ -218,7 +223,8 @@ static void dot_strip(const Matrix &m, const Met &in, int64_t first, int64_t str
     const float *x = &in.x[first * in.width];
     for (int64_t i = begin; i < end; ++i) {
         const Stray &one = m.strays[i];
-        const auto value = static_cast<float>(one.value());
+        auto value = static_cast<float>(m.odd ? 2 * one.value() : one.value());
+        if (m.group) value *= m.scales_of(strip, one.column)[one.row()];
         for (int b = 0; b < COLS; ++b) more[one.row()][b] += value * x[one.column * COLS + b];
     }
     for (int r = 0; r < STRIP; ++r)

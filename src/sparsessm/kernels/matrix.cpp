@@ -74,7 +74,7 @@ int64_t Matrix::bytes() const {
     const auto of = [](const auto &vector) { return static_cast<int64_t>(vector.size() * sizeof vector[0]); };
     if (form == Form::codes)
         return offsets.back() + of(offsets) + of(scale) + of(columns) + of(widths) + of(inputs) + of(place) + of(strays) +
-               of(stray_offsets);
+               of(stray_offsets) + of(scales);
     const int64_t stored = (form == Form::sparse ? nonzero : rows * cols) * size_of(value);
     return stored + (form == Form::sparse ? groups * blocks * GROUP * 8 : 0) + of(scale);
 }

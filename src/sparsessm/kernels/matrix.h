@@ -54,11 +54,17 @@ struct Matrix {
     std::vector<int32_t> inputs;        // (cols): which input a column is for; empty: each for its own
     std::vector<uint8_t> place;         // (rows): which row of its band it is
     std::vector<float> columns;         // (cols) or empty: factors of the inputs
+    int64_t group = 0;                  // columns that share a scale, whole pieces; 0: all
+    std::vector<float> scales;          // (strips, groups of columns, STRIP) or empty: then `scale` has ones
+    bool odd = false;                   // what is stored is n of the code 2n + 1
     std::vector<Stray> strays;          // strip by strip, by column
     std::vector<int64_t> stray_offsets; // (strips + 1)
     Buffer own_values, own_masks;
 
     int64_t pieces() const { return 2 * blocks; } // of a strip
+    const float *scales_of(int64_t strip, int64_t column) const { // (STRIP)
+        return scales.data() + (strip * ((cols + group - 1) / group) + column / group) * STRIP;
+    }
     int64_t input(int64_t column) const { return inputs.empty() ? column : inputs[column]; }
     int64_t bytes() const; // what decoding one token reads
     // A row as floats, for the embedding.
@@ -83,15 +89,16 @@ struct Packed {
 
 // Throws std::invalid_argument where the masks and values do not fit each other: a kernel must never read beyond them.
 Matrix sparse_matrix(const Packed &);
-// Integer codes: value = code * scale of the row * factor of the column.
+// Integer codes: value = code * scale of the row, or of the row's group of columns, * factor of the column.
 struct Codes {
     int64_t rows, cols;
     const int16_t *codes;  // (rows, cols)
-    const float *scale;    // (rows)
+    const float *scale;    // (rows, groups of columns)
     const float *columns;  // (cols) or null
     const int64_t *order;  // as above
     int64_t ordered;
-    bool sorted;           // large columns and rows may lie together
+    bool sorted;           // large columns may lie together; not with groups
+    int64_t group;         // columns of a scale, whole pieces; 0: all
 };
 Matrix codes_matrix(const Codes &, int threads);
 // Bytes are codes too, each column where it was.

@@ -18,6 +18,7 @@ from sparsessm import kernels
 from sparsessm.kernels.arguments import expect_dense, expect_floats
 
 BLOCK = 64  # columns that share a scale where int8 weights meet inputs (matrix.h)
+PIECE = 32  # columns that have one width, and a multiple of which may have a scale, in codes (few_bits.h)
 MANY = 16  # rows of inputs from which a dense matrix is better widened to float32 and left to the BLAS
 TINY = 1e-30  # inputs below it are zero there (product_impl.h)
 VALUES = (torch.float32, torch.bfloat16, torch.int8)
@@ -90,15 +91,22 @@ class Matrix:
 
     @staticmethod
     def codes(
-        codes: Tensor, scale: Tensor, columns: Tensor | None = None, rows: Tensor | None = None
+        codes: Tensor,
+        scale: Tensor,
+        columns: Tensor | None = None,
+        rows: Tensor | None = None,
+        *,
+        group: int = 0,
     ) -> Matrix:
         """Integers of few bits: sixteen rows of 32 columns have the width that takes the fewest bytes, and
         what is beyond it is stored apart (few_bits.h); everything is copied.
 
         Args:
-            codes: (stored rows, cols) int16.
-            scale: (stored rows,): what a unit of a row is worth. columns: (cols,): the same of a column.
+            codes: (stored rows, cols) int16; where all are odd, a bit less is stored.
+            scale: (stored rows,): what a unit of a row is worth; (stored rows, ceil(cols / group)) if there
+                are groups. columns: (cols,): the same of a column.
             rows: as in `packed`.
+            group: columns that share a scale, a multiple of 32; 0: all.
 
         Raises:
             ValueError: another dtype or shape, a row that is not there.
@@ -108,8 +116,11 @@ class Matrix:
         if rows is not None:
             _expect("rows", rows, (torch.int64,), -1)
             order = rows.contiguous()
+        expect_floats(scale=scale)
+        _expect("scale", scale, (scale.dtype,), *([-1, -1] if group else [-1]))
+        held = (scale if group else scale[:, None]).detach().float().contiguous()
         made = kernels.extension().codes(
-            torch.get_num_threads(), codes.contiguous(), _floats(scale), _floats(columns), order
+            torch.get_num_threads(), codes.contiguous(), held, group, _floats(columns), order
         )
         return Matrix(made)
 

@@ -85,12 +85,16 @@ std::shared_ptr<Matrix> dense(int threads, Raw values, std::optional<Array<const
     return std::make_shared<Matrix>(dense_matrix(rows, cols, value, static_cast<const uint8_t *>(values.data())));
 }
 
-std::shared_ptr<Matrix> codes(int threads, Array<const int16_t, 2> codes, Array<const float, 1> scale,
+std::shared_ptr<Matrix> codes(int threads, Array<const int16_t, 2> codes, Array<const float, 2> scale, int64_t group,
                               std::optional<Array<const float, 1>> columns, std::optional<Array<const int64_t, 1>> order) {
     Codes c{};
-    c.sorted = true;
+    c.sorted = true, c.group = group;
     c.rows = codes.shape(0), c.cols = codes.shape(1), c.codes = codes.data(), c.scale = scale.data();
     if (static_cast<int64_t>(scale.shape(0)) != c.rows) refuse("there are not as many scales as rows");
+    if (group < 0) refuse("a scale is for " + std::to_string(group) + " columns");
+    const int64_t groups = group ? c.cols / group + (c.cols % group != 0) : 1;
+    if (static_cast<int64_t>(scale.shape(1)) != groups)
+        refuse("a row has " + std::to_string(scale.shape(1)) + " scales, expected " + std::to_string(groups));
     if (columns && static_cast<int64_t>(columns->shape(0)) != c.cols) refuse("there are not as many factors as columns");
     if (columns) c.columns = columns->data();
     if (order && order->shape(0) == 0) refuse("no rows chosen");
@@ -402,7 +406,8 @@ void bind_runtime(nb::module_ &m) {
         .def("product", &product, nb::arg("level"), nb::arg("threads"), array("x"), maybe("bias"),
              nb::arg("softplus"), array("out"));
     m.def("sparse", &sparse, array("mask"), nb::arg("cols"), array("values"), maybe("scale"), maybe("order"));
-    m.def("codes", &codes, nb::arg("threads"), array("codes"), array("scale"), maybe("columns"), maybe("order"));
+    m.def("codes", &codes, nb::arg("threads"), array("codes"), array("scale"), nb::arg("group"),
+          maybe("columns"), maybe("order"));
     m.def("dense", &dense, nb::arg("threads"), array("values"), maybe("scale"));
     nb::class_<Decoder>(m, "Decoder")
         .def_prop_ro("state_size", [](const Decoder &d) { return d.net.state_size; })

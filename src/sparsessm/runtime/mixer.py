@@ -19,7 +19,7 @@ from sparsessm.checkpoint.coded import Coded, plain
 from sparsessm.checkpoint.encoding import Encoded
 from sparsessm.checkpoint.packed_tensor import PackedTensor
 from sparsessm.checkpoint.shelf import Unread
-from sparsessm.kernels.matrix import Matrix
+from sparsessm.kernels.matrix import PIECE, Matrix
 
 LANES = 16  # channels of a group of Mamba-1; vectors of heads are padded to it too (runtime.h)
 
@@ -156,16 +156,27 @@ def matrix(tensor: PackedTensor) -> Matrix:
 
 def matrices(tensor: PackedTensor, parts: Sequence[Tensor | None]) -> list[Matrix]:
     """The same for some of its rows, and for others; None: all. What is coded is decoded once."""
-    if isinstance(tensor, Coded) and not tensor.width:
-        codes, factors = torch.from_numpy(tensor.codes()), (tensor.factors("rows"), tensor.factors("columns"))
-        found = [Matrix.codes(codes, *factors, rows) for rows in parts]
-        if (
-            sum(made.nbytes for made in found)
-            < sum(made.rows * made.cols for made in found) * tensor.dtype.itemsize
-        ):
-            return found
+    if isinstance(tensor, Coded) and (found := _coded(tensor, parts)):
+        return found
     held = plain(tensor).bitmask()
     return [_matrix(held, rows) for rows in parts]
+
+
+def _coded(tensor: Coded, parts: Sequence[Tensor | None]) -> list[Matrix]:
+    """As codes; none where they would take no less than the stock dtype, or scales lie otherwise."""
+    columns, group, factors = tensor.shape[1], tensor.group, None
+    if not tensor.width:
+        scale, factors = tensor.factors("rows"), tensor.factors("columns")
+    elif group >= columns:
+        scale, group = tensor.arrays["scales"][:, 0].float(), 0
+    elif group % PIECE == 0:
+        scale = tensor.arrays["scales"].float()
+    else:
+        return []
+    codes = torch.from_numpy(tensor.codes())
+    found = [Matrix.codes(codes, scale, factors, rows, group=group) for rows in parts]
+    stock = sum(made.rows * made.cols for made in found) * tensor.dtype.itemsize
+    return found if sum(made.nbytes for made in found) < stock else []
 
 
 def _matrix(tensor: Encoded, rows: Tensor | None) -> Matrix:
