@@ -14,10 +14,11 @@ from torch import Tensor
 
 import sparsessm
 from sparsessm import kernels, runtime
-from sparsessm.checkpoint.coded import Coded, ans
+from sparsessm.checkpoint.coded import Coded, ans, fixed
 from sparsessm.checkpoint.encoding import encode
 from sparsessm.checkpoint.packed_tensor import PackedTensor
 from sparsessm.kernels import entropy
+from sparsessm.kernels.matrix import rounded
 from sparsessm.runtime.engine import NativeEngine
 from sparsessm.runtime.reference import ReferenceEngine
 
@@ -30,22 +31,37 @@ MODELS: dict[str, Any] = {
 RESCALED = 2.0**-4
 
 
-def few_bits(model: Any) -> dict[str, PackedTensor]:
+GRIDS = {
+    "dial": (0, 0, False),
+    "4 bits": (4, 10**4, False),
+    "masked": (3, 32, True),
+    "groups": (5, 64, False),
+}
+"""Bits of a code, columns of a scale, whether zeros are masked."""
+
+
+def few_bits(model: Any, grid: str = "dial") -> dict[str, PackedTensor]:
     """All matrices as codes near to what they were."""
+    width, group, masked = GRIDS[grid]
     made: dict[str, PackedTensor] = {}
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and model.config.tie_word_embeddings:
             continue
         if tensor.ndim != 2 or name.endswith("A_log"):
             made[name] = encode(name, tensor)
-            continue
-        rows, columns = (torch.full((size,), RESCALED) for size in tensor.shape)
-        codes = (tensor / RESCALED**2).round()
-        codes[0, 0], codes[-1, -1] = 300, -200  # beyond eight bits
-        arrays = entropy.encode(codes.short().numpy())
-        made[name] = ans(
-            name, tensor.dtype, {k: torch.from_numpy(v) for k, v in arrays.items()}, rows, columns
-        )
+        elif width:
+            scale = tensor.abs().max() * 2.0 ** (1 - width)
+            codes = (tensor / scale).round().clamp(-(1 << width - 1) + masked, (1 << width - 1) - 1).short()
+            scales = scale.half().expand(len(tensor), -(-tensor.shape[1] // group))
+            made[name] = fixed(name, tensor.dtype, codes, scales, width=width, group=group, masked=masked)
+        else:
+            rows, columns = (torch.full((size,), RESCALED) for size in tensor.shape)
+            codes = (tensor / RESCALED**2).round()
+            codes[0, 0], codes[-1, -1] = 300, -200  # beyond eight bits
+            arrays = entropy.encode(codes.short().numpy())
+            made[name] = ans(
+                name, tensor.dtype, {k: torch.from_numpy(v) for k, v in arrays.items()}, rows, columns
+            )
     return made
 
 
@@ -59,8 +75,10 @@ class Rounding(ReferenceEngine):
     def _product(self, name: str, x: Tensor, parts: list[int]) -> Tensor:
         found = self._tensors[name]
         assert isinstance(found, Coded)
-        codes, columns = torch.from_numpy(found.codes()), found.factors("columns")
-        weights = found.decode(torch.float32)
+        codes, weights = torch.from_numpy(found.codes()), found.decode(torch.float32)
+        if 0 < found.group < x.shape[1]:  # a scale for some columns: none of them is moved
+            return rounded(x) @ weights.T
+        columns = None if found.width else found.factors("columns")
         pairs = zip(codes.split(parts), weights.split(parts), strict=True)
         return torch.cat([seen(x, some, columns) @ weight.T for some, weight in pairs], dim=-1)
 
@@ -87,10 +105,11 @@ def tokens(count: int, seed: int = 0) -> Tensor:
     return torch.randint(0, 64, (count,), generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("case", MODELS)
-def test_codes_are_read_as_what_they_say(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_codes_are_read_as_what_they_say(case: str, grid: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = MODELS[case]()
-    tensors, ids = few_bits(model), tokens(40)
+    tensors, ids = few_bits(model, grid), tokens(40)
     truth = Rounding(model.config, tensors)
     expected = truth.prompt(ids, truth.new_state(1)[0], every=True)
     plain = ReferenceEngine(
@@ -112,10 +131,11 @@ def test_codes_are_read_as_what_they_say(case: str, monkeypatch: pytest.MonkeyPa
     assert_rows_are_alone(engine, lambda n, seed: tokens(n, seed), 3, torch.set_num_threads)
 
 
+@pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("case", MODELS)
-def test_memory_is_that_of_few_bits(case: str) -> None:
+def test_memory_is_that_of_few_bits(case: str, grid: str) -> None:
     model = MODELS[case]()
-    tensors = few_bits(model)
+    tensors = few_bits(model, grid)
     few = NativeEngine(model.config, tensors)
     dense = NativeEngine(model.config, {name: encode(name, part.decode()) for name, part in tensors.items()})
     assert few.resident < 0.6 * dense.resident and few.nbytes < 0.6 * dense.nbytes

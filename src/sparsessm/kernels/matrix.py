@@ -204,7 +204,8 @@ def rounded(x: Tensor) -> Tensor:
     """
     blocks = F.pad(x, (0, -x.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
     most = blocks.abs().amax(2, keepdim=True)
-    inverse = torch.where(most > TINY, torch.full_like(most, 127.0) / most, 0.0)  # 127.0 / most is rounded twice
+    inverse = torch.full_like(most, 127.0) / most  # torch rounds twice in 127.0 / most, the kernels once
+    inverse = torch.where(most > TINY, inverse, 0.0)
     return torch.round(blocks * inverse).mul_(most / 127.0).flatten(1)[:, : x.shape[1]]
 
 
