@@ -2,17 +2,10 @@
 // against plain loops in double. Weights lie right before a page that must not be touched, inputs and outputs in heap
 // blocks of their exact size. Not part of the package. From the repository root:
 //
-//   flags="-std=gnu++17 -g1 -O1 -fno-math-errno -ffp-contract=fast -fsanitize=address,undefined,float-cast-overflow
-//          -fno-sanitize-recover=all -Isrc/sparsessm/kernels"; wide="-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma
-//          -mpopcnt -mbmi -mprefer-vector-width=512"; k=src/sparsessm/kernels; o=build/fuzz_matrix; mkdir -p $o
-//   g++ $flags -c $k/matrix.cpp -o $o/m.o && g++ $flags -c $k/few_bits.cpp -o $o/f.o &&
-//   g++ $flags -c $k/level_portable.cpp -o $o/p.o &&
-//   g++ $flags -mavx2 -mfma -mpopcnt -mbmi -c $k/level_avx2.cpp -o $o/2.o &&
-//   g++ $flags $wide -c $k/level_avx512.cpp -o $o/5.o &&
-//   g++ $flags $wide -mavx512vbmi2 -mavx512vnni -c $k/level_avx512vbmi2.cpp -o $o/b.o &&
-//   g++ $flags tools/fuzz_matrix.cpp $o/?.o -o $o/fuzz -pthread -ldl
-//   $o/fuzz 180 1            seconds and seed: random inputs; one that fails is left in fuzz_matrix.input
-//   $o/fuzz FILE...          replays inputs
+//   bash tools/fuzz_matrix.sh 180 1           builds with sanitizers and runs; seconds and seed: random inputs; one that
+//                                             fails is left in fuzz_matrix.input
+//   bash tools/fuzz_matrix.sh FILE...         replays inputs
+//   bash tools/fuzz_matrix.sh --aarch64 180 1 the same cross-compiled, under qemu: levels portable and dotprod
 //
 // With clang++, -fsanitize=fuzzer and -DLIBFUZZER in place of main() it is a libFuzzer target. With
 // -fsanitize=thread in place of the others it looks for races between the threads of a step.
@@ -55,19 +48,6 @@ constexpr int64_t SLACK = 256; // what kernels may read beyond the last value (m
             std::abort();                                                                                              \
         }                                                                                                              \
     } while (0)
-
-std::vector<const Level *> levels() {
-    std::vector<const Level *> found{&portable_level()};
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&avx2_level());
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl")) {
-        found.push_back(&avx512_level());
-        if (__builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni"))
-            found.push_back(&avx512vbmi2_level());
-    }
-    return found;
-}
 
 // Decisions come from the bytes, and from numbers seeded by them where there are no more.
 class Source {
@@ -232,7 +212,7 @@ void products(Source &s, const Matrix &m, const std::vector<double> &dense) {
     for (int64_t i = 0; i < m.rows * m.cols; ++i) own_room[i] = above(m, i / m.cols, i % m.cols);
     const int64_t sick = s.below(4) == 0 ? s.below(static_cast<int>(std::min<int64_t>(255, length))) : -1;
     const int64_t column = s.below(static_cast<int>(std::min<int64_t>(255, m.cols)));
-    for (const Level *level : levels()) {
+    for (const Level *level : supported()) {
         const auto run = [&](const std::vector<float> &from, int64_t tokens, int threads) {
             std::vector<float> out((tokens - 1) * stride + m.rows, 77.0f);
             level->product(Product{m, from.data(), with_bias ? bias.data() : nullptr, out.data(), tokens, x_stride, stride,
@@ -511,7 +491,7 @@ void steps(Source &s) {
     net.embedding = random_matrix(s, net.vocabulary, net.width, keep);
     net.head = random_matrix(s, net.vocabulary, net.width, keep);
     const int64_t batch = 1 + s.below(6);
-    for (const Level *level : levels()) {
+    for (const Level *level : supported()) {
         const auto run = [&](const std::vector<int64_t> &tokens, std::vector<float> &state, int threads) {
             const auto count = static_cast<int64_t>(tokens.size());
             std::vector<float> logits(count * net.vocabulary);

@@ -176,7 +176,7 @@ def test_any_codes_are_the_sum_that_they_stand_for(data: st.DataObject) -> None:
 @pytest.mark.parametrize("odd", [False, True])
 def test_groups_of_columns_have_scales_of_their_own(level: str, group: int, odd: bool) -> None:
     """And codes that are all odd take no bit more than their halves."""
-    for rows, cols, spread in ((1, 33, 1), (17, 64, 3), (70, 200, 9), (33, 769, 40)):
+    for rows, cols, spread in ((1, 33, 1), (3, 16, 2), (9, 96, 2), (17, 64, 3), (70, 200, 9), (33, 769, 40)):
         found = codes(rows, cols, spread)
         found = (2 * (found.int() // 4) + 1).short() if odd else found
         scale = numbers(rows, -(-cols // group), seed=cols).abs() + 0.1

@@ -184,10 +184,10 @@ Matrix codes_matrix(const Codes &c, int threads) {
         m.place.push_back(static_cast<uint8_t>(row % BAND));
         m.scale.push_back(m.group ? 1.0f : c.scale[source(row)]);
     }
-    if (m.group) m.scales.resize(strips * groups * STRIP);
+    if (m.group) m.scales.resize(strips * m.spans() * STRIP);
     for (int64_t r = 0; m.group && r < m.rows; ++r)
         for (int64_t i = 0; i < groups; ++i)
-            m.scales[(r / STRIP * groups + i) * STRIP + r % STRIP] = c.scale[source(order[r]) * groups + i];
+            m.scales[(r / STRIP * m.spans() + i) * STRIP + r % STRIP] = c.scale[source(order[r]) * groups + i];
     if (c.columns)
         for (int64_t i = 0; i < m.cols; ++i) m.columns.push_back(c.columns[m.input(i)]);
     m.widths.resize(strips * pieces);

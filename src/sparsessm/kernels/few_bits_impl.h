@@ -65,6 +65,16 @@ template <int WIDTH> static inline Sum met(Sum sum, pairs numbers, int32_t q) {
 }
 static inline ivec whole(Sum sum) { return ivec(_mm256_madd_epi16(sum, _mm256_set1_epi16(1))); }
 #endif
+#elif defined(__ARM_FEATURE_DOTPROD)
+using Sum = ivec;
+template <int> constexpr int AT_ONCE = UNITS;
+template <int WIDTH> constexpr bool SIGNED = WIDTH == 8; // the instruction takes all bytes as signed
+
+template <int WIDTH> static inline Sum met(Sum sum, pairs numbers, int32_t q) {
+    const int8x16_t n = vreinterpretq_s8_u16(uint16x8_t(numbers)), inputs = vreinterpretq_s8_s32(vdupq_n_s32(q));
+    return ivec(vdotq_s32(int32x4_t(sum), SIGNED<WIDTH> ? veorq_s8(n, vdupq_n_s8(-128)) : n, inputs));
+}
+static inline ivec whole(Sum sum) { return sum; }
 #else
 using Sum = ivec;
 template <int> constexpr int AT_ONCE = UNITS;

@@ -55,15 +55,16 @@ struct Matrix {
     std::vector<uint8_t> place;         // (rows): which row of its band it is
     std::vector<float> columns;         // (cols) or empty: factors of the inputs
     int64_t group = 0;                  // columns that share a scale, whole pieces; 0: all
-    std::vector<float> scales;          // (strips, groups of columns, STRIP) or empty: then `scale` has ones
+    std::vector<float> scales;          // (strips, spans, STRIP) or empty: then `scale` has ones
     bool odd = false;                   // what is stored is n of the code 2n + 1
     std::vector<Stray> strays;          // strip by strip, by column
     std::vector<int64_t> stray_offsets; // (strips + 1)
     Buffer own_values, own_masks;
 
+    int64_t spans() const { return (blocks * BLOCK + group - 1) / group; } // groups of columns, of those that are padded too
     int64_t pieces() const { return 2 * blocks; } // of a strip
     const float *scales_of(int64_t strip, int64_t column) const { // (STRIP)
-        return scales.data() + (strip * ((cols + group - 1) / group) + column / group) * STRIP;
+        return scales.data() + (strip * spans() + column / group) * STRIP;
     }
     int64_t input(int64_t column) const { return inputs.empty() ? column : inputs[column]; }
     int64_t bytes() const; // what decoding one token reads

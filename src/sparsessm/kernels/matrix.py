@@ -33,7 +33,9 @@ class Matrix:
         nbytes: bytes that one decoding step reads.
     """
 
-    def __init__(self, native: Any, wide: Callable[[], Tensor] | None = None, *, rounds: bool = False) -> None:
+    def __init__(
+        self, native: Any, wide: Callable[[], Tensor] | None = None, *, rounds: bool = False
+    ) -> None:
         """Wrap what the extension made.
 
         Args:

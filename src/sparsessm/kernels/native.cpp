@@ -22,21 +22,6 @@ namespace nb = nanobind;
 
 namespace sparsessm {
 
-std::vector<const Level *> supported() {
-    std::vector<const Level *> levels{&portable_level()};
-#ifdef SPARSESSM_X86
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) levels.push_back(&avx2_level());
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl"))
-        levels.push_back(&avx512_level());
-    if (levels.back() == &avx512_level() && __builtin_cpu_supports("avx512vbmi2") &&
-        __builtin_cpu_supports("avx512vnni"))
-        levels.push_back(&avx512vbmi2_level());
-#endif
-    return levels;
-}
-
 const Level &find(const std::string &name) {
     for (const Level *level : supported())
         if (name == level->name) return *level;

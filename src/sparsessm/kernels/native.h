@@ -11,7 +11,6 @@
 
 namespace sparsessm {
 
-std::vector<const Level *> supported();     // by this CPU, slowest first
 const Level &find(const std::string &name); // throws std::invalid_argument
 // A number of threads that a machine can have: thousands end the process inside the OpenMP runtime. As no result depends
 // on it, more is no mistake here (runtime/threads.py refuses what a user asks for).

@@ -28,6 +28,8 @@ void Barrier::pause(int spins) {
     if (spins < 2000) {
 #if defined(SPARSESSM_X86)
         __builtin_ia32_pause();
+#elif defined(SPARSESSM_ARM)
+        asm volatile("yield");
 #endif
     } else {
         std::this_thread::yield(); // another program has the core of whoever we wait for

@@ -1,6 +1,7 @@
 // What the kernels take: plain pointers with strides (in floats), channel-last. Filled by native.cpp, read by scan_impl.h.
 #pragma once
 #include <cstdint>
+#include <vector>
 
 namespace sparsessm {
 
@@ -77,5 +78,7 @@ const Level &portable_level();
 const Level &avx2_level();
 const Level &avx512_level();
 const Level &avx512vbmi2_level();
+const Level &dotprod_level(); // of aarch64
+std::vector<const Level *> supported(); // by this CPU, slowest first (levels.cpp)
 
 } // namespace sparsessm

@@ -52,6 +52,8 @@ static inline ivec nearest(vec x) {
     return ivec(_mm256_cvtps_epi32(__m256(x)));
 #elif defined(__SSE2__) && LANES == 4
     return ivec(_mm_cvtps_epi32(__m128(x)));
+#elif defined(__aarch64__) && LANES == 4
+    return ivec(vcvtnq_s32_f32(float32x4_t(x)));
 #else
     ivec out;
     for (int lane = 0; lane < LANES; ++lane) out[lane] = static_cast<int32_t>(std::nearbyintf(x[lane]));
