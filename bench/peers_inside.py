@@ -2,9 +2,10 @@
 
     python bench/peers_inside.py ours|fp32|bf16 DIRECTORY --threads N --steps N
 
-Loads the model, then for each line that it reads measures once (a prompt, decoding alone and in a batch) and
-prints a line of JSON: seconds for each token of all sequences together, and by how many bytes this process
-has grown since before the model was loaded (with its states and the work space of a prompt), and at most had.
+Loads the model, says "ready", then for each line that it reads measures once (a prompt, decoding alone and in
+a batch) and prints a line of JSON: seconds for each token of all sequences together, and by how many bytes
+this process has grown since before the model was loaded (with its states and the work space of a prompt), now
+and at most.
 What imports and the first model cost once is not counted: the built-in model was loaded before, and dropped.
 """
 
@@ -107,6 +108,7 @@ def main() -> None:
         gc.collect()
         weights = status("VmRSS") - before
         seconds(running, 2, 16)
+        print("ready", flush=True)
         for _ in sys.stdin:
             found: dict[str, float] = dict(seconds(running, options.steps))
             sizes = {"loaded": weights, "grown": status("VmRSS") - before, "peak": status("VmHWM") - before}

@@ -124,16 +124,21 @@ class Inside:
         self._process = subprocess.Popen(
             [str(word) for word in words], stdin=pipe, stdout=pipe, text=True, env=environment(threads)
         )
+        self._said()  # that it is ready
 
     def measured(self) -> dict[str, float]:
-        assert self._process.stdin is not None and self._process.stdout is not None
+        assert self._process.stdin is not None
         try:
             self._process.stdin.write("\n")
             self._process.stdin.flush()
         except BrokenPipeError:
             pass
+        return json.loads(self._said())
+
+    def _said(self) -> str:
+        assert self._process.stdout is not None
         if said := self._process.stdout.readline():
-            return json.loads(said)
+            return said
         raise Failed(f"{INSIDE.name} ended with {self._process.wait()}")
 
     def end(self) -> None:
@@ -173,7 +178,6 @@ class Processes:
         if inside is None:
             self._make_room(path)
             inside = Inside(kind, path, self._threads, self._steps)
-            inside.measured()  # once for nothing: it is loaded then
         try:
             found = self._watched(inside.measured)
         except Failed:
