@@ -86,8 +86,10 @@ def best(cells: Sequence[Cell], level: str, shape: str, place: str, threads: int
 
 
 def left(cells: Sequence[Cell], level: str) -> str:
-    """Where the next factor lies: the products of the fastest level by what a limit does not explain."""
-    found = sorted((cell for cell in cells if cell["level"] == level), key=lambda cell: cell["share"])
+    """Where the next factor lies: the products of the fastest level by what a limit does not explain, as far
+    as other work did not disturb them."""
+    clean = (cell for cell in cells if cell["level"] == level and not cell["disturbed"])
+    found = sorted(clean, key=lambda cell: cell["share"])
     lines = ["| | in_proj of | from | threads | inputs | times as long as its limit |", "|---" * 6 + "|"]
     for cell in found[:MOST]:
         fields = [cell["form"], cell["shape"], cell["from"], cell["threads"], cell["inputs"]]
