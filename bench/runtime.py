@@ -30,6 +30,7 @@ import gc
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -65,6 +66,7 @@ QUANTISED = ("in_proj", "x_proj", "out_proj")  # as `sparsessm pack --dtype int8
 LEAST, MOST, MEAN = 0.04, 0.84, 0.5  # of A_log that a layer loses
 REMOVED = 38.0  # of A_log: a state that keeps no memory
 GOAL = 0.93
+SOME = 2048  # rows from which is seen how far codes must spread
 
 
 def configuration(shape: str, layers: int | None = None, shrunken: str = "") -> SimpleNamespace:
@@ -178,29 +180,40 @@ def encoded(
     return dense, sparse
 
 
-def coded(name: str, shape: Sequence[int], bits: float, generator: torch.Generator) -> Coded:
-    """A random matrix of codes that take about so many bits in a file."""
-    rows, columns = (torch.randn(size, generator=generator) for size in shape)
+@cache
+def drawn(rows: int, columns: int, bits: float) -> dict[str, Tensor]:
+    """The arrays of a random matrix of codes that take so many bits in a file, all that is stored counted."""
+    generator = torch.Generator().manual_seed(2)
+    by_row, by_column = (torch.randn(size, generator=generator) for size in (rows, columns))
+    normal = torch.randn(rows, columns, generator=generator)
+    normal *= (0.5 * by_row).exp()[:, None] * (0.4 * by_column).exp()
     spread = 2**bits / math.sqrt(2 * math.pi * math.e)  # of normal numbers whose rounded entropy that is
-    codes = (
-        torch.randn(*shape, generator=generator)
-        * spread
-        * (0.5 * rows).exp()[:, None]
-        * (0.4 * columns).exp()
-    )
-    arrays = {
-        part: torch.from_numpy(array) for part, array in entropy.encode(codes.round().short().numpy()).items()
-    }
+
+    def held(most: int) -> dict[str, Tensor]:
+        found = entropy.encode((normal[:most] * spread).round().short().numpy())
+        return {part: torch.from_numpy(array) for part, array in found.items()}
+
+    most = min(rows, SOME)
+    for _ in range(3):  # the entropy of few bits is not that of the formula, and there are tables
+        stored = 8 * sum(array.nbytes for array in held(most).values()) / (most * columns)
+        spread *= 2 ** (bits - stored - 8 / columns - 8 / rows)  # a factor is a byte
+    return held(rows)
+
+
+def coded(name: str, shape: Sequence[int], bits: float) -> Coded:
+    """A matrix of random codes; those of one shape are the same."""
+    rows, columns = shape
+    arrays = drawn(rows, columns, bits)
     return ans(name, torch.bfloat16, arrays, *(torch.full((size,), 0.125) for size in shape))
 
 
 def of_few_bits(config: SimpleNamespace, bits: float) -> tuple[dict[str, Encoded], dict[str, PackedTensor]]:
     """A dense model in int8, its head too, and one with all matrices as codes."""
     dense, _ = encoded(config, "int8", "int8", "none")
-    generator, few = torch.Generator().manual_seed(2), dict[str, PackedTensor](dense)
+    few = dict[str, PackedTensor](dense)
     for name, tensor in dense.items():
         if len(tensor.shape) == 2 and not name.endswith("A_log"):
-            few[name] = coded(name, tensor.shape, bits, generator)
+            few[name] = coded(name, tensor.shape, bits)
     return dense, few
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import time
 from pathlib import Path
@@ -61,6 +62,10 @@ def test_demo_shows_every_method_and_replaces_only_a_demo(monkeypatch: pytest.Mo
     }
     assert f"{sizes['packed']:,}" in text and sizes["int8"] < 0.6 * sizes["packed"]
     assert f"{sizes['small']:,}" in text and sizes["small"] < 0.75 * sizes["int8"]
+    stock = Path("demo-out/model.safetensors").stat().st_size
+    last = f"demo-out.small has {sizes['small']:,} bytes, the dense model {stock:,}; it writes"
+    rates = r" [\d,]+ tokens/s, the dense model [\d,]+ \([\d.]+ times as fast\); perplexity [+-][\d.]+%\.$"
+    assert re.search(re.escape(last) + rates, " ".join(text.split()))
     del record["perplexity"]["methods"]
     Path("demo-out/pruning.json").write_text(json.dumps(record))
     assert "'demo-out' exists" in refused(*small)  # somebody's own result

@@ -169,3 +169,15 @@ def packed_table(rows: list[dict[str, Any]]) -> tuple[str, list[str], list[list[
         "times dense",
     ]
     return f"Beside the dense model ({rows[0]['speed']['threads']} threads)", columns, cells
+
+
+def beside_dense(row: dict[str, Any]) -> str:
+    """One of what `run` returned, in a sentence: its bytes and its speed beside the dense model's."""
+    small, dense = row["speed"]["models"]
+    rates = [model["tokens_per_second"]["decode"]["1"]["median"] for model in (small, dense)]
+    return (
+        f"{row['model']} has {row['bytes']['file']:,} bytes, the dense model {dense['bytes']['disk']:,}; it "
+        f"writes {rates[0]:,.0f} tokens/s, the dense model {rates[1]:,.0f} "
+        f"({row['speed']['ratios']['decode']['1']['median']:.2f} times as fast); perplexity "
+        f"{row['difference']['mean']:+.2%}."
+    )

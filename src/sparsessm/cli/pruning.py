@@ -303,6 +303,7 @@ def demo(
             "Its weights fit into the processor's cache, so fewer bytes save little time.",
             f"{demos.packed_folder(out, 'small')} goes on from {demos.PROMPT!r}:",
             text,
+            demos.beside_dense(packed[-1]),
         )
 
 
