@@ -99,7 +99,7 @@ def of_dial(bits: float) -> Callable[[int, int], Matrix]:
 FORMS = {
     "dense float32": Form("floats", dense(torch.float32)),
     "dense bfloat16": Form("floats", dense(torch.bfloat16)),
-    "dense int8": Form("int8", dense(torch.int8)),
+    "dense int8": Form("codes", dense(torch.int8)),
     "half bfloat16": Form("floats", masked(torch.bfloat16)),
     "half int8": Form("int8", masked(torch.int8)),
     **{f"codes of {width} bits": Form("codes", of_width(width)) for width in WIDTHS},
