@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..architectures.own import Own
-from . import atomic, gguf_words
+from . import atomic, gguf_blocks, gguf_words
 from .at_rest import AtRest, at_rest
 from .encoding import finite
 from .opened import local_folder, open_checkpoint
@@ -69,7 +69,8 @@ def export(
         source: as of `load`.
         out: the file to write.
         type: of the matrices, one of `TYPES`; None: the dtype they are stored in, of several one that holds
-            all. Quantised types need rows of whole blocks of 32; a matrix without becomes f16.
+            all. Quantised types need rows of whole blocks of 32; a matrix without becomes f16. Blocks
+            whose values a scale and codes make exactly keep them, as all of `--grid q4_0` do.
         force: replace a GGUF file that is already there.
         tokenizer: as of `load`.
 
@@ -292,7 +293,7 @@ def _data(found: AtRest, piece: _Piece, library: Any) -> Any:
     if (largest := _LARGEST.get(piece.kind)) is not None:
         if float(value.abs().max()) > largest:
             raise _too_large(piece)
-        return library.quants.quantize(value.numpy(), library.GGMLQuantizationType[piece.kind.upper()])
+        return gguf_blocks.blocks(value.numpy(), piece.kind, library)
     held: Tensor = value.to({name: dtype for dtype, name in _STOCK.items()}[piece.kind])
     if not finite(held):
         raise _too_large(piece)
