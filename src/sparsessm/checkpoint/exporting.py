@@ -32,6 +32,7 @@ NAMES = {"mamba": "mamba", "falcon_mamba": "mamba", "mamba2": "mamba2"}  # model
 CONTEXT = 1 << 20  # tokens, as the converter says: a state space model has no bound
 _STOCK = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 _MATRIX = re.compile(r".*\.(in_proj|x_proj|dt_proj|out_proj|embeddings)\.weight|lm_head\.weight")
+_HEAD = re.compile(r".*\.embeddings\.weight|lm_head\.weight")
 _HALF = 65504.0  # the largest float16, in which blocks have their scales
 _LARGEST = {"q8_0": 127 * _HALF, "q4_0": 8 * _HALF}
 
@@ -60,6 +61,7 @@ def export(
     out: str | os.PathLike[str],
     *,
     type: str | None = None,
+    head: str | None = None,
     force: bool = False,
     tokenizer: str | os.PathLike[str] | None = None,
 ) -> Exported:
@@ -71,6 +73,7 @@ def export(
         type: of the matrices, one of `TYPES`; None: the dtype they are stored in, of several one that holds
             all. Quantised types need rows of whole blocks of 32; a matrix without becomes f16. Blocks
             whose values a scale and codes make exactly keep them, as all of `--grid q4_0` do.
+        head: another type for embedding and head, of `TYPES`.
         force: replace a GGUF file that is already there.
         tokenizer: as of `load`.
 
@@ -80,8 +83,9 @@ def export(
         OSError: writing failed; nothing is left behind, an old file is intact.
     """
     library = _library()
-    if type is not None and type not in TYPES:
-        raise ValueError(f"type is {type!r}; allowed: {', '.join(TYPES)}")
+    for what, given in (("type", type), ("head", head)):
+        if given is not None and given not in TYPES:
+            raise ValueError(f"{what} is {given!r}; allowed: {', '.join(TYPES)}")
     opened = open_checkpoint(source)
     if opened.model_type not in NAMES:
         raise ValueError(
@@ -94,7 +98,7 @@ def export(
     rows = found.tensors.shapes["backbone.embeddings.weight"][0]
     words = gguf_words.words(checkpoint.tokenizer, checkpoint.model.config, rows)
     kind = type or _STOCK[reduce(torch.promote_types, (checkpoint.stored[n] for n in _matrices(found)))]
-    pieces = list(_pieces(found, kind, library))
+    pieces = list(_pieces(found, kind, head or kind, library))
     atomic.refuse_room(out, sum(piece.nbytes for piece in pieces))
     try:
         with atomic.replacing(target, force=force, folder=False) as file:
@@ -198,13 +202,19 @@ def _matrices(found: AtRest) -> Iterator[str]:
     return (name for name in found.tensors if _MATRIX.fullmatch(name))
 
 
-def _pieces(found: AtRest, kind: str, library: Any) -> Iterator[_Piece]:
-    """What the file will hold, in order; nothing is read for it."""
+def _pieces(found: AtRest, kind: str, head: str, library: Any) -> Iterator[_Piece]:
+    """What the file will hold, in order; nothing is read for it.
+
+    Args:
+        kind: of its matrices. head: of embedding and head.
+    """
     config = _config(found)
     named = library.get_tensor_name_map(_architecture(config, library), config.num_hidden_layers)
 
     def piece(name: str, shape: tuple[int, ...], source: str | None) -> _Piece:
-        held = kind if source is not None and _MATRIX.fullmatch(source) else "f32"
+        held = "f32"
+        if source is not None and _MATRIX.fullmatch(source):
+            held = head if _HEAD.fullmatch(source) else kind
         if held in _LARGEST and shape[-1] % _blocks(library, held)[0]:
             held = "f16"
         entries, nbytes = _blocks(library, held)
