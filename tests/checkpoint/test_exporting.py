@@ -218,9 +218,9 @@ def widths(folder: Path) -> None:
 
 REFUSED: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
     "hybrid": (
-        lambda f: stock(f, pico_hybrid("jamba")),
+        lambda f: stock(f, pico_hybrid("zamba2")),
         {},
-        "is a jamba model; exported to GGUF are: mamba, falcon_mamba, mamba2",
+        "is a zamba2 model; exported to GGUF are: mamba, falcon_mamba, mamba2, bamba",
     ),
     "projected": (projected, {}, "has projected states, which no GGUF file can hold"),
     "widths": (widths, {}, "has layers of different widths, which no GGUF file can hold"),
