@@ -4,15 +4,15 @@
     .venv/bin/python bench/gguf_logits.py --python llama/bin/python
 
 The built-in models; the built-in Mamba-1 with half of `A_log` without memory; and models of random weights, a
-FalconMamba and an untied Mamba-2 of four groups. For every type: the largest difference between two logits
-over 256 tokens of Python, as a share of the largest stock logit; KL in nats a token; and how often the most
-probable token is the same. And which share of a longer text's tokens are others when llama.cpp splits it.
+FalconMamba, an untied Mamba-2 of four groups, and hybrids, with keys and values of attention in float32. For
+every type: the largest difference between two logits over 256 tokens of Python, as a share of the largest
+stock logit; KL in nats a token; and how often the most probable token is the same. And which share of a
+longer text's tokens are others when llama.cpp splits it.
 """
 
 from __future__ import annotations
 
 import argparse
-import array
 import difflib
 import json
 import subprocess
@@ -23,12 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    FalconMambaConfig,
-    FalconMambaForCausalLM,
-    Mamba2Config,
-    Mamba2ForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import sparsessm
 from sparsessm.checkpoint import export
@@ -40,36 +35,41 @@ LLAMA = """
 import json, sys
 from array import array
 from cyllama.llama import llama_cpp
-path, out, ids, text = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), sys.argv[4]
+path, out, windows, text = sys.argv[1], sys.argv[2], json.load(sys.stdin), sys.argv[3]
 class Model(llama_cpp.LlamaModel):
     n_vocab = property(lambda self: self.get_vocab().n_vocab)  # which get_logits_ith of 0.2.18 misses
 llama_cpp.llama_backend_init()
 llama_cpp.disable_logging()
 model, options = Model(path, llama_cpp.LlamaModelParams(), verbose=False), llama_cpp.LlamaContextParams()
-options.n_ctx = options.n_batch = options.n_ubatch = len(ids)
+options.n_ctx = options.n_batch = options.n_ubatch = len(windows[0])
 options.n_threads = options.n_threads_batch = 1
-context = llama_cpp.LlamaContext(model, options, verbose=False)
-batch = llama_cpp.LlamaBatch(n_tokens=len(ids), embd=0, n_seq_max=1)
-for place, token in enumerate(ids):
-    batch.add(token, place, [0], True)
-context.decode(batch)
+options.type_k = options.type_v = options.flash_attn_type = 0  # keys and values in float32
 with open(out, "wb") as file:
-    for place in range(len(ids)):
-        array("f", context.get_logits_ith(place)).tofile(file)
+    for ids in windows:
+        context = llama_cpp.LlamaContext(model, options, verbose=False)
+        batch = llama_cpp.LlamaBatch(n_tokens=len(ids), embd=0, n_seq_max=1)
+        for place, token in enumerate(ids):
+            batch.add(token, place, [0], True)
+        context.decode(batch)
+        for place in range(len(ids)):
+            array("f", context.get_logits_ith(place)).tofile(file)
 print(json.dumps(model.get_vocab().tokenize(text, False, False)))
 """
 
 
-def random_model(kind: Any, config: Any) -> Callable[[Path], None]:
+def random_model(kind: str, **fields: Any) -> Callable[[Path], None]:
     """Writes one of random weights with the built-in tokenizer."""
 
     def write(folder: Path) -> None:
         torch.manual_seed(0)
-        model = kind(config)
+        model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **fields))
+        assert isinstance(model, torch.nn.Module)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if name.endswith((".D", "norm.weight", "norm_f.weight", "bias")):
                     parameter.add_(0.1 * torch.randn_like(parameter))
+                elif kind in HYBRIDS and parameter.ndim > 1 and "conv1d" not in name and "A_log" not in name:
+                    parameter.copy_(torch.randn_like(parameter) / parameter.shape[-1] ** 0.5)
         model.bfloat16().save_pretrained(folder)
         sparsessm.load("builtin:pycode").tokenizer.save_pretrained(folder)
 
@@ -86,14 +86,70 @@ def memoryless(folder: Path) -> None:
 
 
 SHAPE = {"hidden_size": 256, "num_hidden_layers": 4, "vocab_size": 4096, "tie_word_embeddings": False}
+ENDS = {"pad_token_id": None, "bos_token_id": 0, "eos_token_id": 0}
+SMALL = {**SHAPE, **ENDS, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 384}
+MIXER = {"mamba_d_state": 64, "mamba_n_heads": 16, "mamba_d_head": 32, "mamba_n_groups": 2}
+TURNS = ["linear_attention", "full_attention", "linear_attention", "linear_attention"]
+GRANITE = {
+    **{"layer_types": TURNS, "shared_intermediate_size": 192, "embedding_multiplier": 3.0},
+    **{"logits_scaling": 2.0, "residual_multiplier": 0.6, "attention_multiplier": 0.1},
+}
+NEMOTRON = {"head_dim": 64, "ssm_state_size": 64, "mamba_num_heads": 16, "mamba_head_dim": 32, "n_groups": 2}
+HYBRIDS: Mapping[str, Mapping[str, Any]] = {  # as `random_model` takes them
+    "bamba": {**SMALL, **MIXER, "attn_layer_indices": [1]},
+    "falcon_h1": {
+        **{**SMALL, **MIXER, "mamba_n_heads": 12, "mamba_d_ssm": 384, "tie_word_embeddings": True},
+        **{"embedding_multiplier": 2.0, "lm_head_multiplier": 0.5, "mlp_multipliers": [0.8, 1.3]},
+        **{"key_multiplier": 0.7, "attention_in_multiplier": 1.1, "attention_out_multiplier": 0.9},
+        **{
+            "ssm_multipliers": [1.2, 0.8, 1.1, 0.9, 1.3],
+            "ssm_in_multiplier": 1.25,
+            "ssm_out_multiplier": 0.75,
+        },
+    },
+    "granitemoehybrid": {**SMALL, **MIXER, **GRANITE, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "jamba": {
+        **{**SMALL, "attn_layer_period": 3, "attn_layer_offset": 1, "mamba_d_state": 16, "mamba_dt_rank": 32},
+        **{"expert_layer_period": 2, "expert_layer_offset": 1, "num_experts": 4, "num_experts_per_tok": 2},
+    },
+    "nemotron_h": {
+        **{name: value for name, value in {**SMALL, **NEMOTRON}.items() if name != "num_hidden_layers"},
+        "layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp", "linear_attention"],
+    },
+}
+DENSE = {"num_local_experts": 0, "num_experts_per_tok": 0, "tie_word_embeddings": True}
+EXPERTS = {
+    **{"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128},
+    **{"moe_shared_expert_intermediate_size": 192, "routed_scaling_factor": 2.5},
+    "layers_block_type": ["linear_attention", "moe", "full_attention", "moe", "linear_attention"],
+}
 HEADS = {"num_heads": 16, "head_dim": 32, "n_groups": 4, "state_size": 64}
 MODELS: Mapping[str, str | Callable[[Path], None]] = {
     "builtin:pycode": "builtin:pycode",
     "builtin:pycode2": "builtin:pycode2",
     "half of A_log": memoryless,
-    "falcon_mamba": random_model(FalconMambaForCausalLM, FalconMambaConfig(**SHAPE, mixer_rms_eps=1e-5)),
-    "mamba2, 4 groups": random_model(Mamba2ForCausalLM, Mamba2Config(**SHAPE, **HEADS)),
+    "falcon_mamba": random_model("falcon_mamba", **SHAPE, mixer_rms_eps=1e-5),
+    "mamba2, 4 groups": random_model("mamba2", **SHAPE, **HEADS),
+    **{kind: random_model(kind, **fields) for kind, fields in HYBRIDS.items()},
+    "granitemoehybrid, no experts": random_model(
+        "granitemoehybrid", **{**HYBRIDS["granitemoehybrid"], **DENSE}
+    ),
+    "nemotron_h, experts": random_model("nemotron_h", **{**HYBRIDS["nemotron_h"], **EXPERTS}),
 }
+
+
+def computed(python: str, file: Path, windows: list[list[int]], text: str = "") -> tuple[Tensor, list[int]]:
+    """What llama.cpp makes of a file: its logits (windows, length, vocabulary), and the tokens of a text.
+
+    Args:
+        python: of an environment with cyllama. windows: of tokens, all of one length.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "logits"
+        words = [python, "-c", LLAMA, str(file), str(out), text]
+        done = subprocess.run(words, input=json.dumps(windows).encode(), capture_output=True, check=True)
+        values = torch.from_file(str(out), size=out.stat().st_size // 4).clone()
+    return values.view(len(windows), len(windows[0]), -1), json.loads(done.stdout.splitlines()[-1])
 
 
 def compared(found: Tensor, stock: Tensor) -> dict[str, float]:
@@ -115,14 +171,18 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--python", required=True, help="of an environment with cyllama")
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--model", choices=MODELS, action="append", help="all by default")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="rows of other models in it stay")
     options = parser.parse_args()
     text = Path(argparse.__file__).read_text(encoding="utf-8")[:CHARACTERS]
     rows = []
+    models = {label: MODELS[label] for label in options.model or MODELS}
+    if options.json and options.json.exists():
+        rows = [row for row in json.loads(options.json.read_text()) if row["model"] not in models]
     with tempfile.TemporaryDirectory() as name, torch.inference_mode():
         folder = Path(name)
-        for label, made in MODELS.items():
-            source = made
+        for label, made in models.items():
+            source: Any = made
             if not isinstance(made, str):
                 source = folder / label.replace(" ", "-")
                 made(source)
@@ -131,14 +191,10 @@ def main() -> None:
             ids = known[:TOKENS]
             stock = checkpoint.model(torch.tensor([ids])).logits[0]
             for kind in TYPES:
-                file, out = folder / "model.gguf", folder / "logits"
+                file = folder / "model.gguf"
                 export(source, file, type=kind, force=True)
-                words = [options.python, "-c", LLAMA, str(file), str(out), json.dumps(ids), text]
-                done = subprocess.run(words, capture_output=True, check=True)
-                said = json.loads(done.stdout.splitlines()[-1])
-                values = array.array("f", out.read_bytes())
-                found = torch.tensor(values).view(len(ids), -1)
-                row = {"model": label, "type": kind, **compared(found, stock)}
+                found, said = computed(options.python, file, [ids], text)
+                row = {"model": label, "type": kind, **compared(found[0], stock)}
                 row["other tokens"] = 1 - in_common(said, known) / len(said)
                 rows.append(row)
                 print(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import torch
 from pico import pico_mamba
 from torch import Tensor
@@ -74,6 +75,21 @@ def stored(value: Tensor, kind: str) -> tuple[str, bytes]:
         return kind, gguf.quants.quantize(value.numpy(), FORMS[kind.upper()]).tobytes()
     dtype = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[kind]
     return kind, value.to(dtype).contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def same_blocks(found: Any, kind: str, content: bytes, value: Tensor) -> bool:
+    """Whether data are these bytes, but for blocks whose values are exact only as they are."""
+    if found.tobytes() == content or kind not in ("q8_0", "q4_0"):
+        return found.tobytes() == content
+    form = FORMS[kind.upper()]
+    size, nbytes = gguf.GGML_QUANT_SIZES[form]
+    wanted = np.frombuffer(content, np.uint8).reshape(-1, nbytes)
+    other = (found.reshape(-1, nbytes) != wanted).any(1)
+    read, rounded = (
+        gguf.quants.dequantize(data, form)[other] for data in (found.reshape(-1, nbytes), wanted)
+    )
+    exact = value.numpy().reshape(-1, size)[other]
+    return bool((read == exact).all() and (rounded != exact).any(1).all())
 
 
 def with_tokenizer(folder: Path, tokenizer: Any, rows: int = 64) -> Path:

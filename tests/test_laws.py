@@ -17,6 +17,7 @@ from sources import OURS, SOURCE, calls, code, functions, place, rooms
 ORDERS = set("topk sort argsort msort kthvalue argmin argmax quantile nanquantile median".split())
 OTHER_ORDERS = {  # that choose no elements of a matrix
     "methods/allocation.py": 4,  # shares of matrices
+    "methods/grids.py": 1,  # the value farthest from 0, which gives a block its scale
     "methods/hessian.py": 1,  # columns, for a sweep
     "methods/exact.py": 1,  # the order in which a greedy search takes entries out, then scores
     "methods/structured.py": 2,  # whole units

@@ -70,9 +70,12 @@ def matrices(draw: st.DrawFn) -> tuple[Coded, Tensor]:
     width, group = draw(st.integers(2, 8)), draw(st.sampled_from([1, 2, 32, 64, 300]))
     codes = codes_of(kind, width, rows, columns, seed)
     by_group = scales(rows, -(-columns // group), seed=seed)
+    if kind != "odd":
+        by_group.view(-1)[:: draw(st.integers(2, 5))] *= -1
     coded = fixed("t", dtype, codes, by_group, width=width, group=group, masked=kind == "masked")
     assert coded.kind == kind
-    return coded, codes.float() * by_group.float().repeat_interleave(group, 1)[:, :columns]
+    values = codes.float() * by_group.float().repeat_interleave(group, 1)[:, :columns]
+    return coded, values.masked_fill(codes == 0, 0.0) if kind == "masked" else values
 
 
 @given(matrices())
@@ -151,7 +154,14 @@ def some(kind: str) -> Coded:
 
 
 SPOILT = [
-    ("int", "scales", lambda x: x.index_fill(0, torch.tensor([1]), -1.0), "'scales' holds what is not a pos"),
+    ("odd", "scales", lambda x: x.index_fill(0, torch.tensor([1]), -1.0), "'scales' holds what is not a pos"),
+    (
+        "int",
+        "scales",
+        lambda x: x.index_fill(0, torch.tensor([1]), 0.0),
+        "'scales' holds what is not a number",
+    ),
+    ("masked", "scales", lambda x: x * torch.inf, "'scales' holds what is not a number other than 0"),
     ("odd", "scales", lambda x: x.index_fill(0, torch.tensor([1]), torch.nan), "'scales' holds what is not"),
     ("masked", "scales", lambda x: x[:, :2], "'scales' is torch.float16 [17, 2], expected torch.float16"),
     ("int", "codes", lambda x: x.int(), "'codes' is torch.int32"),

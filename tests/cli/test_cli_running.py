@@ -146,6 +146,7 @@ def test_export() -> None:
     assert document["tensors"]["ssm_in.weight"] == {"type": "f16", "count": 2, "bytes": 2 * 64 * 16 * 2}
     assert document["tensors"]["ssm_out.weight"] == {"type": "q8_0", "count": 2, "bytes": 2 * 16 * 34}
     assert "type is 'q3'; allowed: bf16" in refused("export", "sparse", "--gguf", "n.gguf", "--type", "q3")
+    assert "head is 'q3'; allowed: bf16" in refused("export", "sparse", "--gguf", "n.gguf", "--head", "q3")
     assert not Path("n.gguf").exists()
 
 

@@ -23,7 +23,7 @@ from sparsessm.methods.grids import (
 )
 from sparsessm.methods.levels import CLASS_BITS, MORE, Levels, as_factors, as_scales, row_bits
 
-KINDS = ["whole", "odd", "nonzero"]
+KINDS = ["whole", "odd", "nonzero", "gapped"]
 
 
 def normal(seed: int, *shape: int) -> torch.Tensor:
@@ -113,8 +113,9 @@ def test_the_nearest_code(kind: str, bits: int) -> None:
         "whole": list(range(-(2 ** (bits - 1)), 2 ** (bits - 1))),
         "odd": list(range(-(2**bits) + 1, 2**bits, 2)),
         "nonzero": [z for z in range(-(2 ** (bits - 1)), 2 ** (bits - 1) + 1) if z],
+        "gapped": [z for z in range(-(2 ** (bits - 1)), 2 ** (bits - 1)) if z],
     }[kind]
-    assert len(codes) == 2**bits and alphabet.most == codes[-1]
+    assert len(codes) == 2**bits - (kind == "gapped") and alphabet.most == codes[-1]
     values = 2**bits * normal(bits, 500)
     got = alphabet.nearest(values)
     assert set(got.tolist()) <= set(codes)
@@ -199,14 +200,16 @@ def test_the_dial_takes_every_matrix(hostile: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("word", "grid"), [("int4", Uniform(4)), ("int2:32", Uniform(2, 32)), ("int8", Uniform(8))]
+    ("word", "grid"),
+    [("int4", Uniform(4)), ("int2:32", Uniform(2, 32)), ("int8", Uniform(8)), ("q4_0", grids.Q4_0)],
 )
 def test_words(word: str, grid: Uniform) -> None:
     assert parse(word) == grid and str(grid) == word
 
 
 @pytest.mark.parametrize(
-    "word", ["int1", "int9", "int4:1", "int4:0", "4", "int4:-64", "nf4", "", "int4:9999999"]
+    "word",
+    ["int1", "int9", "int4:1", "int4:0", "4", "int4:-64", "nf4", "", "int4:9999999", "q4_1", "q4_0:64"],
 )
 def test_words_that_are_refused(word: str) -> None:
     with pytest.raises(ValueError, match="allowed: int2 to int8"):

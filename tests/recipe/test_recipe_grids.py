@@ -6,9 +6,9 @@ import pytest
 from lively import mamba
 
 from sparsessm.architectures import adapt
-from sparsessm.methods.grids import Uniform
+from sparsessm.methods.grids import Q4_0, Uniform
 from sparsessm.recipe.recipe import Recipe
-from sparsessm.recipe.rules import assign
+from sparsessm.recipe.rules import assign, words
 
 
 def resolved(**fields: object) -> Recipe:
@@ -61,6 +61,21 @@ def test_a_grid_is_for_matrices() -> None:
         False: Uniform(4),
     }
     assert resolved(grid="int4:64").grid == "int4"
+
+
+def test_blocks_are_for_all_matrices_of_whole_blocks() -> None:
+    recipe = resolved(grid="q4_0", ignore=["dt_proj"])
+    assert recipe.target == "matrices" and recipe.grid == "q4_0" and recipe.sparsity == 0
+    targets = list(adapt(mamba(hidden_size=32, intermediate_size=64)).targets)
+    rules = assign(recipe, targets).rules
+    kinds = {name.split(".")[-2] for name in rules}
+    assert kinds == {"in_proj", "x_proj", "out_proj", "embeddings"}
+    assert {(rule.grid, words(rule)["grid"]) for rule in rules.values()} == {(Q4_0, "q4_0")}
+    assert resolved(grid="q4_0", target="projections").target == "projections"
+    broken = r"grid 'q4_0': blocks of 32 do not divide the 3 entries of a row of .*0.mixer.dt_proj.weight, "
+    for how in ({}, {"method": "rtn"}, {"rules": [{"targets": ["dt_proj"]}]}):
+        with pytest.raises(ValueError, match=f"{broken}which llama.cpp holds in f16; .* ignore dt_proj"):
+            assign(resolved(grid="q4_0", **how), targets)
 
 
 def test_what_is_asked_for_now_takes_the_place_of_what_was() -> None:

@@ -29,6 +29,8 @@ beside it (`docs/checkpoint.md` describes the files).
     packed.py         packed directories (`docs/sparse-format.md`): what is encoded how, written and read
     unpacking.py      and back to a stock checkpoint
     exporting.py      one GGUF file, for llama.cpp
+    gguf_blocks.py    its quantised matrices
+    gguf_hybrids.py   the tensors and metadata of hybrids in it
     gguf_words.py     the tokenizer in it
     packed_tensor.py  what every tensor of them is
     encoding.py       one of them: dense, bitmask, N:M, int8

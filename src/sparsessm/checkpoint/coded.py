@@ -132,6 +132,8 @@ class Coded(PackedTensor):
         else:
             scales = self.arrays["scales"].float().repeat_interleave(self.group, 1)[:, :columns]
             values = codes.float() * scales
+        if self.kind == "masked":
+            values += 0.0  # what is not kept is 0, not -0
         return values.to(dtype or self.dtype)
 
     def check(self, contents: bool = True) -> None:
@@ -183,9 +185,11 @@ class Coded(PackedTensor):
         """What is wrong with the bytes of arrays whose shapes are right."""
         factors = {part: self.factors(part) for part in ("rows", "columns")} if not self.width else {}
         scales = factors or {"scales": self.arrays["scales"]}
-        for part in scales:
-            if not bool((torch.isfinite(scales[part]) & (scales[part] > 0)).all()):
-                yield f"'{part}' holds what is not a positive number"
+        signed = self.kind in ("int", "masked")
+        for part, found in scales.items():
+            there = found != 0 if signed else found > 0
+            if not bool((torch.isfinite(found) & there).all()):
+                yield f"'{part}' holds what is not a {'number other than 0' if signed else 'positive number'}"
         if "mask" in self.arrays:
             yield from bits_above(self.arrays["mask"].numpy(), self.shape[1])
         if self.kind == "masked":

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import reduce
@@ -22,13 +22,15 @@ import torch
 from torch import Tensor
 
 from ..architectures.own import Own
-from . import atomic, gguf_words
+from . import atomic, gguf_blocks, gguf_hybrids, gguf_words
 from .at_rest import AtRest, at_rest
 from .encoding import finite
+from .gguf_hybrids import Part
 from .opened import local_folder, open_checkpoint
 
 TYPES = ("bf16", "f16", "f32", "q8_0", "q4_0")
-NAMES = {"mamba": "mamba", "falcon_mamba": "mamba", "mamba2": "mamba2"}  # model type -> architecture in GGUF
+PURE = {"mamba": "mamba", "falcon_mamba": "mamba", "mamba2": "mamba2"}  # model type -> architecture in GGUF
+NAMES = {**PURE, **gguf_hybrids.NAMES}
 CONTEXT = 1 << 20  # tokens, as the converter says: a state space model has no bound
 _STOCK = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 _MATRIX = re.compile(r".*\.(in_proj|x_proj|dt_proj|out_proj|embeddings)\.weight|lm_head\.weight")
@@ -60,6 +62,7 @@ def export(
     out: str | os.PathLike[str],
     *,
     type: str | None = None,
+    head: str | None = None,
     force: bool = False,
     tokenizer: str | os.PathLike[str] | None = None,
 ) -> Exported:
@@ -69,7 +72,9 @@ def export(
         source: as of `load`.
         out: the file to write.
         type: of the matrices, one of `TYPES`; None: the dtype they are stored in, of several one that holds
-            all. Quantised types need rows of whole blocks of 32; a matrix without becomes f16.
+            all. Quantised types need rows of whole blocks of 32; a matrix without becomes f16. Blocks
+            whose values a scale and codes make exactly keep them, as all of `--grid q4_0` do.
+        head: another type for embedding and head, of `TYPES`.
         force: replace a GGUF file that is already there.
         tokenizer: as of `load`.
 
@@ -79,8 +84,9 @@ def export(
         OSError: writing failed; nothing is left behind, an old file is intact.
     """
     library = _library()
-    if type is not None and type not in TYPES:
-        raise ValueError(f"type is {type!r}; allowed: {', '.join(TYPES)}")
+    for what, given in (("type", type), ("head", head)):
+        if given is not None and given not in TYPES:
+            raise ValueError(f"{what} is {given!r}; allowed: {', '.join(TYPES)}")
     opened = open_checkpoint(source)
     if opened.model_type not in NAMES:
         raise ValueError(
@@ -90,10 +96,12 @@ def export(
     found = at_rest(opened, tokenizer)
     _refuse_misfit(found)
     checkpoint = found.checkpoint
-    rows = found.tensors.shapes["backbone.embeddings.weight"][0]
+    parts = list(_parts(found, library))
+    rows = next(part.shape[0] for _, part in parts if part.name.startswith("token_embd"))
     words = gguf_words.words(checkpoint.tokenizer, checkpoint.model.config, rows)
-    kind = type or _STOCK[reduce(torch.promote_types, (checkpoint.stored[n] for n in _matrices(found)))]
-    pieces = list(_pieces(found, kind, library))
+    stored = (checkpoint.stored[source] for source, part in parts if source and part.typed)
+    kind = type or _STOCK[reduce(torch.promote_types, stored)]
+    pieces = list(_pieces(parts, kind, head or kind, library))
     atomic.refuse_room(out, sum(piece.nbytes for piece in pieces))
     try:
         with atomic.replacing(target, force=force, folder=False) as file:
@@ -104,19 +112,17 @@ def export(
         file=Path(out),
         kind=kind,
         nbytes=target.stat().st_size,
-        tensors={piece.name: (piece.kind, piece.nbytes) for piece in pieces},
+        tensors={piece.part.name: (piece.kind, piece.nbytes) for piece in pieces},
         notes=(*checkpoint.notes, *words.notes, *_notes(checkpoint.model.config)),
     )
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """A tensor of the file: `name`, `shape`, `kind` and `nbytes` there, `source` its name in the model (None:
-    zeros)."""
+    """A part of the file, its type `kind` and bytes there, `source` its name in the model (None: zeros)."""
 
-    name: str
+    part: Part
     source: str | None
-    shape: tuple[int, ...]
     kind: str
     nbytes: int
 
@@ -153,6 +159,10 @@ def _refuse_misfit(found: AtRest) -> None:
     if own := Own.of(found.checkpoint.model):
         what = "projected states" if own.directions else "layers of different widths"
         raise ValueError(f"{source!r} has {what}, which no GGUF file can hold; our runtime runs it")
+    if config.model_type not in PURE:
+        for misfit in gguf_hybrids.misfits(config, iter(found.tensors.shapes)):
+            raise ValueError(f"{source!r} {misfit}")
+        return
     inner, allowed = _inner(config), 2 * config.hidden_size
     if config.model_type != "mamba2" and inner != allowed:
         raise ValueError(
@@ -169,6 +179,9 @@ def _refuse_misfit(found: AtRest) -> None:
 
 
 def _notes(config: Any) -> Iterator[str]:
+    if config.model_type not in PURE:
+        yield from gguf_hybrids.notes(config)
+        return
     if config.model_type == "falcon_mamba" and config.mixer_rms_eps != config.layer_norm_epsilon:
         yield (
             f"llama.cpp computes all norms with the epsilon {config.layer_norm_epsilon:g}; those of B, C and "
@@ -193,41 +206,58 @@ def _inner(config: Any) -> int:
     return config.intermediate_size
 
 
-def _matrices(found: AtRest) -> Iterator[str]:
-    return (name for name in found.tensors if _MATRIX.fullmatch(name))
-
-
-def _pieces(found: AtRest, kind: str, library: Any) -> Iterator[_Piece]:
-    """What the file will hold, in order; nothing is read for it."""
+def _parts(found: AtRest, library: Any) -> Iterator[tuple[str | None, Part]]:
+    """What the file will hold, in order, each with the tensor that it is made of (None: zeros)."""
     config = _config(found)
-    named = library.get_tensor_name_map(_architecture(config, library), config.num_hidden_layers)
+    which = {name: arch for arch, name in library.MODEL_ARCH_NAMES.items()}[_architecture(config)]
+    named = library.get_tensor_name_map(which, config.num_hidden_layers)
+    shapes = found.tensors.shapes
+    for source, shape in shapes.items():
+        made = list(
+            (_pure if config.model_type in PURE else gguf_hybrids.parts)(config, source, shape, named)
+        )
+        if not made:
+            raise ValueError(
+                f"{found.checkpoint.source!r} has a tensor {source!r}, which GGUF has no name for"
+            )
+        yield from ((source, part) for part in made)
+        bias = source.replace(".weight", ".bias")
+        if source.endswith("conv1d.weight") and bias not in shapes:  # llama.cpp wants one
+            name = made[0].name.replace(".weight", ".bias")
+            yield None, Part(name, shape[:1], torch.zeros_like, False)
 
-    def piece(name: str, shape: tuple[int, ...], source: str | None) -> _Piece:
-        held = kind if source is not None and _MATRIX.fullmatch(source) else "f32"
-        if held in _LARGEST and shape[-1] % _blocks(library, held)[0]:
+
+def _pure(config: Any, source: str, shape: tuple[int, ...], named: Any) -> Iterator[Part]:
+    """As `gguf_hybrids.parts`, of a model of Mamba layers alone."""
+    if source.endswith("conv1d.weight"):
+        shape = (shape[0], shape[-1])
+    elif config.model_type == "mamba2":
+        if source.endswith((".A_log", ".D")):
+            shape = (*shape, 1)
+        elif source.endswith(".mixer.norm.weight"):
+            shape = (config.n_groups, shape[0] // config.n_groups)
+    name = named.get_name(source.replace(".dt_bias", ".dt_proj.bias"), try_suffixes=(".weight", ".bias"))
+    if name is not None:
+        outer = name.startswith(("token_embd", "output."))
+        yield Part(name, shape, lambda whole: whole, bool(_MATRIX.fullmatch(source)), outer)
+
+
+def _pieces(parts: Iterable[tuple[str | None, Part]], kind: str, head: str, library: Any) -> Iterator[_Piece]:
+    """The same in their types; nothing is read for it.
+
+    Args:
+        kind: of matrices. head: of embedding and head.
+    """
+    for source, part in parts:
+        held = "f32" if not part.typed else head if part.outer else kind
+        if held in _LARGEST and part.shape[-1] % _blocks(library, held)[0]:
             held = "f16"
         entries, nbytes = _blocks(library, held)
-        short = named.get_name(name, try_suffixes=(".weight", ".bias"))
-        if short is None:
-            raise ValueError(f"{found.checkpoint.source!r} has a tensor {name!r}, which GGUF has no name for")
-        return _Piece(short, source, shape, held, math.prod(shape) // entries * nbytes)
-
-    for source, shape in found.tensors.shapes.items():
-        name = source.replace(".dt_bias", ".dt_proj.bias")
-        if name.endswith("conv1d.weight"):
-            shape = (shape[0], shape[-1])
-        elif config.model_type == "mamba2":
-            if name.endswith((".A_log", ".D")):
-                shape = (*shape, 1)
-            elif name.endswith(".mixer.norm.weight"):
-                shape = (config.n_groups, shape[0] // config.n_groups)
-        yield piece(name, shape, source)
-        if name.endswith("conv1d.weight") and not config.use_conv_bias:  # llama.cpp wants one
-            yield piece(name.replace(".weight", ".bias"), shape[:1], None)
+        yield _Piece(part, source, held, math.prod(part.shape) // entries * nbytes)
 
 
-def _architecture(config: Any, library: Any) -> Any:
-    return library.MODEL_ARCH[NAMES[config.model_type].upper()]
+def _architecture(config: Any) -> str:
+    return PURE.get(config.model_type) or gguf_hybrids.architecture(config)
 
 
 def _blocks(library: Any, kind: str) -> tuple[int, int]:
@@ -238,13 +268,15 @@ def _blocks(library: Any, kind: str) -> tuple[int, int]:
 def _write(
     file: Path, found: AtRest, kind: str, pieces: list[_Piece], words: gguf_words.Words, library: Any
 ) -> None:
-    with closing(library.GGUFWriter(None, NAMES[_config(found).model_type])) as writer:
+    with closing(library.GGUFWriter(None, _architecture(_config(found)))) as writer:
         _describe(writer, found, kind, library)
         words.add_to(writer)
         for piece in pieces:
             form = library.GGMLQuantizationType[piece.kind.upper()]
             # the dtype is not looked at beside the form, as long as it is not that of bytes
-            writer.add_tensor_info(piece.name, piece.shape, np.dtype(np.float32), piece.nbytes, form)
+            writer.add_tensor_info(
+                piece.part.name, piece.part.shape, np.dtype(np.float32), piece.nbytes, form
+            )
         writer.write_header_to_file(file)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -257,9 +289,12 @@ def _describe(writer: Any, found: AtRest, kind: str, library: Any) -> None:
     config, mamba2 = _config(found), _config(found).model_type == "mamba2"
     name = found.checkpoint.source.rstrip("/").rpartition("/")[2]
     whole = "ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"
-    writer.add_name(name.removeprefix("builtin:") or NAMES[config.model_type])
+    writer.add_name(name.removeprefix("builtin:") or _architecture(config))
     writer.add_file_type(library.LlamaFileType[whole])
     writer.add_quantization_version(library.GGML_QUANT_VERSION)
+    if config.model_type not in PURE:
+        gguf_hybrids.describe(writer, config)
+        return
     writer.add_context_length(CONTEXT)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -285,14 +320,15 @@ def _data(found: AtRest, piece: _Piece, library: Any) -> Any:
         ValueError: it has values that its type does not.
     """
     if piece.source is None:
-        return np.zeros(piece.shape, np.float32)
-    value = found.exact(piece.source).to(torch.float32).reshape(piece.shape)
+        return np.zeros(piece.part.shape, np.float32)
+    value = found.exact(piece.source).to(torch.float32)
     if piece.source.endswith(".A_log"):
         value = -value.exp()
+    value = piece.part.make(value).reshape(piece.part.shape)
     if (largest := _LARGEST.get(piece.kind)) is not None:
         if float(value.abs().max()) > largest:
             raise _too_large(piece)
-        return library.quants.quantize(value.numpy(), library.GGMLQuantizationType[piece.kind.upper()])
+        return gguf_blocks.blocks(value.flatten(0, -2).numpy(), piece.kind, library)
     held: Tensor = value.to({name: dtype for dtype, name in _STOCK.items()}[piece.kind])
     if not finite(held):
         raise _too_large(piece)
@@ -301,4 +337,4 @@ def _data(found: AtRest, piece: _Piece, library: Any) -> Any:
 
 
 def _too_large(piece: _Piece) -> ValueError:
-    return ValueError(f"{piece.source} ({piece.name}) has values that are too large for {piece.kind}")
+    return ValueError(f"{piece.source} ({piece.part.name}) has values that are too large for {piece.kind}")

@@ -126,6 +126,10 @@ def export(
             help="Store the large matrices as bf16, f16, f32, q8_0 or q4_0 [default: the model's dtype].",
         ),
     ] = None,
+    head: Annotated[
+        str | None,
+        option("--head", help="Another type for embedding and head [default: that of the others]."),
+    ] = None,
     tokenizer: Tokenizer = None,
     force: Annotated[
         bool, option("--force", help="Replace an existing GGUF file.", rich_help_panel="Output")
@@ -138,7 +142,7 @@ def export(
         from ..checkpoint import export as exporting
 
         progress.say(f"exporting {model}")
-        done = exporting(model, gguf, type=kind, force=force, tokenizer=tokenizer)
+        done = exporting(model, gguf, type=kind, head=head, force=force, tokenizer=tokenizer)
         tell(done.notes, progress)
     rows: dict[str, dict[str, Any]] = {}
     for name, (stored, nbytes) in done.tensors.items():

@@ -1,8 +1,9 @@
 """Stage 4, the values that a weight may take: integer codes times scales. Free of any model.
 
 Two families. `Uniform`: 2 to 8 bits a weight, a scale for each row and group of columns (GPTQ, Frantar et
-al., arXiv 2210.17323). `Dial`: one step for the whole model; that of a weight is step x U_jj / sqrt(F_i), as
-in WaterSIC (arXiv 2603.04956) with the prices of rows, and what falls into its zero bin is pruned.
+al., arXiv 2210.17323), among them Q4_0 of ggml, which llama.cpp runs. `Dial`: one step for the whole model;
+that of a weight is step x U_jj / sqrt(F_i), as in WaterSIC (arXiv 2603.04956) with the prices of rows, and
+what falls into its zero bin is pruned.
 
 A `Grid` is what the recipe asks for, a `Rounding` is what it does to one matrix while the sweep (repair.py)
 comes through, and `Levels` (levels.py) is what is left. Formulas in docs/methods.md.
@@ -105,7 +106,7 @@ class Alphabet:
     Attributes:
         kind: "whole": -2^(bits - 1) .. 2^(bits - 1) - 1; "odd": the odd ones of -(2^bits - 1) .. 2^bits - 1,
             all levels in use and none at zero; "nonzero": -m .. -1 and 1 .. m, m = 2^(bits - 1), where a mask
-            says what is zero.
+            says what is zero; "gapped": the whole ones without zero.
     """
 
     bits: int
@@ -114,9 +115,8 @@ class Alphabet:
     @property
     def most(self) -> int:
         """The largest code."""
-        return {"whole": 2 ** (self.bits - 1) - 1, "odd": 2**self.bits - 1, "nonzero": 2 ** (self.bits - 1)}[
-            self.kind
-        ]
+        half = 2 ** (self.bits - 1)
+        return {"whole": half - 1, "gapped": half - 1, "odd": 2 * half - 1, "nonzero": half}[self.kind]
 
     def nearest(self, values: Tensor) -> Tensor:
         """The code nearest to each value, both in units of the scale and of the same dtype."""
@@ -125,18 +125,26 @@ class Alphabet:
         if self.kind == "odd":
             return (2 * (values / 2).floor() + 1).clamp(-self.most, self.most)
         sign = torch.where(values < 0, -1.0, 1.0).to(values.dtype)
-        return values.abs().round().clamp(1, self.most) * sign
+        codes = values.abs().round().clamp(min=1) * sign
+        return codes.clamp(-self.most - (self.kind == "gapped"), self.most)
 
 
 @dataclass(frozen=True)
 class Uniform(Grid):
-    """`intB[:GROUP]`: codes of B bits, a scale for each row and GROUP columns."""
+    """`intB[:GROUP]`: codes of B bits, a scale for each row and GROUP columns.
+
+    Attributes:
+        blocks: as ggml's blocks: rows are whole groups, codes always the whole ones, scales of either sign.
+    """
 
     bits: int
     group: int = GROUP
+    blocks: bool = False
     ordered = False
 
     def __str__(self) -> str:
+        if self.blocks:
+            return f"q{self.bits}_0"
         return f"int{self.bits}" + (f":{self.group}" if self.group != GROUP else "")
 
     def stored(self, rows: int, columns: int, kept: int | None = None) -> int:
@@ -146,6 +154,8 @@ class Uniform(Grid):
 
     def alphabet(self, masked: bool, largest: bool) -> Alphabet:
         """Codes that its weights may take."""
+        if self.blocks:
+            return Alphabet(self.bits, "gapped" if masked and not largest else "whole")
         return Alphabet(self.bits, "whole" if largest else "nonzero" if masked else "odd")
 
     def rounding(
@@ -160,6 +170,7 @@ class _ByGroups(Rounding):
         self, grid: Uniform, weight: Tensor, pivots: Tensor | None, masked: bool, largest: bool
     ) -> None:
         self.group, self.prices = grid.group, None
+        self._blocks = grid.blocks
         self._alphabet, self._largest, self._masked = grid.alphabet(masked, largest), largest, masked
         self._costs = torch.ones_like(weight[0]) if pivots is None else pivots.square().reciprocal()
         self._codes = weight.new_zeros(weight.shape, dtype=torch.int16).T.contiguous()  # (in, out)
@@ -167,11 +178,15 @@ class _ByGroups(Rounding):
 
     def reach(self, weight: Tensor, keep: Tensor, columns: slice) -> None:
         weight = weight.masked_fill(~keep, 0.0)
-        if self._largest:
+        if self._largest and self._blocks:
+            # as ggml's quantize_row_q4_0_ref: the code of the value farthest from 0 is the lowest
+            farthest = weight.gather(1, weight.abs().argmax(1, keepdim=True))[:, 0]
+            scale = as_scales(farthest / (-self._alphabet.most - 1))
+        elif self._largest:
             # GPTQ's symmetric grid: 2^bits - 1 steps from the largest value to its opposite
             scale = as_scales(weight.abs().amax(1) * 2 / (2**self._alphabet.bits - 1))
         else:
-            scale = best_scales(weight, keep, self._costs[columns], self._alphabet)
+            scale = best_scales(weight, keep, self._costs[columns], self._alphabet, self._blocks)
         self._scales.append(scale)
         self._scale = scale.to(weight.dtype)
 
@@ -188,7 +203,9 @@ class _ByGroups(Rounding):
         return Levels(self._codes.T.contiguous(), rows, None, self.group, width, self._masked)
 
 
-def best_scales(weight: Tensor, keep: Tensor, costs: Tensor, alphabet: Alphabet) -> Tensor:
+def best_scales(
+    weight: Tensor, keep: Tensor, costs: Tensor, alphabet: Alphabet, signed: bool = False
+) -> Tensor:
     """(out,) float16: of each row the scale with the least sum of costs_j (w_j - Q(w_j))^2 over the
     survivors.
 
@@ -196,6 +213,7 @@ def best_scales(weight: Tensor, keep: Tensor, costs: Tensor, alphabet: Alphabet)
 
     Args:
         weight: (out, columns). keep: (out, columns) bool. costs: (columns,), 1 / U_jj^2.
+        signed: a scale may be negative, which turns round codes that reach farther on one side.
     """
     costs = costs * keep
     most = weight.abs().amax(1)
@@ -211,11 +229,13 @@ def best_scales(weight: Tensor, keep: Tensor, costs: Tensor, alphabet: Alphabet)
 
     for share in SHRINKS:
         consider(most * (share / alphabet.most))
+        if signed:
+            consider(most * (-share / alphabet.most))
     for _ in range(2):
         codes = alphabet.nearest(weight / scale[:, None])
         power = (codes.square() * costs).sum(1)
         fitted = (codes * weight * costs).sum(1) / power.clamp(min=torch.finfo(power.dtype).tiny)
-        consider(torch.where(fitted > 0, fitted, scale))
+        consider(torch.where(fitted * scale > 0, fitted, scale))
     return scale.half()
 
 
@@ -291,16 +311,22 @@ def thrifty(values: Tensor, thrift: float | Tensor) -> Tensor:
     return codes * values.sign()
 
 
+Q4_0 = Uniform(4, 32, blocks=True)
+"""ggml's Q4_0, as llama.cpp runs it: codes -8 to 7 and a scale for each 32 columns."""
+
+
 def parse(text: str) -> Uniform:
-    """The grid of "int2" to "int8", with ":GROUP" columns.
+    """The grid of "int2" to "int8", with ":GROUP" columns, or of "q4_0".
 
     Raises:
         ValueError: anything else, with what is allowed.
     """
+    if text == str(Q4_0):
+        return Q4_0
     match = re.fullmatch(r"int([2-8])(?::(\d+))?", text)
     if match and 2 <= (group := int(match[2] or GROUP)) <= MOST_CODE:
         return Uniform(int(match[1]), group)
     raise ValueError(
         f"grid is {text!r}; allowed: int2 to int8, with :GROUP columns that share a scale (by default "
-        f"{GROUP}), e.g. int4 or int4:128"
+        f"{GROUP}), e.g. int4 or int4:128; q4_0 (llama.cpp's)"
     )

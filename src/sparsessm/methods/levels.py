@@ -54,6 +54,8 @@ class Levels:
     def values(self) -> Tensor:
         """(out, in) float32, bit for bit what a reader of the file gets."""
         values = self.codes.float() * self._by_row()
+        if self.masked:
+            values += 0.0  # what is not kept is 0, not -0
         return values if self.columns is None else values * self.columns.float()
 
     def scales(self) -> Tensor:
@@ -169,9 +171,9 @@ def _ideal(codes: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def as_scales(scales: Tensor) -> Tensor:
-    """Positive float16 scales as near as there are; 1 where nothing asks for any."""
-    limits = torch.finfo(torch.float16)
-    return torch.where(scales > 0, scales.clamp(limits.tiny, limits.max), 1.0).half()
+    """Float16 scales other than 0, as near as there are, with the same sign; 1 where nothing asks for any."""
+    limits, size = torch.finfo(torch.float16), scales.abs()
+    return torch.where(size > 0, size.clamp(limits.tiny, limits.max) * scales.sign(), 1.0).half()
 
 
 def as_factors(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from sparsessm.methods.levels import Levels, as_factors, as_scales
 PASSES = 2  # of coordinate descent
 ROUNDS = 3  # of row and column factors in turn
 TOGETHER = 4096  # rows of a matrix that are worked on at once: a vocabulary has many
+MOST = 1 << 26  # numbers that scales of groups are found from at once
 FARTHEST = 2.0  # a fit changes a scale by this factor at most
 RIDGE = 1e-3  # share of the mean diagonal, in the least squares of column factors
 
@@ -95,18 +96,23 @@ def fit_groups(levels: Levels, goal: Tensor, hessian: Tensor) -> Levels:
     A row keeps its scales where the fit would turn the sign of one or more than double it.
     """
     groups = levels.rows.shape[1]
-    codes, hessian = levels.codes.double(), hessian.double()
+    hessian = hessian.double()
     pieces = [slice(at * levels.group, (at + 1) * levels.group) for at in range(groups)]
-    images = torch.stack([codes[:, piece] @ hessian[piece] for piece in pieces], 1)  # (out, groups, in)
-    products = torch.stack([(images[..., piece] * codes[:, None, piece]).sum(-1) for piece in pieces], -1)
-    wanted = (images * goal.double()[:, None]).sum(-1)  # (out, groups)
-    mean = products.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-300)
-    old = levels.rows.double()
-    damp = 1e-8 * mean[:, None]
-    products.diagonal(dim1=1, dim2=2).add_(damp)
-    found = torch.linalg.solve(products, wanted + damp * old)
-    fine = torch.isfinite(found) & (found > old / FARTHEST) & (found < old * FARTHEST)
-    return replace(levels, rows=as_scales(torch.where(fine.all(1, keepdim=True), found, old)))
+    scales = []
+    together = max(1, MOST // (groups * len(hessian)))
+    for codes, aim, old in zip(*(x.split(together) for x in (levels.codes, goal, levels.rows)), strict=True):
+        codes, old = codes.double(), old.double()
+        images = torch.stack([codes[:, piece] @ hessian[piece] for piece in pieces], 1)  # (out, groups, in)
+        parts = [(images[..., piece] * codes[:, None, piece]).sum(-1) for piece in pieces]
+        products = torch.stack(parts, -1)
+        wanted = (images * aim.double()[:, None]).sum(-1)  # (out, groups)
+        damp = 1e-8 * products.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).clamp(min=1e-300)
+        products.diagonal(dim1=1, dim2=2).add_(damp)
+        found = torch.linalg.solve(products, wanted + damp * old)
+        change = found / old  # scales of blocks may be negative
+        fine = torch.isfinite(found) & (change > 1 / FARTHEST) & (change < FARTHEST)
+        scales.append(as_scales(torch.where(fine.all(1, keepdim=True), found, old)))
+    return replace(levels, rows=torch.cat(scales))
 
 
 def fit_factors(

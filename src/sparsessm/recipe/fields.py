@@ -103,7 +103,8 @@ class Choice(BaseModel):
     grid: str | None = Field(
         None,
         description="Values that weights may take: int2 to int8, with a scale for each row and 64 columns "
-        "(int4:128: 128 columns). Then nothing is pruned unless sparsity or pattern says so. "
+        "(int4:128: 128 columns); or q4_0, those of llama.cpp's Q4_0, which `export` writes exactly. Then "
+        "nothing is pruned unless sparsity or pattern says so. "
         f"{_defaults('grid')}; other methods leave values as they are.",
     )
     bits: float | None = Field(

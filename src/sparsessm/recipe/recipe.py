@@ -19,6 +19,7 @@ from ..data.inert import is_text
 from ..data.text_files import is_local
 from ..data.texts import DATASETS, FILES, refuse_idle_column
 from ..methods import DEFAULTS, entry_methods, unit_methods
+from ..methods.grids import parse as parse_grid
 from ..methods.patterns import NofM, Structured, parse
 from .fields import MOST_SAMPLES, OPTIONS, Choice, known
 from .fits import dialled, fits_grid, on_grid
@@ -69,8 +70,8 @@ class Recipe(Choice):
         None,
         description=f"What to prune: {', '.join(TARGETS)}. all (the default) is projections (the linear "
         "layers) and ssm (A_log); matrices is projections, head and embedding (head: also a tied embedding). "
-        "On a grid the default is projections; with bits or size it is matrices where embedding and head are "
-        "more than a tenth of the bytes.",
+        "On a grid the default is projections, on q4_0 matrices; with bits or size it is matrices where "
+        "embedding and head are more than a tenth of the bytes.",
     )
     ignore: tuple[str, ...] = Field(
         (), description="What to leave dense: names, class names, layer:N or re:REGEX."
@@ -148,7 +149,9 @@ class Recipe(Choice):
 
     @property
     def _usual_target(self) -> str:
-        """Where none is named: a grid leaves A_log alone."""
+        """Where none is named: a grid leaves A_log alone, and a file of blocks has them in all matrices."""
+        if self.grid and parse_grid(self.grid).blocks:
+            return "matrices"
         return "projections" if on_grid(self._said) else "all"
 
     @model_validator(mode="after")

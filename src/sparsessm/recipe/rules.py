@@ -164,6 +164,9 @@ def _rule(recipe: Recipe, choice: Choice, target: Target, hit: Sequence[Target])
             f"{'grid' if grid else 'bits'}: {target.name} is one of several matrices in a tensor, which a "
             f"packed file cannot hold as codes yet; leave it as it is: ignore {target.module_class}"
         )
+    values = grids.parse(grid) if grid and reads(method, "grid") else None
+    if values is not None and values.blocks:
+        _refuse_broken(values, target)
     usual = 0.0 if grid or bits else DEFAULT_SPARSITY
     sparsity = usual if choice.sparsity is None else choice.sparsity
     name = choice.allocation or method.defaults["allocation"]
@@ -193,7 +196,7 @@ def _rule(recipe: Recipe, choice: Choice, target: Target, hit: Sequence[Target])
         strength=strength,
         price=price,
         allocation=(allocation.ONE_STEP, 0.0) if bits else allocation.parse(name, target.family),
-        grid=grids.parse(grid) if grid and reads(method, "grid") else None,
+        grid=values,
         bits=bits,
         diagonal=bool(choice.diagonal),
         time_weights=choice.time_weights or "power:1",
@@ -214,6 +217,15 @@ def words(rule: Rule) -> dict[str, str]:
         "allocation": f"{row.name}:{number:g}" if row.letter else row.name,
         "grid": f"{rule.bits:g} bits" if rule.bits else str(rule.grid or "none"),
     }
+
+
+def _refuse_broken(grid: grids.Uniform, target: Target) -> None:
+    """Refuse a matrix whose rows are no whole blocks, which llama.cpp keeps in another type."""
+    if (row := target.matrix.shape[1]) % grid.group:
+        raise ValueError(
+            f"grid '{grid}': blocks of {grid.group} do not divide the {row} entries of a row of "
+            f"{target.name}, which llama.cpp holds in f16; leave it as it is: ignore {target.kind}"
+        )
 
 
 def _refuse_indivisible(pattern: patterns.NofM, target: Target) -> None:
