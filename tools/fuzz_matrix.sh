@@ -25,4 +25,4 @@ for level in "${!levels[@]}"; do # the options of a level are several words
     "$compiler" "${flags[@]}" ${levels[$level]} -c "$kernels/level_$level.cpp" -o "$out/level_$level.o"
 done
 "$compiler" "${flags[@]}" tools/fuzz_matrix.cpp "$out"/*.o -o "$out/fuzz" -pthread -ldl
-cd "$out" && exec "${run[@]}" ./fuzz "$@"
+exec "${run[@]}" "$out/fuzz" "$@"
