@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 SOURCE = Path(__file__).with_name("probe.cpp")
-# What multiplies at a level of our kernels: floats, int8, codes (docs/roofline.md).
+# What multiplies at a level of our kernels: floats, int8 under masks, codes (docs/roofline.md).
 PRODUCTS = {
     "portable": ("floats_4", "floats_4", "floats_4"),
     "avx2": ("floats_8", "floats_8", "bytes_32"),
@@ -65,7 +65,7 @@ def limits(threads: int, levels: list[str]) -> dict[str, Any]:
 
     Returns:
         "hertz": additions that wait for each other, a second; "bytes": a second, by "memory" and "cache";
-        "products": a second, by level, of floats, of dense int8 and of codes.
+        "products": a second, by level, of floats, of int8 under masks and of codes.
     """
     probe = compiled()
     seconds = fastest(threads, lambda _: probe.chain(ctypes.c_int64(ADDITIONS)))

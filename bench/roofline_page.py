@@ -99,7 +99,7 @@ def left(cells: Sequence[Cell], level: str) -> str:
 
 
 def older(cells: Sequence[Cell], levels: Sequence[str]) -> str:
-    """Cycles of every level for one thread, with the largest shape: 1, 4 and 16 inputs in one field."""
+    """Cycles of every level, the first number of threads, the largest shape: 1, 4 and 16 inputs in one field."""
     alone = [cell for cell in cells if cell["from"] == "memory" and cell["threads"] == cells[0]["threads"]]
     shape = alone[-1]["shape"]
     lines = ["| | " + " | ".join(levels) + " |", "|---" * (len(levels) + 1) + "|"]
@@ -111,4 +111,5 @@ def older(cells: Sequence[Cell], levels: Sequence[str]) -> str:
             shares = ", ".join(f"{cell['limit'][0]} {cell['share']:.2f}" for cell in of)
             fields.append(f"{told} ({shares})")
         lines.append(f"| {form} | " + " | ".join(fields) + " |")
-    return f"mamba-{shape}, from memory, one thread:\n\n" + "\n".join(lines)
+    threads = cells[0]["threads"]
+    return f"mamba-{shape}, from memory, threads: {threads}:\n\n" + "\n".join(lines)

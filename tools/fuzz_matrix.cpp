@@ -183,7 +183,7 @@ double above(const Matrix &m, int64_t row, int64_t column) {
     double most = 0;
     for (int64_t lies = row / BAND * BAND; lies < std::min(m.rows, row / BAND * BAND + BAND); ++lies)
         if (m.place[lies] == row % BAND)
-            most = m.group ? m.scales_of(lies / STRIP, column)[lies % STRIP] : m.scale[lies];
+            most = m.scale_columns ? m.scales_of(lies / STRIP, column)[lies % STRIP] : m.scale[lies];
     for (int64_t i = 0; i < m.cols && !m.columns.empty(); ++i)
         if (m.input(i) == column) return 128.0 * most * m.columns[i];
     return 128.0 * most;
@@ -280,13 +280,13 @@ Integers integers(Source &s, int64_t rows, int64_t cols) {
     found.group = s.pick<int64_t>({0, 0, 32, 64, 96});
     const int64_t groups = found.group ? (cols + found.group - 1) / found.group : 1;
     for (int64_t i = 0; i < rows * groups; ++i) found.scale.push_back(std::fabs(s.normal()) + 0.01f);
-    const bool odd = s.below(4) == 0;
+    const bool odd = s.below(4) == 0, huge = s.below(16) == 0;
     if (s.below(2))
         for (int64_t c = 0; c < cols; ++c) found.columns.push_back(std::ldexp(1.0f, static_cast<int>(s.random() % 7) - 3));
     for (int64_t r = 0; r < rows; ++r) {
         const int most = s.pick<int>({0, 1, 1, 2, 3, 5, 9, 20, 70, 200, 32767});
         for (int64_t c = 0; c < cols; ++c) {
-            int code = static_cast<int>(s.random() % (2 * most + 1)) - most;
+            int code = huge ? 300 + static_cast<int>(s.random() % 9) : static_cast<int>(s.random() % (2 * most + 1)) - most;
             if (s.random() % 64 == 0) code = static_cast<int>(s.random() % 65536) - 32768;
             if (odd) code |= 1;
             found.codes.push_back(static_cast<int16_t>(code));
@@ -304,12 +304,12 @@ Matrix whole(int64_t rows, int64_t cols, Value value, const uint8_t *values, con
 }
 
 Matrix of(const Integers &w, int64_t rows, int64_t cols, const std::vector<int64_t> &order = {}) {
-    return codes_matrix({rows, cols, w.codes.data(), w.scale.data(), w.columns.empty() ? nullptr : w.columns.data(),
+    return codes_matrix({rows, cols, w.codes.data(), nullptr, w.scale.data(), w.columns.empty() ? nullptr : w.columns.data(),
                          order.empty() ? nullptr : order.data(), static_cast<int64_t>(order.size()), true, w.group}, 2);
 }
 
 template <typename CheckRows> void codes(Source &s, std::vector<std::unique_ptr<Guarded>> &keep, const CheckRows &check) {
-    const int64_t rows = 1 + s.below(140), cols = s.pick<int64_t>({1, 2, 3, 16, 31, 63, 64, 65, 127, 128, 130, 200, 769});
+    const int64_t rows = 1 + s.below(250), cols = s.pick<int64_t>({1, 2, 3, 16, 31, 63, 64, 65, 127, 128, 130, 200, 769});
     const Integers w = integers(s, rows, cols);
     std::vector<int64_t> order(s.below(2) ? 1 + s.below(40) : 0);
     for (int64_t &row : order) row = static_cast<int64_t>(s.random() % rows);

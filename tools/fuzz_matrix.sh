@@ -17,12 +17,15 @@ else
     declare -A levels=([avx2]="-mavx2 -mfma -mpopcnt -mbmi" [avx512]="$wide" [avx512vbmi2]="$wide -mavx512vbmi2 -mavx512vnni")
 fi
 mkdir -p "$out"
-for part in matrix few_bits levels level_portable; do
+objects=()
+for part in matrix few_bits levels level_portable; do # portable code first, as CMakeLists.txt has it
+    objects+=("$out/$part.o")
     "$compiler" "${flags[@]}" -c "$kernels/$part.cpp" -o "$out/$part.o"
 done
 for level in "${!levels[@]}"; do # the options of a level are several words
+    objects+=("$out/level_$level.o")
     # shellcheck disable=SC2086
     "$compiler" "${flags[@]}" ${levels[$level]} -c "$kernels/level_$level.cpp" -o "$out/level_$level.o"
 done
-"$compiler" "${flags[@]}" tools/fuzz_matrix.cpp "$out"/*.o -o "$out/fuzz" -pthread -ldl
+"$compiler" "${flags[@]}" tools/fuzz_matrix.cpp "${objects[@]}" -o "$out/fuzz" -pthread -ldl
 exec "${run[@]}" "$out/fuzz" "$@"

@@ -16,7 +16,7 @@ from sparsessm.kernels.matrix import Matrix, rounded
 
 pytestmark = pytest.mark.skipif(not kernels.NATIVE, reason="the native extension is not built")
 COLUMNS = [1, 3, 63, 64, 65, 130, 769]
-ROWS = [1, 2, 9, 16, 17, 33, 64, 65, 130]  # around strips of 16 and bands of 64
+ROWS = [1, 2, 9, 16, 17, 33, 64, 65, 130, 290]  # around strips of 16 and bands of 64
 LENGTHS = [1, 2, 3, 4, 5, 15, 16, 33]
 SPREADS = [0, 0.3, 0.7, 1.5, 3, 6, 12, 25, 50, 5000]  # of codes: each asks for another width
 
@@ -65,16 +65,16 @@ def beside(rows: int, cols: int) -> int:
 def test_a_width_for_each_piece_and_bands_of_rows(level: str) -> None:
     """Large columns and large rows lie together, wherever they were."""
     generator = torch.Generator().manual_seed(0)
-    large_rows = torch.rand(192, generator=generator) < 0.25
+    large_rows = torch.rand(320, generator=generator) < 0.25
     large_columns = torch.randperm(256, generator=generator) < 64
-    large, sign = large_rows[:, None] | large_columns, torch.randint(0, 2, (192, 256)).mul(2).sub(1)
+    large, sign = large_rows[:, None] | large_columns, torch.randint(0, 2, (320, 256)).mul(2).sub(1)
     found = torch.where(large, 100, 1) * sign
-    made = Matrix.codes(found.short(), torch.ones(192))
-    wide = int((16 * (-(-large_rows.view(3, 64).sum(1) // 16))).sum())  # rows of strips that hold a large one
-    bits = wide * 256 * 8 + (192 - wide) * (64 * 8 + 192 * 2)
-    assert made.nbytes == bits // 8 + beside(192, 256)
+    made = Matrix.codes(found.short(), torch.ones(320))
+    wide = int((16 * (-(-large_rows.view(5, 64).sum(1) // 16))).sum())  # rows of strips that hold a large one
+    bits = wide * 256 * 8 + (320 - wide) * (64 * 8 + 192 * 2)
+    assert made.nbytes == bits // 8 + beside(320, 256)
     x = numbers(3, 256)
-    assert close(made.linear(x), seen(x, found, None), found.double(), torch.full((192,), 100.0))
+    assert close(made.linear(x), seen(x, found, None), found.double(), torch.full((320,), 100.0))
 
 
 @pytest.mark.parametrize("width", range(1, 9))
@@ -198,6 +198,27 @@ def test_odd_codes_take_no_bit_more_than_their_halves(level: str) -> None:
     found = (2 * torch.randint(-8, 8, (16, 640), generator=draw) + 1).short()
     made = Matrix.codes(found, torch.ones(16))
     assert made.nbytes == 16 * 640 * 4 // 8 + beside(16, 640)
+
+
+@pytest.mark.parametrize("code", [257, 301, -299, 32767])
+def test_odd_codes_that_no_width_has(level: str, code: int) -> None:
+    """A piece whose every code is apart is stored with a width all the same: a stored 0 is a code of 1."""
+    found = torch.full((16, 64), code, dtype=torch.int16)
+    made = Matrix.codes(found, torch.ones(16))
+    assert torch.equal(made.row(3), found[3].float())
+    assert torch.equal(made.linear(torch.ones(1, 64)), torch.full((1, 16), 64.0 * code))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_zeros_do_not_hide_inputs_that_are_no_numbers(level: str, bad: float) -> None:
+    x = torch.ones(3, 200)
+    x[1, 150] = bad
+    for made in (
+        Matrix.codes(torch.zeros(17, 200, dtype=torch.int16), torch.ones(17)),
+        Matrix.dense(torch.zeros(17, 200, dtype=torch.int8), torch.ones(17)),
+    ):
+        found = made.linear(x)
+        assert found[1].isnan().all() and not found[0].any() and not found[2].any()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <cstdlib>
 #include <cstring>
 #include <exception>
 #include <limits>
@@ -24,6 +25,7 @@ namespace {
 // which a processor has guessed wrongly what comes.
 constexpr int64_t STRAY_COST = 48, CHANGE_COST = 128;
 constexpr int WIDTHS = MOST_WIDTH + 1, NUMBERS = STRIP * PIECE;
+constexpr int64_t FEWEST_BANDS = 4; // that are worth sorting: threads share out whole ones
 
 [[noreturn]] void refuse(const std::string &what) { throw std::invalid_argument(what); }
 
@@ -110,7 +112,8 @@ void stray(int more, int64_t column, int row, std::vector<Stray> &to) {
         int shift = 0;
         while (std::abs(more) >> shift > 127) ++shift;
         const int part = more < 0 ? -(-more >> shift) : more >> shift;
-        to.push_back({static_cast<uint16_t>(column), static_cast<int8_t>(part), static_cast<uint8_t>(row << 4 | shift)});
+        const auto place = static_cast<uint8_t>(row << 4 | shift);
+        to.push_back({static_cast<uint16_t>(column), static_cast<int8_t>(part), place});
         more -= part * (1 << shift);
     }
 }
@@ -124,9 +127,11 @@ struct Strip {
 Strip pack(const std::vector<int16_t> &codes, bool odd, uint8_t *widths) {
     const auto pieces = static_cast<int64_t>(codes.size()) / NUMBERS;
     std::vector<std::array<int32_t, WIDTHS>> beyond(pieces);
-    for (int64_t piece = 0; piece < pieces; ++piece)
+    for (int64_t piece = 0; piece < pieces; ++piece) {
         for (int width = 0; width < WIDTHS; ++width)
-            beyond[piece][width] = odd && !width ? NUMBERS : count_beyond(&codes[piece * NUMBERS], width);
+            beyond[piece][width] = count_beyond(&codes[piece * NUMBERS], width);
+        if (odd) beyond[piece][0] = 2 * NUMBERS; // never: a stored 0 is a code of 1
+    }
     choose(beyond, widths);
     Strip made;
     for (int64_t piece = 0; piece < pieces; ++piece) {
@@ -145,6 +150,13 @@ Strip pack(const std::vector<int16_t> &codes, bool odd, uint8_t *widths) {
     return made;
 }
 
+// A row of codes; `room` holds it where it has to be widened.
+const int16_t *row_of(const Codes &c, int64_t row, std::vector<int16_t> &room) {
+    if (c.codes) return c.codes + row * c.cols;
+    room.assign(c.bytes + row * c.cols, c.bytes + (row + 1) * c.cols);
+    return room.data();
+}
+
 } // namespace
 
 Matrix codes_matrix(const Codes &c, int threads) {
@@ -159,16 +171,18 @@ Matrix codes_matrix(const Codes &c, int threads) {
         if (source(r) < 0 || source(r) >= c.rows)
             refuse("row " + std::to_string(source(r)) + " of a matrix of " + std::to_string(c.rows) + " rows");
     const int64_t bands = (m.rows + BAND - 1) / BAND, strips = (m.rows + STRIP - 1) / STRIP, pieces = m.pieces();
-    if (c.group % PIECE) refuse("a scale is for " + std::to_string(c.group) + " columns; allowed: multiples of 32");
-    m.group = c.group < m.cols ? c.group : 0;
-    const int64_t groups = m.group ? (m.cols + m.group - 1) / m.group : 1;
+    if (c.scale_columns % PIECE)
+        refuse("a scale is for " + std::to_string(c.scale_columns) + " columns; allowed: multiples of 32");
+    m.scale_columns = c.scale_columns < m.cols ? c.scale_columns : 0;
+    const int64_t scales = m.scale_columns ? (m.cols + m.scale_columns - 1) / m.scale_columns : 1; // of a row
     std::atomic<bool> odd{true};
     std::vector<int64_t> of_rows(m.rows), of_columns(m.cols); // bits
     std::vector<int32_t> of_bands(bands * m.cols);
     parallel_for(bands, m.nonzero, threads, [&](int64_t band) {
         std::vector<int32_t> bits(m.cols);
+        std::vector<int16_t> room;
         for (int64_t r = band * BAND; r < std::min(m.rows, (band + 1) * BAND); ++r) {
-            const int16_t *row = c.codes + source(r) * c.cols;
+            const int16_t *row = row_of(c, source(r), room);
             if (odd && !all_odd(row, m.cols)) odd = false;
             bits_of(row, m.cols, bits.data());
             of_rows[r] = std::accumulate(bits.begin(), bits.end(), 0);
@@ -178,24 +192,26 @@ Matrix codes_matrix(const Codes &c, int threads) {
     for (int64_t band = 0; band < bands; ++band)
         for (int64_t i = 0; i < m.cols; ++i) of_columns[i] += of_bands[band * m.cols + i];
     m.odd = odd;
-    if (c.sorted && !c.group) m.inputs = by_size(of_columns, m.cols);
-    const std::vector<int32_t> order = by_size(of_rows, c.sorted ? BAND : 1);
+    if (c.sorted && !c.scale_columns) m.inputs = by_size(of_columns, m.cols);
+    const bool bands_sorted = c.sorted && bands >= FEWEST_BANDS;
+    m.band = bands_sorted ? BAND : STRIP;
+    const std::vector<int32_t> order = by_size(of_rows, bands_sorted ? BAND : 1);
     for (const int32_t row : order) {
         m.place.push_back(static_cast<uint8_t>(row % BAND));
-        m.scale.push_back(m.group ? 1.0f : c.scale[source(row)]);
+        m.scale.push_back(m.scale_columns ? 1.0f : c.scale[source(row)]);
     }
-    if (m.group) m.scales.resize(strips * m.spans() * STRIP);
-    for (int64_t r = 0; m.group && r < m.rows; ++r)
-        for (int64_t i = 0; i < groups; ++i)
-            m.scales[(r / STRIP * m.spans() + i) * STRIP + r % STRIP] = c.scale[source(order[r]) * groups + i];
+    if (m.scale_columns) m.scales.resize(strips * m.spans() * STRIP);
+    for (int64_t r = 0; m.scale_columns && r < m.rows; ++r)
+        for (int64_t i = 0; i < scales; ++i)
+            m.scales[(r / STRIP * m.spans() + i) * STRIP + r % STRIP] = c.scale[source(order[r]) * scales + i];
     if (c.columns)
         for (int64_t i = 0; i < m.cols; ++i) m.columns.push_back(c.columns[m.input(i)]);
     m.widths.resize(strips * pieces);
     std::vector<Strip> made(strips);
     parallel_for(strips, m.nonzero, threads, [&](int64_t strip) {
-        std::vector<int16_t> codes(pieces * NUMBERS); // beyond the matrix zeros
+        std::vector<int16_t> codes(pieces * NUMBERS), room; // beyond the matrix zeros
         for (int64_t r = 0; r < std::min<int64_t>(STRIP, m.rows - strip * STRIP); ++r) {
-            const int16_t *row = c.codes + source(order[strip * STRIP + r]) * c.cols;
+            const int16_t *row = row_of(c, source(order[strip * STRIP + r]), room);
             for (int64_t i = 0; i < m.cols; ++i) {
                 const int16_t code = row[m.input(i)];
                 codes[i / 4 * LINE + byte_of(r, i)] = static_cast<int16_t>(m.odd ? (code - 1) / 2 : code);
@@ -210,15 +226,16 @@ Matrix codes_matrix(const Codes &c, int threads) {
         m.stray_offsets.push_back(static_cast<int64_t>(m.strays.size()));
     }
     m.own_values = Buffer(std::max<int64_t>(1, m.offsets.back()));
-    for (int64_t strip = 0; strip < strips; ++strip)
+    for (int64_t strip = 0; strip < strips; ++strip) {
         std::copy(made[strip].packed.begin(), made[strip].packed.end(), m.own_values.data() + m.offsets[strip]);
+        made[strip] = {};
+    }
     m.values = m.own_values.data();
     return m;
 }
 
 Matrix bytes_matrix(int64_t rows, int64_t cols, const int8_t *values, const float *scale, int threads) {
-    const std::vector<int16_t> codes(values, values + rows * cols);
-    return codes_matrix({rows, cols, codes.data(), scale, nullptr, nullptr, 0, false, 0}, threads);
+    return codes_matrix({rows, cols, nullptr, values, scale, nullptr, nullptr, 0, false, 0}, threads);
 }
 
 void code_row(const Matrix &m, int64_t index, float *out) {
@@ -233,12 +250,13 @@ void code_row(const Matrix &m, int64_t index, float *out) {
         if (i % PIECE == PIECE - 1) at += LINE * width;
     }
     for (int64_t i = m.stray_offsets[strip]; i < m.stray_offsets[strip + 1]; ++i)
-        if (const Stray &one = m.strays[i]; one.row() == lies % STRIP) out[m.input(one.column)] += static_cast<float>(one.value());
+        if (const Stray &one = m.strays[i]; one.row() == lies % STRIP)
+            out[m.input(one.column)] += static_cast<float>(one.value());
     for (int64_t i = 0; i < m.cols; ++i) {
         float &value = out[m.input(i)];
         if (m.odd) value = 2 * value + 1;
         value *= m.scale[lies];
-        if (m.group) value *= m.scales_of(strip, i)[lies % STRIP];
+        if (m.scale_columns) value *= m.scales_of(strip, i)[lies % STRIP];
         if (!m.columns.empty()) value *= m.columns[i];
     }
 }

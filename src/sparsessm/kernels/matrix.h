@@ -54,24 +54,26 @@ struct Matrix {
     std::vector<int32_t> inputs;        // (cols): which input a column is for; empty: each for its own
     std::vector<uint8_t> place;         // (rows): which row of its band it is
     std::vector<float> columns;         // (cols) or empty: factors of the inputs
-    int64_t group = 0;                  // columns that share a scale, whole pieces; 0: all
+    int64_t scale_columns = 0;          // columns that share a scale, whole pieces; 0: all
+    int64_t band = STRIP;               // rows that stay together
     std::vector<float> scales;          // (strips, spans, STRIP) or empty: then `scale` has ones
     bool odd = false;                   // what is stored is n of the code 2n + 1
     std::vector<Stray> strays;          // strip by strip, by column
     std::vector<int64_t> stray_offsets; // (strips + 1)
     Buffer own_values, own_masks;
 
-    int64_t spans() const { return (blocks * BLOCK + group - 1) / group; } // groups of columns, of those that are padded too
+    // Groups of columns that share a scale, padding included.
+    int64_t spans() const { return (blocks * BLOCK + scale_columns - 1) / scale_columns; }
     int64_t pieces() const { return 2 * blocks; } // of a strip
     const float *scales_of(int64_t strip, int64_t column) const { // (STRIP)
-        return scales.data() + (strip * spans() + column / group) * STRIP;
+        return scales.data() + (strip * spans() + column / scale_columns) * STRIP;
     }
     int64_t input(int64_t column) const { return inputs.empty() ? column : inputs[column]; }
     int64_t bytes() const; // what decoding one token reads
     // A row as floats, for the embedding.
     void row(int64_t index, float *out) const;
     // How many groups must stay with one thread: their rows lie in another order.
-    int64_t together() const { return form == Form::codes ? BAND / GROUP : 1; }
+    int64_t together() const { return form == Form::codes ? band / GROUP : 1; }
     // Bounds of the groups of `threads` shares of about equal bytes: share t is [bounds[t], bounds[t + 1]).
     std::vector<int64_t> shares(int threads) const;
 };
@@ -93,13 +95,14 @@ Matrix sparse_matrix(const Packed &);
 // Integer codes: value = code * scale of the row, or of the row's group of columns, * factor of the column.
 struct Codes {
     int64_t rows, cols;
-    const int16_t *codes;  // (rows, cols)
+    const int16_t *codes;  // (rows, cols), or null:
+    const int8_t *bytes;   // the same of codes of 8 bits
     const float *scale;    // (rows, groups of columns)
     const float *columns;  // (cols) or null
-    const int64_t *order;  // as above
+    const int64_t *order;  // which rows, in which order; null: all
     int64_t ordered;
-    bool sorted;           // large columns may lie together; not with groups
-    int64_t group;         // columns of a scale, whole pieces; 0: all
+    bool sorted;           // large columns and rows may lie together, columns only if all have one scale
+    int64_t scale_columns; // columns of a scale, whole pieces; 0: all
 };
 Matrix codes_matrix(const Codes &, int threads);
 // Bytes are codes too, each column where it was.

@@ -19,7 +19,10 @@ from sparsessm.kernels.arguments import expect_dense, expect_floats
 
 BLOCK = 64  # columns that share a scale where int8 weights meet inputs (matrix.h)
 PIECE = 32  # columns that have one width, and a multiple of which may have a scale, in codes (few_bits.h)
-MANY = 16  # rows of inputs from which a dense matrix is better widened to float32 and left to the BLAS
+MOST_COLUMNS = 65535  # of codes
+MANY = (
+    16  # rows of inputs from which a dense matrix of floats is better widened to float32 and left to the BLAS
+)
 TINY = 1e-30  # inputs below it are zero there (product_impl.h)
 VALUES = (torch.float32, torch.bfloat16, torch.int8)
 
@@ -52,7 +55,7 @@ class Matrix:
         """A matrix whose every entry is stored; everything is copied.
 
         Args:
-            values: (rows, cols) float32, bfloat16 or int8.
+            values: (rows, cols) float32, bfloat16 or int8, which is held as `codes`.
             scale: (rows,) float32, with int8: what a unit of a row is worth.
 
         Raises:
@@ -104,7 +107,7 @@ class Matrix:
         what is beyond it is stored apart (few_bits.h); everything is copied.
 
         Args:
-            codes: (stored rows, cols) int16; where all are odd, a bit less is stored.
+            codes: (stored rows, cols up to `MOST_COLUMNS`) int16; where all are odd, a bit less is stored.
             scale: (stored rows,): what a unit of a row is worth; (stored rows, ceil(cols / group)) if there
                 are groups. columns: (cols,): the same of a column.
             rows: as in `packed`.

@@ -90,7 +90,7 @@ std::shared_ptr<Matrix> dense(int threads, Raw values, std::optional<Array<const
 std::shared_ptr<Matrix> codes(int threads, Array<const int16_t, 2> codes, Array<const float, 2> scale, int64_t group,
                               std::optional<Array<const float, 1>> columns, std::optional<Array<const int64_t, 1>> order) {
     Codes c{};
-    c.sorted = true, c.group = group;
+    c.sorted = true, c.scale_columns = group;
     c.rows = codes.shape(0), c.cols = codes.shape(1), c.codes = codes.data(), c.scale = scale.data();
     if (static_cast<int64_t>(scale.shape(0)) != c.rows) refuse("there are not as many scales as rows");
     if (group < 0) refuse("a scale is for " + std::to_string(group) + " columns");
@@ -121,7 +121,7 @@ struct Decoder {
 
     void share(int threads) {
         if (threads == shared_by) return;
-        shares.clear();
+        shared_by = 0, shares.clear(); // in this order: what follows may fail
         for (const Layer &layer : net.layers)
             for (const auto &m : {layer.in_x, layer.in_z, layer.heads ? layer.heads->in_dt : layer.x_proj, layer.out_proj})
                 shares.push_back(m->shares(threads));
@@ -395,9 +395,7 @@ void bind_runtime(nb::module_ &m) {
                      [](nb::handle self) {
                          const auto &m = nb::cast<const Matrix &>(self);
                          if (m.form != Form::dense) refuse("only a dense matrix has dense values");
-                         return m.value == Value::f32   ? view<float>(self, m)
-                                : m.value == Value::i8 ? view<int8_t>(self, m)
-                                                       : view<int16_t>(self, m);
+                         return m.value == Value::f32 ? view<float>(self, m) : view<int16_t>(self, m);
                      })
         .def("row",
              [](const Matrix &h, int64_t index, Array<float, 1> out) {

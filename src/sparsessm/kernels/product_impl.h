@@ -124,13 +124,10 @@ template <Value V> static inline void widen(const uint8_t *from, int count, vec 
 #if defined(__AVX512F__)
     if constexpr (V == Value::f32) {
         to[0] = vec(_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), from));
-    } else if constexpr (V == Value::bf16) {
+    } else {
         const __m512i both = _mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint64_t{1} << count) - 1), from);
         to[0] = vec(_mm512_castsi512_ps(_mm512_slli_epi32(both, 16)));
         to[1] = vec(_mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(0xffff0000))));
-    } else {
-        const __m128i raw = _mm_maskz_loadu_epi8(static_cast<__mmask16>((1u << count) - 1), from);
-        to[0] = vec(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(raw)));
     }
 #else
     uint8_t bytes[4 * LANES];
@@ -142,13 +139,11 @@ template <Value V> static inline void widen(const uint8_t *from, int count, vec 
 #if LANES == 8
     if constexpr (V == Value::f32)
         to[0] = vec(_mm256_loadu_ps(reinterpret_cast<const float *>(from)));
-    else if constexpr (V == Value::bf16) {
+    else {
         const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(from));
         to[0] = vec(_mm256_castsi256_ps(_mm256_slli_epi32(both, 16)));
         to[1] = vec(_mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(0xffff0000))));
-    } else
-        to[0] = vec(_mm256_cvtepi32_ps(
-            _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(from)))));
+    }
 #else
     for (int lane = 0; lane < LANES; ++lane) to[0][lane] = one(from + lane * size_of(V), V);
 #endif
@@ -366,7 +361,7 @@ static void dot_bytes(const Matrix &m, const Inputs &in, int64_t first, int64_t 
 template <Value V, Form FORM, int COLS>
 static inline void dots(const Matrix &m, const Inputs &in, int64_t first, int64_t group, float (*sums)[GROUP]) {
 #if BYTES
-    if constexpr (V == Value::i8) {
+    if constexpr (FORM == Form::sparse && V == Value::i8) {
         dot_bytes<COLS>(m, in, first, group, sums);
         return;
     }
@@ -530,8 +525,8 @@ static void project(const Matrix &m, const float *x, int64_t x_stride, int64_t b
                     float *out, int64_t stride) {
     if (begin >= end) return;
     if (m.form == Form::codes) {
-        static thread_local Met own;
-        Met *mine = &own;
+        static thread_local CodeInputs own;
+        CodeInputs *mine = &own;
         asm("" : "+r"(mine)); // as below
         prepare_codes(m, x, x_stride, batch, *mine);
         return project_codes(m, *mine, batch, begin, end, out, stride);

@@ -1,8 +1,8 @@
 // parallel_for over independent units of work. Where torch has loaded an OpenMP runtime we borrow its pool (two pools
 // would spin against each other); otherwise plain threads. Every unit's result is its own, so the number of threads
 // never changes a bit of any result. A unit that fails (there is no memory) ends the work, and what it threw comes out
-// here: it must not leave a thread's function, which would end the process. Included by scan_impl.h, which brings the
-// headers.
+// here: it must not leave a thread's function, which would end the process. Included by scan_impl.h and few_bits.cpp, which
+// bring the headers.
 
 // `cost` is about the number of state updates in all: below some 20 microseconds of work threads do not pay.
 template <typename Work> void parallel_for(int64_t units, int64_t cost, int threads, const Work &work) {

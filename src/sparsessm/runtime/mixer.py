@@ -19,7 +19,7 @@ from sparsessm.checkpoint.coded import Coded, plain
 from sparsessm.checkpoint.encoding import Encoded
 from sparsessm.checkpoint.packed_tensor import PackedTensor
 from sparsessm.checkpoint.shelf import Unread
-from sparsessm.kernels.matrix import PIECE, Matrix
+from sparsessm.kernels.matrix import MOST_COLUMNS, PIECE, Matrix
 
 LANES = 16  # channels of a group of Mamba-1; vectors of heads are padded to it too (runtime.h)
 
@@ -165,6 +165,8 @@ def matrices(tensor: PackedTensor, parts: Sequence[Tensor | None]) -> list[Matri
 def _coded(tensor: Coded, parts: Sequence[Tensor | None]) -> list[Matrix]:
     """As codes; none where they would take no less than the stock dtype, or scales lie otherwise."""
     columns, group, factors = tensor.shape[1], tensor.group, None
+    if columns > MOST_COLUMNS:
+        return []
     if not tensor.width:
         scale, factors = tensor.factors("rows"), tensor.factors("columns")
     elif group >= columns:
