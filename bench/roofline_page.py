@@ -99,7 +99,7 @@ def left(cells: Sequence[Cell], level: str) -> str:
 
 
 def older(cells: Sequence[Cell], levels: Sequence[str]) -> str:
-    """Cycles of every level, the first number of threads, the largest shape: 1, 4 and 16 inputs in one field."""
+    """Cycles of every level with the first number of threads and the largest shape; all inputs in a field."""
     alone = [cell for cell in cells if cell["from"] == "memory" and cell["threads"] == cells[0]["threads"]]
     shape = alone[-1]["shape"]
     lines = ["| | " + " | ".join(levels) + " |", "|---" * (len(levels) + 1) + "|"]
