@@ -214,7 +214,7 @@ class Coded(PackedTensor):
 
 
 def plain(tensor: PackedTensor) -> Encoded:
-    """The same with values of its own, codes in the stock dtype: what the runtime computes with."""
+    """The same with values of its own, codes in the stock dtype."""
     return tensor if isinstance(tensor, Encoded) else encode(tensor.name, tensor.decode())
 
 

@@ -34,8 +34,8 @@ ON_GRIDS = {
 PACKED_ONLY = "No stock configuration can describe this model: only sparsessm can load this directory."
 ON_GRID = (
     "They are stored as codes and scales, which only sparsessm can load; `sparsessm unpack` makes a stock "
-    "checkpoint, and says what rounding to its dtype changes. Our runtime computes with the codes of "
-    "`--bits` as they are; those of `--grid` it holds in that dtype, so there only the file is small."
+    "checkpoint, and says what rounding to its dtype changes. Our runtime computes with the codes as "
+    "they are."
 )
 
 
