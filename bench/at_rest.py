@@ -123,7 +123,7 @@ def measured(command: str, source: str, out: str) -> dict[str, Any]:
 
 def run(command: str, source: str, out: str) -> None:
     from sparsessm import checkpoint
-    from sparsessm.report.contents import inspection
+    from sparsessm.evaluation.inspection import inspection
 
     if command == "inspect":
         opened = checkpoint.open_checkpoint(source)

@@ -17,11 +17,12 @@ from pico import TEXT, pico_mamba, pico_tokenizer
 from typer.testing import CliRunner
 
 import sparsessm
-from sparsessm import cli, pruning
+from sparsessm import cli
 from sparsessm.architectures import REMOVED_A_LOG
 from sparsessm.checkpoint import Checkpoint, reading
 from sparsessm.evaluation import perplexity
 from sparsessm.recipe.recipe import Recipe
+from sparsessm.studies import run as studied_run
 
 TOKENS = torch.arange(40).reshape(2, 20) % 64
 FAST: dict[str, Any] = {"data": "text.txt", "samples": 2, "length": 16}
@@ -219,7 +220,7 @@ def test_python_measures_as_the_command_does(dense: Checkpoint) -> None:
 
 def test_a_run_adapts_and_plans_once(dense: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    for module, name in ((reading, "adapt"), (perplexity, "adapt"), (pruning, "make_plan")):
+    for module, name in ((reading, "adapt"), (perplexity, "adapt"), (studied_run, "make_plan")):
         real = getattr(module, name)
         monkeypatch.setattr(
             module, name, lambda *given, real=real, name=name: (calls.append(name), real(*given))[1]

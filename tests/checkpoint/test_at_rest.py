@@ -32,7 +32,7 @@ from sparsessm.checkpoint import (
     writing,
 )
 from sparsessm.checkpoint.encoding import TRIED, encode
-from sparsessm.report.contents import inspection
+from sparsessm.evaluation.inspection import inspection
 
 
 @pytest.fixture(params=SOURCES)
@@ -171,7 +171,7 @@ PEAK = """
 import sys
 from pathlib import Path
 from sparsessm import checkpoint
-from sparsessm.report.contents import inspection
+from sparsessm.evaluation.inspection import inspection
 def looked(path, out):
     opened = checkpoint.open_checkpoint(path)
     inspection(checkpoint.at_rest(opened), path, opened.record)

@@ -108,7 +108,7 @@ def inspect(
     with answering(quiet, events=as_json) as progress:
         from ..checkpoint import at_rest, open_checkpoint
         from ..checkpoint.given import checked_path
-        from ..report.contents import inspection, inspection_tables
+        from ..evaluation.inspection import inspection, inspection_tables
 
         opened = open_checkpoint(checked_path("source", directory))
         found = at_rest(opened, tokenizer)

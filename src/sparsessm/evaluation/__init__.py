@@ -6,4 +6,5 @@ tasks.py          tasks of lm-evaluation-harness
 comparison.py     scores of several models, paired by document
 speed.py          how large and how fast a model is on this machine
 timing.py         engines side by side
+inspection.py     what is in a checkpoint, counted again
 """

@@ -49,12 +49,22 @@ class Yardstick:
             ValueError: a text shorter than one window.
         """
         length = min(recipe.length or window_length(checkpoint.trained_length), LONGEST)
-        return cls(
-            recipe.data,
-            *evaluation_windows(
-                recipe.data, checkpoint.tokenizer, length=length, limit=windows, column=recipe.column
-            ),
-        )
+        return cls.on(checkpoint, recipe.data, length=length, limit=windows, column=recipe.column)
+
+    @classmethod
+    def on(
+        cls,
+        checkpoint: Checkpoint,
+        data: str,
+        *,
+        length: int | None = None,
+        limit: int | None = None,
+        column: str | None = None,
+    ) -> Yardstick:
+        """Any text; its options are those of `sparsessm.evaluate`."""
+        length = length or window_length(checkpoint.trained_length)
+        found = evaluation_windows(data, checkpoint.tokenizer, length=length, limit=limit, column=column)
+        return cls(data, *found)
 
     def measure(self, architecture: Architecture, progress: Progress | None = None) -> Perplexity:
         """Perplexity of a model as it is now, dense or pruned."""

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from sparsessm import kernels
 from sparsessm.checkpoint import PackedTensor, open_checkpoint, packed
 from sparsessm.checkpoint.shelf import give_back
 
 from ..calibration.progress import Progress
+from ..report import machine
 from ..runtime import engine_of
 from ..runtime.base import Engine, described, refuse_type
 from . import timing
@@ -102,7 +102,7 @@ class Measurement:
             "prompt_tokens": next(phase.tokens for phase in self.phases if phase.name == "prompt"),
             "process_bytes": self.process,
             "threads": self.threads,
-            "kernels": kernels.LEVEL,
+            "kernels": machine.current()["kernels"],
             "torch": torch.__version__,
             "spread": "first to third quartile of the rounds",
             "notes": self.notes,

@@ -1,5 +1,6 @@
-"""Questions that take several runs to answer.
+"""One run, and questions that take several to answer.
 
+run.py         windows, measure, prune, save: the steps of one
 windows.py     how many calibration windows are enough
 tolerance.py   which parts of a model tolerate how much: every matrix pruned alone
 cells.py       these runs
