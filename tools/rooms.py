@@ -24,7 +24,7 @@ DOOR = "__init__"
 # Arrows point to a lower floor. `__main__` is a second name of the command line.
 FLOORS: dict[int, set[str]] = {
     8: {"cli", "__main__", "bench", "tools"},
-    7: {DOOR},
+    7: {DOOR, "serving"},
     6: {"studies"},
     5: {"pruning", "evaluation"},
     4: {"report", "runtime"},

@@ -159,6 +159,7 @@ def answering(
     *writes: Path | None,
     grown: bool = False,
     streaming: bool = False,
+    nothing: str = "",
     kept: Path | None = None,
     events: bool = False,
 ) -> Iterator[Progress]:
@@ -169,6 +170,7 @@ def answering(
         writes: what the command writes, None: nothing after all.
         grown: a file that grows while the command works.
         streaming: no progress, because the command prints its result as it comes.
+        nothing: what a signal ends, where nothing is written.
         kept: the directory that keeps what is done, for `--resume`.
         events: what is told on stderr is for a program (`progress.Events`).
     """
@@ -177,7 +179,6 @@ def answering(
     try:
         if not kernels.NATIVE:
             notes.note("note: the native kernels are not installed; the slow reference is used")
-        nothing = "the text ends here" if streaming else ""
         with ending.writing(*writes, grown=grown, nothing=nothing, kept=kept, events=events):
             with ending.restoring(progress.restored), progress:
                 yield progress

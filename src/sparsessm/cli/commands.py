@@ -22,6 +22,7 @@ from .looking import evaluate, inspect, list_
 from .measuring import bench
 from .pruning import analyze, demo, prune
 from .running import export, generate, pack, unpack
+from .serving import serve
 
 __all__ = [
     "analyze",
@@ -40,6 +41,7 @@ __all__ = [
     "pruning",
     "run",
     "running",
+    "serve",
     "unpack",
 ]
 

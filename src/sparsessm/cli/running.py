@@ -61,7 +61,7 @@ def generate(
     quiet: Generating = False,
 ) -> None:
     """Continue a text on the CPU. The text streams to stdout; the speed is printed on stderr."""
-    with answering(quiet, streaming=True, events=as_json):
+    with answering(quiet, streaming=True, nothing="the text ends here", events=as_json):
         from ..runtime import load
 
         text = _standard_input() if prompt == "-" else prompt

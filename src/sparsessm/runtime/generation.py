@@ -18,6 +18,7 @@ from torch import Tensor
 from ..checkpoint.given import undisturbed
 from ..checkpoint.tokenizing import encode
 from .base import Engine
+from .growing import Growing, checked_stops, generators
 from .sampling import Sampling, choose
 from .state import State
 from .text import Stream
@@ -55,20 +56,6 @@ class Generated:
     state: State
     prompt_ids: list[int]
     seconds: Seconds
-
-
-class _Sequence:
-    """A sequence while it is being generated."""
-
-    def __init__(
-        self, prompt: list[int], array: Tensor, stream: Stream | None, generator: torch.Generator
-    ) -> None:
-        self.prompt, self.array, self.generator = prompt, array, generator
-        self.stream = stream  # None where nobody looks at the text before it is complete
-        self.ids: list[int] = []
-        self.finish: str | None = None
-        self.prompt_seconds = 0.0
-        self.ended = 0.0  # time.perf_counter()
 
 
 class Model:
@@ -172,7 +159,7 @@ class Model:
         sampling = Sampling(temperature, top_k, top_p)
         if type(max_new_tokens) is not int or max_new_tokens < 0:
             raise ValueError(f"max_new_tokens is {max_new_tokens!r}; allowed: a whole number from 0")
-        stops = _stops(stop)
+        stops = checked_stops(stop)
         many = _is_batch(prompt)
         prompts: list[Any] = list(prompt) if many else [prompt]
         if many and on_token is not None:
@@ -182,11 +169,12 @@ class Model:
         names = [f"prompt {i}" for i in range(len(prompts))] if many else ["prompt"]
         texts = [self._begin(one, name, state) for one, name in zip(prompts, names, strict=True)]
         sequences = []
-        for ids, generator in zip(texts, _generators(seed, len(texts)), strict=True):
+        eos = frozenset() if ignore_eos else self.eos
+        for ids, generator in zip(texts, generators(seed, len(texts)), strict=True):
             array = self.engine.new_state(1)[0] if state is None else state.array.clone()
             stream = Stream(self.decode, stops, on_token) if stops or on_token else None
-            sequences.append(_Sequence(ids, array, stream, generator))
-        begun = self._run(sequences, max_new_tokens, sampling, frozenset() if ignore_eos else self.eos)
+            sequences.append(Growing(ids, array, max_new_tokens, eos, stream, generator))
+        begun = self._run(sequences, sampling)
         done = [self._generated(sequence, begun) for sequence in sequences]
         return done if many else done[0]
 
@@ -272,9 +260,9 @@ class Model:
             raise ValueError(f"state: it has {len(state.array)} values, this model {self.engine.state_size}")
         self.encode(state.pending, name="state.pending")
 
-    def _run(self, sequences: list[_Sequence], most: int, sampling: Sampling, eos: frozenset[int]) -> float:
+    def _run(self, sequences: list[Growing], sampling: Sampling) -> float:
         """Generate all sequences; returns when the prompts were read (time.perf_counter())."""
-        rows = []
+        rows, most = [], sequences[0].most if sequences else 0
         for sequence in sequences:
             begun = time.perf_counter()
             # without a token to choose, the last one of the prompt waits until the sequence goes on
@@ -292,7 +280,7 @@ class Model:
         while active:
             tokens = choose(logits, sampling, [sequence.generator for sequence in active])
             for sequence, token in zip(active, tokens.tolist(), strict=True):
-                _take(sequence, token, most, eos)
+                sequence.take(token)
             going = [i for i, sequence in enumerate(active) if sequence.finish is None]
             if len(going) < len(active):
                 for i, sequence in enumerate(active):
@@ -304,30 +292,16 @@ class Model:
                 logits = self.engine.step(tokens, states)
         return begun
 
-    def _generated(self, sequence: _Sequence, begun: float) -> Generated:
+    def _generated(self, sequence: Growing, begun: float) -> Generated:
         last = sequence.ids[-1:] or sequence.prompt[-1:]
-        words = sequence.ids[:-1] if sequence.finish == "eos" else sequence.ids
         return Generated(
-            text=sequence.stream.text if sequence.stream else self.decode(words),
+            text=sequence.stream.text if sequence.stream else self.decode(sequence.words),
             ids=sequence.ids,
             finish=sequence.finish or "length",
             state=State(sequence.array, self.engine.layout, tuple(last)),
             prompt_ids=sequence.prompt,
             seconds=Seconds(sequence.prompt_seconds, sequence.ended - begun),
         )
-
-
-def _take(sequence: _Sequence, token: int, most: int, eos: frozenset[int]) -> None:
-    """Add a token to a sequence, and say whether that ends it."""
-    sequence.ids.append(token)
-    if token in eos:
-        sequence.finish = "eos"
-    elif sequence.stream and sequence.stream.push(token):
-        sequence.finish = "stop"
-    elif len(sequence.ids) == most:
-        sequence.finish = "length"
-    if sequence.finish in ("eos", "length") and sequence.stream and sequence.stream.finish():
-        sequence.finish = "stop"
 
 
 def _is_batch(prompt: Any) -> bool:
@@ -337,30 +311,3 @@ def _is_batch(prompt: Any) -> bool:
     if isinstance(prompt, str) or not isinstance(prompt, Sequence):
         return False
     return any(isinstance(one, (str, Sequence, Tensor)) for one in prompt)
-
-
-def _stops(stop: Any) -> tuple[str, ...]:
-    if not isinstance(stop, Sequence):
-        raise ValueError(f"stop is of type {type(stop).__name__}; allowed: a text or a list of texts")
-    stops = (stop,) if isinstance(stop, str) else tuple(stop)
-    if wrong := [one for one in stops if not isinstance(one, str) or not one]:
-        raise ValueError(f"stop holds {wrong[0]!r}; allowed: texts of at least one character")
-    return stops
-
-
-def _generators(seed: Any, count: int) -> list[torch.Generator]:
-    """One for each sequence."""
-    seeds = list(seed) if isinstance(seed, Sequence) and not isinstance(seed, str) else [seed] * count
-    if len(seeds) != count:
-        raise ValueError(f"{len(seeds)} seeds for {count} prompts; give one, or one for each")
-    made = []
-    for one in seeds:
-        generator = torch.Generator()
-        if one is None:
-            generator.seed()
-        elif type(one) is int and 0 <= one < 2**63:
-            generator.manual_seed(one)
-        else:
-            raise ValueError(f"seed is {one!r}; allowed: 0 to {2**63 - 1}, or none")
-        made.append(generator)
-    return made

@@ -1,0 +1,313 @@
+"""The OpenAI-compatible API: `/v1/completions`, `/v1/chat/completions`, `/v1/models`, `/health`, `/metrics`.
+
+Place in the flow: the web's side of `scheduler.py`. FastAPI reads and writes; `bodies.py` says what may be
+asked, `answers.py` how an answer is written, `gate.py` stands before all of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from ..runtime.generation import Model
+from .answers import Answer, Words, failure
+from .bodies import Body, Chat, Completion
+from .gate import Gate
+from .metrics import TEXT, Metrics
+from .scheduler import Asked, Event, Failed, Full, Piece, Scheduler, Ticket
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one client may take.
+
+    Attributes:
+        new_tokens: of an answer. prompt_tokens: of a prompt. prompts: of one request, times its `n`.
+        body: bytes of a request. seconds: a request may take, waiting included.
+    """
+
+    new_tokens: int = 4096
+    prompt_tokens: int = 32768
+    prompts: int = 256
+    body: int = 8 << 20
+    seconds: float = 600.0
+
+
+class Refused(Exception):
+    """A request that gets an error. status: of HTTP. name: the field that it is about."""
+
+    def __init__(self, message: str, status: int = 400, name: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.name = status, name
+
+
+class Mailbox:
+    """Events of one prompt, handed from the engine's thread to the event loop."""
+
+    def __init__(self) -> None:
+        self._loop, self._events = asyncio.get_running_loop(), asyncio.Queue[Event]()
+        self.ticket: Ticket | None = None
+
+    def put(self, event: Event) -> None:
+        """Called by the engine's thread."""
+        try:
+            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+        except RuntimeError:  # the loop has ended: nobody waits
+            pass
+
+    async def get(self) -> Event:
+        """The next event."""
+        return await self._events.get()
+
+
+class Desk:
+    """What the routes share: the model, the scheduler, limits, metrics."""
+
+    def __init__(self, model: Model, scheduler: Scheduler, name: str, limits: Limits) -> None:
+        self.model, self.scheduler, self.name, self.limits = model, scheduler, name, limits
+        self.words, self.metrics, self.begun = Words(model), Metrics(scheduler), int(time.time())
+        # One thread: a tokenizer may not be used by several at once.
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="sparsessm-tokenizer")
+
+    async def encode(self, prompt: str | list[int], special: bool = True) -> list[int]:
+        """The tokens of a prompt, within the limit.
+
+        Raises:
+            Refused: too many, none, or outside the vocabulary.
+        """
+
+        def work() -> list[int]:
+            ids = self.model.encode(prompt, special=special)
+            return ids or ([] if self.model.bos is None else [self.model.bos])
+
+        try:
+            ids = await asyncio.get_running_loop().run_in_executor(self._reader, work)
+        except ValueError as error:
+            raise Refused(str(error), name="prompt") from None
+        if not ids:
+            raise Refused("the prompt is empty, and the model has no token for the beginning of a text")
+        if len(ids) > (most := self.limits.prompt_tokens):
+            raise Refused(f"the prompt has {len(ids):,} tokens; allowed: at most {most:,}", name="prompt")
+        return ids
+
+    async def template(self, chat: Chat) -> list[int]:
+        """The tokens of a chat, by the tokenizer's template.
+
+        Raises:
+            Refused: there is no template, or it does not take these messages.
+        """
+        tokenizer = self.model.tokenizer
+        if not getattr(tokenizer, "chat_template", None):
+            raise Refused("the model's tokenizer has no chat template; use /v1/completions")
+        messages = [message.plain() for message in chat.messages]
+
+        def work() -> str:
+            return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+        try:
+            text = await asyncio.get_running_loop().run_in_executor(self._reader, work)
+        except Exception as error:  # a template is a program of the checkpoint's author
+            raise Refused(
+                f"the chat template does not take these messages: {error}", name="messages"
+            ) from None
+        return await self.encode(text, special=False)
+
+    def asked(self, body: Body, ids: list[int], most: int | None, default: int, **more: Any) -> Asked:
+        """A request for the scheduler.
+
+        Raises:
+            Refused: a value that is not allowed.
+        """
+        if body.model not in (None, self.name):
+            raise Refused(f"there is no model {body.model!r}; served: {self.name!r}", 404, "model")
+        if most is not None and most > (limit := self.limits.new_tokens):
+            raise Refused(f"max_tokens is {most}; allowed: at most {limit}", name="max_tokens")
+        try:
+            how = {"sampling": body.sampling(), "stops": body.stops(), "seed": body.draws()}
+        except ValueError as error:
+            raise Refused(str(error)) from None
+        most = default if most is None else most
+        seconds = self.limits.seconds
+        return Asked(ids, most, body.n or 1, streaming=bool(body.stream), seconds=seconds, **how, **more)
+
+    def submit(self, asked: Sequence[Asked]) -> list[Mailbox]:
+        """Ask the scheduler for all of them, or for none.
+
+        Raises:
+            Refused: the queue is full, or it is too much at once.
+        """
+        boxes: list[Mailbox] = []
+        if (total := sum(one.count for one in asked)) > (most := self.limits.prompts):
+            raise Refused(f"{total} continuations are asked for at once; allowed: at most {most}")
+        try:
+            for one in asked:
+                boxes.append(box := Mailbox())
+                box.ticket = self.scheduler.ask(one, box.put)
+        except (Full, ValueError) as error:
+            cancel(boxes)
+            raise Refused(str(error), 503 if isinstance(error, Full) else 400) from None
+        return boxes
+
+
+def cancel(boxes: Sequence[Mailbox]) -> None:
+    """Nobody waits for these any more."""
+    for box in boxes:
+        if box.ticket is not None:
+            box.ticket.cancel()
+
+
+async def events(boxes: Sequence[Mailbox], answer: Answer) -> AsyncIterator[tuple[int, Event]]:
+    """What happens to several prompts, as it happens, until all continuations have ended."""
+    left = [answer.count] * len(boxes)
+    waiting = {asyncio.ensure_future(box.get()): place for place, box in enumerate(boxes)}
+    try:
+        while waiting:
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for one in done:
+                place = waiting.pop(one)
+                event = one.result()
+                left[place] -= isinstance(event, Piece) and event.finish is not None
+                if left[place] and not isinstance(event, Failed):
+                    waiting[asyncio.ensure_future(boxes[place].get())] = place
+                yield place, event
+    finally:
+        for one in waiting:
+            one.cancel()
+        cancel(boxes)
+
+
+async def gone(request: Request) -> None:
+    """Returns when the client has left."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def whole(desk: Desk, request: Request, boxes: Sequence[Mailbox], answer: Answer) -> Response:
+    """The answer in one piece; given up when the client leaves."""
+
+    async def collect() -> None:
+        async for place, event in events(boxes, answer):
+            if isinstance(event, Failed):
+                raise Refused(event.message, event.status)
+            answer.add(place, event)
+
+    work, leaving = asyncio.ensure_future(collect()), asyncio.ensure_future(gone(request))
+    try:
+        await asyncio.wait({work, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if work.done():
+            work.result()
+            desk.metrics.timed(answer)
+            return JSONResponse(answer.document())
+        return Response(status_code=499)  # nobody reads it
+    finally:
+        leaving.cancel()
+        work.cancel()
+        cancel(boxes)
+
+
+async def pieces(desk: Desk, boxes: Sequence[Mailbox], answer: Answer) -> AsyncIterator[str]:
+    """The answer as server-sent events."""
+    for first in answer.opening():
+        yield _sent(first)
+    async for place, event in events(boxes, answer):
+        if isinstance(event, Failed):
+            yield _sent(failure(event.message, event.status))
+            return
+        answer.add(place, event)
+        for chunk in answer.chunks(place, event):
+            yield _sent(chunk)
+    desk.metrics.timed(answer)
+    for last in answer.closing():
+        yield _sent(last)
+    yield "data: [DONE]\n\n"
+
+
+def _sent(document: dict[str, Any]) -> str:
+    return f"data: {json.dumps(document)}\n\n"
+
+
+def create(desk: Desk, key: str | None, hosts: Sequence[str] | None) -> Any:
+    """The application.
+
+    Args:
+        key: that clients must send; None: none. hosts: names under which it answers; None: any.
+    """
+
+    app = FastAPI(title="sparsessm", docs_url=None, redoc_url=None, openapi_url=None)
+
+    async def answered(request: Request, asked: list[Asked], answer: Answer, stream: bool) -> Response:
+        boxes = desk.submit(asked)
+        if not stream:
+            return await whole(desk, request, boxes, answer)
+        return StreamingResponse(pieces(desk, boxes, answer), media_type="text/event-stream")
+
+    @app.post("/v1/completions")
+    async def completions(request: Request, body: Completion) -> Response:
+        prompts = [await desk.encode(prompt) for prompt in body.prompts()]
+        more = {"top": body.logprobs, "echo": bool(body.echo) and body.logprobs is not None}
+        asked = [desk.asked(body, ids, body.max_tokens, 16, **more) for ids in prompts]
+        answer = Answer.completion(desk.words, desk.name, asked, echo=bool(body.echo))
+        answer.wants_usage = bool(body.stream_options and body.stream_options.include_usage)
+        return await answered(request, asked, answer, bool(body.stream))
+
+    @app.post("/v1/chat/completions")
+    async def chats(request: Request, body: Chat) -> Response:
+        ids = await desk.template(body)
+        most = body.max_completion_tokens or body.max_tokens
+        top = (body.top_logprobs or 0) if body.logprobs else None
+        asked = [desk.asked(body, ids, most, desk.limits.new_tokens, top=top)]
+        answer = Answer.chat(desk.words, desk.name, asked)
+        answer.wants_usage = bool(body.stream_options and body.stream_options.include_usage)
+        return await answered(request, asked, answer, bool(body.stream))
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        one = {"id": desk.name, "object": "model", "created": desk.begun, "owned_by": "sparsessm"}
+        return {"object": "list", "data": [one]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        if name != desk.name:
+            raise Refused(f"there is no model {name!r}; served: {desk.name!r}", 404, "model")
+        return (await models())["data"][0]
+
+    @app.get("/health")
+    async def health() -> Response:
+        alive = desk.scheduler.alive
+        return JSONResponse({"status": "ok" if alive else "the engine has ended"}, 200 if alive else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(desk.metrics.page(), media_type=TEXT)
+
+    @app.exception_handler(Refused)
+    async def refused(_: Request, error: Refused) -> Response:
+        retry = {"Retry-After": "1"} if error.status == 503 else None
+        return JSONResponse(failure(str(error), error.status, error.name), error.status, headers=retry)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"] if part != "body")
+        said = first["msg"].removeprefix("Value error, ")
+        return JSONResponse(failure(f"{place}: {said}" if place else said, 400, place or None), 400)
+
+    @app.exception_handler(HTTPException)
+    async def missing(_: Request, error: HTTPException) -> Response:
+        return JSONResponse(failure(str(error.detail), error.status_code), error.status_code)
+
+    @app.exception_handler(Exception)
+    async def broken(_: Request, error: Exception) -> Response:
+        return JSONResponse(failure(f"the server failed: {type(error).__name__}", 500), 500)
+
+    return Gate(app, desk.metrics, key, hosts, desk.limits.body)

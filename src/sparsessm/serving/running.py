@@ -1,0 +1,128 @@
+"""The server: from the model to the end of the process.
+
+Place in the flow: what `sparsessm serve` calls. uvicorn has the sockets and, while it runs, the signals: the
+first one stops listening and gives the answers under way `GRACE` seconds, the second ends at once.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+import sys
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+
+from ..runtime.generation import Model
+
+GRACE = 30.0  # seconds for what is being answered when the server is told to end
+BACKLOG = 2048
+SWITCH = 0.0005  # seconds until a thread gives way to another: the engine must not wait for the web's
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Where and how a model is served.
+
+    Attributes:
+        name: that clients ask for. host, port: where; port 0 is any free one.
+        key: that clients must send; None: none.
+        batch: sequences that run together. waiting: requests that may wait.
+        cache: bytes for states of prompts.
+        new_tokens, prompt_tokens: of an answer and of a prompt, at most. seconds: for a request, at most.
+    """
+
+    name: str
+    host: str = "127.0.0.1"
+    port: int = 8000
+    key: str | None = field(default=None, repr=False)
+    batch: int = 16
+    waiting: int = 256
+    cache: int = 1 << 30
+    new_tokens: int = 4096
+    prompt_tokens: int = 32768
+    seconds: float = 600.0
+
+    @property
+    def local(self) -> bool:
+        """Whether only this machine can reach it."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+
+def refuse_without_libraries() -> None:
+    """Refuse where the extra is not installed, before a model is read.
+
+    Raises:
+        ValueError: naming what to install.
+    """
+    missing = [name for name in ("fastapi", "uvicorn", "prometheus_client") if find_spec(name) is None]
+    if missing:
+        names = ", ".join(missing)
+        raise ValueError(f"serving needs {names}; install the extra: pip install 'sparsessm[serve]'")
+
+
+def bound(host: str, port: int) -> socket.socket:
+    """A socket that listens, before the model is read: a port that is taken is said at once.
+
+    Raises:
+        ValueError: it cannot be had.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        found = socket.socket(family, socket.SOCK_STREAM)
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind((host, port))
+        return found
+    except (OSError, OverflowError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise ValueError(f"cannot listen on {host} port {port}: {why}") from None
+
+
+class Server:
+    """A model being served.
+
+    Attributes:
+        address: where, as a URL without a path.
+    """
+
+    def __init__(self, model: Model, settings: Settings, listening: socket.socket) -> None:
+        """
+        Args:
+            listening: of `bound`.
+        """
+        import uvicorn
+
+        from .api import Desk, Limits, create
+        from .scheduler import Scheduler
+
+        limits = Limits(settings.new_tokens, settings.prompt_tokens, seconds=settings.seconds)
+        self.scheduler = Scheduler(
+            model, batch=settings.batch, waiting=settings.waiting, cache=settings.cache
+        )
+        desk = Desk(model, self.scheduler, settings.name, limits)
+        hosts = ("127.0.0.1", "localhost", "[::1]", settings.host) if settings.local else None
+        app = create(desk, settings.key, hosts)
+        how = {"log_level": "error", "access_log": False, "lifespan": "off", "backlog": BACKLOG}
+        config = uvicorn.Config(app, timeout_graceful_shutdown=int(GRACE), timeout_keep_alive=30, **how)
+        self._server, self._listening = uvicorn.Server(config), listening
+        host, port = listening.getsockname()[:2]
+        self.address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+    def run(self) -> None:
+        """Answer requests until a signal or `stop` ends it."""
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(SWITCH)
+        try:
+            self._server.run(sockets=[self._listening])
+        finally:
+            sys.setswitchinterval(before)
+            self.scheduler.close()
+            self._listening.close()
+
+    def stop(self) -> None:
+        """Take no more requests, and end when those under way are answered; from any thread."""
+        self._server.should_exit = True
