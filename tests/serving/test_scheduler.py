@@ -18,7 +18,8 @@ from torch import Tensor
 from sparsessm.runtime.engine import SLAB
 from sparsessm.runtime.generation import Model
 from sparsessm.runtime.sampling import Sampling
-from sparsessm.serving.scheduler import Asked, Event, Failed, Full, Piece, Read, Scheduler
+from sparsessm.serving.events import Asked, Event, Failed, Full, Piece, Read
+from sparsessm.serving.scheduler import Scheduler
 
 FAMILIES = {"mamba": pico_mamba, "mamba2": pico_mamba2, "falcon_mamba": pico_falcon_mamba}
 WARM = Sampling(0.9, 20)

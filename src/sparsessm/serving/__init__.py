@@ -7,6 +7,7 @@ Place in the flow: above `runtime/`, which it asks for tokens; `sparsessm serve`
     gate.py        what stands before them: key, size, host
     bodies.py      what may be asked
     answers.py     how it is answered
+    events.py      what is asked of the scheduler, and what it tells
     scheduler.py   requests join and leave a running batch
     prefixes.py    states of prompts that were read before
     metrics.py     counts and times for Prometheus

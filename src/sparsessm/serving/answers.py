@@ -14,7 +14,7 @@ from typing import Any
 
 from ..runtime.generation import Model
 from ..runtime.text import UNKNOWN
-from .scheduler import Asked, Event, Piece, Read, Told
+from .events import Asked, Event, Piece, Read, Told
 
 FINISH = {"eos": "stop", "stop": "stop", "length": "length"}
 KINDS = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error"}
@@ -62,7 +62,14 @@ class Answer:
         new_tokens: so far.
     """
 
-    def __init__(self, kind: str, words: Words, name: str, asked: Sequence[Asked], echo: bool) -> None:
+    def __init__(
+        self, kind: str, words: Words, name: str, asked: Sequence[Asked], *, echo: bool = False
+    ) -> None:
+        """
+        Args:
+            kind: "cmpl" (of `/v1/completions`) or "chatcmpl". name: of the model.
+            echo: the prompt stands before its continuation.
+        """
         self._kind, self._words, self._asked, self._echo = kind, words, asked, echo
         self.count, self.wants_usage = asked[0].count, False
         self._choices = [Choice() for one in asked for _ in range(one.count)]
@@ -70,16 +77,6 @@ class Answer:
         self._cached = 0
         self._head = {"id": f"{kind}-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
         self.begun, self.first, self.new_tokens = time.perf_counter(), 0.0, 0
-
-    @classmethod
-    def completion(cls, words: Words, name: str, asked: Sequence[Asked], *, echo: bool) -> Answer:
-        """Of `/v1/completions`. echo: the prompt stands before its continuation."""
-        return cls("cmpl", words, name, asked, echo)
-
-    @classmethod
-    def chat(cls, words: Words, name: str, asked: Sequence[Asked]) -> Answer:
-        """Of `/v1/chat/completions`."""
-        return cls("chatcmpl", words, name, asked, False)
 
     def add(self, place: int, event: Event) -> None:
         """Take in what happened to prompt `place`."""

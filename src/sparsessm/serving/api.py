@@ -22,9 +22,10 @@ from starlette.exceptions import HTTPException
 from ..runtime.generation import Model
 from .answers import Answer, Words, failure
 from .bodies import Body, Chat, Completion
+from .events import Asked, Event, Failed, Full, Piece
 from .gate import Gate
 from .metrics import TEXT, Metrics
-from .scheduler import Asked, Event, Failed, Full, Piece, Scheduler, Ticket
+from .scheduler import Scheduler, Ticket
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class Desk:
             Refused: there is no template, or it does not take these messages.
         """
         tokenizer = self.model.tokenizer
-        if not getattr(tokenizer, "chat_template", None):
+        if not tokenizer.chat_template:
             raise Refused("the model's tokenizer has no chat template; use /v1/completions")
         messages = [message.plain() for message in chat.messages]
 
@@ -122,7 +123,7 @@ class Desk:
             ) from None
         return await self.encode(text, special=False)
 
-    def asked(self, body: Body, ids: list[int], most: int | None, default: int, **more: Any) -> Asked:
+    def asked(self, body: Body, ids: list[int], echo: bool = False) -> Asked:
         """A request for the scheduler.
 
         Raises:
@@ -130,15 +131,17 @@ class Desk:
         """
         if body.model not in (None, self.name):
             raise Refused(f"there is no model {body.model!r}; served: {self.name!r}", 404, "model")
-        if most is not None and most > (limit := self.limits.new_tokens):
+        limit = self.limits.new_tokens
+        if (most := body.most()) is None:
+            most = limit
+        if most > limit:
             raise Refused(f"max_tokens is {most}; allowed: at most {limit}", name="max_tokens")
         try:
-            how = {"sampling": body.sampling(), "stops": body.stops(), "seed": body.draws()}
+            how: dict[str, Any] = {"sampling": body.sampling(), "stops": body.stops(), "seed": body.draws()}
         except ValueError as error:
             raise Refused(str(error)) from None
-        most = default if most is None else most
-        seconds = self.limits.seconds
-        return Asked(ids, most, body.n or 1, streaming=bool(body.stream), seconds=seconds, **how, **more)
+        how |= {"streaming": bool(body.stream), "top": body.top(), "echo": echo}
+        return Asked(ids, most, body.n or 1, seconds=self.limits.seconds, **how)
 
     def submit(self, asked: Sequence[Asked]) -> list[Mailbox]:
         """Ask the scheduler for all of them, or for none.
@@ -245,30 +248,24 @@ def create(desk: Desk, key: str | None, hosts: Sequence[str] | None) -> Any:
 
     app = FastAPI(title="sparsessm", docs_url=None, redoc_url=None, openapi_url=None)
 
-    async def answered(request: Request, asked: list[Asked], answer: Answer, stream: bool) -> Response:
+    async def answered(request: Request, body: Body, asked: list[Asked], answer: Answer) -> Response:
+        answer.wants_usage = bool(body.stream_options and body.stream_options.include_usage)
         boxes = desk.submit(asked)
-        if not stream:
+        if not body.stream:
             return await whole(desk, request, boxes, answer)
         return StreamingResponse(pieces(desk, boxes, answer), media_type="text/event-stream")
 
     @app.post("/v1/completions")
     async def completions(request: Request, body: Completion) -> Response:
         prompts = [await desk.encode(prompt) for prompt in body.prompts()]
-        more = {"top": body.logprobs, "echo": bool(body.echo) and body.logprobs is not None}
-        asked = [desk.asked(body, ids, body.max_tokens, 16, **more) for ids in prompts]
-        answer = Answer.completion(desk.words, desk.name, asked, echo=bool(body.echo))
-        answer.wants_usage = bool(body.stream_options and body.stream_options.include_usage)
-        return await answered(request, asked, answer, bool(body.stream))
+        echo = bool(body.echo)
+        asked = [desk.asked(body, ids, echo and body.logprobs is not None) for ids in prompts]
+        return await answered(request, body, asked, Answer("cmpl", desk.words, desk.name, asked, echo=echo))
 
     @app.post("/v1/chat/completions")
     async def chats(request: Request, body: Chat) -> Response:
-        ids = await desk.template(body)
-        most = body.max_completion_tokens or body.max_tokens
-        top = (body.top_logprobs or 0) if body.logprobs else None
-        asked = [desk.asked(body, ids, most, desk.limits.new_tokens, top=top)]
-        answer = Answer.chat(desk.words, desk.name, asked)
-        answer.wants_usage = bool(body.stream_options and body.stream_options.include_usage)
-        return await answered(request, asked, answer, bool(body.stream))
+        asked = [desk.asked(body, await desk.template(body))]
+        return await answered(request, body, asked, Answer("chatcmpl", desk.words, desk.name, asked))
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:

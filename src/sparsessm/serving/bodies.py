@@ -6,6 +6,7 @@ do not have is refused by name; fields that only say something about the client 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -38,7 +39,7 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class Body(BaseModel):
+class Body(BaseModel, ABC):
     """What both kinds of requests have in common."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -63,6 +64,14 @@ class Body(BaseModel):
                 if given[name] is not None and given[name] not in values:
                     raise ValueError(f"{name} is not supported; leave it out")
         return {name: part for name, part in given.items() if name not in READ_OVER and name not in UNUSED}
+
+    @abstractmethod
+    def most(self) -> int | None:
+        """At most so many new tokens; None: not said."""
+
+    @abstractmethod
+    def top(self) -> int | None:
+        """Log-probabilities of so many of the most probable tokens; None: of none."""
 
     def sampling(self) -> Sampling:
         """How tokens are chosen; at temperature 0 filters say nothing."""
@@ -95,6 +104,14 @@ class Completion(Body):
     max_tokens: int | None = Field(default=None, ge=0)
     logprobs: int | None = Field(default=None, ge=0, le=20)
     echo: bool | None = None
+
+    def most(self) -> int | None:
+        """As `Body.most`; the API's default is 16."""
+        return 16 if self.max_tokens is None else self.max_tokens
+
+    def top(self) -> int | None:
+        """As `Body.top`."""
+        return self.logprobs
 
     def prompts(self) -> list[str | list[int]]:
         """Each prompt of it, a text or token ids."""
@@ -134,3 +151,11 @@ class Chat(Body):
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
+
+    def most(self) -> int | None:
+        """As `Body.most`."""
+        return self.max_completion_tokens or self.max_tokens
+
+    def top(self) -> int | None:
+        """As `Body.top`."""
+        return (self.top_logprobs or 0) if self.logprobs else None

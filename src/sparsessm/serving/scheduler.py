@@ -21,78 +21,10 @@ from torch import Tensor
 from ..runtime.engine import SLAB
 from ..runtime.generation import Model
 from ..runtime.growing import Growing, generators
-from ..runtime.sampling import Sampling, choose
+from ..runtime.sampling import choose
 from ..runtime.text import Stream
+from .events import Asked, Event, Failed, Full, Piece, Read, Told
 from .prefixes import Prefixes
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A prompt and what is wanted of it.
-
-    Attributes:
-        ids: the prompt, checked (`Model.encode`), not empty.
-        most: at most so many new tokens; 0 only reads the prompt.
-        count: so many continuations.
-        sampling: how tokens are chosen. seed: of the first continuation, the next number for the next; None:
-            others every time.
-        stops: texts that end a continuation.
-        streaming: pieces of text are told as they come.
-        top: log-probabilities of so many of the most probable tokens beside the chosen one; None: of none.
-        echo: log-probabilities of the prompt's tokens, too.
-        seconds: it may take, waiting included.
-    """
-
-    ids: list[int]
-    most: int
-    count: int = 1
-    sampling: Sampling = Sampling()
-    seed: int | None = None
-    stops: tuple[str, ...] = ()
-    streaming: bool = False
-    top: int | None = None
-    echo: bool = False
-    seconds: float = 600.0
-
-
-@dataclass(frozen=True)
-class Told:
-    """A token and how probable it was: its log-probability (None of a prompt's first), and the most probable
-    tokens of its place with theirs."""
-
-    token: int
-    logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()
-
-
-@dataclass(frozen=True)
-class Read:
-    """The prompt was read: how many of its tokens came from a kept state, and what was told of them."""
-
-    cached: int
-    tokens: tuple[Told, ...] = ()
-
-
-@dataclass(frozen=True)
-class Piece:
-    """New text of continuation `index`, the tokens that it came with, and what ended it, if it has ended:
-    "length", "eos", "stop"."""
-
-    index: int
-    text: str
-    tokens: tuple[Told, ...]
-    finish: str | None = None
-
-
-@dataclass(frozen=True)
-class Failed:
-    """The request ends without an answer. status: of HTTP."""
-
-    message: str
-    status: int = 500
-
-
-Event = Read | Piece | Failed
 
 
 class Watcher(Protocol):
@@ -117,10 +49,6 @@ class Counts:
     steps: int = 0
     lookups: int = 0
     hits: int = 0
-
-
-class Full(Exception):
-    """As many requests as may wait are waiting."""
 
 
 @dataclass(eq=False)
