@@ -1,4 +1,4 @@
-"""What the server takes and gives: tokens per second in batches, a cached prefix, a crowd that misbehaves, peers.
+"""What the server gives: tokens per second in batches, a cached prefix, a crowd that misbehaves, peers.
 
     python bench/serving.py --model DIR [--minutes 10] [--peer "NAME=COMMAND with {port}"] [--json FILE]
 
@@ -8,8 +8,8 @@ DIR is what `sparsessm serve` takes. Parts, in this order:
            turn, medians; beside them whatever `--peer` starts (a command that serves the same API).
   prefix   a prompt of 2,000 tokens and one more, read for the first time and again behind its kept state.
   crowd    64 clients for some minutes: streams, whole answers, connections cut at random, readers that take a
-           few bytes at a time, bodies that are no requests. Counts each kind of answer; an error that is not the
-           client's own ends the program with 1. Memory of the server over time.
+           few bytes at a time, bodies that are no requests. Counts each kind of answer; an error that is not
+           the client's own ends the program with 1. Memory of the server over time.
 
 Everything runs on one machine: the clients take part of the cores that the server has.
 """
