@@ -32,7 +32,7 @@ HOMES = {  # library -> the only rooms, or files of rooms, that may import it
     "yaml": {"data/foreign.py", "cli"},
     "pydantic": {"recipe"},
     "lm_eval": {"evaluation/tasks.py"},
-    "matplotlib": {"studies/findings.py"},
+    "matplotlib": {"studies/findings.py", "report/page/pictures.py"},
     "typer": {"cli"},
     "rich": {"cli"},
 }

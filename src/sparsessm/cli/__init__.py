@@ -11,6 +11,7 @@ transformers are imported, which takes seconds in which people press Ctrl-C.
     looking.py     eval, inspect, list
     running.py     generate, export, pack, unpack
     measuring.py   bench
+    reporting.py   report
     demonstration.py   what demo compares
     tables.py      draws tables and progress
     __main__.py    `python -m sparsessm.cli`
