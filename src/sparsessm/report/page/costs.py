@@ -11,7 +11,7 @@ from typing import Any
 from . import pictures
 from .markup import Content, Safe, tag, together
 from .measured import Measured
-from .parts import Number, listed, picture, prose, section, table
+from .parts import Number, listed, picture, section, table
 from .words import (
     NONE,
     at,
@@ -135,7 +135,7 @@ def bytes_and_speed(measured: Measured) -> Safe | None:
         ran = "Both models ran in the same engine, round by round" if len(models) > 1 else "Measured"
         parts.append(tag("p", f"{ran}, on {_machine(measured)}."))
         notes = measured.speed.get("notes")
-        parts.append(listed([prose(str(note)) for note in notes]) if isinstance(notes, list) else None)
+        parts.append(listed([*map(str, notes)]) if isinstance(notes, list) else None)
     return section("speed", "Bytes and speed", *parts) if parts else None
 
 

@@ -45,6 +45,7 @@ def cells(record: Mapping[str, Any]) -> list[Cell]:
 
 def _cell(layer: int, kind: str, rows: list[Mapping[str, Any]]) -> Cell:
     total = _sum(rows, "total")
+    gone = _sum(rows, "pruned")
     errors = []
     for row in rows:
         error, signal = number_at(row, "error"), number_at(row, "signal")
@@ -55,10 +56,15 @@ def _cell(layer: int, kind: str, rows: list[Mapping[str, Any]]) -> Cell:
         layer,
         kind,
         "end" if any(row.get("family") in ("head", "embedding") for row in rows) else str(layer),
-        _sum(rows, "pruned") / total if total else None,
-        bits / total if bits is not None and total else None,
-        sum(errors) / len(errors) if errors else None,
+        _within(gone / total, 1.0) if total else None,
+        _within(bits / total, 128.0) if bits is not None and total else None,
+        _within(sum(errors) / len(errors), 1e12) if errors else None,
     )
+
+
+def _within(value: float, most: float) -> float | None:
+    """The value, None where no such thing can be that large or below 0."""
+    return value if 0 <= value <= most else None
 
 
 def _sum(rows: list[Mapping[str, Any]], name: str) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from .markup import Content, Safe, tag, together
+from .markup import Content, Safe, tag
 from .words import real
 
 
@@ -90,12 +90,6 @@ def pictures_of(*drawn: tuple[Safe | None, str]) -> Safe:
         for place, (one, caption) in enumerate(there, 1)
     ]
     return tag("div", *made, class_="figures")
-
-
-def prose(text: str) -> Safe:
-    """A sentence in which backticks mark what is typed."""
-    parts = text.split("`")
-    return together(*(tag("code", part) if place % 2 else part for place, part in enumerate(parts)))
 
 
 def folded(title: str, *content: Content) -> Safe:

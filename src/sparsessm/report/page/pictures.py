@@ -45,27 +45,24 @@ def refuse_without_matplotlib() -> None:
         raise ValueError('the pictures of a report need matplotlib: pip install "sparsessm[plot]"') from error
 
 
-def heat(name: str, title: str, found: Sequence[Cell], field: str, *, log: bool = False) -> Safe | None:
+def heat(name: str, title: str, found: Sequence[Cell], field: str) -> Safe | None:
     """Layers from left to right, kinds of matrices from top to bottom; None where no cell has the value.
 
     Args:
-        name: of the picture on the page. field: of `Cell`. log: whether the ramp is logarithmic.
+        name: of the picture on the page. field: of `Cell`.
     """
     values: list[tuple[Cell, float]] = [(c, value) for c in found if (value := getattr(c, field)) is not None]
-    values = [(cell, value) for cell, value in values if not log or value > 0]
     if not values:
         return None
-    scale = math.log10 if log else float
-    low, high = (end(scale(value) for _, value in values) for end in (min, max))
-    low = low if log else 0.0
+    high = max(value for _, value in values)
     rows, layers = kinds([cell for cell, _ in values]), _places([cell for cell, _ in values])
     tips: dict[str, str] = {}
-    written = percent if field == "sparsity" else (lambda v: number(v, ".2e" if log else ".2f"))
-    with _drawing(0.75 + 0.26 * len(rows)) as (figure, axis):
+    written = percent if field == "sparsity" else (lambda v: number(v, ".2f"))
+    with _drawing(0.8 + 0.26 * len(rows), 0.14, 0.26 * len(rows)) as (figure, ramp, axis):
         from matplotlib.patches import Rectangle
 
         for place, (cell, value) in enumerate(values):
-            level = (scale(value) - low) / (high - low) if high > low else 1.0
+            level = value / high if high > 0 else 0.0
             box = Rectangle((layers.index(cell.place), rows.index(cell.kind)), 1, 1, linewidth=0.8)
             box.set_facecolor(ROLES[f"q{min(int(level * LEVELS), LEVELS - 1)}"])
             box.set_edgecolor(ROLES["card"])
@@ -78,15 +75,19 @@ def heat(name: str, title: str, found: Sequence[Cell], field: str, *, log: bool 
         axis.set_yticks([place + 0.5 for place in range(len(rows))], [_label(kind) for kind in rows])
         axis.tick_params(length=0)
         axis.spines[:].set_visible(False)
-        ends = [written(10**low if log else low), written(10**high if log else high)]
-        _legend_of_ramp(axis, ends, 0.26 * len(rows))
+        _draw_ramp(ramp, written(0.0), written(high))
         return _svg(figure, name, title, tips)
 
 
 def lines(name: str, title: str, found: Sequence[Cell]) -> Safe | None:
     """Error by layer, a line for each kind: the `SERIES` kinds that have the largest; None without errors."""
+    order = sorted({cell.layer for cell in found})
     values = {
-        kind: [(cell.layer, error) for cell in found if cell.kind == kind and (error := cell.error or 0) > 0]
+        kind: [
+            (order.index(cell.layer), error)
+            for cell in found
+            if cell.kind == kind and (error := cell.error or 0) > 1e-30
+        ]
         for kind in kinds(list(found))
     }
     values = {kind: points for kind, points in values.items() if points}
@@ -103,8 +104,8 @@ def lines(name: str, title: str, found: Sequence[Cell]) -> Safe | None:
         axis.set(xlabel="layer", ylabel="error / output")
         _ticks_of_powers(axis.yaxis)
         names = {cell.layer: cell.place for cell in found}
-        shown = _some(sorted(names), last="end" in names.values())
-        axis.set_xticks(shown, [names[layer] for layer in shown])
+        shown = _some(range(len(order)), last="end" in names.values())
+        axis.set_xticks(shown, [names[order[place]] for place in shown])
         axis.legend(ncols=3, loc="lower left", bbox_to_anchor=(0, 1.0), frameon=False, fontsize=8)
         return _svg(figure, name, title, {})
 
@@ -145,7 +146,9 @@ def frontier(name: str, title: str, points: Sequence[Mapping[str, Any]], chosen:
         points: "bytes", "increase" (0.01 is 1 %), "low", "high", "bits". chosen: bits of the one kept.
     """
     known = [
-        point for point in rows_at({"": points}, "") if None not in (real(point.get("bytes")), _rise(point))
+        point
+        for point in rows_at({"": points}, "")
+        if _drawable(real(point.get("bytes"))) and _drawable(_rise(point))
     ]
     if not known:
         return None
@@ -174,6 +177,10 @@ def frontier(name: str, title: str, points: Sequence[Mapping[str, Any]], chosen:
         return _svg(figure, name, title, tips)
 
 
+def _drawable(value: float | None) -> bool:
+    return value is not None and abs(value) < 1e18
+
+
 def _rise(point: Mapping[str, Any]) -> float | None:
     rise = real(point.get("increase"))
     return None if rise is None else 100 * rise
@@ -199,8 +206,8 @@ def _label(text: str) -> str:
 
 
 @contextmanager
-def _drawing(height: float) -> Iterator[tuple[Any, Any]]:
-    """A figure with one axis, in the colours of roles."""
+def _drawing(height: float, *parts: float) -> Iterator[tuple[Any, ...]]:
+    """A figure in the colours of roles with its axes, one below the other, as high as `parts` say."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -229,23 +236,24 @@ def _drawing(height: float) -> Iterator[tuple[Any, Any]]:
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         FigureCanvasSVG(figure)
         figure.patch.set_visible(False)
-        axis = figure.subplots()
-        axis.patch.set_visible(False)
-        yield figure, axis
+        axes = figure.subplots(max(1, len(parts)), squeeze=False, height_ratios=parts or None)[:, 0]
+        for axis in axes:
+            axis.patch.set_visible(False)
+        yield figure, *axes
 
 
-def _legend_of_ramp(axis: Any, ends: Sequence[str], height: float) -> None:
-    """The ramp above the picture, with what its ends stand for."""
+def _draw_ramp(axis: Any, low: str, high: str) -> None:
+    """The ramp of a heat map, with what its ends stand for."""
     from matplotlib.patches import Rectangle
 
-    top, tall = 1 + 0.08 / height, 0.11 / height
-    axis.text(0.62, top + tall / 2, ends[0], transform=axis.transAxes, ha="right", va="center", fontsize=8)
+    axis.set(xlim=(0, 36), ylim=(0, 1))
+    axis.set_axis_off()
+    axis.text(35 - 6 - LEVELS, 0.5, low, ha="right", va="center", fontsize=8)
     for level in range(LEVELS):
-        box = Rectangle((0.64 + 0.03 * level, top), 0.03, tall, transform=axis.transAxes, clip_on=False)
-        box.set(facecolor=ROLES[f"q{level}"], edgecolor=ROLES["card"], linewidth=0.5)
-        axis.add_artist(box)
-    right = 0.66 + 0.03 * LEVELS
-    axis.text(right, top + tall / 2, ends[1], transform=axis.transAxes, va="center", fontsize=8)
+        box = Rectangle((35 - 5.4 - LEVELS + level, 0.1), 1, 0.8, linewidth=0.5)
+        box.set(facecolor=ROLES[f"q{level}"], edgecolor=ROLES["card"])
+        axis.add_patch(box)
+    axis.text(35 - 4.8, 0.5, high, va="center", fontsize=8)
 
 
 def _ticks_of_powers(axis: Any) -> None:

@@ -21,12 +21,14 @@ from .words import (
 )
 
 MARKED = (0.5, 1.0, 2.0, 4.0)  # nats that a token lost: where the next colour begins
+MOST = 4000  # matrices
 FOLDED = 24  # rows of a table that stays open
 
 
 def by_layer(record: Mapping[str, Any]) -> Safe | None:
     """Sparsity, bits and error, layer by layer and matrix by matrix."""
-    found = layers.cells(record)
+    every = layers.cells(record)
+    found = every[:MOST]
     if not found:
         return None
     what = "units" if layers.whole_units(record) else "weights"
@@ -44,22 +46,30 @@ def by_layer(record: Mapping[str, Any]) -> Safe | None:
             "Error of each matrix's output on the calibration text, as a share of the output's energy.",
         ),
     )
+    columns = ["layer", "matrix", "removed"]
+    of: list[tuple[str, str]] = []
+    if any(cell.bits is not None for cell in found):
+        of.append(("bits", ".2f"))
+        columns.append("bits a weight")
+    if any(cell.error is not None for cell in found):
+        of.append(("error", ".2e"))
+        columns.append("error / output")
     rows = [
         [
             Number(cell.place, cell.layer),
             cell.kind,
             Number(percent(cell.sparsity), cell.sparsity),
-            Number(figure(cell.bits, ".2f"), cell.bits),
-            Number(figure(cell.error, ".2e"), cell.error),
+            *(Number(figure(getattr(cell, name), form), getattr(cell, name)) for name, form in of),
         ]
         for cell in found
     ]
-    columns = ["layer", "matrix", "removed", "bits a weight", "error / output"]
     numbers = table("By layer and matrix", columns, rows, words=2)
+    left = len(every) - len(found)
     return section(
         "layers",
         "Where it was compressed",
         drawn,
+        tag("p", f"The last {left:,} matrices are not shown.") if left else None,
         numbers if len(rows) <= FOLDED else folded(f"All {len(rows)} matrices as a table", numbers),
     )
 
@@ -71,8 +81,10 @@ def suffering(measured: Measured) -> Safe | None:
     edges, counts = (
         [real(x) for x in kl[name]] if isinstance(kl.get(name), list) else [] for name in ("edges", "counts")
     )
-    if edges and len(edges) == len(counts) and None not in (*edges, *counts):
-        lower, tokens = [x or 0.0 for x in edges], [x or 0.0 for x in counts]
+    lower, tokens = [x or 0.0 for x in edges], [x or 0.0 for x in counts]
+    rising = all(low < high for low, high in zip([0.0, *lower[1:-1]], lower[1:], strict=False))
+    fits = 1 < len(lower) < 100 and len(lower) == len(tokens) and lower[0] == 0 and rising
+    if fits and all(0 <= count < 1e15 for count in tokens):
         total = sum(tokens) or 1.0
         drawn = pictures.histogram(
             "kl", "KL divergence over tokens", lower, tokens, number_at(kl, "mean") or 0.0

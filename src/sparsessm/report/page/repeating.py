@@ -9,10 +9,9 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from ..record import recipe_table
 from .markup import Content, Safe, plain, tag
 from .measured import Measured
-from .parts import Number, folded, listed, prose, section, table
+from .parts import Number, folded, listed, section, table
 from .words import (
     at,
     figure,
@@ -38,12 +37,14 @@ def untested(record: Mapping[str, Any], measured: Measured, perplexity: Mapping[
             "Speed was measured for one sequence, on this machine alone; other processors and batches differ."
         )
     found.append("Nobody read the texts that the model writes, and its safety was not looked at.")
-    return section("untested", "What was not tested", listed([prose(sentence) for sentence in found]))
+    return section("untested", "What was not tested", listed(found))
 
 
 def repeat(record: Mapping[str, Any], measured: Measured, directory: str) -> Safe:
     """The recipe, the machine and the commands."""
-    columns, cells = recipe_table(table_at(record, "recipe"))
+    recipe = [
+        [name, plainly(value)] for name, value in table_at(record, "recipe").items() if value is not None
+    ]
     facts: list[list[Content | Number]] = []
     for title, found in (("", table_at(record, "machine")), ("version of ", table_at(record, "versions"))):
         for name, value in found.items():
@@ -71,7 +72,7 @@ def repeat(record: Mapping[str, Any], measured: Measured, directory: str) -> Saf
         tag("p", "The model had been pruned before in memory, so the recipe alone does not repeat it.")
         if before
         else None,
-        table("Recipe", columns, cells, words=2, sorts=False),
+        table("Recipe", ["field", "value"], recipe, words=2, sorts=False),
         folded(
             "Machine and versions",
             table("Machine and versions", ["what", "value"], facts, words=2, sorts=False),

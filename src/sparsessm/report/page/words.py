@@ -91,7 +91,8 @@ def size(value: Any) -> str:
         return NONE
     for unit, power in (("GB", 9), ("MB", 6), ("kB", 3)):
         if found >= 10**power:
-            return figure(found / 10**power, ".3g" if found < 1000 * 10**power else ",.0f", unit)
+            text = figure(found / 10**power, "#.3g" if found < 1000 * 10**power else ",.0f")
+            return f"{text.rstrip('.')}\u00a0{unit}"
     return figure(found, ",.0f", "bytes")
 
 
