@@ -18,7 +18,8 @@ class Browser:
     """One page of one browser; what it says on its console and what it asks for is kept.
 
     Attributes:
-        asked: addresses of all requests. said: messages of the console, errors and violations of the policy.
+        asked: addresses of all requests. stopped: of those that a policy stopped.
+        said: messages of the console, errors and violations of the policy.
     """
 
     def __init__(self, profile: Path) -> None:
@@ -42,7 +43,9 @@ class Browser:
             stderr=subprocess.DEVNULL,
         )
         self.asked: list[str] = []
+        self.stopped: list[str] = []
         self.said: list[str] = []
+        self._addresses: dict[str, str] = {}
         self._events: list[str] = []
         self._count = 0
         self._session: str | None = None
@@ -94,6 +97,9 @@ class Browser:
         self._events.append(event)
         if event == "Network.requestWillBeSent":
             self.asked.append(told["request"]["url"])
+            self._addresses[told["requestId"]] = told["request"]["url"]
+        elif event == "Network.loadingFailed" and told.get("blockedReason") == "csp":
+            self.stopped.append(self._addresses[told["requestId"]])
         elif event in ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded"):
             self.said.append(json.dumps(told))
         return answer

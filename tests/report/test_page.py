@@ -255,7 +255,14 @@ def test_what_was_measured_comes_back_from_its_file() -> None:
     ("bytes_", "mean", "ends", "speed", "said"),
     [
         ((235, 1000), 0.0143, (0.01, 0.02), 1.73, "24 % of the bytes, +1.4 % perplexity, 1.7 times as fast"),
-        ((250, 1000), 0.001, (-0.01, 0.02), None, "A quarter of the bytes, no measurable loss of perplexity"),
+        (
+            (250, 1000),
+            0.001,
+            (-0.004, 0.006),
+            None,
+            "A quarter of the bytes, no measurable loss of perplexity",
+        ),
+        ((250, 1000), 0.05, (-0.02, 0.2), None, "A quarter of the bytes, perplexity \u22122.0 % to +20 %"),
         ((1000, 1000), 0.21, (0.2, 0.22), 0.7, "As many bytes, +21 % perplexity, 0.70 times as fast"),
         ((5, 0), None, (None, None), None, "A compressed model; its cost was not measured"),
         ((1100, 1000), -0.02, (-0.03, -0.01), None, "110 % of the bytes, \u22122.0 % perplexity"),

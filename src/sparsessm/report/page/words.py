@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 NONE = "–"
+NARROW = 0.02  # width of an interval around 0 that lets us say that nothing was lost
 FRACTIONS = {
     1 / 10: "a tenth", 1 / 8: "an eighth", 1 / 6: "a sixth", 1 / 5: "a fifth", 1 / 4: "a quarter",
     1 / 3: "a third", 1 / 2: "half", 2 / 3: "two thirds", 3 / 4: "three quarters",
@@ -126,7 +127,8 @@ def headline(sizes: Mapping[str, Any], difference: Mapping[str, Any], speed: Map
     if (mean := number_at(difference, "mean")) is not None:
         low, high = number_at(difference, "low"), number_at(difference, "high")
         if low is not None and high is not None and low <= 0 <= high:
-            parts.append("no measurable loss of perplexity" if mean >= 0 else "perplexity as before")
+            small = high - low < NARROW
+            parts.append("no measurable loss of perplexity" if small else f"perplexity {between(low, high)}")
         else:
             parts.append(f"{change(mean)} perplexity")
     if (median := number_at(speed, "median")) is not None:
