@@ -211,7 +211,13 @@ def frontier(fit: Mapping[str, Any] | None) -> Safe | None:
         "What other sizes would cost",
         tag("p", why) if why else None,
         picture(drawn, "Each point is one size; bars are 95 % intervals. Lower left is better.", alone=True),
-        table(caption, ["bits a weight", "bytes", "perplexity", "95 % interval", "note"], rows, words=0),
+        table(
+            caption,
+            ["bits a weight", "bytes", "perplexity", "95 % interval", "note"],
+            rows,
+            words=0,
+            remarks=True,
+        ),
         together(tag("h3", "Refused"), listed(_items(refused))) if _items(refused) else None,
     )
 

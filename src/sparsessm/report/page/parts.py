@@ -29,19 +29,22 @@ def table(
     rows: Sequence[Sequence[Content | Number]],
     *,
     words: int = 1,
+    remarks: bool = False,
     sorts: bool = True,
 ) -> Safe:
     """A table with a caption; the first cell of a row names it.
 
     Args:
         words: columns that are words, the first ones; the others are numbers.
+        remarks: the last column is words, too.
         sorts: whether a reader may sort it, where it has several rows.
     """
+    numbers = range(words, len(columns) - remarks)
     head = [
-        tag("th", name, scope="col", class_=None if place < words else "n")
+        tag("th", name, scope="col", class_="n" if place in numbers else None)
         for place, name in enumerate(columns)
     ]
-    body = [tag("tr", *(_cell(cell, place, words) for place, cell in enumerate(row))) for row in rows]
+    body = [tag("tr", *(_cell(cell, place, numbers) for place, cell in enumerate(row))) for row in rows]
     inner = tag(
         "table",
         tag("caption", caption),
@@ -52,10 +55,10 @@ def table(
     return tag("div", inner, class_="wide", tabindex=0, role="region", aria_label=caption)
 
 
-def _cell(cell: Content | Number, place: int, words: int) -> Safe:
+def _cell(cell: Content | Number, place: int, numbers: range) -> Safe:
     value, text = (cell.value, cell.text) if isinstance(cell, Number) else (None, cell)
     shown = None if (found := real(value)) is None else f"{found:.9g}"
-    kind = None if place < words else "n"
+    kind = "n" if place in numbers else None
     if place == 0:
         return tag("th", text, scope="row", data_value=shown)
     return tag("td", text, class_=kind, data_value=shown)
