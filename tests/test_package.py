@@ -35,7 +35,7 @@ HOMES = {  # library -> the only rooms, or files of rooms, that may import it
     "uvicorn": {"serving/running.py"},
     "prometheus_client": {"serving/metrics.py"},
     "lm_eval": {"evaluation/tasks.py"},
-    "matplotlib": {"studies/findings.py"},
+    "matplotlib": {"studies/findings.py", "report/page/pictures.py"},
     "typer": {"cli"},
     "rich": {"cli"},
 }

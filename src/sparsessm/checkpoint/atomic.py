@@ -76,6 +76,16 @@ def replacing(target: Path, *, force: bool = False, folder: bool = True) -> Iter
             os.close(lock)
 
 
+def write_text(file: Path, text: str) -> None:
+    """Write a file of text, in place of an old one if there is one.
+
+    Raises:
+        OSError: as the file system reports it; nothing is left behind, an old file is intact.
+    """
+    with replacing(file, force=True, folder=False) as new:
+        new.write_text(text, encoding="utf-8")
+
+
 def recover(target: Path) -> None:
     """Clear up what killed runs left beside `target`; a directory one of them had moved aside goes back."""
     target = target.resolve()

@@ -20,6 +20,8 @@ from .files import BIN, CONFIG, SAFETENSORS, few
 from .folder import Folder
 
 RECORD, GENERATION, CARD = "pruning.json", "generation_config.json", "README.md"
+MEASURED, PAGE = "measured.json", "report.html"  # what `sparsessm report` leaves beside a result
+OURS = (RECORD, CARD, MEASURED, PAGE)
 TEMPLATES = "additional_chat_templates"
 LARGE = 10 << 20
 """Bytes of the largest file that is carried over, but for the tokenizer's."""
@@ -82,7 +84,7 @@ def is_vocabulary(name: str) -> bool:
 
 def is_usual(name: str) -> bool:
     """True for a name that only checkpoints have: what `--force` may remove with one."""
-    usual = (CONFIG, GENERATION, RECORD, CARD, "LICENSE*", "NOTICE*", PACKED, "model*.safetensors")
+    usual = (CONFIG, GENERATION, *OURS, "LICENSE*", "NOTICE*", PACKED, "model*.safetensors")
     usual += ("pytorch_model*.bin", "*.index.json", "processor_config.json", "preprocessor_config.json")
     return is_tokenizer_file(name) or any(fnmatch(name, pattern) for pattern in usual)
 
@@ -90,14 +92,14 @@ def is_usual(name: str) -> bool:
 def carried(folder: Folder) -> tuple[dict[str, bytes], tuple[str, ...]]:
     """The files of a checkpoint directory that its result has too, by their paths in it, and what to say.
 
-    Left out without a word: hidden files, the record and the card of an earlier run, the weights.
+    Left out without a word: hidden files, what an earlier run said of its result (`OURS`), the weights.
     """
     files: dict[str, bytes] = {}
     left: list[str] = []
     room = _ALL
     read = {SAFETENSORS, BIN, PACKED, f"{SAFETENSORS}.index.json", f"{BIN}.index.json"}
     for name, path in _candidates(folder, left):
-        if name in (RECORD, CARD):
+        if name in OURS:
             continue
         if any(fnmatch(name.lower(), pattern) for pattern in _WEIGHTS):
             if name not in read and not re.fullmatch(

@@ -15,12 +15,13 @@ import typer
 import sparsessm
 
 from .. import kernels
-from . import looking, measuring, pruning, running, tables
+from . import looking, measuring, pruning, reporting, running, tables
 from .answering import GROUPS, app
 from .ending import TRACEBACK
 from .looking import evaluate, inspect, list_
 from .measuring import bench
 from .pruning import analyze, demo, prune
+from .reporting import report
 from .running import export, generate, pack, unpack
 from .serving import serve
 
@@ -39,6 +40,8 @@ __all__ = [
     "pack",
     "prune",
     "pruning",
+    "report",
+    "reporting",
     "run",
     "running",
     "serve",

@@ -54,6 +54,7 @@ HELPS = {
     "eval": "a shorter --length needs less",
     "generate": "a shorter prompt or a model packed with --dtype int8 needs less",
     "bench": "a model packed with --dtype int8 needs less",
+    "report": "--no-eval needs less",
 }
 
 

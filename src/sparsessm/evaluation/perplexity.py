@@ -129,23 +129,12 @@ def measure(
         ValueError: windows of another shape or type, `n_bytes` below 1, a token outside the model's
             vocabulary, a window on which the model's likelihood is not finite.
     """
-    if windows.ndim != 2 or windows.dtype != torch.int64 or windows.shape[0] < 1 or windows.shape[1] < 2:
-        raise ValueError(
-            "perplexity needs int64 windows of shape (at least 1, at least 2), "
-            f"got {windows.dtype} {tuple(windows.shape)}"
-        )
-    if n_bytes < 1:
-        raise ValueError(f"perplexity needs n_bytes >= 1, got {n_bytes}")
-    count, length = windows.shape
-    config: Any = architecture.model.config
-    if int(windows.min()) < 0 or int(windows.max()) >= config.vocab_size:
-        raise ValueError(
-            f"perplexity: tokens {int(windows.min())}..{int(windows.max())} do not fit the model's "
-            f"vocabulary of {config.vocab_size}"
-        )
+    refuse_windows(architecture, windows, n_bytes)
+    count = len(windows)
     nlls: list[float] = []
     steps = Steps("evaluate", count, progress, len(architecture.blocks))
     batches = grouped(windows, BATCH)
+    config: Any = architecture.model.config
     wide = 4 * batches[0].numel() * config.hidden_size
     width = architecture.residence.at_once(wide, len(batches), free=1)
     for first in range(0, len(batches), width):
@@ -155,9 +144,19 @@ def measure(
                 raise ValueError(f"perplexity: the likelihood of window {len(nlls)} is not finite ({nll})")
             nlls.append(nll)
         steps(sum(map(len, some)))
+    return of_windows(nlls, windows, n_bytes, data=data, compute=architecture.compute.used)
+
+
+def of_windows(nlls: list[float], windows: Tensor, n_bytes: int, *, data: str, compute: str) -> Perplexity:
+    """What the mean negative log-likelihoods of windows, nats a token, come to.
+
+    Args:
+        nlls: one of each window. compute: the precision of products. Others: as `measure`.
+    """
+    count, length = windows.shape
     nll = math.fsum(nlls) / count
     tokens = count * (length - 1)
-    low, high = _interval(nlls)
+    low, high = interval(nlls)
     return Perplexity(
         data=data,
         tokens=tokens,
@@ -170,8 +169,29 @@ def measure(
         bits_per_byte=nll * tokens / math.log(2) / n_bytes,
         window_nll=tuple(nlls),
         fingerprint=fingerprint(windows),
-        compute=architecture.compute.used,
+        compute=compute,
     )
+
+
+def refuse_windows(architecture: Architecture, windows: Tensor, n_bytes: int) -> None:
+    """Refuse what a model cannot be measured on; arguments as of `measure`.
+
+    Raises:
+        ValueError: windows of another shape or type, `n_bytes` below 1, a token outside the vocabulary.
+    """
+    if windows.ndim != 2 or windows.dtype != torch.int64 or windows.shape[0] < 1 or windows.shape[1] < 2:
+        raise ValueError(
+            "perplexity needs int64 windows of shape (at least 1, at least 2), "
+            f"got {windows.dtype} {tuple(windows.shape)}"
+        )
+    if n_bytes < 1:
+        raise ValueError(f"perplexity needs n_bytes >= 1, got {n_bytes}")
+    config: Any = architecture.model.config
+    if int(windows.min()) < 0 or int(windows.max()) >= config.vocab_size:
+        raise ValueError(
+            f"perplexity: tokens {int(windows.min())}..{int(windows.max())} do not fit the model's "
+            f"vocabulary of {config.vocab_size}"
+        )
 
 
 def difference(dense: Perplexity, pruned: Perplexity) -> Difference:
@@ -187,7 +207,7 @@ def difference(dense: Perplexity, pruned: Perplexity) -> Difference:
             f"({pruned.fingerprint[:12]})"
         )
     changes = [after - before for before, after in zip(dense.window_nll, pruned.window_nll, strict=True)]
-    low, high = _interval(changes)
+    low, high = interval(changes)
     mean = math.fsum(changes) / len(changes)
     return Difference(mean=_exp(mean) - 1, low=_exp(low) - 1, high=_exp(high) - 1)
 
@@ -199,8 +219,8 @@ def _exp(value: float) -> float:
         return math.inf
 
 
-def _interval(values: list[float]) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of the mean of the values."""
+def interval(values: list[float]) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the mean of the values, one a window; NaN for fewer than two."""
     if len(values) < 2:
         return math.nan, math.nan
     sample = torch.tensor(values, dtype=torch.float64)

@@ -4,4 +4,5 @@ record.py     rows, totals, tables
 card.py       the model card
 contents.py   what a checkpoint holds, in bytes
 machine.py    what a result was computed on
+page/         the HTML page
 """
