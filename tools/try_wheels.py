@@ -17,8 +17,8 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PRUNE = "prune builtin:pycode -o small --bits 3.25 --samples 2 --length 128 --no-eval --quiet"
-GENERATE = "generate small import --max-new-tokens 8 --quiet"
+PRUNE = "sparsessm prune builtin:pycode -o small --bits 3.25 --samples 2 --length 128 --no-eval --quiet"
+GENERATE = "sparsessm generate small import --max-new-tokens 8 --quiet"
 
 
 def said(folder: Path, command: str, **environment: str) -> str:
