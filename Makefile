@@ -6,7 +6,7 @@ INSTALLED := .venv/.installed
 DEVELOPED := .venv/.developed
 INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/sparsessm/kernels/*.cpp src/sparsessm/kernels/*.h)
 
-.PHONY: demo test test-portable lint bench clean
+.PHONY: demo test test-portable lint bench wheel wheel-test docs clean
 
 demo: $(INSTALLED) ## prune the built-in model by every method, pack it, run it
 	$(BIN)/sparsessm demo
@@ -45,8 +45,22 @@ bench: $(INSTALLED) ## the kernels, the calibration, its precision and the runti
 	$(BIN)/python bench/compute.py
 	$(BIN)/python bench/runtime.py
 
+PYTHONS ?= $(PYTHON) # a wheel by each: `make wheel PYTHONS="python3.11 python3.12"`
+
+wheel: $(DEVELOPED) ## an sdist and wheels in dist/, for any Linux with glibc 2.17 and later
+	$(INSTALL) -e ".[release]"
+	$(BIN)/python tools/wheels.py $(PYTHONS)
+
+wheel-test: ## dist/ installed and used by each of PYTHONS where there is no compiler
+	$(PYTHON) tools/try_wheels.py $(PYTHONS)
+
+docs: $(DEVELOPED) ## the pages as a site, in site/: a warning, a dead link or a request to the outside fails
+	$(INSTALL) -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	! grep -rElI '<(link|script|img|iframe)[^>]*(href|src)="?(https?:)?//' site --include='*.html'
+
 clean: ## what building and testing left, .venv excepted
-	rm -rf build dist .coverage* .hypothesis .pytest_cache .ruff_cache demo-out demo-out.*
+	rm -rf build dist site .coverage* .hypothesis .pytest_cache .ruff_cache demo-out demo-out.*
 	find src tests tools bench -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 # Installed anew when the declaration, the pins or a kernel changed; Python files are read where they lie.

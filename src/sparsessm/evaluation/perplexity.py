@@ -24,7 +24,8 @@ from sparsessm.calibration.progress import Progress, Steps
 from sparsessm.calibration.walk import grouped
 from sparsessm.data.edition import edition
 from sparsessm.data.texts import fingerprint
-from sparsessm.report.record import finite
+from sparsessm.report.html import html_table
+from sparsessm.report.record import finite, perplexity_table
 
 BATCH = 2048  # tokens that go through the model together: several short windows, or one long one
 RESAMPLES = 4000
@@ -68,6 +69,12 @@ class Perplexity:
     def restored(cls, fields: Mapping[str, Any]) -> Perplexity:
         """Of its fields as plain values."""
         return cls(**{**fields, "window_nll": tuple(fields["window_nll"])})
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        columns, cells = perplexity_table({self.data: self.record()}, {})
+        title = f"{self.windows} windows of {self.length} tokens"
+        return html_table(title, ["text", *columns[1:3]], [line[:3] for line in cells])
 
     def record(self) -> dict[str, Any]:
         """Returns the fields as JSON values (a number that is not finite is null), and as "text" the

@@ -5,6 +5,8 @@
 #include <array>
 #include <cstring>
 #if defined(SPARSESSM_X86)
+#include "cpu.h"
+
 #include <nmmintrin.h>
 #endif
 
@@ -82,7 +84,7 @@ uint64_t eight(const uint8_t *p) {
     return value;
 }
 
-__attribute__((target("sse4.2"))) uint32_t by_instruction(uint32_t start, const uint8_t *data, size_t bytes) {
+__attribute__((target("sse4.2,crc32"))) uint32_t by_instruction(uint32_t start, const uint8_t *data, size_t bytes) {
     static const Shift shift = make_shift();
     const auto later = [](uint64_t rest) {
         return uint64_t{shift[0][rest & 255] ^ shift[1][rest >> 8 & 255] ^ shift[2][rest >> 16 & 255] ^
@@ -108,7 +110,8 @@ __attribute__((target("sse4.2"))) uint32_t by_instruction(uint32_t start, const 
 
 uint32_t crc32c(uint32_t before, const uint8_t *data, size_t bytes, bool portable) {
 #if defined(SPARSESSM_X86)
-    if (!portable && __builtin_cpu_supports("sse4.2")) return ~by_instruction(~before, data, bytes);
+    static const bool known = cpu::sse42(); // asking takes as long as summing some kilobytes
+    if (!portable && known) return ~by_instruction(~before, data, bytes);
 #endif
     (void)portable;
     return ~by_tables(~before, data, bytes);

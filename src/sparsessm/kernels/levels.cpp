@@ -1,6 +1,10 @@
 // Which of the levels this CPU can run.
 #include "scan.h"
 
+#if defined(SPARSESSM_X86)
+#include "cpu.h"
+#endif
+
 #if defined(SPARSESSM_ARM) && defined(__linux__)
 #include <sys/auxv.h>
 #elif defined(SPARSESSM_ARM) && defined(__APPLE__)
@@ -26,14 +30,9 @@ static bool multiplies_bytes() { // FEAT_DotProd: all of Apple's, most of others
 std::vector<const Level *> supported() {
     std::vector<const Level *> levels{&portable_level()};
 #if defined(SPARSESSM_X86)
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) levels.push_back(&avx2_level());
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl"))
-        levels.push_back(&avx512_level());
-    if (levels.back() == &avx512_level() && __builtin_cpu_supports("avx512vbmi2") &&
-        __builtin_cpu_supports("avx512vnni"))
-        levels.push_back(&avx512vbmi2_level());
+    if (cpu::avx2()) levels.push_back(&avx2_level());
+    if (cpu::avx512()) levels.push_back(&avx512_level());
+    if (cpu::vbmi2()) levels.push_back(&avx512vbmi2_level());
 #elif defined(SPARSESSM_ARM)
     if (multiplies_bytes()) levels.push_back(&dotprod_level());
 #endif

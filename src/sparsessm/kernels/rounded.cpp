@@ -3,6 +3,7 @@
 //
 // A tile of the left side holds 16 rows of 32 values; of the right side 16 pairs of values, of 16 columns each. So one
 // is the other with its 32-bit elements transposed.
+#include "cpu.h"
 #include "rounded.h"
 
 #include <immintrin.h>
@@ -193,12 +194,6 @@ bool tiles_allowed() { // the kernel must be asked once for each process
 #endif
 }
 
-bool has(unsigned leaf, unsigned sub, int reg, int bit) {
-    unsigned found[4] = {};
-    __asm__ volatile("cpuid" : "=a"(found[0]), "=b"(found[1]), "=c"(found[2]), "=d"(found[3]) : "a"(leaf), "c"(sub));
-    return found[reg] >> bit & 1;
-}
-
 void refuse_unknown(const std::string &unit) {
     const auto known = units();
     if (std::find(known.begin(), known.end(), unit) == known.end())
@@ -210,11 +205,9 @@ void refuse_unknown(const std::string &unit) {
 std::vector<std::string> units() {
     static const std::vector<std::string> found = [] {
         std::vector<std::string> names;
-        __builtin_cpu_init();
-        if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && has(7, 1, 0, 5)) {
+        if (cpu::avx512() && cpu::has(7, 1, cpu::EAX, 5)) {
             names.push_back("avx512bf16");
-            if (has(7, 0, 3, 22) && has(7, 0, 3, 24) && tiles_allowed()) names.push_back("amx");
+            if (cpu::has(7, 0, cpu::EDX, 22) && cpu::has(7, 0, cpu::EDX, 24) && tiles_allowed()) names.push_back("amx");
         }
         return names;
     }();

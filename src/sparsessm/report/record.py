@@ -15,6 +15,7 @@ from ..data.texts import DATASETS
 from ..methods.hessian import DAMPING
 from ..methods.levels import CodedLevels
 from . import machine
+from .html import html_table
 from .row import Row, relative
 
 RECORD_FORMAT = 1
@@ -132,6 +133,17 @@ class Report:
             "perplexity": dict(self.perplexity),
         }
         return finite(record)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: what was removed, and what it cost."""
+        record = self.record()
+        shown = [html_table("What was removed", *removed_table(record["targets"], record["totals"]))]
+        models = record["perplexity"]
+        change = models.pop("difference", None)
+        if models:
+            changes = {"pruned": change} if change else {}
+            shown.append(html_table("What it cost", *perplexity_table(models, changes)))
+        return "".join(shown)
 
     def honesty(self) -> str:
         """The sentence about bytes and speed that belongs under every result."""
