@@ -12,6 +12,7 @@ transformers are imported, which takes seconds in which people press Ctrl-C.
     running.py     generate, export, pack, unpack
     measuring.py   bench
     serving.py     serve
+    watching.py    watch
     reporting.py   report
     demonstration.py   what demo compares
     tables.py      draws tables and progress

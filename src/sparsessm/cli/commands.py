@@ -24,6 +24,7 @@ from .pruning import analyze, demo, prune
 from .reporting import report
 from .running import export, generate, pack, unpack
 from .serving import serve
+from .watching import watch
 
 __all__ = [
     "analyze",
@@ -46,6 +47,7 @@ __all__ = [
     "running",
     "serve",
     "unpack",
+    "watch",
 ]
 
 ABORTED = (

@@ -32,6 +32,9 @@ def serve(
     seconds: Annotated[
         float, option("--timeout", min=0.1, help="Seconds that a request may take, waiting included.")
     ] = 600.0,
+    watch: Annotated[
+        bool, option("--watch", help="Compare the prompts with the fingerprint of `sparsessm watch --learn`.")
+    ] = False,
     threads: Annotated[int | None, option(help="Number of threads [default: as many as torch uses].")] = None,
     tokenizer: Tokenizer = None,
     quiet: Quiet = False,
@@ -67,7 +70,14 @@ def serve(
             progress.say(f"loading {model}")
             loaded = load(model, tokenizer=tokenizer, threads=threads)
             tell(loaded.notes, progress)
-            server = running.Server(loaded, settings, listening)
+            monitor = None
+            if watch:
+                from ..serving.watching import Monitor
+                from ..studies import traffic
+
+                found = traffic.load(Path(model) / traffic.FILE, loaded)
+                monitor = Monitor(loaded, found, progress.note)
+            server = running.Server(loaded, settings, listening, monitor)
             progress.say(f"serving {settings.name}")
             progress.note(f"{settings.name} is served at {server.address}/v1; Ctrl-C ends it")
             server.run()

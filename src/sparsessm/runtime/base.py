@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -69,6 +69,11 @@ class Engine(Protocol):
     @property
     def state_size(self) -> int:
         """float32 values that a sequence carries."""
+        ...
+
+    @property
+    def sections(self) -> Sequence[tuple[int, int]]:
+        """Of each layer, in the order of the state: values that are inputs of its convolution, and others."""
         ...
 
     @property

@@ -103,6 +103,14 @@ class NativeEngine:
         parts += [part for layer in self._layers for part in layer.held()]
         return sum(part.nbytes for part in parts if isinstance(part, (Matrix, Tensor)))
 
+    @property
+    def sections(self) -> list[tuple[int, int]]:
+        """As `Engine.sections`."""
+        sizes = [
+            (layer.conv.shape[0] * (layer.conv.shape[1] - 1), layer.state_size) for layer in self._layers
+        ]
+        return [(inputs, both - inputs) for inputs, both in sizes]
+
     def new_state(self, batch: int) -> Tensor:
         """As `Engine.new_state`."""
         return torch.zeros(batch, self.state_size)

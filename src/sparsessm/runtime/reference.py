@@ -97,6 +97,11 @@ class ReferenceEngine:
         """As `Engine.resident`."""
         return sum(weight.nbytes for weight in (*self._weights.values(), *self._a))
 
+    @property
+    def sections(self) -> list[tuple[int, int]]:
+        """As `Engine.sections`."""
+        return list(zip(self._sizes[::2], self._sizes[1::2], strict=True))
+
     def new_state(self, batch: int) -> Tensor:
         """As `Engine.new_state`."""
         return torch.zeros(batch, self.state_size)

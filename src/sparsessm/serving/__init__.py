@@ -10,6 +10,7 @@ Place in the flow: above `runtime/`, which it asks for tokens; `sparsessm serve`
     events.py      what is asked of the scheduler, and what it tells
     scheduler.py   requests join and leave a running batch
     prefixes.py    states of prompts that were read before
+    watching.py    does the traffic look like the text that the model was pruned for?
     metrics.py     counts and times for Prometheus
 
 Importing it is light.

@@ -16,7 +16,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from ..runtime.generation import Model
@@ -26,6 +26,7 @@ from .events import Asked, Event, Failed, Full, Piece
 from .gate import Gate
 from .metrics import TEXT, Metrics
 from .scheduler import Scheduler, Ticket
+from .watching import Monitor
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,12 @@ class Mailbox:
 class Desk:
     """What the routes share: the model, the scheduler, limits, metrics."""
 
-    def __init__(self, model: Model, scheduler: Scheduler, name: str, limits: Limits) -> None:
+    def __init__(
+        self, model: Model, scheduler: Scheduler, name: str, limits: Limits, monitor: Monitor | None
+    ) -> None:
         self.model, self.scheduler, self.name, self.limits = model, scheduler, name, limits
-        self.words, self.metrics, self.begun = Words(model), Metrics(scheduler), int(time.time())
+        self.words, self.metrics, self.begun = Words(model), Metrics(scheduler, monitor), int(time.time())
+        self.monitor = monitor
         # One thread: a tokenizer may not be used by several at once.
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="sparsessm-tokenizer")
 
@@ -282,6 +286,14 @@ def create(desk: Desk, key: str | None, hosts: Sequence[str] | None) -> Any:
     async def health() -> Response:
         alive = desk.scheduler.alive
         return JSONResponse({"status": "ok" if alive else "the engine has ended"}, 200 if alive else 503)
+
+    @app.get("/watch")
+    async def watch(request: Request) -> Response:
+        if desk.monitor is None:
+            raise Refused("nothing is watched; start the server with --watch", 404)
+        if "text/html" in request.headers.get("accept", ""):
+            return HTMLResponse(desk.monitor.page())
+        return JSONResponse(desk.monitor.record())
 
     @app.get("/metrics")
     async def metrics() -> Response:

@@ -15,8 +15,9 @@ from prometheus_client.registry import Collector
 
 from .answers import Answer
 from .scheduler import Scheduler
+from .watching import Monitor
 
-ROUTES = {"/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/metrics"}
+ROUTES = {"/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/metrics", "/watch"}
 FIRST = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 EACH = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28)
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
@@ -25,7 +26,7 @@ TEXT = "text/plain; version=0.0.4; charset=utf-8"
 class Metrics:
     """Of one server; a registry of its own, so that two in one process do not meet."""
 
-    def __init__(self, scheduler: Scheduler) -> None:
+    def __init__(self, scheduler: Scheduler, monitor: Monitor | None = None) -> None:
         self.registry = CollectorRegistry()
         self._answers = Counter(
             "sparsessm_requests", "Answers by path and status.", ["path", "status"], registry=self.registry
@@ -42,7 +43,7 @@ class Metrics:
             buckets=EACH,
             registry=self.registry,
         )
-        self.registry.register(_Engine(scheduler))
+        self.registry.register(_Engine(scheduler, monitor))
 
     def answered(self, path: str, status: int) -> None:
         """A request was answered, or left (499)."""
@@ -63,8 +64,8 @@ class Metrics:
 class _Engine(Collector):
     """What the scheduler has counted."""
 
-    def __init__(self, scheduler: Scheduler) -> None:
-        self._scheduler = scheduler
+    def __init__(self, scheduler: Scheduler, monitor: Monitor | None) -> None:
+        self._scheduler, self._monitor = scheduler, monitor
 
     def collect(self) -> Iterator[Any]:
         """As prometheus_client asks for it."""
@@ -87,3 +88,15 @@ class _Engine(Collector):
         }
         for name, text in gauges.items():
             yield GaugeMetricFamily(f"sparsessm_{name}", text, value=load[name])
+        if self._monitor is not None:
+            found = self._monitor.record()
+            yield CounterMetricFamily("sparsessm_drift_prompts", "Prompts watched.", value=found["prompts"])
+            yield CounterMetricFamily("sparsessm_drift_alarms", "Alarms of drift.", value=found["alarms"])
+            scores = GaugeMetricFamily(
+                "sparsessm_drift_score",
+                "How strange the last prompts are; 1 is the threshold.",
+                labels=["block"],
+            )
+            for block, judged in found["blocks"].items():
+                scores.add_metric([block], judged["score"])
+            yield scores

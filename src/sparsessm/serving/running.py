@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 
 from ..runtime.generation import Model
+from .watching import Monitor
 
 GRACE = 30.0  # seconds for what is being answered when the server is told to end
 BACKLOG = 2048
@@ -91,10 +92,12 @@ class Server:
         address: where, as a URL without a path.
     """
 
-    def __init__(self, model: Model, settings: Settings, listening: socket.socket) -> None:
+    def __init__(
+        self, model: Model, settings: Settings, listening: socket.socket, monitor: Monitor | None = None
+    ) -> None:
         """
         Args:
-            listening: of `bound`.
+            listening: of `bound`. monitor: watches the traffic.
         """
         import uvicorn
 
@@ -103,9 +106,9 @@ class Server:
 
         limits = Limits(settings.new_tokens, settings.prompt_tokens, seconds=settings.seconds)
         self.scheduler = Scheduler(
-            model, batch=settings.batch, waiting=settings.waiting, cache=settings.cache
+            model, batch=settings.batch, waiting=settings.waiting, cache=settings.cache, watcher=monitor
         )
-        desk = Desk(model, self.scheduler, settings.name, limits)
+        desk = Desk(model, self.scheduler, settings.name, limits, monitor)
         hosts = ("127.0.0.1", "localhost", "[::1]", settings.host) if settings.local else None
         app = create(desk, settings.key, hosts)
         how = {"log_level": "error", "access_log": False, "lifespan": "off", "backlog": BACKLOG}

@@ -30,12 +30,8 @@ from .prefixes import Prefixes
 class Watcher(Protocol):
     """Who looks at the traffic (`watching.py`)."""
 
-    def prompt(self, ids: list[int]) -> None:
-        """A prompt was read."""
-        ...
-
-    def step(self, logits: Tensor, tokens: list[int], states: Tensor) -> None:
-        """A step was made: logits (B, V), the tokens that were chosen from them, states (B, state_size)."""
+    def prompt(self, ids: list[int], state: Tensor, logits: Tensor) -> None:
+        """A prompt was read; the state (state_size,) and the logits (V,) after it."""
         ...
 
 
@@ -301,7 +297,7 @@ class Scheduler:
         self.counts.cached_tokens += reading.cached
         self.prefixes.keep(asked.ids, reading.state, logits)
         if self.watcher is not None:
-            self.watcher.prompt(asked.ids)
+            self.watcher.prompt(asked.ids, reading.state, logits)
         ticket.tell(Read(reading.cached, tuple(reading.told) if asked.echo else ()))
         seeds = [None if asked.seed is None else (asked.seed + i) % 2**63 for i in range(asked.count)]
         for index, generator in enumerate(generators(seeds, asked.count)):
@@ -323,8 +319,6 @@ class Scheduler:
         logits = self.model.engine.step(torch.tensor([row.growing.ids[-1] for row in rows]), states)
         tokens = self._choose(logits)
         self.counts.steps += 1
-        if self.watcher is not None:
-            self.watcher.step(logits, tokens, states)
         for place in reversed(range(len(rows))):  # whoever leaves is replaced by the last, which is done
             row = rows[place]
             if tokens[place] < 0:
