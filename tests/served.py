@@ -14,12 +14,12 @@ from sparsessm.serving import running
 
 
 @contextmanager
-def served(model: Model, **settings: Any) -> Iterator[running.Server]:
+def served(model: Model, monitor: Any = None, **settings: Any) -> Iterator[running.Server]:
     """A running server, which has ended afterwards."""
     how = running.Settings(**{"name": "tiny", "port": 0, **settings})
     listening = running.bound(how.host, how.port)
     listening.listen()  # so that who connects before the server runs waits for it
-    server = running.Server(model, how, listening)
+    server = running.Server(model, how, listening, monitor)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:

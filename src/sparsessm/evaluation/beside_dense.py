@@ -16,7 +16,7 @@ from typing import Any
 
 from sparsessm.calibration.progress import Progress
 from sparsessm.checkpoint import Checkpoint, Opened, Streaming, atomic, load, open_checkpoint
-from sparsessm.checkpoint.companions import MEASURED, PAGE
+from sparsessm.checkpoint.companions import FINGERPRINT, MEASURED, PAGE
 from sparsessm.checkpoint.files import CONFIG
 from sparsessm.checkpoint.given import undisturbed
 from sparsessm.checkpoint.shelf import give_back
@@ -99,7 +99,7 @@ def sizes(opened: Opened) -> dict[str, int]:
     everything = [
         file.stat().st_size
         for file in opened.folder.entries
-        if file.is_file() and file.name not in (MEASURED, PAGE)
+        if file.is_file() and file.name not in (MEASURED, PAGE, FINGERPRINT)
     ]
     return {"weights": sum(weights), "all": sum(everything)}
 

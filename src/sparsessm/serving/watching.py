@@ -16,12 +16,15 @@ from ..runtime.generation import Model
 from ..studies.drift import Fingerprint, Judged
 from ..studies.traffic import LONGEST, SHORTEST, Snapshots
 
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">
-<meta name="viewport" content="width=device-width"><title>watch</title><style>body{{font:16px system-ui;max-width:44em;margin:2em auto;padding:0 1em}}
-table{{border-collapse:collapse}}td,th{{padding:.3em 1em .3em 0;text-align:left}}
-@media(prefers-color-scheme:dark){{body{{background:#111;color:#eee}}}}</style>
-<h1>{title}</h1><p>{said}</p><table><tr><th>prompts judged together<th>score (1 is the threshold)<th>strangest
-{rows}</table></html>"""
+PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{title}</title>
+<style>
+body {{ font: 16px system-ui; max-width: 44em; margin: 2em auto; padding: 0 1em; color-scheme: light dark }}
+td, th {{ padding: .3em 1em .3em 0; text-align: left }}
+</style>
+<h1>{title}</h1><p>{said}</p>
+<table><tr><th>prompts judged together<th>score (1 is the threshold)<th>strangest{rows}</table></html>"""
 
 
 class Monitor:

@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 
 from sparsessm.calibration.progress import Progress, Steps
+from sparsessm.checkpoint.companions import FINGERPRINT
 from sparsessm.checkpoint.files import read_one, write_one
 from sparsessm.data.texts import evaluation_windows
 from sparsessm.runtime.generation import Model
 
 from .drift import BLOCKS, LEAST, Fingerprint, Judged
 
-FILE = "fingerprint.safetensors"  # in a result's directory
+FILE = FINGERPRINT  # in the directory of a result
 FORMAT = "sparsessm fingerprint 1"
 WINDOWS, LONGEST, SHORTEST = 512, 256, 32  # snapshots of a reference, tokens that are read before one
 SURPRISE = "surprise"  # nats a token
