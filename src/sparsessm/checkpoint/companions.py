@@ -20,6 +20,7 @@ from .files import BIN, CONFIG, SAFETENSORS, few
 from .folder import Folder
 
 RECORD, GENERATION, CARD = "pruning.json", "generation_config.json", "README.md"
+FINDING = "fit.json"  # how a size was found, of `sparsessm fit`
 TEMPLATES = "additional_chat_templates"
 LARGE = 10 << 20
 """Bytes of the largest file that is carried over, but for the tokenizer's."""
@@ -82,7 +83,7 @@ def is_vocabulary(name: str) -> bool:
 
 def is_usual(name: str) -> bool:
     """True for a name that only checkpoints have: what `--force` may remove with one."""
-    usual = (CONFIG, GENERATION, RECORD, CARD, "LICENSE*", "NOTICE*", PACKED, "model*.safetensors")
+    usual = (CONFIG, GENERATION, RECORD, CARD, FINDING, "LICENSE*", "NOTICE*", PACKED, "model*.safetensors")
     usual += ("pytorch_model*.bin", "*.index.json", "processor_config.json", "preprocessor_config.json")
     return is_tokenizer_file(name) or any(fnmatch(name, pattern) for pattern in usual)
 
@@ -97,7 +98,7 @@ def carried(folder: Folder) -> tuple[dict[str, bytes], tuple[str, ...]]:
     room = _ALL
     read = {SAFETENSORS, BIN, PACKED, f"{SAFETENSORS}.index.json", f"{BIN}.index.json"}
     for name, path in _candidates(folder, left):
-        if name in (RECORD, CARD):
+        if name in (RECORD, CARD, FINDING):
             continue
         if any(fnmatch(name.lower(), pattern) for pattern in _WEIGHTS):
             if name not in read and not re.fullmatch(
