@@ -139,7 +139,9 @@ def fit(
     if as_json:
         print_json({"out": str(out) if finding.feasible else None, **record})
     elif not quiet:
-        tables.show(tables.table(*points_table(record)), *record["why"], *record["notes"])
+        if record["points"]:
+            tables.show(tables.table(*points_table(record)))
+        tables.show(*record["why"], *record["notes"])
         tables.show(f"Saved to {out}." if finding.feasible else "Nothing was written.")
     if not finding.feasible:
         raise typer.Exit(NOTHING)

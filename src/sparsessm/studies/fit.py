@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from sparsessm.evaluation.perplexity import Difference
+from sparsessm.recipe.fits import LEAST_BITS, MOST_BITS
 from sparsessm.report.record import finite
 from sparsessm.studies.limits import COST, QUALITY, Limits, Point, percent
 from sparsessm.studies.search import AIM, following, on_grid
@@ -86,8 +87,10 @@ def first_guess(limits: Limits) -> float:
     wanted = math.log(limits.increase / UPPER) + AIM
     (low, much), (middle, some), (high, little) = ((bits, math.log(value)) for bits, value in USUAL)
     if wanted > some:
-        return low + (much - wanted) / (much - some) * (middle - low)
-    return middle + (some - wanted) / (some - little) * (high - middle)
+        bits = low + (much - wanted) / (much - some) * (middle - low)
+    else:
+        bits = middle + (some - wanted) / (some - little) * (high - middle)
+    return min(max(bits, LEAST_BITS), MOST_BITS)
 
 
 def search(
@@ -167,7 +170,7 @@ def fitted(
             told = _told(limits, points, chosen, found, failed)
             return Finding(limits, tuple(points), chosen, None, found, told)
         why = (
-            f"on text that the search did not see, perplexity rises by up to {percent(found.high)}; "
+            f"on text that the search did not see, perplexity rises by up to {percent(found.high, '')}; "
             f"max-increase is {limits.said.get('max-increase', limits.increase)}"
         )
         failed.append(f"{chosen.bits:g} bits kept to the limits on the search's text, but {why}.")

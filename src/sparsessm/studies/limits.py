@@ -134,7 +134,7 @@ class Limits:
         if self.size is not None:
             found["max-size"] = _log(point.bytes, self.size)
         if self.speed is not None:
-            found["min-speed"] = _log(self.speed, point.speed or math.nan)
+            found["min-speed"] = math.inf if point.speed is None else _log(self.speed, point.speed)
         return found
 
     def miss(self, point: Point, names: tuple[str, ...]) -> float:
@@ -149,13 +149,13 @@ class Limits:
     def sentence(self, name: str, point: Point) -> str:
         """How a point misses a limit."""
         if name == "max-increase":
-            what = f"perplexity rises by up to {percent(point.high)}"
+            what = f"perplexity rises by up to {percent(point.high, '')}"
         elif name == "max-drop":
-            what = f"accuracy falls by up to {percent((point.tasks or {})['high'])}"
+            what = f"accuracy falls by up to {percent((point.tasks or {})['high'], '')}"
         elif name == "max-size":
-            what = f"the file has {point.bytes / 1e6:.4g} MB"
+            what = f"the file takes {point.bytes / 1e6:.4g} MB"
         else:
-            what = f"it decodes {point.speed:,.1f} tokens/s"
+            what = f"it decodes {point.speed or 0:,.1f} tokens/s"
         return f"{what}; {name} is {self.said.get(name, self.record()[name])}"
 
 
@@ -165,9 +165,9 @@ def _log(value: float, limit: float) -> float:
     return math.log(max(value, TINY) / limit) if value < math.inf else math.inf
 
 
-def percent(value: float) -> str:
-    """0.0214 as "+2.14 %"."""
-    return f"{100 * value:+.2f} %"
+def percent(value: float, sign: str = "+") -> str:
+    """0.0214 as "+2.14 %"; as "2.14 %" without a sign."""
+    return f"{100 * value:{sign}.2f} %"
 
 
 def share(text: str, what: str) -> float:

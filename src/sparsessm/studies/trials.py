@@ -39,7 +39,7 @@ from sparsessm.runtime.base import refuse_type
 from sparsessm.studies.fit import Finding, first_guess, fitted
 from sparsessm.studies.limits import Limits, Point
 from sparsessm.studies.run import Run
-from sparsessm.studies.unseen import halves
+from sparsessm.studies.unseen import parted
 
 KEPT = 2  # feasible results on the disk at a time: the smallest, and one more for the verification
 BAND = 1.96  # standard errors of a 95 % interval
@@ -77,7 +77,8 @@ class Trials:
     """Sizes of one model, tried on the same text.
 
     Attributes:
-        span: the least and the most bits that are possible. about: what a finding says of the text.
+        span: the least and the most bits that are possible; the most may be less than the least.
+        settings: the fields of the recipe, but for the bits.
     """
 
     def __init__(
@@ -113,6 +114,13 @@ class Trials:
         self._compute = run.recipe.compute
         said = run.recipe.model_dump()
         self.settings = {name: said[name] for name in said if name != "bits" and said[name] is not None}
+        least, most = float(LEAST_BITS), float(MOST_BITS)
+        if limits.size is not None:
+            most = min(most, bits_within(limits.size, run.recipe, run.architecture))
+        self.span = least, most
+        self._least = bytes_at(least, run.recipe, run.architecture)
+        if most < least:
+            return  # there is nothing to measure
         self._tokens = run.windows()
         self._say(f"reading {run.recipe.data} to measure on")
         self._searched, self._verified = self._yardsticks(checkpoint, run.recipe)
@@ -123,30 +131,25 @@ class Trials:
         refuse_full(journal.folder, checkpoint, 1.0 + KEPT / 2, room)  # of 16 bits at most 9 are left
         self._say("dense model")
         with working(checkpoint, "evaluate"):
-            dense = {}
-            for name, text in (("search", self._searched), ("verification", self._verified)):
-                made = journal.once(
-                    f"dense {name}", lambda text=text: asdict(text.measure(run.architecture, progress))
-                )
-                dense[name] = Perplexity.restored(made)
-        self._dense, self._unseen = dense["search"], dense["verification"]
+            self._dense = self._of_dense("search", self._searched, run)
+            self._unseen = self._of_dense("verification", self._verified, run)
         self._tasks = self._dense_tasks(checkpoint)
-        most = MOST_BITS
-        if limits.size is not None:
-            most = min(most, bits_within(limits.size, run.recipe, run.architecture))
-        self.span = float(LEAST_BITS), most
-        self.least = bytes_at(LEAST_BITS, run.recipe, run.architecture)
+
+    def _of_dense(self, name: str, text: Yardstick, run: Run) -> Perplexity:
+        made = self._journal.once(
+            f"dense {name}", lambda: asdict(text.measure(run.architecture, self._progress))
+        )
+        return Perplexity.restored(made)
 
     def find(self) -> Finding:
         """Search, and verify."""
         if self.span[1] < self.span[0]:
-            told = (
-                f"No size is feasible: max-size is {self._limits.said.get('max-size', self._limits.size)}, "
-                f"but the file takes {self.least / 1e6:.4g} MB at {self.span[0]:g} bits a weight, the fewest."
-            )
-            found = Finding(self._limits, (), None, None, None, (told,))
-        else:
-            found = fitted(self.measure, self.verify, self._limits, self.span)
+            asked = self._limits.said.get("max-size", self._limits.size)
+            least = f"the file takes {self._least / 1e6:.4g} MB at {self.span[0]:g} bits a weight, the fewest"
+            told = f"No size is feasible: max-size is {asked}, but {least}."
+            about = {"model": self._model, "recipe": self.settings, "notes": []}
+            return Finding(self._limits, (), None, None, None, (told,), about)
+        found = fitted(self.measure, self.verify, self._limits, self.span)
         found.about.update(self._about())
         return found
 
@@ -243,7 +246,7 @@ class Trials:
         found = evaluation_parts(
             recipe.data,
             checkpoint.tokenizer,
-            lambda windows: halves(windows, self._tokens),
+            lambda windows: parted(windows, self._tokens),
             length=length,
             column=recipe.column,
         )
@@ -251,12 +254,13 @@ class Trials:
 
     def _question(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """What the unfinished run must have been about, so that its points hold here too."""
-        windows = [fingerprint(text.windows) for text in (self._searched, self._verified)]
         return {
-            "fit": self.settings,
+            "command": "fit",
+            "recipe": self.settings,
             "weights": checkpoint.digest,
             "calibration": "" if self._tokens is None else fingerprint(self._tokens),
-            "windows": windows,
+            "searched": fingerprint(self._searched.windows),
+            "verified": fingerprint(self._verified.windows),
             "tasks": list(self._limits.tasks),
             "machine": {**machine.current(), **machine.versions()},
         }

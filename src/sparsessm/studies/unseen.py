@@ -9,13 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-SEARCHED = 48  # windows that every size is measured on, at most
-VERIFIED = 48  # and others, that only the chosen one is
+SEARCHED = 32  # windows that every size is measured on, at most
+VERIFIED = 48  # and others, for the chosen one: more, so that its interval is the narrower one
 FEWEST = 2  # of each: one window has no interval
 _HEAD = 8  # tokens by which a window is found
 
 
-def halves(windows: Tensor, calibration: Tensor | None) -> list[Tensor]:
+def parted(windows: Tensor, calibration: Tensor | None) -> list[Tensor]:
     """Numbers of the windows to search on and of those to verify on: disjoint, both spread over the text.
 
     Args:
@@ -35,7 +35,9 @@ def halves(windows: Tensor, calibration: Tensor | None) -> list[Tensor]:
         )
     count = min(len(free), SEARCHED + VERIFIED)
     free = free[torch.linspace(0, len(free) - 1, count).round().long()]
-    return [free[0::2], free[1::2]]
+    # two of five to search on, the text over; of four, two
+    searched = torch.arange(count) * SEARCHED % (SEARCHED + VERIFIED) < SEARCHED
+    return [free[searched], free[~searched]]
 
 
 def touched(windows: Tensor, calibration: Tensor) -> Tensor:
