@@ -61,11 +61,15 @@ def test_nonsense_is_refused_by_name(given: dict[str, str], told: str) -> None:
         (Limits(size=1_999_999), ["the file takes 2 MB; max-size is 1999999"]),
         (Limits(speed=25.0), []),
         (Limits(speed=25.1), ["it decodes 25.0 tokens/s; min-speed is 25.1"]),
-        (Limits.parse(max_increase="1%", min_speed="30"), [
-            "perplexity rises by up to 1.60 %; max-increase is 1%", "it decodes 25.0 tokens/s; min-speed is 30",
-        ]),
+        (
+            Limits.parse(max_increase="1%", min_speed="30"),
+            [
+                "perplexity rises by up to 1.60 %; max-increase is 1%",
+                "it decodes 25.0 tokens/s; min-speed is 30",
+            ],
+        ),
     ],
-)  # fmt: skip
+)
 def test_the_upper_end_of_an_interval_is_held_to_a_limit(limits: Limits, missed: list[str]) -> None:
     judged = limits.judged(POINT)
     assert list(judged.why) == missed and judged.feasible == (not missed)

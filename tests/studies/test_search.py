@@ -31,7 +31,7 @@ class Made:
 
 
 def falling(crossing: float, slope: float, bend: float, limit: float) -> Curve:
-    """An increase that is at its limit at so many bits; the slope is nats a bit there, `bend` what it loses."""
+    """An increase that is at its limit at `crossing`; the slope is nats a bit there, `bend` what it loses."""
 
     def high(bits: float) -> float:
         away = bits - crossing

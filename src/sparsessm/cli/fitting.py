@@ -116,6 +116,8 @@ def fit(
         limits = Limits.parse(
             max_increase=max_increase, max_drop=max_drop, max_size=max_size, min_speed=min_speed, tasks=tasks
         )
+        if include_path is not None and tasks is None:
+            raise ValueError("--include-path has no effect without --tasks")
         given = {"model": checked_path("source", model), "data": data, "column": column, "samples": samples}
         given |= {"length": length, "seed": seed, "tokenizer": tokenizer}
         recipe = Recipe(**{name: value for name, value in given.items() if value is not None})

@@ -288,7 +288,9 @@ class Trials:
         if not self._limits.tasks:
             return None
         made = self._journal.once("dense tasks", lambda: asdict(self._scores(checkpoint)))
-        return ZeroShot.restored(made)
+        dense = ZeroShot.restored(made)
+        drop(dense, dense)  # refuses what has no accuracy before a size is tried
+        return dense
 
     def _scores(self, checkpoint: Checkpoint) -> ZeroShot:
         how = {"include_path": self._include, "progress": self._progress}
