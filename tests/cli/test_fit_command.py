@@ -57,7 +57,9 @@ def test_a_size_is_found_verified_and_written(done: tuple[Path, str]) -> None:
     chosen, limit = found["chosen"], 0.003
     assert chosen["high"] <= limit and found["verified"]["high"] <= limit and found["feasible"]
     assert (out / "packed.safetensors").stat().st_size == chosen["bytes"]
-    assert all(point["feasible"] == (point["high"] <= limit) for point in found["points"])
+    for point in found["points"]:  # one may fail on the other text alone
+        unseen = any("the search did not see" in why for why in point["why"])
+        assert point["feasible"] == (point["high"] <= limit and not unseen) == (not point["why"])
     assert chosen["bits"] == min(point["bits"] for point in found["points"] if point["feasible"])
     assert names(folder) == ["dense", "out", "text.txt"]
     assert row_of(printed, f"{chosen['bits']:g}")[-1] == "chosen"
