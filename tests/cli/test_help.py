@@ -17,7 +17,7 @@ from sparsessm.cli.answering import GROUPS, PANELS
 from sparsessm.recipe.recipe import Recipe
 
 COMMANDS = set(
-    "prune pack unpack eval bench inspect report analyze generate serve watch export demo list".split()
+    "fit prune pack unpack eval bench inspect report watch analyze generate serve export demo list".split()
 )
 
 

@@ -58,11 +58,11 @@ def test_other_traffic_is_an_alarm_and_usual_traffic_is_none(
     strange = written(tmp_path / "strange.jsonl", noise(40))
     outcome = run("watch", str(result), "--data", strange, "--against", "builtin:pycode", "--json", code=3)
     found = json.loads(outcome.stdout)
-    assert found["alarm"] and found["prompts"] == 40 and found["reference"] == "stdlib"
+    assert found["alarm"] and found["prompts"] == 48 and found["reference"] == "stdlib"
     (row,) = found["judged"]
-    assert (row["block"], row["blocks"], row["alarms"]) == (16, 2, 2) and row["largest"] > 1
+    assert (row["block"], row["blocks"], row["alarms"]) == (16, 3, 3) and row["largest"] > 1
     cost = found["cost"]
-    assert cost["low"] < cost["increase"] < cost["high"] and cost["prompts"] == 40
+    assert cost["low"] < cost["increase"] < cost["high"] and cost["prompts"] == 48
     same = written(tmp_path / "same.jsonl", usual(model, 64))
     outcome = run("watch", str(result), "--data", same)
     assert "No alarm" in outcome.stdout and "64" in outcome.stdout
