@@ -2,9 +2,10 @@
 
 Place in the flow: between the web (`api.py`) and an engine of `runtime/`. One thread has the engine. In each
 turn it takes what waits while there are places, reads at most `SLAB` tokens of prompts, so that nobody who is
-being answered waits longer, and takes every running sequence one token further. The last tokens of a prompt,
-if they are few, go through the batch too, one a step: alone they would cost as much as many. The idea is Orca's
-(Yu et al., OSDI 2022); that prompts are read in pieces between steps is Sarathi's (Agrawal et al., 2023).
+being answered waits longer, and takes every running sequence one token further. The last tokens of a prompt
+go through the batch too, one a step, if they are few: alone they would cost as much as many. The idea is
+Orca's (Yu et al., OSDI 2022); that prompts are read in pieces between steps is Sarathi's (Agrawal et al.,
+2023).
 """
 
 from __future__ import annotations
