@@ -34,6 +34,7 @@ HUB = re.compile(r"[\w-]+/[\w.-]+")
 # Appended to a command that would take long; of an option given twice the last counts.
 SHORT = {
     "prune": ["--samples", "2", "--length", "64", "--no-eval"],
+    "fit": ["--samples", "2", "--length", "64", "--max-increase", "900%"],
     "eval": ["--limit", "1", "--length", "64"],
     "demo": ["--samples", "1"],
     "analyze": ["--samples", "1", "--windows", "1", "--length", "64"],

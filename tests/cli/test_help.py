@@ -16,7 +16,9 @@ from sparsessm import cli
 from sparsessm.cli.answering import GROUPS, PANELS
 from sparsessm.recipe.recipe import Recipe
 
-COMMANDS = set("prune pack unpack eval bench inspect report analyze generate serve export demo list".split())
+COMMANDS = set(
+    "fit prune pack unpack eval bench inspect report analyze generate serve export demo list".split()
+)
 
 
 def shown(*arguments: str, width: int = 80) -> str:

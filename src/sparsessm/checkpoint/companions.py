@@ -21,7 +21,8 @@ from .folder import Folder
 
 RECORD, GENERATION, CARD = "pruning.json", "generation_config.json", "README.md"
 MEASURED, PAGE = "measured.json", "report.html"  # what `sparsessm report` leaves beside a result
-OURS = (RECORD, CARD, MEASURED, PAGE)
+FINDING = "fit.json"  # how a size was found, of `sparsessm fit`
+OURS = (RECORD, CARD, MEASURED, PAGE, FINDING)
 TEMPLATES = "additional_chat_templates"
 LARGE = 10 << 20
 """Bytes of the largest file that is carried over, but for the tokenizer's."""

@@ -324,7 +324,8 @@ def said(folder: Path) -> str:
         return str(error)
     blocks = len({(line["stage"], line["block"]) for line in lines[1:] if "block" in line})
     size = sum(path.stat().st_size for path in folder.iterdir())
-    return f"{blocks} blocks done, {size:,} bytes" if len(lines) > 1 else ""
+    done = f"{blocks} blocks" if blocks else f"{len(lines) - 1} steps"
+    return f"{done} done, {size:,} bytes" if len(lines) > 1 else ""
 
 
 def flushed(file: Path) -> str:

@@ -8,6 +8,7 @@ transformers are imported, which takes seconds in which people press Ctrl-C.
     commands.py    the app with all of its commands
     answering.py   the app, options in common, what is printed where
     pruning.py     prune, demo, analyze
+    fitting.py     fit
     looking.py     eval, inspect, list
     running.py     generate, export, pack, unpack
     measuring.py   bench

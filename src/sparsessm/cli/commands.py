@@ -15,9 +15,10 @@ import typer
 import sparsessm
 
 from .. import kernels
-from . import looking, measuring, pruning, reporting, running, tables
+from . import fitting, looking, measuring, pruning, reporting, running, tables
 from .answering import GROUPS, app
 from .ending import TRACEBACK
+from .fitting import fit
 from .looking import evaluate, inspect, list_
 from .measuring import bench
 from .pruning import analyze, demo, prune
@@ -32,6 +33,8 @@ __all__ = [
     "demo",
     "evaluate",
     "export",
+    "fit",
+    "fitting",
     "generate",
     "inspect",
     "list_",

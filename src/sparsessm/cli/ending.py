@@ -2,7 +2,7 @@
 
 Place in the flow: around everything else, and imported before anything slow, so that it holds from the first
 import to the exit. Exit codes: 0, 1 a mistake of the user or a failure (one line `error: ...`), 2 wrong
-usage, 128 + the signal (Ctrl-C 130, SIGTERM 143, SIGHUP 129).
+usage, 3 no size keeps to the limits of `fit`, 128 + the signal (Ctrl-C 130, SIGTERM 143, SIGHUP 129).
 
 A signal does not raise an exception: it would come in a destructor, an import hook or a native call that was
 converting its arguments, which swallow it. The handler clears up what is unfinished (`data/unfinished.py`),
@@ -49,6 +49,7 @@ _SHORT = (  # how libraries say that there is no memory, in classes that say not
 )
 HELPS = {
     "prune": "fewer --samples, a shorter --length or --no-eval need less",
+    "fit": "fewer --samples, a shorter --length or less --memory need less",
     "analyze": "fewer --samples and --windows or a shorter --length need less",
     "demo": "fewer --samples need less",
     "eval": "a shorter --length needs less",

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import islice
@@ -237,22 +237,41 @@ def evaluation_windows(
         ValueError: `length` below 2 or `limit` below 1, or a text shorter than one window; else as
             `documents`.
     """
+    if limit is not None and limit < 1:
+        raise ValueError(f"evaluation needs limit >= 1 or None, got {limit}")
+
+    def spread(windows: Tensor) -> list[Tensor]:
+        all_of = torch.arange(count := len(windows))
+        return [torch.linspace(0, count - 1, limit).round().long() if limit and limit < count else all_of]
+
+    (found,) = evaluation_parts(data, tokenizer, spread, length=length, split=split, column=column)
+    return found
+
+
+def evaluation_parts(
+    data: str,
+    tokenizer: Tokenizer,
+    parts: Callable[[Tensor], Sequence[Tensor]],
+    *,
+    length: int,
+    split: Split = "evaluation",
+    column: str | None = None,
+) -> list[tuple[Tensor, int]]:
+    """The same in several parts: of all windows (W, length) `parts` gives the numbers of those in each.
+
+    Raises:
+        ValueError: as `evaluation_windows`.
+    """
     if length < 2:
         raise ValueError(
             f"evaluation needs length >= 2 (the first token of a window is not predicted), got {length}"
         )
-    if limit is not None and limit < 1:
-        raise ValueError(f"evaluation needs limit >= 1 or None, got {limit}")
     stream, sizes = _stream(documents(data, split, column), tokenizer, sized=True)
-    count = stream.numel() // length
-    if count == 0:
+    if (count := stream.numel() // length) == 0:
         raise ValueError(_too_short(data, stream.numel(), length))
-    taken = torch.arange(count)
-    if limit is not None and limit < count:
-        taken = torch.linspace(0, count - 1, limit).round().long()
-    windows = stream[: count * length].view(count, length)[taken]
-    predicted = sizes[: count * length].view(count, length)[taken, 1:]
-    return windows, round(float(predicted.sum()))
+    windows = stream[: count * length].view(count, length)
+    predicted = sizes[: count * length].view(count, length)[:, 1:]
+    return [(windows[part], round(float(predicted[part].sum()))) for part in parts(windows)]
 
 
 def fingerprint(tokens: Tensor) -> str:

@@ -84,6 +84,19 @@ class ZeroShot:
     length: int
     limit: int | None
 
+    @classmethod
+    def restored(cls, fields: Mapping[str, Any]) -> ZeroShot:
+        """Of its fields as plain values."""
+
+        def metric(what: Mapping[str, Any]) -> Metric:
+            return Metric(**{**what, "values": tuple(what["values"])})
+
+        scores = (
+            Score(**{**score, "metrics": {name: metric(what) for name, what in score["metrics"].items()}})
+            for score in fields["scores"]
+        )
+        return cls(**{**fields, "scores": tuple(scores)})
+
     @property
     def metrics(self) -> dict[str, Mapping[str, Metric]]:
         """Task -> metric -> value; with "mean of the five" (`PAPER`) where all five were run."""

@@ -198,6 +198,23 @@ def subject(path: str | os.PathLike[str], threads: int | None = None) -> Subject
     return Subject(os.fspath(path), engine, config, is_packed, stored, disk, grown, notes)
 
 
+def decoding(path: str | os.PathLike[str], rounds: int = timing.FEWEST) -> float:
+    """Tokens a second of one sequence, the median of a few rounds: enough to compare with a limit.
+
+    Args:
+        path: a packed directory, or any model of a type that the runtime runs. rounds: at least 1.
+
+    Raises:
+        ValueError: as `runtime.load`.
+    """
+    opened = open_checkpoint(path)
+    refuse_type(opened.model_type)
+    held = packed.stream(opened)
+    engine = engine_of(held.config, held.tensors, None)
+    _, alone = timing.timed([engine], prompt=1, batches=(1,), rounds=rounds)
+    return alone.speed(0).median
+
+
 def storage(tensors: Mapping[str, PackedTensor]) -> dict[str, dict[str, Any]]:
     """How the large matrices are stored.
 

@@ -64,15 +64,7 @@ def bits_of(size: str, recipe: Recipe, architecture: Architecture) -> float:
     Raises:
         ValueError: as `aimed`.
     """
-    rules = assign(recipe, architecture.targets).rules
-    targets = [target for target in architecture.targets if target.name in rules]
-    coded = {id(target.parameter) for target in targets}
-    parameters = dict(architecture.model.named_parameters())
-    rest = sum(
-        PLAIN + size for name, size in _sizes(architecture).items() if id(parameters[name]) not in coded
-    )
-    rest += CODED * len(targets)
-    entries = sum(target.matrix.numel() for target in targets)
+    rest, entries = _filled(recipe, architecture)
     bits = 8 * (bytes_of(size, "size") - rest) / entries
     if LEAST_BITS * (1 - NEAR) <= bits <= MOST_BITS * (1 + NEAR):
         return min(max(bits, LEAST_BITS), MOST_BITS)
@@ -82,3 +74,33 @@ def bits_of(size: str, recipe: Recipe, architecture: Architecture) -> float:
         f"{low} to {high} ({LEAST_BITS:g} to {MOST_BITS:g} bits)"
         + ("; with target matrices the head takes part" if recipe.target == "projections" else "")
     )
+
+
+def bits_within(nbytes: int, recipe: Recipe, architecture: Architecture) -> float:
+    """Stored bits a weight at which the packed file takes so many bytes, of any number of bytes: it may be
+    less, or more, than a recipe can ask for.
+
+    Args:
+        recipe: with a target and any number of bits.
+    """
+    rest, entries = _filled(recipe, architecture)
+    return 8 * (nbytes - rest) / entries
+
+
+def bytes_at(bits: float, recipe: Recipe, architecture: Architecture) -> int:
+    """The reverse of `bits_within`."""
+    rest, entries = _filled(recipe, architecture)
+    return round(rest + bits * entries / 8)
+
+
+def _filled(recipe: Recipe, architecture: Architecture) -> tuple[int, int]:
+    """Bytes of the packed file that are not of the targets' weights, and how many weights these are."""
+    rules = assign(recipe, architecture.targets).rules
+    targets = [target for target in architecture.targets if target.name in rules]
+    coded = {id(target.parameter) for target in targets}
+    parameters = dict(architecture.model.named_parameters())
+    rest = sum(
+        PLAIN + size for name, size in _sizes(architecture).items() if id(parameters[name]) not in coded
+    )
+    rest += CODED * len(targets)
+    return rest, sum(target.matrix.numel() for target in targets)
