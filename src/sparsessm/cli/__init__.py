@@ -14,6 +14,9 @@ transformers are imported, which takes seconds in which people press Ctrl-C.
     measuring.py   bench
     serving.py     serve
     reporting.py   report
+    chaining.py    run: the steps of a chain, each a program of its own
+    chain.py       what a chain's file says
+    uploading.py   upload
     demonstration.py   what demo compares
     tables.py      draws tables and progress
     __main__.py    `python -m sparsessm.cli`

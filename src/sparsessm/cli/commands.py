@@ -17,6 +17,7 @@ import sparsessm
 from .. import kernels
 from . import fitting, looking, measuring, pruning, reporting, running, tables
 from .answering import GROUPS, app
+from .chaining import run_chain
 from .ending import TRACEBACK
 from .fitting import fit
 from .looking import evaluate, inspect, list_
@@ -25,6 +26,7 @@ from .pruning import analyze, demo, prune
 from .reporting import report
 from .running import export, generate, pack, unpack
 from .serving import serve
+from .uploading import upload
 
 __all__ = [
     "analyze",
@@ -46,9 +48,11 @@ __all__ = [
     "report",
     "reporting",
     "run",
+    "run_chain",
     "running",
     "serve",
     "unpack",
+    "upload",
 ]
 
 ABORTED = (
