@@ -199,13 +199,12 @@ def _step(
 
 
 def _list(value: Any) -> list[str]:
-    found: list[str] = value if isinstance(value, list) else [value]
-    return found
+    return value if isinstance(value, list) else [value]
 
 
 def _values(option: str, value: Any, many: bool) -> list[str]:
     """What an option is given, as texts."""
-    values = value if isinstance(value, list) and many else [value]
+    values: list[Any] = value if isinstance(value, list) and many else [value]
     if not values or any(not isinstance(one, str) or not one for one in values):
         allowed = "a value, or a list of them" if many else "one value"
         raise ValueError(f"{option} is {short(value)}; allowed: {allowed}")
