@@ -140,8 +140,9 @@ def _record(file: Path) -> dict[str, dict[str, Any]]:
     """
     if not os.path.lexists(file):
         return {}
-    told = from_json(decoded(read_bytes(file)))
+    content = read_bytes(file)
     try:
+        told = from_json(decoded(content))
         if told["chain"] != FORMAT:
             raise ValueError
         for step in told["steps"].values():
