@@ -74,7 +74,7 @@ def _content(file: Path, told: hashlib._Hash) -> str:
             return told.hexdigest()
         for start, end in _parts(file, size):
             content.seek(start)
-            told.update(content.read(end - start))
+            told.update(content.read(max(0, end - start)))
     return told.hexdigest()
 
 

@@ -14,6 +14,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..data.foreign import decoded, from_yaml, read_bytes, short
+from ..recipe.recipe import Recipe
+from ..studies.limits import Limits
 
 SOURCE = "source"  # the model that the chain begins with
 FIELDS = ("source", "steps")
@@ -23,6 +25,8 @@ _NAME = re.compile(r"[A-Za-z][\w-]{0,49}", re.ASCII)
 # What the chain itself decides.
 _DECIDED = ("--help", "--json", "--quiet", "--force", "--resume", "--dry-run")
 _OUT = ("--out", "--gguf")
+_SAYS = "format_message"  # of click's mistakes
+_LIMITS = ("max_increase", "max_drop", "max_size", "min_speed", "tasks")
 # Options whose value may be a file, a directory, or the result of a step.
 PATHS = ("model", "against", "recipe", "tokenizer", "data", "include-path")
 _RESULTS = ("model", "against", "recipe", "tokenizer")
@@ -179,8 +183,10 @@ def _step(
             if option in _RESULTS:
                 values = [_result(option, one, source, before, names) for one in values]
             options[option] = values if many else values[0]
-    if "model" not in options and places[0].required:
-        raise ValueError(f"model is missing; allowed: {SOURCE}, the name of a step, or a model")
+    for option, part in positional.items():
+        if part.required and option not in options:
+            hint = f"{SOURCE}, the name of a step, or a model" if option == "model" else part.metavar
+            raise ValueError(f"{option} is missing; allowed: {hint}")
     out = _out(options.pop("out", None), name, kind, options.get("model")) if writes else None
     arguments = [
         word for option in options if option in flags for word in _flag(option, flags[option], options)
@@ -273,13 +279,19 @@ def _refuse_place(step: Step, before: Sequence[Step], file: Path) -> None:
 
 
 def _parse(command: Any, run: str, arguments: Sequence[str]) -> None:
-    """Have the command's own parser look at its line.
+    """Have the command's own parser look at its line, and what is behind it at recipes and limits.
 
     Raises:
-        ValueError: what it says.
+        ValueError: what they say.
     """
     try:
-        command.make_context(run, list(arguments))
+        given = command.make_context(run, list(arguments)).params
     except Exception as error:  # of whichever click typer uses
-        say = vars(type(error)).get("format_message")
+        say = getattr(type(error), _SAYS, None)
         raise ValueError(say(error) if say else str(error)) from None
+    if run == "fit":
+        Limits.parse(**{name: given[name] for name in _LIMITS})
+    if run in ("fit", "prune"):
+        fields = {name: given[name] for name in Recipe.model_fields if given.get(name) not in (None, (), [])}
+        if given.get("recipe") is None and given.get("structured") is None:
+            Recipe(**fields)
