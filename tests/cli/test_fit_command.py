@@ -57,7 +57,9 @@ def test_a_size_is_found_verified_and_written(done: tuple[Path, str]) -> None:
     chosen, limit = found["chosen"], 0.003
     assert chosen["high"] <= limit and found["verified"]["high"] <= limit and found["feasible"]
     assert (out / "packed.safetensors").stat().st_size == chosen["bytes"]
-    assert all(point["feasible"] == (point["high"] <= limit) for point in found["points"])
+    for point in found["points"]:  # one may fail on the other text alone
+        unseen = any("the search did not see" in why for why in point["why"])
+        assert point["feasible"] == (point["high"] <= limit and not unseen) == (not point["why"])
     assert chosen["bits"] == min(point["bits"] for point in found["points"] if point["feasible"])
     assert names(folder) == ["dense", "out", "text.txt"]
     assert row_of(printed, f"{chosen['bits']:g}")[-1] == "chosen"
@@ -68,7 +70,7 @@ def test_a_size_is_found_verified_and_written(done: tuple[Path, str]) -> None:
     record = json.loads((out / "pruning.json").read_text())
     assert record["recipe"]["bits"] == chosen["bits"]
     assert record["perplexity"]["difference"]["high"] == chosen["high"]
-    assert sparsessm.runtime.load(out).generate("the", max_new_tokens=2).text
+    assert sparsessm.runtime.load(out).logits("the state").isfinite().all()
 
 
 def test_the_result_is_that_of_prune_bit_for_bit(done: tuple[Path, str]) -> None:
@@ -273,7 +275,7 @@ def test_a_source_that_was_made_smaller_before(how: list[str], here: Path) -> No
     run("fit", "source", *FAST, "-o", "out", "--max-increase", "20%")
     found = finding()
     assert found["chosen"]["high"] <= 0.2 and found["verified"]["high"] <= 0.2
-    assert sparsessm.runtime.load("out").generate("the", max_new_tokens=2).text
+    assert sparsessm.runtime.load("out").logits("the state").isfinite().all()
 
 
 def test_the_built_in_model(little_library: None) -> None:

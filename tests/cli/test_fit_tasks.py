@@ -34,7 +34,7 @@ def test_a_limit_on_accuracy_is_kept_by_the_upper_end() -> None:
 
 
 def test_few_documents_say_too_little() -> None:
-    """At every size the interval of three documents is wider than the limit, unless no answer changes."""
+    """The interval of three documents is wider than the limit, even where no answer changes."""
     line = quiz(CHOICE, 3)
     done = run(*line, "--max-drop", "0.01%", "--max-size", "16KB", "--json", code=NOTHING)
     document = json.loads(done.stdout)

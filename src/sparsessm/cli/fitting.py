@@ -31,6 +31,7 @@ from .answering import (
     option,
     print_json,
 )
+from .progress import Progress, to_stderr
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
@@ -122,10 +123,12 @@ def fit(
         given |= {"length": length, "seed": seed, "tokenizer": tokenizer}
         recipe = Recipe(**{name: value for name, value in given.items() if value is not None})
         refuse_existing(out, force, model)
+        silent = to_stderr(quiet=True)
+        notes: list[Progress] = [progress]  # what of a source is not followed is said once
 
         def opened(source: str, folder: Path | None) -> Checkpoint:
             torch.manual_seed(recipe.seed)
-            return loaded(source, tokenizer, memory, progress, folder)
+            return loaded(source, tokenizer, memory, notes.pop() if notes else silent, folder)
 
         with unfinished(out, resume=resume, force=force) as journal:
             if journal.resumed:

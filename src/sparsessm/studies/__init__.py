@@ -5,4 +5,5 @@ windows.py     how many calibration windows are enough
 tolerance.py   which parts of a model tolerate how much: every matrix pruned alone
 cells.py       these runs
 findings.py    what they show, as tables and a picture
+fit.py         how small a model may be: the search and its finding (limits, search, unseen, trials)
 """

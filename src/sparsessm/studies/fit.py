@@ -13,7 +13,7 @@ perplexity, prices, survey) is the same at every size and is done once.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -158,7 +158,7 @@ def fitted(
             search did not see.
     """
     points = search(measure, limits, span, most)
-    failed: list[str] = []
+    failed: dict[float, str] = {}
     smallest = span[0]
     for _ in range(LARGER + 1):
         fits = [point for point in points if point.feasible and point.bits > smallest - 1e-9]
@@ -173,7 +173,7 @@ def fitted(
             f"on text that the search did not see, perplexity rises by up to {percent(found.high, '')}; "
             f"max-increase is {limits.said.get('max-increase', limits.increase)}"
         )
-        failed.append(f"{chosen.bits:g} bits kept to the limits on the search's text, but {why}.")
+        failed[chosen.bits] = f"{chosen.bits:g} bits kept to the limits on the search's text, but {why}."
         points[points.index(chosen)] = replace(chosen, feasible=False, why=(why,))
         smallest = chosen.bits + 0.02
         if not any(point.feasible and point.bits > smallest for point in points) and smallest < span[1]:
@@ -181,11 +181,11 @@ def fitted(
             bits = on_grid(max(smallest, chosen.bits + (miss - AIM) / BY_QUALITY.usual), *span)
             points.append(limits.judged(measure(bits)))
     near = nearest(points, limits)
-    return Finding(limits, tuple(points), None, near, None, (*failed, _nothing(near)))
+    return Finding(limits, tuple(points), None, near, None, (*failed.values(), _nothing(near)))
 
 
 def _told(
-    limits: Limits, points: list[Point], chosen: Point, found: Difference, failed: list[str]
+    limits: Limits, points: list[Point], chosen: Point, found: Difference, failed: Mapping[float, str]
 ) -> tuple[str, ...]:
     """Sentences on a choice."""
     speed = f", and it decodes {chosen.speed:,.0f} tokens/s here" if chosen.speed is not None else ""
@@ -196,7 +196,7 @@ def _told(
     below = [point for point in beyond if (point.bits < chosen.bits) is limits.of_quality]
     if below:
         other = (max if limits.of_quality else min)(below, key=lambda point: point.bits)
-        second = f"{other.bits:g} bits was refused: {'; '.join(other.why)}."
+        second = failed.get(other.bits, f"{other.bits:g} bits was refused: {'; '.join(other.why)}.")
     elif limits.of_quality:
         second = "Nothing smaller was refused: it is close to the limit already, or at the lower end."
     else:
@@ -205,7 +205,7 @@ def _told(
         f"Read again from its file, on text that the search did not see, perplexity changes by "
         f"{percent(found.mean)} ({percent(found.low)} to {percent(found.high)})."
     )
-    return (first, second, third, *failed)
+    return (first, second, third, *(why for bits, why in failed.items() if why != second))
 
 
 def _nothing(near: Point | None) -> str:

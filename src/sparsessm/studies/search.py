@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 NEAR = 0.1  # bits: who is so near to the crossing, on the right side, is there
-AIM = -0.1  # a little on the right side, as what was measured is not what will be
+AIM = -0.06  # a little on the right side, as what was measured is not what will be
+GAIN = 0.03  # bits that are worth one more size
 GRID = 0.01  # of bits: sizes that differ by less are one
 STRIDE = 2.0  # bits at once, at most, while nothing is known of the other side
 
@@ -58,9 +59,10 @@ def following(
     if right is not None and (right <= low + GRID or (left is not None and right - left <= NEAR)):
         return None
     fall = _fall(points, left, right, slope)
-    if right is not None and -dict(points)[right] / fall <= NEAR * 0.65:  # the line is not exact
-        return None
     known = dict(points)
+    exact = 0.85 if len(points) > 1 else 0.65  # of the line: its slope was measured, or is only usual
+    if right is not None and (-known[right] / fall <= NEAR * exact or (AIM - known[right]) / fall <= GAIN):
+        return None
     anchor = min((x for x in (left, right) if x is not None), key=lambda x: abs(known[x]))
     found = anchor + (known[anchor] - AIM) / fall
     found = min(max(found, anchor - STRIDE), anchor + STRIDE)
