@@ -48,6 +48,12 @@ def test_flags_and_lists_are_those_of_the_command() -> None:
     assert step.arguments[:2] == ["--ignore=x_proj", "--diagonal"]
 
 
+def test_a_number_of_samples_may_be_that_of_a_step() -> None:
+    samples, fit = read({"run": "samples", "model": "source"}, {**FIT, "samples": "samples"})
+    assert samples.out == fit.counted == "samples.json" and fit.after == ["samples"]
+    assert fit.arguments == ["--max-increase=2%", "--out=fit", "--", "dense"]
+
+
 def test_a_step_follows_from_what_it_reads_by_path_too() -> None:
     first, second = read({**PRUNE, "out": "made/half"}, {"run": "pack", "model": "./made/half"})
     assert first.after == [] and second.after == ["prune"]
@@ -70,7 +76,10 @@ def test_every_command_of_a_chain_is_a_command_and_writes_where_it_says(run: str
 @pytest.mark.parametrize(
     ("steps", "says"),
     [
-        ([{"run": "fti", "model": "source"}], "unknown command 'fti'; allowed: inspect, analyze, fit, prune"),
+        (
+            [{"run": "fti", "model": "source"}],
+            "unknown command 'fti'; allowed: inspect, samples, analyze, fit, prune",
+        ),
         ([{"run": "serve", "model": "source"}], "unknown command 'serve'"),
         ([{}], "step 1 has no run; allowed: run: COMMAND, one of inspect"),
         (["fit"], "step 1 has no run"),

@@ -17,7 +17,7 @@ from sparsessm.cli.answering import GROUPS, PANELS
 from sparsessm.recipe.recipe import Recipe
 
 COMMANDS = set(
-    "fit run prune pack unpack eval bench inspect report analyze generate serve export upload demo "
+    "fit run samples prune pack unpack eval bench inspect report analyze generate serve export upload demo "
     "list".split()
 )
 

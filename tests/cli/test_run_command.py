@@ -178,6 +178,21 @@ def test_a_killed_run_takes_its_step_along_and_goes_on(
 
 
 @pytest.mark.usefixtures("here")
+def test_the_number_of_windows_that_is_found_is_the_one_that_is_taken(started: list[list[str]]) -> None:
+    asked = {"data": "text.txt", "length": "16"}
+    write({"run": "samples", "model": "source", **asked}, {**PRUNE, "samples": "samples"})
+    run("samples", "dense", "--data", "text.txt", "--length", "16", "-o", "by-hand.json", "-q")
+    found = json.loads(Path("by-hand.json").read_text())
+    run("prune", "dense", "--data", "text.txt", "--length", "16", "--samples", "auto", "-o", "auto", "-q")
+    assert found["samples"] == json.loads(Path("auto/pruning.json").read_text())["recipe"]["samples"]
+    assert len(found["curve"]) > 1
+    assert "'by-hand.json' exists" in refused("samples", "dense", "--data", "text.txt", "-o", "by-hand.json")
+    assert states() == {name: ("ran", "it did not run yet") for name in ("samples", "prune")}
+    assert f"--samples={found['samples']}" in started[1]
+    assert {state for state, _ in states("--dry-run").values()} == {"skipped"}
+
+
+@pytest.mark.usefixtures("here")
 def test_what_the_chain_did_not_make_is_not_replaced(started: list[list[str]]) -> None:
     write(PRUNE, {**EVAL, "out": "text.json"})
     Path("text.json").write_text("mine")

@@ -9,6 +9,7 @@ transformers are imported, which takes seconds in which people press Ctrl-C.
     answering.py   the app, options in common, what is printed where
     pruning.py     prune, demo, analyze
     fitting.py     fit
+    choosing.py    samples
     looking.py     eval, inspect, list
     running.py     generate, export, pack, unpack
     measuring.py   bench

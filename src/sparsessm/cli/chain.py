@@ -49,6 +49,7 @@ class Kind:
 
 KINDS: Mapping[str, Kind] = {
     "inspect": Kind(),
+    "samples": Kind(suffix=".json"),
     "analyze": Kind(suffix=""),
     "fit": Kind(suffix="", gives=True, resumes=True),
     "prune": Kind(suffix="", gives=True, resumes=True),
@@ -73,6 +74,7 @@ class Step:
         reads: paths, or names of other things, that the options name.
         after: names of the steps whose results it reads.
         forces: whether the command has `--force`.
+        counted: the document of the step `samples` that says how many windows it takes; empty: none does.
     """
 
     name: str
@@ -83,6 +85,7 @@ class Step:
     reads: Sequence[str]
     after: Sequence[str]
     forces: bool
+    counted: str
 
     @property
     def kind(self) -> Kind:
@@ -183,6 +186,10 @@ def _step(
             if option in _RESULTS:
                 values = [_result(option, one, source, before, names) for one in values]
             options[option] = values if many else values[0]
+    counts = {step.name: step.out for step in before if step.run == "samples"}
+    counted = counts.get(str(options.get("samples"))) or ""
+    if counted:
+        options["samples"] = counted
     for option, part in positional.items():
         if part.required and option not in options:
             hint = f"{SOURCE}, the name of a step, or a model" if option == "model" else part.metavar
@@ -191,6 +198,8 @@ def _step(
     arguments = [
         word for option in options if option in flags for word in _flag(option, flags[option], options)
     ]
+    if counted:
+        arguments.remove(f"--samples={counted}")
     if out is not None:
         arguments.append(f"{_written(command)}={out}")
     arguments += [
@@ -199,9 +208,10 @@ def _step(
     ]
     _parse(command, run, arguments)
     reads = [one for option in PATHS if option in options for one in _list(options[option])]
+    reads += [counted] * bool(counted)
     after = [step.name for step in before if step.out and any(_inside(one, step.out) for one in reads)]
     forces = any("--force" in part.opts for part in command.params)
-    return Step(name, run, {"run": run, "out": out, **options}, arguments, out, reads, after, forces)
+    return Step(name, run, {"run": run, "out": out, **options}, arguments, out, reads, after, forces, counted)
 
 
 def _list(value: Any) -> list[str]:

@@ -27,6 +27,7 @@ from ..recipe.recipe import Recipe
 from ..report import machine
 from . import chain, tables
 from .answering import START, Json, Quiet, answering, app, argument, option, print_json
+from .choosing import chosen_in
 from .progress import Progress, to_stderr
 
 EXAMPLES = """Example of a chain:
@@ -246,6 +247,8 @@ def _words(step: chain.Step, folder: Path, again: bool, *, as_json: bool, quiet:
     # an analysis goes on in its own directory
     if step.forces and (there or (left and not again)) and not (again and step.run == "analyze"):
         words.append("--force")
+    if step.counted:
+        words.append(f"--samples={chosen_in(folder / step.counted)}")
     return [*words, *["--json"] * as_json, *["--quiet"] * quiet, *step.arguments]
 
 

@@ -18,6 +18,7 @@ from .. import kernels
 from . import fitting, looking, measuring, pruning, reporting, running, tables
 from .answering import GROUPS, app
 from .chaining import run_chain
+from .choosing import samples
 from .ending import TRACEBACK
 from .fitting import fit
 from .looking import evaluate, inspect, list_
@@ -50,6 +51,7 @@ __all__ = [
     "run",
     "run_chain",
     "running",
+    "samples",
     "serve",
     "unpack",
     "upload",

@@ -36,6 +36,7 @@ from .answering import (
     print_json,
     tell,
 )
+from .choosing import refuse_file
 
 Models = Annotated[
     list[str], argument(metavar="MODEL", help="Models. The others are compared with the first.")
@@ -87,16 +88,12 @@ def evaluate(
     """Measure perplexity and bits per byte, or zero-shot tasks, of one or several models."""
     perplexities, zero_shots = {}, {}
     with answering(quiet, out, events=as_json) as progress:
-        from ..checkpoint import refuse_target
         from ..checkpoint.atomic import write_text
         from ..evaluation import comparison
         from ..evaluation.tasks import zero_shot
 
-        if out is not None and refuse_target(out).exists() and (out.is_dir() or not force):
-            raise ValueError(
-                f"{str(out)!r} {'is a directory' if out.is_dir() else 'exists'}; choose another name"
-                + ", or replace it with --force" * out.is_file()
-            )
+        if out is not None:
+            refuse_file(out, force)
 
         of_text = {"--data": data, "--column": column, "--length": length, "--compute": compute}
         none = {"--include-path": include_path} if tasks is None else of_text
