@@ -19,9 +19,12 @@ import yaml
 from command import COMMAND, refused, run
 
 from sparsessm.cli import chaining
+from sparsessm.cli.choosing import chosen_in
 
 FEW = {"data": "text.txt", "samples": "3", "length": "16"}
+SAMPLES = {"run": "samples", "model": "source", "data": "text.txt", "length": "16"}
 PRUNE = {"run": "prune", "model": "source", "out": "half", **FEW, "no-eval": "true"}
+HALF = {**PRUNE, "samples": "samples"}
 EVAL = {"run": "eval", "model": ["source", "prune"], "data": "text.txt", "length": "16", "limit": "4"}
 PACK = {"run": "pack", "model": "prune", "out": "made/packed"}
 FIT = {"run": "fit", "model": "source", "max-increase": "0.3%", **FEW}
@@ -43,7 +46,7 @@ def whole(shelf: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     folder = tmp_path_factory.mktemp("whole")
     shutil.copytree(shelf, folder, dirs_exist_ok=True)
     with chdir(folder):
-        write(PRUNE, EVAL, PACK)
+        write(SAMPLES, HALF, EVAL, PACK)
     return folder, json.loads(run("run", str(folder / "chain.yaml"), "--json").stdout)
 
 
@@ -71,21 +74,20 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[str]]]:
 
 def test_all_steps_run_and_their_results_lie_beside_the_chain(whole: tuple[Path, dict[str, Any]]) -> None:
     folder, told = whole
-    assert [step["state"] for step in told["steps"]] == ["ran"] * 3
+    assert [step["state"] for step in told["steps"]] == ["ran"] * 4
     assert {path.name for path in folder.iterdir()} == {
-        "chain.yaml", "chain.json", "dense", "text.txt", "half", "eval.json", "made",
+        "chain.yaml", "chain.json", "dense", "text.txt", "samples.json", "half", "eval.json", "made",
     }  # fmt: skip
     dense, half = json.loads((folder / "eval.json").read_text())["models"]
     assert (dense["model"], half["model"], half["windows"]) == ("dense", "half", 4)
-    assert told["steps"][1]["result"] == json.loads((folder / "eval.json").read_text())
-    assert json.loads((folder / "half/pruning.json").read_text())["recipe"]["samples"] == 3
+    assert told["steps"][2]["result"] == json.loads((folder / "eval.json").read_text())
     assert (folder / "made/packed/packed.safetensors").is_file()
 
 
 @pytest.mark.usefixtures("ran")
 def test_nothing_runs_again_where_nothing_has_changed(started: list[list[str]]) -> None:
     before = Path("chain.json").read_bytes()
-    assert states() == {name: ("skipped", "") for name in ("prune", "eval", "pack")}
+    assert states() == {name: ("skipped", "") for name in ("samples", "prune", "eval", "pack")}
     assert not started and Path("chain.json").read_bytes() == before
     Path("half/report.html").write_text("a page")  # says nothing new about the model
     os.utime("dense/model.safetensors")
@@ -94,14 +96,16 @@ def test_nothing_runs_again_where_nothing_has_changed(started: list[list[str]]) 
 
 @pytest.mark.usefixtures("ran")
 def test_a_changed_option_runs_that_step_and_only_what_follows_from_it(started: list[list[str]]) -> None:
-    write(PRUNE, {**EVAL, "limit": "5"}, PACK)
-    assert states() == {"prune": ("skipped", ""), "eval": ("ran", "changed: limit"), "pack": ("skipped", "")}
+    write(SAMPLES, HALF, {**EVAL, "limit": "5"}, PACK)
+    left = ("skipped", "")
+    assert states() == {"samples": left, "prune": left, "eval": ("ran", "changed: limit"), "pack": left}
     assert [words[0] for words in started] == ["eval"] and "--force" in started[0]
     assert json.loads(Path("eval.json").read_text())["models"][0]["windows"] == 5
-    write({**PRUNE, "seed": "1"}, {**EVAL, "limit": "5"}, PACK)
+    write(SAMPLES, {**HALF, "seed": "1"}, {**EVAL, "limit": "5"}, PACK)
     after = ("runs", "after prune")
-    assert states("--dry-run") == {"prune": ("runs", "changed: seed"), "eval": after, "pack": after}
-    write({**PRUNE, "memory": "1GB"}, {**EVAL, "limit": "5"}, PACK)  # gives the same bits
+    found = {"samples": left, "prune": ("runs", "changed: seed"), "eval": after, "pack": after}
+    assert states("--dry-run") == found
+    write(SAMPLES, {**HALF, "memory": "1GB"}, {**EVAL, "limit": "5"}, PACK)  # gives the same bits
     assert {state for state, _ in states("--dry-run").values()} == {"skipped"}
 
 
@@ -120,19 +124,25 @@ def test_what_a_step_reads_and_wrote_is_looked_at() -> None:
         path.write_bytes(content)
         return told
 
-    assert changed("text.txt")["prune"] == ("runs", "changed: text.txt")
-    assert changed("dense/model.safetensors")["prune"] == ("runs", "changed: dense")
+    assert changed("text.txt")["samples"] == ("runs", "changed: text.txt")
+    assert changed("text.txt")["prune"] == ("runs", "after samples")
+    assert changed("dense/model.safetensors")["samples"] == ("runs", "changed: dense")
     told = changed("half/model.safetensors")
     assert told["prune"] == ("runs", "half was changed") and told["eval"] == ("runs", "after prune")
     Path("eval.json").unlink()
     assert states("--dry-run") == {
-        "prune": ("skipped", ""), "eval": ("runs", "eval.json is gone"), "pack": ("skipped", ""),
-    }  # fmt: skip
+        **dict.fromkeys(("samples", "prune", "pack"), ("skipped", "")),
+        "eval": ("runs", "eval.json is gone"),
+    }
     record = json.loads(Path("chain.json").read_text())
     record["steps"]["prune"]["versions"]["torch"] = "1.0"
     Path("chain.json").write_text(json.dumps(record))
     assert states("--dry-run")["prune"] == ("runs", "changed: torch")
-    assert {why for _, why in states("--dry-run", "--force").values()} == {"--force", "after prune"}
+    assert {why for _, why in states("--dry-run", "--force").values()} == {
+        "--force",
+        "after samples",
+        "after prune",
+    }
 
 
 @pytest.mark.usefixtures("here")
@@ -177,19 +187,22 @@ def test_a_killed_run_takes_its_step_along_and_goes_on(
         assert "going on in" in capfd.readouterr().err
 
 
-@pytest.mark.usefixtures("here")
+@pytest.mark.usefixtures("ran")
 def test_the_number_of_windows_that_is_found_is_the_one_that_is_taken(started: list[list[str]]) -> None:
-    asked = {"data": "text.txt", "length": "16"}
-    write({"run": "samples", "model": "source", **asked}, {**PRUNE, "samples": "samples"})
-    run("samples", "dense", "--data", "text.txt", "--length", "16", "-o", "by-hand.json", "-q")
-    found = json.loads(Path("by-hand.json").read_text())
-    run("prune", "dense", "--data", "text.txt", "--length", "16", "--samples", "auto", "-o", "auto", "-q")
-    assert found["samples"] == json.loads(Path("auto/pruning.json").read_text())["recipe"]["samples"]
-    assert len(found["curve"]) > 1
-    assert "'by-hand.json' exists" in refused("samples", "dense", "--data", "text.txt", "-o", "by-hand.json")
-    assert states() == {name: ("ran", "it did not run yet") for name in ("samples", "prune")}
-    assert f"--samples={found['samples']}" in started[1]
-    assert {state for state, _ in states("--dry-run").values()} == {"skipped"}
+    """Found by a step, it is what `prune --samples auto` finds; another document runs the step again."""
+    text = ["--data", "text.txt", "--length", "16"]
+    run("prune", "dense", *text, "--samples", "auto", "-o", "auto", "--no-eval", "-q")
+    found, auto = (
+        json.loads(Path("samples.json").read_text()),
+        json.loads(Path("auto/pruning.json").read_text()),
+    )
+    assert found["samples"] == auto["recipe"]["samples"] and len(found["curve"]) > 1
+    assert json.loads(Path("half/pruning.json").read_text())["recipe"]["samples"] == found["samples"]
+    assert "'samples.json' exists" in refused("samples", "dense", *text, "-o", "samples.json")
+    Path("samples.json").write_text('{"samples": true}')
+    assert states("--dry-run")["samples"] == ("runs", "samples.json was changed")
+    with pytest.raises(ValueError, match="does not say a number of samples"):
+        chosen_in(Path("samples.json"))
 
 
 @pytest.mark.usefixtures("here")
