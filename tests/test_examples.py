@@ -1,9 +1,10 @@
-"""examples/: notebooks run as they lie there and show tables; the workflow's programs do what they say."""
+"""examples/: notebooks run as they lie there and show tables; the chain and the workflow do what they say."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from command import run
 from sources import ROOT
 
 EXAMPLES = ROOT / "examples"
@@ -71,33 +73,29 @@ def steps() -> dict[str, dict[str, Any]]:
     return {step.get("name", step.get("uses")): step for step in job["steps"]}
 
 
-@pytest.mark.parametrize(("mean", "code"), [(0.019, 0), (-0.01, 0), (0.021, 1)])
-def test_the_workflow_fails_above_its_limit(tmp_path: Path, mean: float, code: int) -> None:
-    models = [{"perplexity": 10.0}, {"perplexity": 10 * (1 + mean), "change": {"mean": mean}}]
-    (tmp_path / "eval.json").write_text(json.dumps({"models": models}))
-    program = steps()["is it within the limit?"]["run"]
-    env = {**os.environ, "LIMIT": "0.02"}
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, env=env, capture_output=True, text=True
-    )
-    assert done.returncode == code and not done.stderr
-    assert f"{mean:+.2%}, limit +2.00%" in done.stdout
+def test_the_example_of_a_chain_parses_and_its_dry_run_names_every_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(EXAMPLES / "chain.yaml", tmp_path)
+    told = json.loads(run("run", "chain.yaml", "--dry-run", "--json").stdout)
+    names = ["inspect", "analyze", "fit", "eval", "report", "export"]
+    assert [step["step"] for step in told["steps"]] == names
+    assert {step["state"] for step in told["steps"]} == {"runs"}
+    assert {step["why"] for step in told["steps"][3:]} == {"after fit"}
+    assert [path.name for path in tmp_path.iterdir()] == ["chain.yaml"]
+    commented = [line[2:] for line in Path("chain.yaml").read_text().splitlines() if line.startswith("# - ")]
+    assert commented == ["- run: upload # after `hf auth login`"]
 
 
-def test_the_workflow_prunes_and_measures(tmp_path: Path) -> None:
-    """Its own two lines, on a small model's texts."""
-    text = tmp_path / "texts"
-    (text / "use").mkdir(parents=True)
-    (text / "use/a.txt").write_text("import os\nprint(os.sep)\n" * 400)
-    (text / "aside.jsonl").write_text(json.dumps({"text": "import sys\nprint(sys.path)\n" * 400}))
-    env = {**os.environ, "MODEL": "builtin:pycode", "BITS": "4.25", "OMP_NUM_THREADS": "1"}
-    env["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
-    for name, fewer in (
-        ("prune", "--samples 2 --length 64 --target projections"),
-        ("measure", "--length 64 --limit 4"),
-    ):
-        line = steps()[name]["run"].replace(" --data", f" {fewer} --data")
-        subprocess.run(["bash", "-ec", line], cwd=tmp_path, env=env, check=True, capture_output=True)
-    dense, small = json.loads((tmp_path / "eval.json").read_text())["models"]
-    assert small["change"]["low"] <= small["change"]["mean"] <= small["change"]["high"]
-    assert dense["model"] == "builtin:pycode" and dense["windows"] == 4
+def test_the_workflow_runs_the_chain_and_keeps_what_it_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(EXAMPLES / "chain.yaml", tmp_path)
+    words = steps()["run"]["run"].split()
+    assert words[0] == "sparsessm"
+    told = json.loads(run(*words[1:], "--dry-run", "--json").stdout)
+    kept = steps()["actions/cache@v4"]["with"]["path"].split()
+    written = {step["out"].partition("/")[0] for step in told["steps"] if step["out"]}
+    assert {*kept} == written | {"chain.json"}

@@ -17,7 +17,8 @@ from sparsessm.cli.answering import GROUPS, PANELS
 from sparsessm.recipe.recipe import Recipe
 
 COMMANDS = set(
-    "fit prune pack unpack eval bench inspect report watch analyze generate serve export demo list".split()
+    "fit run samples prune pack unpack eval bench inspect report watch analyze generate serve export upload demo "
+    "list".split()
 )
 
 

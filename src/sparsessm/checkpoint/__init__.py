@@ -40,6 +40,8 @@ beside it (`docs/checkpoint.md` describes the files).
     packed_file.py    and written
     shelf.py          tensors that are read one by one
     given.py          what the Python API is given
+    digests.py        whether files are still what they were
+    uploading.py      a result goes to the hub
 """
 
 from . import packed

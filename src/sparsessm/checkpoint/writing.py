@@ -58,13 +58,13 @@ def refuse_existing(path: str | os.PathLike[str], force: bool, source: str | Non
             raise ValueError(
                 f"{shown!r} exists; choose another name, or replace it with force=True (--force)"
             )
-        if any(target.iterdir()) and (foreign := _foreign(target)):
+        if any(target.iterdir()) and (other := foreign(target)):
             raise ValueError(
-                f"{shown!r} is not replaced, because it is not a checkpoint ({foreign}); remove it yourself"
+                f"{shown!r} is not replaced, because it is not a checkpoint ({other}); remove it yourself"
             )
 
 
-def _foreign(target: Path) -> str | None:
+def foreign(target: Path) -> str | None:
     """Why a directory is not a checkpoint and nothing else, None if it is: a slip must not take a project."""
     if not (target / CONFIG).is_file():
         return f"no {CONFIG}"

@@ -9,12 +9,16 @@ transformers are imported, which takes seconds in which people press Ctrl-C.
     answering.py   the app, options in common, what is printed where
     pruning.py     prune, demo, analyze
     fitting.py     fit
+    choosing.py    samples
     looking.py     eval, inspect, list
     running.py     generate, export, pack, unpack
     measuring.py   bench
     serving.py     serve
     watching.py    watch
     reporting.py   report
+    chaining.py    run: the steps of a chain, each a program of its own
+    chain.py       what a chain's file says
+    uploading.py   upload
     demonstration.py   what demo compares
     tables.py      draws tables and progress
     __main__.py    `python -m sparsessm.cli`

@@ -217,5 +217,10 @@ def loaded(
 
 
 def print_json(document: dict[str, Any]) -> None:
-    """Print a document on stdout; numbers that JSON does not have become null."""
-    tables.echo(json.dumps(finite(document), indent=2, allow_nan=False))
+    """Print a document on stdout, as `as_text`."""
+    tables.echo(as_text(document))
+
+
+def as_text(document: dict[str, Any]) -> str:
+    """A document as JSON; numbers that JSON does not have become null."""
+    return json.dumps(finite(document), indent=2, allow_nan=False)

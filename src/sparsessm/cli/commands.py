@@ -17,6 +17,8 @@ import sparsessm
 from .. import kernels
 from . import fitting, looking, measuring, pruning, reporting, running, tables
 from .answering import GROUPS, app
+from .chaining import run_chain
+from .choosing import samples
 from .ending import TRACEBACK
 from .fitting import fit
 from .looking import evaluate, inspect, list_
@@ -25,6 +27,7 @@ from .pruning import analyze, demo, prune
 from .reporting import report
 from .running import export, generate, pack, unpack
 from .serving import serve
+from .uploading import upload
 from .watching import watch
 
 __all__ = [
@@ -47,9 +50,12 @@ __all__ = [
     "report",
     "reporting",
     "run",
+    "run_chain",
     "running",
+    "samples",
     "serve",
     "unpack",
+    "upload",
     "watch",
 ]
 

@@ -29,12 +29,14 @@ from .answering import (
     answering,
     app,
     argument,
+    as_text,
     field,
     loaded,
     option,
     print_json,
     tell,
 )
+from .choosing import refuse_file
 
 Models = Annotated[
     list[str], argument(metavar="MODEL", help="Models. The others are compared with the first.")
@@ -51,6 +53,17 @@ Tasks = Annotated[
     str | None, option(help="Zero-shot tasks of lm-evaluation-harness instead: piqa,arc_easy,...")
 ]
 IncludePath = Annotated[Path | None, option(help="A directory of task files (YAML) for --tasks.")]
+Document = Annotated[
+    Path | None, option("--out", "-o", help="Also write the JSON document to this file.", show_default=False)
+]
+Expected = Annotated[
+    list[str] | None,
+    option(
+        "--sha256",
+        metavar="FILE=SHA256",
+        help="Refuse MODEL where FILE has another SHA-256; may be given several times.",
+    ),
+]
 
 
 @app.command(name="eval", rich_help_panel=LOOK)
@@ -65,14 +78,22 @@ def evaluate(
     include_path: IncludePath = None,
     tokenizer: Tokenizer = None,
     memory: Memory = None,
+    out: Document = None,
+    force: Annotated[
+        bool, option("--force", help="Replace an existing --out.", rich_help_panel="Output")
+    ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Measure perplexity and bits per byte, or zero-shot tasks, of one or several models."""
     perplexities, zero_shots = {}, {}
-    with answering(quiet, events=as_json) as progress:
+    with answering(quiet, out, events=as_json) as progress:
+        from ..checkpoint.atomic import write_text
         from ..evaluation import comparison
         from ..evaluation.tasks import zero_shot
+
+        if out is not None:
+            refuse_file(out, force)
 
         of_text = {"--data": data, "--column": column, "--length": length, "--compute": compute}
         none = {"--include-path": include_path} if tasks is None else of_text
@@ -91,15 +112,20 @@ def evaluate(
                 options |= {"length": length, "column": column, "compute": compute or "auto"}
                 perplexities[model] = sparsessm.evaluate(checkpoint, data or "stdlib", **options)
         result = comparison.tasks(zero_shots) if zero_shots else comparison.perplexities(perplexities)
+        if out is not None:
+            write_text(out, as_text(result.document) + "\n")
     if as_json:
         print_json(result.document)
     elif not quiet:
         tables.show(tables.table(result.title, result.columns, result.cells, result.words), *result.notes)
+        if out is not None:
+            tables.show(f"Saved to {out}.")
 
 
 @app.command(rich_help_panel=LOOK)
 def inspect(
     directory: Annotated[str, argument(metavar="MODEL", help="A result of `prune`, or any model.")],
+    sha256: Expected = None,
     tokenizer: Tokenizer = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -107,10 +133,12 @@ def inspect(
     """Show what a result contains: its record, its recipe, and the zeros counted in its tensors."""
     with answering(quiet, events=as_json) as progress:
         from ..checkpoint import at_rest, open_checkpoint
+        from ..checkpoint.digests import refuse_others
         from ..checkpoint.given import checked_path
         from ..evaluation.inspection import inspection, inspection_tables
 
         opened = open_checkpoint(checked_path("source", directory))
+        refuse_others(opened.folder.path, sha256 or ())
         found = at_rest(opened, tokenizer)
         tell(found.checkpoint.notes, progress)
         record = checked(opened.record, f"{directory}/pruning.json")
