@@ -17,8 +17,8 @@ from sparsessm.cli.answering import GROUPS, PANELS
 from sparsessm.recipe.recipe import Recipe
 
 COMMANDS = set(
-    "fit run samples prune pack unpack eval bench inspect report watch analyze generate serve export upload demo "
-    "list".split()
+    "fit run samples prune pack unpack eval bench inspect report watch analyze generate serve export upload "
+    "demo list".split()
 )
 
 
