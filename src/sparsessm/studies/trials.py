@@ -229,7 +229,7 @@ class Trials:
             self._say(f"measuring {bits:g} bits")
             with working(checkpoint, "evaluate"):
                 pruned = self._searched.measure(run.architecture, self._progress)
-            report.perplexity = compared(self._dense, pruned)
+            report.perplexity, report.held_out = compared(self._dense, pruned), True
             tasks = self._drop(checkpoint)
             run.save(kept, force=True)
             del run, checkpoint, report

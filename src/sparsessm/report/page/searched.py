@@ -48,10 +48,9 @@ def _asked(finding: Mapping[str, Any]) -> str:
         limits.append(f"perplexity rises by at most {percent(increase, '.3g')} ({INTERVAL})")
     if drop is not None:
         tasks = plainly(at(finding, "asked", "tasks")) or "the tasks"
-        points = figure(100 * drop, ".3g")
-        limits.append(
-            f"the mean accuracy of {tasks} falls by at most {points} percentage points ({INTERVAL})"
-        )
+        number = figure(100 * drop, ".3g")
+        points = f"{number} percentage point{'s' * (number != '1')}"
+        limits.append(f"the mean accuracy of {tasks} falls by at most {points} ({INTERVAL})")
     if most is not None:
         limits.append(f"the file takes at most {size(most)}")
     if least is not None:
