@@ -4,7 +4,7 @@
 
 DIR is what `sparsessm serve` takes. Parts, in this order:
 
-  batch    16 clients that stream 64 tokens each, against the engine's own steps of 16 in another process, in
+  batch    16 clients that stream 128 tokens each, against the engine's own steps of 16 in another process, in
            turn, medians; beside them whatever `--peer` starts (a command that serves the same API).
   prefix   a prompt of 2,000 tokens and one more, read for the first time and again behind its kept state.
   crowd    64 clients for some minutes: streams, whole answers, connections cut at random, readers that take a
@@ -35,7 +35,7 @@ from typing import Any
 from sparsessm.report import machine
 
 HOST = "127.0.0.1"
-BATCH, NEW = 16, 64
+BATCH, NEW = 16, 128
 PREFIX = 2000
 SERVE = [sys.executable, "-m", "sparsessm", "serve"]
 STEPS = """

@@ -37,6 +37,9 @@ SHORT = {
     "fit": ["--samples", "2", "--length", "64", "--max-increase", "900%"],
     "eval": ["--limit", "1", "--length", "64"],
     "demo": ["--samples", "1"],
+    "report": ["--no-eval"],
+    "serve": ["--help"],
+    "watch": ["--help"],
     "analyze": ["--samples", "1", "--windows", "1", "--length", "64"],
 }
 

@@ -246,7 +246,7 @@ class Sick:
         if (tokens == 13).any():
             raise RuntimeError("out of order")
         logits = torch.zeros(len(tokens), self.vocabulary)
-        logits.scatter_(1, tokens[:, None], 1)
+        logits.scatter_(1, torch.where(tokens == 10, 12, tokens)[:, None], 1)  # 10 is followed by 12
         logits[tokens == 12] = math.nan
         return logits
 
@@ -259,8 +259,8 @@ class Sick:
 def test_a_sick_row_harms_nobody_else(closing: list[Scheduler]) -> None:
     model: Any = Model(Sick(), pico_tokenizer(), None)  # pyright: ignore[reportArgumentType]
     scheduler = made(closing, model)
-    fine, sick, born = ask(scheduler, [3], 2000), ask(scheduler, [12], 50), ask(scheduler, [11], 50)
-    for heard in (sick, born):
+    fine, sick, born = ask(scheduler, [3], 2000), ask(scheduler, [12], 50), ask(scheduler, [11] * 20, 50)
+    for heard in (sick, born, ask(scheduler, [10], 50)):
         failed = heard.done()[-1]
         assert isinstance(failed, Failed) and failed.status == 500 and "NaN" in failed.message
     fine.done()

@@ -6,6 +6,9 @@ Place in the flow: between `api.py`, which asks, and `scheduler.py`, which answe
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
 
 from ..runtime.sampling import Sampling
 
@@ -81,3 +84,23 @@ Event = Read | Piece | Failed
 
 class Full(Exception):
     """As many requests as may wait are waiting."""
+
+
+class Watcher(Protocol):
+    """Who looks at the traffic (`watching.py`)."""
+
+    def prompt(self, ids: list[int], state: Tensor, logits: Tensor) -> None:
+        """A prompt was read; the state (state_size,) and the logits (V,) after it."""
+        ...
+
+
+@dataclass
+class Counts:
+    """What happened since the start; read by `/metrics`, written by one thread."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    new_tokens: int = 0
+    steps: int = 0
+    lookups: int = 0
+    hits: int = 0

@@ -2,8 +2,10 @@
 
 Place in the flow: between the web (`api.py`) and an engine of `runtime/`. One thread has the engine. In each
 turn it takes what waits while there are places, reads at most `SLAB` tokens of prompts, so that nobody who is
-being answered waits longer than that, and takes every running sequence one token further. The idea is Orca's
-(Yu et al., OSDI 2022); that prompts are read in pieces between steps is Sarathi's (Agrawal et al., 2023).
+being answered waits longer, and takes every running sequence one token further. The last tokens of a prompt
+go through the batch too, one a step, if they are few: alone they would cost as much as many. The idea is
+Orca's (Yu et al., OSDI 2022); that prompts are read in pieces between steps is Sarathi's (Agrawal et al.,
+2023).
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,28 +25,10 @@ from ..runtime.generation import Model
 from ..runtime.growing import Growing, generators
 from ..runtime.sampling import choose
 from ..runtime.text import Stream
-from .events import Asked, Event, Failed, Full, Piece, Read, Told
+from .events import Asked, Counts, Event, Failed, Full, Piece, Read, Told, Watcher
 from .prefixes import Prefixes
 
-
-class Watcher(Protocol):
-    """Who looks at the traffic (`watching.py`)."""
-
-    def prompt(self, ids: list[int], state: Tensor, logits: Tensor) -> None:
-        """A prompt was read; the state (state_size,) and the logits (V,) after it."""
-        ...
-
-
-@dataclass
-class Counts:
-    """What happened since the start; read by `/metrics`, written by one thread."""
-
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    new_tokens: int = 0
-    steps: int = 0
-    lookups: int = 0
-    hits: int = 0
+FEW = 16  # tokens of a prompt that are read step by step: that costs less than a piece of its own
 
 
 @dataclass(eq=False)
@@ -74,6 +58,11 @@ class _Row:
         stream = Stream(model.decode, asked.stops, self.pieces.append) if looked_at else None
         self.growing = Growing(asked.ids, state, asked.most, model.eos, stream, generator)
 
+    @property
+    def next(self) -> int:
+        """The token that is fed next."""
+        return self.growing.ids[-1]
+
     def take(self, token: int, logits: Tensor) -> None:
         """Add a token that was chosen from `logits` (V,), and tell it."""
         self.told.append(_told(token, logits, self.ticket.asked.top))
@@ -96,6 +85,17 @@ class _Reading:
         self.ticket, self.state, self.at, self.branch, self.logits = ticket, state, at, branch, logits
         self.told = [Told(ticket.asked.ids[0])]
         self.cached = at
+
+    @property
+    def next(self) -> int:
+        """The token that is fed next, where it goes through the batch."""
+        return self.ticket.asked.ids[self.at]
+
+    @property
+    def few(self) -> bool:
+        """Whether the rest goes through the batch."""
+        left = len(self.ticket.asked.ids) - self.at
+        return 0 < left <= FEW and self.at >= self.branch and not self.ticket.asked.echo
 
     @property
     def until(self) -> int:
@@ -130,7 +130,7 @@ class Scheduler:
         self.model, self.batch, self.waiting, self.watcher = model, batch, waiting, watcher
         self.counts, self.prefixes = Counts(), Prefixes(cache)
         self._states = model.engine.new_state(batch)
-        self._rows: list[_Row] = []
+        self._rows: list[_Row | _Reading] = []
         self._reading: deque[_Reading] = deque()
         self._queue: deque[Ticket] = deque()
         self._changed = threading.Condition()
@@ -245,7 +245,8 @@ class Scheduler:
     def _admit(self) -> None:
         """Take requests from the queue while there are places for all of their continuations."""
         while True:
-            taken = len(self._rows) + sum(reading.ticket.asked.count for reading in self._reading)
+            reading = [*self._reading, *(row for row in self._rows if isinstance(row, _Reading))]
+            taken = len(self._rows) + sum(one.ticket.asked.count for one in reading)
             with self._changed:
                 if not self._queue or taken + self._queue[0].asked.count > self.batch:
                     return
@@ -266,33 +267,34 @@ class Scheduler:
     def _read(self, reading: _Reading) -> int:
         """Read a piece of a prompt; returns its tokens. After the last one its continuations begin."""
         asked, begin = reading.ticket.asked, reading.at
-        try:
-            if begin < len(asked.ids):
-                end = reading.until
-                tokens = torch.tensor(asked.ids[begin:end])
-                found = self.model.engine.prompt(tokens, reading.state, every=asked.echo)
-                if asked.echo:
-                    following = asked.ids[begin + 1 : end + 1]
-                    rows = zip(following, found, strict=False)
-                    reading.told += [_told(token, logits, asked.top) for token, logits in rows]
-                    found = found[-1]
-                reading.at, reading.logits = end, found
-                if end == reading.branch:
-                    self.prefixes.keep(asked.ids[:end], reading.state)
-            if reading.at == len(asked.ids):
-                self._reading.popleft()
-                self._begin(reading)
-        except ValueError as error:  # logits that are not finite
-            if reading in self._reading:
-                self._reading.remove(reading)
-            reading.ticket.cancel()
-            reading.ticket.tell(Failed(str(error)))
+        if reading.few:
+            self._reading.popleft()
+            self._join(reading, reading.state)
+            return 0
+        if begin < len(asked.ids):
+            end = reading.until
+            tokens = torch.tensor(asked.ids[begin:end])
+            found = self.model.engine.prompt(tokens, reading.state, every=asked.echo)
+            if asked.echo:
+                following = asked.ids[begin + 1 : end + 1]
+                rows = zip(following, found, strict=False)
+                reading.told += [_told(token, logits, asked.top) for token, logits in rows]
+                found = found[-1]
+            reading.at, reading.logits = end, found
+            if end == reading.branch:
+                self.prefixes.keep(asked.ids[:end], reading.state)
+        if reading.at == len(asked.ids):
+            self._reading.popleft()
+            self._begin(reading)
         return reading.at - begin
 
     def _begin(self, reading: _Reading) -> None:
         """The prompt is read: its continuations join the batch."""
         ticket, asked, logits = reading.ticket, reading.ticket.asked, reading.logits
         assert logits is not None
+        if not torch.isfinite(logits.max()):  # also where one of them is NaN
+            ticket.tell(Failed("the logits are NaN or infinite: the model or its state is damaged"))
+            return
         self.counts.prompt_tokens += len(asked.ids)
         self.counts.cached_tokens += reading.cached
         self.prefixes.keep(asked.ids, reading.state, logits)
@@ -309,18 +311,29 @@ class Scheduler:
             row.take(int(choose(logits, asked.sampling, generator)), logits)
             self.counts.new_tokens += 1
             if row.growing.finish is None:
-                self._states[len(self._rows)].copy_(reading.state)
-                self._rows.append(row)
+                self._join(row, reading.state)
+
+    def _join(self, row: _Row | _Reading, state: Tensor) -> None:
+        self._states[len(self._rows)].copy_(state)
+        self._rows.append(row)
 
     def _step(self) -> None:
         """One token for every sequence."""
-        rows = self._rows
+        rows, read = self._rows, list[_Reading]()
         states = self._states[: len(rows)]
-        logits = self.model.engine.step(torch.tensor([row.growing.ids[-1] for row in rows]), states)
+        logits = self.model.engine.step(torch.tensor([row.next for row in rows]), states)
         tokens = self._choose(logits)
         self.counts.steps += 1
         for place in reversed(range(len(rows))):  # whoever leaves is replaced by the last, which is done
             row = rows[place]
+            if isinstance(row, _Reading):
+                row.at += 1
+                if row.at == len(row.ticket.asked.ids):
+                    row.logits = logits[place].clone()
+                    row.state.copy_(states[place])
+                    read.append(row)
+                    self._leave(place)
+                continue
             if tokens[place] < 0:
                 self._leave(place)
                 continue
@@ -330,9 +343,11 @@ class Scheduler:
                 known = [*row.growing.prompt, *row.growing.ids[:-1]]  # the last one was not fed
                 self.prefixes.keep(known, states[place])
                 self._leave(place)
+        for reading in reversed(read):
+            self._begin(reading)
 
     def _choose(self, logits: Tensor) -> list[int]:
-        """A token for each row; -1 where its logits are not finite, which is told."""
+        """A token for each row; -1 where its logits are not finite, which is told, or none is needed."""
         first = self._rows[0].ticket.asked.sampling
         try:
             if first.temperature == 0 and all(row.ticket.asked.sampling == first for row in self._rows):
@@ -341,6 +356,9 @@ class Scheduler:
             pass  # of one row: the others go on
         tokens = []
         for row, own in zip(self._rows, logits, strict=True):
+            if isinstance(row, _Reading):
+                tokens.append(-1)
+                continue
             try:
                 tokens.append(int(choose(own, row.ticket.asked.sampling, row.growing.generator)))
             except ValueError as error:
