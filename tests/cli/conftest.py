@@ -6,15 +6,16 @@ from pathlib import Path
 import pytest
 
 from sparsessm.cli import demonstration
-from sparsessm.evaluation import before_after
+from sparsessm.evaluation import before_after, beside_dense
 
 
 @pytest.fixture
 def here(here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory, fresh; little text is evaluated."""
+    """The working directory, fresh; little text is evaluated, and a speed is timed once."""
     monkeypatch.setattr(before_after, "WINDOWS", 4)
     monkeypatch.setattr(demonstration, "WINDOWS", 2)
     monkeypatch.setattr(demonstration, "ROUNDS", 1)
+    monkeypatch.setattr(beside_dense, "SPEED", {"batches": (1,), "rounds": 1, "prompt": 8})
     return here
 
 

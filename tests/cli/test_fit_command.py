@@ -6,12 +6,14 @@ import json
 import math
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable
 from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
+import pages
 import programs
 import pytest
 import torch
@@ -23,6 +25,7 @@ import sparsessm
 from sparsessm import checkpoint
 from sparsessm.cli.fitting import NOTHING
 from sparsessm.data.texts import calibration_windows, fingerprint
+from sparsessm.evaluation import beside_dense
 from sparsessm.evaluation.perplexity import Perplexity, difference, measure
 from sparsessm.studies.trials import Trials
 from sparsessm.studies.unseen import parted
@@ -46,7 +49,8 @@ def done(shelf: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, s
     """A directory in which a size was found, as `out`, and what the command printed."""
     folder = tmp_path_factory.mktemp("done")
     shutil.copytree(shelf, folder, dirs_exist_ok=True)
-    with chdir(folder):
+    with chdir(folder), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(beside_dense, "SPEED", {"batches": (1,), "rounds": 1, "prompt": 8})
         return folder, run(*FIT, "-o", "out", *LIMIT).stdout
 
 
@@ -105,6 +109,53 @@ def test_the_verification_is_on_text_that_neither_search_nor_calibration_saw(don
 
     again = difference(measured("dense"), measured(out))
     assert math.isclose(again.high, found["verified"]["high"], rel_tol=1e-6, abs_tol=1e-9)
+
+
+def test_the_page_shows_the_search_and_the_verified_figures(
+    done: tuple[Path, str], here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the search knew is not measured again, neither by it nor by `report` afterwards."""
+    shutil.copytree(done[0] / "out", here / "out")
+    found, measured = finding(), json.loads(Path("out/measured.json").read_text())
+    assert measured["perplexity"]["difference"] == found["verified"]
+    assert measured["perplexity"]["pruned"]["fingerprint"] == found["text"]["verification"]["sha256"]
+    dense = measured["perplexity"]["dense"]["perplexity"]
+    assert math.isclose(dense, found["dense"]["verification"], rel_tol=1e-9)
+    windows = min(beside_dense.FEW, found["text"]["verification"]["windows"])
+    assert measured["divergence"]["tokens"] == windows * 15 and measured["divergence"]["mean"] > 0
+    assert measured["speed"]["models"][0]["model"] == "out" and measured["asked"]["against"] == "dense"
+    whole = Path("out/report.html").read_text()
+    assert not any(".saving-" in Path("out", name).read_text() for name in ("report.html", "measured.json"))
+    page = pages.Reader(whole)
+    assert len(page.all_of("svg")) == 5
+    said = " ".join(page.text.replace("\u00a0", " ").split())
+    assert "Find the smallest size of dense at which perplexity rises by at most 0.3 % (" in said
+    assert "What other sizes would cost" in said and " ".join(" ".join(found["why"]).split()) in said
+    for point in found["refused"]:
+        assert f"{point['bits']:g} bits: {'; '.join(point['why'])}" in said
+    assert found["refused"] and "no held-out part" not in said + Path("out/README.md").read_text()
+    monkeypatch.setattr(beside_dense._Work, "measure", None)  # a second measurement would fail
+    run("report", "out", "-o", "again.html")
+    assert Path("again.html").read_text() == whole
+
+
+def test_without_matplotlib_the_result_is_written_and_the_page_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    outcome = run(*FIT, "-o", "out", "--max-size", "17KB")
+    assert "report.html is not written" in outcome.stderr and "sparsessm[plot]" in outcome.stderr
+    assert finding()["feasible"] and not {"report.html", "measured.json"} & {*names(Path("out"))}
+
+
+@pytest.mark.parametrize("content", ["{", '{"format": 99}', "[]"])
+def test_a_finding_that_cannot_be_read_is_said_and_left_out(
+    content: str, done: tuple[Path, str], here: Path
+) -> None:
+    shutil.copytree(done[0] / "out", here / "out")
+    Path("out/fit.json").write_text(content)
+    assert "the page does not show the search" in run("report", "out").stderr
+    assert len(pages.Reader(Path("out/report.html").read_text()).all_of("svg")) == 4
 
 
 def test_a_size_in_bytes_is_not_passed_and_filled_as_far_as_it_goes() -> None:
@@ -281,7 +332,7 @@ def test_a_source_that_was_made_smaller_before(how: list[str], here: Path) -> No
 def test_the_built_in_model(little_library: None) -> None:
     outcome = run(
         *("fit", "builtin:pycode", "-o", "out", "--samples", "2", "--length", "64"),
-        *("--max-size", "2MB", "--max-increase", "100%", "--json"),
+        *("--max-size", "2MB", "--json"),  # one size is tried
     )
     document = json.loads(outcome.stdout)
     assert document["feasible"] and document["out"] == "out"

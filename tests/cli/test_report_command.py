@@ -20,10 +20,9 @@ UNITS = ["--pattern", "structured:channel", "--sparsity", "0.5"]
 
 @pytest.fixture(autouse=True)
 def little(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Little text, one round."""
+    """Little text."""
     monkeypatch.setattr(beside_dense, "WINDOWS", 4)
     monkeypatch.setattr(beside_dense, "TOKENS", 64)
-    monkeypatch.setattr(beside_dense, "SPEED", {"batches": (1,), "rounds": 1, "prompt": 8})
 
 
 def pruned(out: str, *options: str, model: str = "dense") -> Path:

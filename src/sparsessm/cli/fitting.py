@@ -110,6 +110,7 @@ def fit(
     """
     from ..checkpoint import folder_of, refuse_existing, unfinished
     from ..checkpoint.given import checked_path
+    from ..report.page.pictures import refuse_without_matplotlib
     from ..studies.limits import Limits
     from ..studies.trials import Trials
 
@@ -137,7 +138,13 @@ def fit(
             trials = Trials(model, recipe, limits, opened, journal, **how)
             finding = trials.find()
             if finding.feasible:
-                trials.write(finding, out, force=force)
+                try:
+                    refuse_without_matplotlib()
+                    page = True
+                except ValueError as error:
+                    page = False
+                    progress.note(f"note: report.html is not written ({error})")
+                trials.write(finding, out, force=force, page=page)
             else:
                 journal.clear()
     record = finding.record()

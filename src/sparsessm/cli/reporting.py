@@ -5,6 +5,7 @@ Place in the flow: parses and prints. `evaluation/beside_dense.py` measures, `re
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +17,7 @@ from .answering import LOOK, Json, Quiet, answering, app, argument, option, prin
 
 @app.command(rich_help_panel=LOOK)
 def report(
-    directory: Annotated[str, argument(metavar="OUT", help="A result of `prune` or `pack`.")],
+    directory: Annotated[str, argument(metavar="OUT", help="A result of `prune`, `pack` or `fit`.")],
     out: Annotated[
         Path | None, option("--out", "-o", help="The file to write [default: report.html in OUT].")
     ] = None,
@@ -85,7 +86,7 @@ def report(
                 beside_dense.keep(opened.folder.path, found)
             except OSError as error:  # a result that may only be read
                 progress.note(f"note: what was measured was not kept in {directory} ({error})")
-        text = page(record, found, directory=directory)
+        text = page(record, found, directory=directory, fit=search_of(opened.folder.path, progress.note))
         write_text(target, text)
     summary: dict[str, Any] = {"result": directory, "out": str(target), "bytes": len(text.encode())}
     if as_json:
@@ -93,6 +94,30 @@ def report(
     elif not quiet:
         note = " What was measured before is shown; --force measures again." if again else ""
         tables.show(*found.missing, f"Saved to {target}.{note}")
+
+
+def search_of(folder: Path, note: Callable[[str], None]) -> dict[str, Any] | None:
+    """What a search found, as the page shows it; None of a result of `prune` or `pack`.
+
+    Args:
+        note: told of a fit.json that cannot be read.
+    """
+    from ..checkpoint.companions import FINDING
+    from ..data.foreign import from_json, read_bytes
+    from ..report.page.searched import searched
+    from ..studies.fit import FORMAT
+
+    file = folder / FINDING
+    if not file.exists():
+        return None
+    try:
+        content = from_json(read_bytes(file), strict=True)
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise ValueError(f"{file}: it is no finding of `sparsessm fit`")
+    except (ValueError, OSError) as error:
+        note(f"note: the page does not show the search ({error})")
+        return None
+    return searched(content)
 
 
 def refuse_place(target: Path, force: bool) -> None:

@@ -11,8 +11,12 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from sparsessm.calibration.progress import Progress
 from sparsessm.checkpoint import Checkpoint, Opened, Streaming, atomic, load, open_checkpoint
@@ -34,8 +38,27 @@ from .tasks import zero_shot
 WINDOWS = 32  # of the text, at least; of short ones so many that they have `TOKENS` together
 TOKENS = 2**15
 MOST = 256  # windows
+FEW = 16  # windows on which KL is measured, where perplexity is known of more
 SPEED: Mapping[str, Any] = {"batches": (1,), "rounds": 7}  # of `speed.measure`
 Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a search has measured, so that it need not be measured again.
+
+    Attributes:
+        name: of the result, as the user named it; it may still lie somewhere else.
+        load: reads a model as the search did, by its name.
+        windows: (W, L) int64, held out, of which perplexity is known; KL is measured on `FEW` of them.
+        perplexity: as `Measured.perplexity`. tasks: as `Measured.tasks`.
+    """
+
+    name: str
+    load: Callable[[str], Checkpoint]
+    windows: Tensor
+    perplexity: Mapping[str, Any]
+    tasks: Mapping[str, Any] = field(default_factory=dict)
 
 
 def asked(
@@ -111,6 +134,7 @@ def measure(
     *,
     given: Sequence[str] = (),
     run: bool = True,
+    known: Known | None = None,
     progress: Progress | None = None,
     say: Say = lambda _: None,
 ) -> Measured:
@@ -124,13 +148,14 @@ def measure(
         question: as `asked` returns it.
         given: names of the question that the user gave: what goes wrong with them is an error.
         run: whether the models are run; False: only sizes are looked up.
+        known: what was measured before; it is taken as it is.
         progress: as of `divergence.compare`, `speed.measure` and `tasks.zero_shot`.
         say: told what begins.
 
     Raises:
         ValueError: as `open_checkpoint`, `load`, `evaluation_windows` and `zero_shot`, of what was given.
     """
-    work = _Work(opened, record, question, given, progress, say)
+    work = _Work(opened, record, question, given, known, progress, say)
     work.measure(run)
     return Measured(
         weights=weights_sha256(opened) if run else "",
@@ -152,11 +177,13 @@ class _Work:
         record: Mapping[str, Any],
         question: Mapping[str, Any],
         given: Sequence[str],
+        known: Known | None,
         progress: Progress | None,
         say: Say,
     ) -> None:
         self._opened, self._recipe, self._question = opened, record.get("recipe") or {}, question
-        self._given, self._progress, self._say = given, progress, say
+        self._given, self._known, self._progress, self._say = given, known, progress, say
+        self._name = known.name if known else opened.source
         self.missing: list[str] = []
         self.found: dict[str, Any] = {}
         self.dense: Opened | None = None
@@ -171,15 +198,21 @@ class _Work:
             self.missing.append("Nothing was measured for this page: it shows what the record says.")
             return
         if self.dense:
-            self._attempt("data", "Perplexity and KL were not measured", self._texts)
-        if self._question["tasks"]:
+            if self._known:
+                self.found["perplexity"] = dict(self._known.perplexity)
+                self._attempt("data", "KL was not measured", self._few_texts)
+            else:
+                self._attempt("data", "Perplexity and KL were not measured", self._texts)
+        if self._known and self._known.tasks:
+            self.found["tasks"] = dict(self._known.tasks)
+        elif self._question["tasks"]:
             self._attempt("tasks", "Tasks were not measured", self._tasks)
         else:
             self.missing.append(
                 "No zero-shot tasks were run: `sparsessm report --tasks piqa,arc_easy` runs some."
             )
         give_back()
-        what = f"{self._opened.source} beside {against}" if self.dense else self._opened.source
+        what = f"{self._name} beside {against}" if self.dense else self._name
         self._say(f"speed of {what}")
         self._attempt("", "Speed was not measured", self._speed)
 
@@ -199,6 +232,8 @@ class _Work:
         self.dense = opened
 
     def _loaded(self, opened: Opened) -> Checkpoint:
+        if self._known:
+            return self._known.load(opened.source)
         words = self._recipe.get("tokenizer")
         with undisturbed():
             return load(
@@ -207,8 +242,7 @@ class _Work:
 
     def _texts(self) -> None:
         assert self.dense is not None
-        self._say(f"text through {self._opened.source} and {self._question['against']}")
-        dense, result = self._loaded(self.dense), self._loaded(self._opened)
+        dense, result = self._both()
         data = self._question["data"]
         column, length = self._recipe.get("column"), self._recipe.get("length")
         same_text = data == self._recipe.get("data")
@@ -224,15 +258,32 @@ class _Work:
                 f"the tokenizers of {self._question['against']} and {self._opened.source} split the text "
                 "differently"
             )
+        compared = self._compared(dense, result, windows)
+        self.found["perplexity"] = finite(divergence.perplexities(compared, windows, n_bytes, data))
+
+    def _few_texts(self) -> None:
+        assert self._known is not None
+        windows = self._known.windows
+        spread = torch.linspace(0, len(windows) - 1, min(FEW, len(windows))).round().long()
+        self._compared(*self._both(), windows[spread])
+
+    def _both(self) -> tuple[Checkpoint, Checkpoint]:
+        """The dense model and the result."""
+        assert self.dense is not None
+        self._say(f"text through {self._name} and {self._question['against']}")
+        return self._loaded(self.dense), self._loaded(self._opened)
+
+    def _compared(self, dense: Checkpoint, result: Checkpoint, windows: Tensor) -> divergence.Compared:
+        """Both on the same windows, (W, L) int64: how far their predictions are from one another."""
         both = dense.architecture(), result.architecture()
         compared = divergence.compare(*both, windows, progress=self._progress)
-        self.found["perplexity"] = finite(divergence.perplexities(compared, windows, n_bytes, data))
         self.found["divergence"] = finite(divergence.histogram(compared))
         decode = divergence.text_of(result.tokenizer)
         self.found["windows"] = finite(divergence.worst(compared, windows, decode))
+        return compared
 
     def _tasks(self) -> None:
-        named = {self._opened.source: self._opened}
+        named = {self._name: self._opened}
         if self.dense:
             named = {self._question["against"]: self.dense, **named}
         scores = {}
@@ -251,5 +302,6 @@ class _Work:
     def _speed(self) -> None:
         dense = self._question["against"] if self.dense else None
         out = os.fspath(self._opened.folder.path)
-        done = speed.measure(out, dense, progress=self._progress, **SPEED)
-        self.found["speed"] = finite(done.record())
+        done = finite(speed.measure(out, dense, progress=self._progress, **SPEED).record())
+        done["models"][0]["model"] = self._name if self._known else out
+        self.found["speed"] = done

@@ -59,6 +59,8 @@ class Report:
         pruned_before: the model had been pruned in memory already, so the recipe alone does not repeat it.
         levels: codes and scales of the targets on a grid, by name, coded (`levels()` of one gives codes and
             values); not part of the record.
+        held_out: perplexity was measured on windows that share nothing with the calibration's, although the
+            text is the same; not part of the record.
         packed: no stock checkpoint can hold it: projected states, or layers of different widths.
         machine: on which it ran; masks may differ on another (`machine.current`).
     """
@@ -77,6 +79,7 @@ class Report:
     text: dict[str, str] = field(default_factory=dict)
     pruned_before: bool = False
     packed: bool = False
+    held_out: bool = False
     machine: dict[str, Any] = field(default_factory=machine.current)
 
     @property
@@ -222,7 +225,8 @@ class Report:
         measured = self.perplexity.get("pruned", {})
         windows = measured.get("windows", ENOUGH)
         sentences = []
-        if self.fingerprint and data == measured.get("data") and data not in DATASETS:
+        same_text = data == measured.get("data") and data not in DATASETS
+        if self.fingerprint and same_text and not self.held_out:
             sentences.append(
                 f"{data} has no held-out part. Perplexity was measured on the text of the calibration, "
                 "so the result may look better than it is."

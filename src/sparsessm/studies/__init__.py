@@ -7,5 +7,5 @@ cells.py       these runs
 drift.py       does traffic look like the text that a model was pruned for: the statistics
 traffic.py     the same, of a running model
 findings.py    what they show, as tables and a picture
-fit.py         how small a model may be: the search and its finding (limits, search, unseen, trials)
+fit.py         how small a model may be: the search and its finding (limits, search, unseen, trials, shown)
 """

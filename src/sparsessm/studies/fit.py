@@ -4,6 +4,7 @@
     search.py   which size to try next
     unseen.py   which windows are searched on, and which are kept for the end
     trials.py   one size tried: pruned, measured, kept
+    shown.py    the page about what was found
     fit.py      the search, the verification, the finding
 
 Place in the flow: above one run (run.py), which it repeats. What a run learns of the dense model (its own

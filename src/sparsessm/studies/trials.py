@@ -27,6 +27,7 @@ from sparsessm.checkpoint.container import PACKED
 from sparsessm.checkpoint.given import working
 from sparsessm.data.texts import evaluation_parts, fingerprint
 from sparsessm.evaluation.before_after import LONGEST, Yardstick, compared
+from sparsessm.evaluation.beside_dense import Known
 from sparsessm.evaluation.comparison import PAPER, Metric, ZeroShot, changes
 from sparsessm.evaluation.perplexity import Difference, Perplexity, difference
 from sparsessm.evaluation.speed import decoding
@@ -39,6 +40,7 @@ from sparsessm.runtime.base import refuse_type
 from sparsessm.studies.fit import Finding, first_guess, fitted
 from sparsessm.studies.limits import Limits, Point
 from sparsessm.studies.run import Run
+from sparsessm.studies.shown import task_table, write_page
 from sparsessm.studies.unseen import parted
 
 KEPT = 2  # feasible results on the disk at a time: the smallest, and one more for the verification
@@ -163,19 +165,24 @@ class Trials:
 
     def verify(self, point: Point) -> Difference:
         """Change of perplexity of a result, read from its file, on windows that the search did not see."""
+        return difference(self._unseen, self._read_again(point))
 
+    def _read_again(self, point: Point) -> Perplexity:
         def read() -> dict[str, Any]:
             folder = self._result(point)
             self._say(f"verifying {point.bits:g} bits on text that the search did not see")
             checkpoint = self._open(str(folder), None)
             with working(checkpoint, "evaluate"):
                 found = self._verified.measure(checkpoint.architecture(self._compute), self._progress)
-            return asdict(difference(self._unseen, found))
+            return asdict(found)
 
-        return Difference(**self._journal.once(f"verified {point.bits:.2f}", read))
+        return Perplexity.restored(self._journal.once(f"verified {point.bits:.2f}", read))
 
-    def write(self, finding: Finding, out: Path, *, force: bool) -> None:
+    def write(self, finding: Finding, out: Path, *, force: bool, page: bool) -> None:
         """The chosen result with the finding beside it, whole or not at all; the unfinished one goes.
+
+        Args:
+            page: also measure what a page shows, and write it; needs matplotlib.
 
         Raises:
             ValueError: nothing was chosen. OSError: it cannot be written.
@@ -191,9 +198,20 @@ class Trials:
             card.write_text(
                 f"{text}\n## How the size was found\n\n{' '.join(finding.why)}\n", encoding="utf-8"
             )
-            content = json.dumps(finding.record(), indent=2, allow_nan=False)
+            record = finding.record()
+            content = json.dumps(record, indent=2, allow_nan=False)
             (new / FINDING).write_text(content + "\n", encoding="utf-8")
+            if page:
+                known = self._known(finding.chosen, out)
+                write_page(new, record, known, progress=self._progress, say=self._say)
         self._journal.clear()
+
+    def _known(self, point: Point, out: Path) -> Known:
+        """What of a page is measured: perplexity on the text that the search did not see, and the tasks."""
+        both = compared(self._unseen, self._read_again(point))
+        return Known(
+            str(out), lambda name: self._open(name, None), self._verified.windows, both, task_table(point)
+        )
 
     def _run(self, checkpoint: Checkpoint, bits: float, journal: _Shared | None = None) -> Run:
         recipe = self._recipe.updated(bits=bits)
@@ -211,7 +229,7 @@ class Trials:
             self._say(f"measuring {bits:g} bits")
             with working(checkpoint, "evaluate"):
                 pruned = self._searched.measure(run.architecture, self._progress)
-            report.perplexity = compared(self._dense, pruned)
+            report.perplexity, report.held_out = compared(self._dense, pruned), True
             tasks = self._drop(checkpoint)
             run.save(kept, force=True)
             del run, checkpoint, report

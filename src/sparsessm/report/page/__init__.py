@@ -7,6 +7,7 @@ pictures.py    plots as SVG whose colours follow light and dark
 words.py       numbers and the headline as sentences
 layers.py      the record by layer and matrix
 asked.py       what was asked and done, as sentences
+searched.py    what `fit` found, for the page
 costs.py       perplexity, tasks, bytes, speed, other sizes
 places.py      layers and matrices, tokens and windows
 repeating.py   what was not tested, and how to repeat it

@@ -41,7 +41,8 @@ def page(
         measured: what was measured; a field that is empty is not shown.
         directory: the result, as the user named it.
         fit: where a search chose the size: "asked" (a sentence), "points" (each "bits", "bytes", "increase",
-            "low", "high", "note"), "chosen" (bits of the one kept), "refused" and "why" (sentences).
+            "low", "high", "note"), "chosen" (bits of the one kept), "refused" and "why" (sentences),
+            "held_out" (SHA-256 of windows that are known to be no calibration text). See `searched.py`.
 
     Raises:
         ValueError: matplotlib is not installed.
@@ -150,7 +151,9 @@ def _keys(record: Mapping[str, Any], measured: Measured, perplexity: Mapping[str
 def _summary(record: Mapping[str, Any], perplexity: Mapping[str, Any], fit: Mapping[str, Any] | None) -> Safe:
     data = at(perplexity, "pruned", "data")
     caveat = None
-    if isinstance(data, str) and data == at(record, "recipe", "data") and data not in DATASETS:
+    held_out, windows = at(fit, "held_out"), at(perplexity, "pruned", "fingerprint")
+    apart = isinstance(held_out, list) and isinstance(windows, str) and windows in held_out
+    if isinstance(data, str) and data == at(record, "recipe", "data") and data not in DATASETS and not apart:
         caveat = tag(
             "p",
             f"{data} has no held-out part: perplexity was measured on the text of the calibration, so the "

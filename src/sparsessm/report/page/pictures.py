@@ -21,6 +21,7 @@ from .words import figure as number
 from .words import percent, real, rows_at, size
 
 LEVELS = 7  # of the ramp of a heat map
+APART = 30.0  # a rise so many times the least is drawn on a logarithmic axis, or the least is not seen
 SERIES = 6  # lines that one picture tells apart
 WIDTH, HEIGHT = 4.8, 2.8  # inches; 72 units of the drawing each
 _ROLES = ("ink", "soft", "line", "card", *(f"s{number}" for number in range(1, SERIES + 1)))
@@ -172,8 +173,12 @@ def frontier(name: str, title: str, points: Sequence[Mapping[str, Any]], chosen:
             tips[f"tip{place}"] = f"{'chosen: ' * is_chosen}{bits}"
             where = {"xytext": (5, 5), "textcoords": "offset points", "fontsize": 8}
             axis.annotate(("chosen, " * is_chosen) + number(point.get("bits"), "g"), (x, y), **where)
-        axis.axhline(0, color=ROLES["line"], linewidth=1)
         axis.set(xlabel="MB (labels: bits a weight)", ylabel="perplexity, % above dense")
+        if min(rises) > 0 and max(rises) > APART * min(rises):
+            axis.set_yscale("log", nonpositive="clip")
+            _ticks_of_powers(axis.yaxis)
+        else:
+            axis.axhline(0, color=ROLES["line"], linewidth=1)
         return _svg(figure, name, title, tips)
 
 
