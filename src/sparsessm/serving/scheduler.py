@@ -29,6 +29,8 @@ from .events import Asked, Counts, Event, Failed, Full, Piece, Read, Told, Watch
 from .prefixes import Prefixes
 
 FEW = 16  # tokens of a prompt that are read step by step: that costs less than a piece of its own
+MORE = 64  # as many where at least `CROWD` sequences run, which make the steps anyway
+CROWD = 4
 
 
 @dataclass(eq=False)
@@ -91,11 +93,11 @@ class _Reading:
         """The token that is fed next, where it goes through the batch."""
         return self.ticket.asked.ids[self.at]
 
-    @property
-    def few(self) -> bool:
-        """Whether the rest goes through the batch."""
+    def few(self, running: int) -> bool:
+        """Whether the rest goes through the batch, where so many sequences run."""
         left = len(self.ticket.asked.ids) - self.at
-        return 0 < left <= FEW and self.at >= self.branch and not self.ticket.asked.echo
+        most = MORE if running >= CROWD else FEW
+        return 0 < left <= most and self.at >= self.branch and not self.ticket.asked.echo
 
     @property
     def until(self) -> int:
@@ -267,7 +269,7 @@ class Scheduler:
     def _read(self, reading: _Reading) -> int:
         """Read a piece of a prompt; returns its tokens. After the last one its continuations begin."""
         asked, begin = reading.ticket.asked, reading.at
-        if reading.few:
+        if reading.few(len(self._rows)):
             self._reading.popleft()
             self._join(reading, reading.state)
             return 0
