@@ -21,6 +21,9 @@ EXECUTE = """
 import json, sys
 import nbclient, nbformat
 book = nbformat.read(sys.argv[1], as_version=4)
+for cell in book.cells:  # fewer windows, shorter ones
+    for many, few in {"samples=8": "samples=1", "samples=4": "samples=1", "length=256": "length=64"}.items():
+        cell.source = cell.source.replace(many, few)
 nbclient.NotebookClient(book, timeout=600, kernel_name="python3").execute()
 print(json.dumps(book))
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import signal
 import sys
@@ -341,3 +342,8 @@ def test_the_built_in_model(little_library: None) -> None:
     assert {event["event"] for event in map(json.loads, outcome.stderr.splitlines())} <= {
         "step", "progress", "note",
     }  # fmt: skip
+    page = pages.Reader(Path("out/report.html").read_text())
+    said = page.text.replace("\u00a0", " ")
+    assert re.search(r"2[345] % of the bytes, .*perplexity.*, ", said)
+    assert "Find the largest size of builtin:pycode at which the file takes at most 2.00 MB." in said
+    assert len(page.all_of("svg")) == 5 and Path("out/report.html").stat().st_size < 1_000_000

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -57,18 +56,6 @@ def test_a_result_becomes_a_page(options: list[str], pictures: int) -> None:
     assert "no held-out part" in page.text  # text.txt was calibrated on, too
     kept = json.loads((out / "measured.json").read_text())
     assert kept == found
-
-
-def test_the_built_in_model_with_few_bits() -> None:
-    options = ["--samples", "2", "--length", "64", "--no-eval", "--quiet"]
-    run("prune", "builtin:pycode", "-o", "small", "--bits", "3.25", *options)
-    text = run("report", "small").stdout
-    assert "Saved to small/report.html." in text and "No zero-shot tasks were run" in text
-    page = read("small/report.html")
-    said = page.text.replace("\u00a0", " ")
-    assert re.search(r"2[345] % of the bytes, .*perplexity.*, ", said)
-    assert len(page.all_of("svg")) == 4 and Path("small/report.html").stat().st_size < 1_000_000
-    assert "Store the matrices of builtin:pycode in 3.25 bits a weight" in said
 
 
 def test_what_was_measured_is_kept_until_the_weights_change(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,7 +62,8 @@ def test_one_limit_that_is_not_of_quality() -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [None, "x", -1, [], [[]], [{}], {}, {"bits": "x"}, 10**400, True, pages.HOSTILE]
+    "value",
+    [None, "x", -1, [], [[]], [{}], {}, {"bits": "x"}, pytest.param(10**400, id="huge"), True, pages.HOSTILE],
 )
 def test_a_file_may_hold_anything(value: Any) -> None:
     """Every field of the right shape but one, which is anything, and all of them."""
