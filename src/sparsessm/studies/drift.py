@@ -135,6 +135,7 @@ class Detector:
 
     def watch(self) -> Watch:
         """Begin to look at traffic."""
+        assert self._thresholds.keys() == {*BLOCKS}  # found now, not in the middle of the traffic
         return Watch(self)
 
     def take(self, snapshot: np.ndarray, length: int) -> np.ndarray:
