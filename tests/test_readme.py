@@ -36,7 +36,7 @@ HUB = re.compile(r"[\w-]+/[\w.-]+")
 # keep, `fit` tries one size.
 SHORT = {
     "prune": ["--samples", "2", "--length", "64", "--no-eval"],
-    "fit": ["--samples", "2", "--length", "64", "--max-increase", "999999%"],
+    "fit": ["--help", "--samples", "2", "--length", "64", "--max-increase", "999999%"],
     "eval": ["--limit", "1", "--length", "64"],
     "demo": ["--samples", "1"],
     "report": ["--no-eval"],

@@ -18,7 +18,7 @@ BESIDE = {
     "CHANGELOG.md",
     "PKG-INFO",
 }
-MADE = {".py", ".pyi", ".cpp", ".h", ".json", ".md", ".typed", ".safetensors"}
+MADE = {".py", ".pyi", ".cpp", ".h", ".json", ".md", ".typed", ".safetensors", ".css", ".js"}
 # Stored, not compressed: this is about names.
 BUILD = """
 import gzip, sys

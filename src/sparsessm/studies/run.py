@@ -22,7 +22,8 @@ from sparsessm.checkpoint import Checkpoint, local_folder
 from sparsessm.checkpoint.given import working
 from sparsessm.checkpoint.memory import peak
 from sparsessm.data.texts import calibration_windows, fingerprint
-from sparsessm.evaluation.before_after import LONGEST, WINDOWS, Yardstick, compared
+from sparsessm.evaluation import before_after
+from sparsessm.evaluation.before_after import Yardstick, compared
 from sparsessm.evaluation.perplexity import Perplexity
 from sparsessm.pruning import Forgetful, Journal, make_plan
 from sparsessm.pruning.forecast import Forecast, forecast
@@ -33,7 +34,7 @@ from sparsessm.report.contents import contents
 from sparsessm.report.record import Report
 from sparsessm.runtime.threads import refuse_torch_threads
 
-from .windows import HELD_OUT, MOST, choose, watched
+from . import windows as enough
 
 # Models that a run has changed in this process: their `source` no longer says all that they are.
 _changed: WeakSet[Module] = WeakSet()
@@ -108,14 +109,14 @@ class Run:
         recipe, auto = self.recipe, self.recipe.samples == "auto"
         with working(self.checkpoint, "prune"):
             if auto:
-                watched(self.architecture, self.plan.assignment)  # refuses before the text is read
+                enough.watched(self.architecture, self.plan.assignment)  # refuses before the text is read
             elif not self.plan.looks:
                 return None
             self._say(f"reading {recipe.data}")
             tokens = calibration_windows(
                 recipe.data,
                 self.checkpoint.tokenizer,
-                samples=MOST + HELD_OUT if recipe.samples == "auto" else recipe.samples,
+                samples=enough.MOST + enough.HELD_OUT if recipe.samples == "auto" else recipe.samples,
                 length=recipe.length or window_length(self.checkpoint.trained_length),
                 seed=recipe.seed,
                 distinct=auto,
@@ -125,7 +126,7 @@ class Run:
             if not auto:
                 return tokens
             what = self.architecture, self.plan.assignment, tokens, self._progress
-            samples, self.advice = journal.once("samples", lambda: choose(*what))
+            samples, self.advice = journal.once("samples", lambda: enough.choose(*what))
             self.plan.settle(samples)
             return tokens[:samples]
 
@@ -136,7 +137,9 @@ class Run:
             ValueError: a text shorter than one window, or a likelihood that is not finite.
         """
         with working(self.checkpoint, "evaluate"):
-            self._yardstick = self._yardstick or Yardstick.of(self.checkpoint, self.recipe, WINDOWS)
+            self._yardstick = self._yardstick or Yardstick.of(
+                self.checkpoint, self.recipe, before_after.WINDOWS
+            )
             return self._yardstick.measure(self.architecture, self._progress)
 
     def forecast(self, *, measure: bool = True) -> Forecast | None:
@@ -146,7 +149,7 @@ class Run:
             return None
         length = recipe.length or window_length(self.checkpoint.trained_length)
         samples = 64 if recipe.samples == "auto" else recipe.samples
-        measured = WINDOWS * min(length, LONGEST) * measure
+        measured = before_after.WINDOWS * min(length, before_after.LONGEST) * measure
         with working(self.checkpoint, "forecast"):
             return forecast(self.architecture, rules, samples, length, measured=measured, peak=peak)
 
