@@ -26,6 +26,7 @@ import statistics
 import subprocess
 import sys
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -233,8 +234,8 @@ def crowd(options: argparse.Namespace) -> dict[str, Any]:
     command = [*SERVE, options.model, "--port", str(port), "--name", "model", "--cache", "256MB"]
     with serving(command, port) as process:
         found = asyncio.run(visits(port, options.clients, seconds, process.pid))
-        page = subprocess.run(["curl", "-s", f"http://{HOST}:{port}/metrics"], capture_output=True, text=True)
-        told = dict(re.findall(r"^sparsessm_(\w+) (\S+)$", page.stdout, flags=re.MULTILINE))
+        with urllib.request.urlopen(f"http://{HOST}:{port}/metrics") as page:
+            told = dict(re.findall(r"^sparsessm_(\w+) (\S+)$", page.read().decode(), flags=re.MULTILINE))
         rate = float(told["new_tokens_total"]) / seconds
         first = float(told["time_to_first_token_seconds_sum"]) / float(
             told["time_to_first_token_seconds_count"]

@@ -6,11 +6,23 @@ import base64
 import json
 import shutil
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+def _found() -> str | None:
+    """A browser that starts: where it comes as a snap, its name may stand for none."""
+    for name in ("chromium", "chromium-browser", "google-chrome"):
+        if program := shutil.which(name):
+            with suppress(OSError, subprocess.TimeoutExpired):
+                if subprocess.run([program, "--version"], capture_output=True, timeout=30).returncode == 0:
+                    return program
+    return None
+
+
+CHROMIUM = _found()
 SCRIPT = 'exec "$0" "$@" 3<&0 4>&1 1>/dev/null'  # it reads commands from 3 and answers on 4
 
 

@@ -11,12 +11,13 @@ from typing import Any
 
 from sparsessm.runtime.generation import Model
 from sparsessm.serving import running
+from sparsessm.serving.settings import Settings
 
 
 @contextmanager
 def served(model: Model, monitor: Any = None, **settings: Any) -> Iterator[running.Server]:
     """A running server, which has ended afterwards."""
-    how = running.Settings(**{"name": "tiny", "port": 0, **settings})
+    how = Settings(**{"name": "tiny", "port": 0, **settings})
     listening = running.bound(how.host, how.port)
     listening.listen()  # so that who connects before the server runs waits for it
     server = running.Server(model, how, listening, monitor)

@@ -21,14 +21,14 @@ PRUNE = "sparsessm prune builtin:pycode -o small --bits 3.25 --samples 2 --lengt
 GENERATE = "sparsessm generate small import --max-new-tokens 8 --quiet"
 
 
-def said(folder: Path, command: str, **environment: str) -> str:
+def said(folder: Path, command: str | list[str], **environment: str) -> str:
     """What a program of the environment `folder`/venv prints, run in `folder`, with its own PATH."""
     programs = folder / "venv/bin"
     kept = {
         key: value for key, value in os.environ.items() if key.startswith(("PIP_", "SSL_", "HTTP", "NO_"))
     }
     clean = {**kept, "PATH": str(programs), "HOME": str(folder), "OMP_NUM_THREADS": "1", **environment}
-    program, *words = command.split()
+    program, *words = command.split() if isinstance(command, str) else command
     done = subprocess.run(
         [programs / program, *words], cwd=folder, env=clean, stdout=subprocess.PIPE, text=True
     )
@@ -46,9 +46,10 @@ def tried(python: str, dist: Path) -> str:
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         subprocess.run([python, "-m", "venv", folder / "venv"], check=True)
-        install = f"pip install -q --only-binary :all: -c {ROOT / 'constraints.txt'} --find-links {dist}"
-        said(folder, f"{install} --no-index --no-deps sparsessm")  # ours, not a registry's
-        said(folder, f"{install} sparsessm")
+        install = ["pip", "install", "-q", "--only-binary", ":all:", "-c", str(ROOT / "constraints.txt")]
+        install += ["--find-links", str(dist), "sparsessm"]
+        said(folder, [*install, "--no-index", "--no-deps"])  # ours, not a registry's
+        said(folder, install)
         version = said(folder, "sparsessm --version")
         portable = said(folder, "sparsessm --version", SPARSESSM_KERNELS="portable")
         if "reference" in version or "(kernels: portable)" not in portable:
@@ -62,6 +63,8 @@ def tried(python: str, dist: Path) -> str:
 
 
 def main() -> None:
+    if not sys.argv[1:]:
+        raise SystemExit("error: name the interpreters, such as python3.12")
     for python in sys.argv[1:]:
         print(tried(python, ROOT / "dist"), flush=True)
 

@@ -96,12 +96,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("pythons", nargs="+", metavar="PYTHON", help="interpreters that build a wheel each")
-    parser.add_argument("-o", "--out", type=Path, default=ROOT / "dist")
     options = parser.parse_args()
     missing = [name for name in options.pythons if not shutil.which(name)]
     if missing:
         parser.error(f"there is no {', '.join(missing)}; give names or paths of CPython 3.11 or later")
-    for file in build(options.pythons, options.out):
+    for file in build(options.pythons, ROOT / "dist"):
         print(f"{file.name}: {file.stat().st_size:,} bytes")
 
 

@@ -174,7 +174,7 @@ def test_a_speed_is_measured_and_kept() -> None:
 
 
 NOT_FEASIBLE = [
-    (["--max-increase", "0.0001%"], "Nearest is", "max-increase is 0.0001%"),
+    (["--max-increase", "0.0001%", "--max-size", "15.6KB"], "Nearest is", "max-increase is 0.0001%"),
     (["--max-increase", "0.3%", "--max-size", "15.6KB"], "Nearest is", "max-increase is 0.3%"),
     (["--max-size", "1KB"], "the fewest", "max-size is 1KB"),
     (["--min-speed", "999999999"], "Nearest is", "min-speed is 999999999"),
@@ -201,7 +201,7 @@ def test_an_old_result_stays_where_nothing_is_feasible_and_where_it_is_not_to_be
     run(*FIT, "-o", "out", "--max-size", "17KB")
     before = {path.name: path.read_bytes() for path in Path("out").iterdir()}
     assert "'out' exists" in refused(*FIT, "-o", "out", "--max-size", "18KB")
-    run(*FIT, "-o", "out", "--max-increase", "0.0001%", "--force", code=NOTHING)
+    run(*FIT, "-o", "out", "--max-increase", "0.0001%", "--max-size", "15.6KB", "--force", code=NOTHING)
     assert before == {path.name: path.read_bytes() for path in Path("out").iterdir()}
     run(*FIT, "-o", "out", "--max-size", "18KB", "--force")
     assert finding()["asked"]["max-size"] == 18_000

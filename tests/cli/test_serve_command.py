@@ -18,6 +18,7 @@ import pytest
 from command import refused
 
 from sparsessm.serving import running
+from sparsessm.serving.settings import Settings
 
 SERVE = [sys.executable, "-m", "sparsessm", "serve", "builtin:pycode", "--port", "0"]
 
@@ -83,7 +84,7 @@ def test_what_cannot_be_served_is_refused_before_the_model_is_read(monkeypatch: 
     "host, local", [("127.0.0.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("x", False)]
 )
 def test_which_addresses_are_of_this_machine_only(host: str, local: bool) -> None:
-    assert running.Settings("m", host=host).local == local
+    assert Settings("m", host=host).local == local
 
 
 def test_two_servers_in_one_process_do_not_meet() -> None:

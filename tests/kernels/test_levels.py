@@ -23,10 +23,9 @@ NEEDED = {  # in Linux's words
     reason="/proc/cpuinfo of x86-64 is what is compared with",
 )
 def test_levels_are_those_that_the_system_knows() -> None:
-    (flags,) = {
-        line.partition(":")[2] for line in CPUINFO.read_text().splitlines() if line.startswith("flags")
-    }
-    known = {*flags.split()}
+    lines = [line for line in CPUINFO.read_text().splitlines() if line.startswith("flags")]
+    known = set.intersection(*({*line.partition(":")[2].split()} for line in lines))  # cores may differ
     able = [name for name, needed in NEEDED.items() if needed <= known]
     assert kernels.LEVELS == ("reference", "portable", *able)
-    assert ("avx512bf16" in products.units()) == (NEEDED["avx512"] | {"avx512_bf16"} <= known)
+    if kernels.LEVEL == kernels.LEVELS[-1]:  # else an older processor is played
+        assert ("avx512bf16" in products.units()) == (NEEDED["avx512"] | {"avx512_bf16"} <= known)

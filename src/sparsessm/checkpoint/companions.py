@@ -23,6 +23,7 @@ RECORD, GENERATION, CARD = "pruning.json", "generation_config.json", "README.md"
 MEASURED, PAGE = "measured.json", "report.html"  # what `sparsessm report` leaves beside a result
 FINGERPRINT = "fingerprint.safetensors"  # what `sparsessm watch --learn` leaves there
 FINDING = "fit.json"  # how a size was found, of `sparsessm fit`
+BESIDE = (MEASURED, PAGE, FINGERPRINT)  # made of a result later, and no part of it
 OURS = (RECORD, CARD, FINDING, MEASURED, PAGE, FINGERPRINT)
 TEMPLATES = "additional_chat_templates"
 LARGE = 10 << 20

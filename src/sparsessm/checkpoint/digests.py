@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from ..data.foreign import from_json
+from ..data.text_files import files_below
 
 WHOLE = 16 << 20
 """Bytes up to which a file is read as a whole."""
@@ -32,13 +33,13 @@ def digest(path: Path, *, without: Collection[str] = ()) -> str:
     Raises:
         OSError: as the file system reports it; there is nothing.
     """
-    told = hashlib.sha256()
     if not path.is_dir():
-        return _content(path, told.copy())
-    for file in sorted(path.rglob("*")):
+        return _content(path)
+    told = hashlib.sha256()
+    for file in files_below(path):
         name = file.relative_to(path).as_posix()
         if file.is_file() and name not in without:
-            told.update(f"{len(name)} {name} {_content(file, hashlib.sha256())}\n".encode(errors="replace"))
+            told.update(f"{len(name)} {name} {_content(file)}\n".encode(errors="replace"))
     return told.hexdigest()
 
 
@@ -65,7 +66,8 @@ def refuse_others(folder: Path, expected: Iterable[str]) -> None:
             raise ValueError(f"{file}: its SHA-256 is {found}, expected was {wanted}")
 
 
-def _content(file: Path, told: hashlib._Hash) -> str:
+def _content(file: Path) -> str:
+    told = hashlib.sha256()
     size = file.stat().st_size
     told.update(f"{size}\n".encode())
     with open(file, "rb") as content:

@@ -15,7 +15,9 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from ..data.foreign import first_line, short
-from .companions import is_usual
+from .companions import RECORD, is_usual
+from .container import PACKED
+from .files import CONFIG
 from .opened import open_checkpoint, quiet
 from .writing import foreign
 
@@ -96,6 +98,8 @@ def upload(directory: str | os.PathLike[str], to: str, *, public: bool = False) 
             if not private and not public:
                 raise ValueError(f"{to} is public; upload to it with --public, or choose another name")
             names = [entry.rfilename for entry in there.siblings or ()]
+            if CONFIG in names and not {RECORD, PACKED} & {*names}:
+                raise ValueError(f"{to} holds another model; choose another name, or empty it first")
             removed = [name for name in names if is_usual(name) and name not in files]
             commit = api.create_commit(
                 to,

@@ -92,18 +92,19 @@ def run_chain(
                     continue
                 told.note(f"{step.name}: {step.run} ({why})")
                 again = before is not None and before["state"] == "begun" and not _changed(before, now)
-                words = _words(step, folder, again, as_json=as_json, quiet=quiet)
-                record[step.name] = {"state": "begun", **now}
+                words = _words(step, folder, again, force, as_json=as_json, quiet=quiet)
+                wrote = {"wrote": before["wrote"]} if before and before.get("wrote") else {}
+                record[step.name] = {"state": "begun", **now, **wrote}
                 _keep(kept_at, record)
                 began = time.perf_counter()
                 code, printed = _program(words, folder, as_json)
                 row |= {"state": "failed" if code else "ran", "seconds": time.perf_counter() - began}
-                row |= {"result": from_json(printed)} if printed.strip() else {}
+                with suppress(ValueError):  # a program that was ended may have printed half of it
+                    row |= {"result": from_json(printed)} if printed.strip() else {}
                 if code:
                     row["code"] = code
                     _tell_failure(step, code, told)
                     break
-                # what it read may have been made, or renamed, while it worked
                 record[step.name] = {"state": "done", **now, "wrote": _wrote(step, folder)}
                 _keep(kept_at, record)
     if as_json:
@@ -165,7 +166,7 @@ def _refuse_foreign(
     steps: Sequence[chain.Step], record: Mapping[str, Any], folder: Path, force: bool
 ) -> None:
     """Refuse, before any work, to write where something is that this chain did not make."""
-    made = {entry["options"].get("out") for entry in record.values()}
+    made = {entry["options"].get("out") for entry in record.values() if entry.get("wrote")}
     for step in steps:
         there = step.out is not None and step.out not in made and os.path.lexists(folder / step.out)
         if there and not force and step.run != "report":  # a page knows whether it may be replaced
@@ -178,7 +179,7 @@ def _refuse_foreign(
 def _inputs(step: chain.Step, folder: Path) -> dict[str, Any]:
     """What the result of a step depends on: options, what the files that it reads hold, versions."""
     from ..checkpoint import local_folder
-    from ..checkpoint.companions import MEASURED, PAGE
+    from ..checkpoint.companions import BESIDE
     from ..checkpoint.digests import digest
 
     names = list(step.reads)
@@ -190,19 +191,21 @@ def _inputs(step: chain.Step, folder: Path) -> dict[str, Any]:
     for name in dict.fromkeys(names):
         path = local_folder(name) if name.startswith("builtin:") else folder / name
         if path is not None and path.exists():
-            # what `report` leaves beside a result changes only what is uploaded
-            files[name] = digest(path, without=() if step.run == "upload" else (MEASURED, PAGE))
+            # what is left beside a result changes only what is uploaded
+            files[name] = digest(path, without=() if step.run == "upload" else BESIDE)
+            if name == step.counted:  # its seconds are others each time
+                files[name] = str(chosen_in(path))
     return {"options": step.options, "files": files, "versions": machine.versions()}
 
 
 def _wrote(step: chain.Step, folder: Path) -> str | None:
     """What the result of a step holds; None where there is none."""
-    from ..checkpoint.companions import MEASURED, PAGE
+    from ..checkpoint.companions import BESIDE
     from ..checkpoint.digests import digest
 
     if step.out is None or not (folder / step.out).exists():
         return None
-    return digest(folder / step.out, without=(MEASURED, PAGE))
+    return digest(folder / step.out, without=BESIDE)
 
 
 def _why(
@@ -216,7 +219,7 @@ def _why(
     if changed := _changed(before, now):
         return f"changed: {', '.join(changed)}"
     if before["state"] != "done":
-        return "it was cut short"
+        return "it did not end well"
     if step.out is not None and (wrote := _wrote(step, folder)) != before.get("wrote"):
         return f"{step.out} {'is gone' if wrote is None else 'was changed'}"
     return ""
@@ -227,15 +230,19 @@ def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     found = []
     for part in ("options", "files", "versions"):
         names = dict.fromkeys([*now[part], *before[part]])
-        found += [name for name in names if before[part].get(name) != now[part].get(name)]
-    return [name for name in dict.fromkeys(found) if name not in _NEUTRAL]
+        idle = _NEUTRAL if part == "options" else ()
+        changed = [name for name in names if before[part].get(name) != now[part].get(name)]
+        found += [name for name in changed if name not in idle]
+    return list(dict.fromkeys(found))
 
 
-def _words(step: chain.Step, folder: Path, again: bool, *, as_json: bool, quiet: bool) -> list[str]:
+def _words(
+    step: chain.Step, folder: Path, again: bool, force: bool, *, as_json: bool, quiet: bool
+) -> list[str]:
     """The command line of a step.
 
     Args:
-        again: it was begun with the same inputs, and goes on where it can.
+        again: it was begun with the same inputs, and goes on where it can. force: of the chain.
     """
     from ..checkpoint import folder_of
 
@@ -244,8 +251,9 @@ def _words(step: chain.Step, folder: Path, again: bool, *, as_json: bool, quiet:
     left = step.kind.resumes and step.out is not None and folder_of(folder / step.out).is_dir()
     if left and again:
         words.append("--resume")
-    # an analysis goes on in its own directory
-    if step.forces and (there or (left and not again)) and not (again and step.run == "analyze"):
+    # an analysis goes on in its own directory; a page knows itself what it may replace
+    replaces = force if step.run == "report" else there or (left and not again)
+    if step.forces and replaces and not (again and step.run == "analyze"):
         words.append("--force")
     if step.counted:
         words.append(f"--samples={chosen_in(folder / step.counted)}")

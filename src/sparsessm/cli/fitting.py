@@ -145,7 +145,7 @@ def fit(
                     page = False
                     progress.note(f"note: report.html is not written ({error})")
                 trials.write(finding, out, force=force, page=page)
-            else:
+            elif finding.points:  # else nothing was begun, and what lies there is of something else
                 journal.clear()
     record = finding.record()
     if as_json:

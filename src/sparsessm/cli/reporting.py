@@ -75,7 +75,8 @@ def report(
         names = [name for part in (tasks or "").split(",") if (name := part.strip())]
         before = None if force else beside_dense.kept(opened)
         question = beside_dense.asked(record, before, against=against, data=data, tasks=names)
-        found = before if before and before.asked == question else None
+        complete = before is not None and (bool(before.perplexity) or no_eval)
+        found = before if before and before.asked == question and complete else None
         again = found is not None
         if found is None:
             found = beside_dense.measure(

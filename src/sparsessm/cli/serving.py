@@ -47,12 +47,13 @@ def serve(
         from ..data.foreign import bytes_of
         from ..runtime import load
         from ..serving import running
+        from ..serving.settings import Settings
 
         running.refuse_without_libraries()
         key = os.environ.get(KEY)
         if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key and key):
             raise ValueError(f"{KEY} is not a key; allowed: printable ASCII, no spaces around it")
-        settings = running.Settings(
+        settings = Settings(
             name=name or Path(model).name or model,
             host=host,
             port=port,

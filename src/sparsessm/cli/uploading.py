@@ -20,7 +20,7 @@ def upload(
     quiet: Quiet = False,
 ) -> None:
     """Bring a result to the Hugging Face hub: weights, tokenizer, record, card and report, in one commit."""
-    with answering(quiet, nothing=f"nothing was committed to {to}", events=as_json) as progress:
+    with answering(quiet, nothing=f"look at {to}: the commit may have arrived", events=as_json) as progress:
         from ..checkpoint.uploading import upload as uploading
 
         progress.say(f"uploading {directory} to {to}")

@@ -55,7 +55,7 @@ def read_texts(data: str, column: str | None = None) -> list[str]:
     try:
         if not path.is_dir():
             return _documents(path, column)
-        files = _files_below(path)
+        files = [file for file in files_below(path) if file_type(file)]
         if not files:
             known = ", ".join((*FILE_TYPES, f"these with {PACKED}"))
             raise ValueError(f"it contains no file of a known type; known: {known}")
@@ -72,8 +72,14 @@ def read_texts(data: str, column: str | None = None) -> list[str]:
     return documents
 
 
-def _files_below(folder: Path) -> list[Path]:
-    """In the order of their names, directories among them; through links, but through each directory once."""
+def files_below(folder: Path) -> list[Path]:
+    """All files of a directory in the order of their names, directories among them.
+
+    Through links, but through each directory once. What begins with a dot is left out.
+
+    Raises:
+        ValueError: a directory that cannot be read.
+    """
     found: list[Path] = []
     seen: set[tuple[int, int]] = set()
 
@@ -88,7 +94,7 @@ def _files_below(folder: Path) -> list[Path]:
         seen.add((status.st_dev, status.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         names = (name for name in files if not name.startswith("."))
-        found += [Path(base) / name for name in names if file_type(name)]
+        found += [Path(base) / name for name in names]
     return sorted(found, key=lambda file: file.relative_to(folder).parts)
 
 

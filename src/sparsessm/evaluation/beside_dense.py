@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sparsessm.calibration.progress import Progress
 from sparsessm.checkpoint import Checkpoint, Opened, Streaming, atomic, load, open_checkpoint
-from sparsessm.checkpoint.companions import FINGERPRINT, MEASURED, PAGE
+from sparsessm.checkpoint.companions import BESIDE, MEASURED
 from sparsessm.checkpoint.files import CONFIG
 from sparsessm.checkpoint.given import undisturbed
 from sparsessm.checkpoint.shelf import give_back
@@ -120,9 +120,7 @@ def sizes(opened: Opened) -> dict[str, int]:
     that `report` writes."""
     weights = [file.stat().st_size for file in opened.weight_files]
     everything = [
-        file.stat().st_size
-        for file in opened.folder.entries
-        if file.is_file() and file.name not in (MEASURED, PAGE, FINGERPRINT)
+        file.stat().st_size for file in opened.folder.entries if file.is_file() and file.name not in BESIDE
     ]
     return {"weights": sum(weights), "all": sum(everything)}
 
@@ -203,6 +201,8 @@ class _Work:
                 self._attempt("data", "KL was not measured", self._few_texts)
             else:
                 self._attempt("data", "Perplexity and KL were not measured", self._texts)
+        elif "data" in self._given:
+            raise ValueError("--data needs the dense model, which was not found; name it with --against")
         if self._known and self._known.tasks:
             self.found["tasks"] = dict(self._known.tasks)
         elif self._question["tasks"]:
@@ -302,6 +302,5 @@ class _Work:
     def _speed(self) -> None:
         dense = self._question["against"] if self.dense else None
         out = os.fspath(self._opened.folder.path)
-        done = finite(speed.measure(out, dense, progress=self._progress, **SPEED).record())
-        done["models"][0]["model"] = self._name if self._known else out
-        self.found["speed"] = done
+        ours = replace(speed.subject(out), name=self._name)  # where it lies now may be no place to stay
+        self.found["speed"] = finite(speed.measure(ours, dense, progress=self._progress, **SPEED).record())

@@ -7,20 +7,12 @@ every cell is escaped, and its control characters are written out.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from html import escape
 
-from ..data.inert import visible
+from .page.markup import tag
 
 
 def html_table(title: str, columns: Sequence[str], cells: Iterable[Sequence[str]]) -> str:
     """One `<table>` with the title as its caption; a line of cells may be shorter than the columns."""
-    lines = [_line("th", columns), *(_line("td", row) for row in cells)]
-    return f"<table><caption>{_safe(title)}</caption>{''.join(lines)}</table>"
-
-
-def _line(tag: str, cells: Sequence[str]) -> str:
-    return f"<tr>{''.join(f'<{tag}>{_safe(cell)}</{tag}>' for cell in cells)}</tr>"
-
-
-def _safe(text: str) -> str:
-    return escape(visible(text))
+    lines = [tag("tr", *(tag("th", name) for name in columns))]
+    lines += [tag("tr", *(tag("td", cell) for cell in row)) for row in cells]
+    return tag("table", tag("caption", title), *lines).html

@@ -159,11 +159,7 @@ class Report:
             )
         if self.parameters:
             dense, pruned = self.parameters["dense"], self.parameters["pruned"]
-            average = " on average" if self.recipe.get("allocation") == "loss" else ""
-            where = {"state": " a layer", "head": " a group", "channel": average, "block": ""}
-            kept = ", ".join(
-                f"{size} {axis}{'s' * (size != 1)}{where[axis]}" for axis, size in self.shape.items()
-            )
+            kept = remaining(self.shape, self.recipe.get("allocation") == "loss")
             return (
                 f"{pruned:,} of {dense:,} parameters are left ({percent(1 - pruned / dense)} gone). "
                 f"What remains: {kept}. "
@@ -238,6 +234,16 @@ class Report:
                 else "Only one window was measured, so there is no 95 % interval."
             )
         return " ".join(sentences)
+
+
+def remaining(shape: Mapping[str, Any], widths: bool) -> str:
+    """What a layer has after whole units went, in words.
+
+    Args:
+        shape: axis -> units. widths: layers differ in their channels.
+    """
+    where = {"state": " a layer", "head": " a group", "channel": " on average" * widths}
+    return ", ".join(f"{size} {axis}{'s' * (size != 1)}{where.get(axis, '')}" for axis, size in shape.items())
 
 
 def removed_table(

@@ -3,6 +3,7 @@
 Place in the flow: above `runtime/`, which it asks for tokens; `sparsessm serve` starts it.
 
     running.py     the server: from the model to the end of the process
+    settings.py    where and how a model is served
     api.py         routes, limits, errors
     gate.py        what stands before them: key, size, host
     bodies.py      what may be asked

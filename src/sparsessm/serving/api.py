@@ -11,7 +11,6 @@ import json
 import time
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -26,23 +25,8 @@ from .events import Asked, Event, Failed, Full, Piece
 from .gate import Gate
 from .metrics import TEXT, Metrics
 from .scheduler import Scheduler, Ticket
+from .settings import Settings
 from .watching import Monitor
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one client may take.
-
-    Attributes:
-        new_tokens: of an answer. prompt_tokens: of a prompt. prompts: of one request, times its `n`.
-        body: bytes of a request. seconds: a request may take, waiting included.
-    """
-
-    new_tokens: int = 4096
-    prompt_tokens: int = 32768
-    prompts: int = 256
-    body: int = 8 << 20
-    seconds: float = 600.0
 
 
 class Refused(Exception):
@@ -76,9 +60,9 @@ class Desk:
     """What the routes share: the model, the scheduler, limits, metrics."""
 
     def __init__(
-        self, model: Model, scheduler: Scheduler, name: str, limits: Limits, monitor: Monitor | None
+        self, model: Model, scheduler: Scheduler, settings: Settings, monitor: Monitor | None
     ) -> None:
-        self.model, self.scheduler, self.name, self.limits = model, scheduler, name, limits
+        self.model, self.scheduler, self.name, self.limits = model, scheduler, settings.name, settings
         self.words, self.metrics, self.begun = Words(model), Metrics(scheduler, monitor), int(time.time())
         self.monitor = monitor
         # One thread: a tokenizer may not be used by several at once.

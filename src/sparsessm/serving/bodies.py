@@ -60,9 +60,8 @@ class Body(BaseModel, ABC):
         if not isinstance(given, dict):
             return given
         for name, values in UNUSED.items():
-            if name in given and name not in cls.model_fields:
-                if given[name] is not None and given[name] not in values:
-                    raise ValueError(f"{name} is not supported; leave it out")
+            if given.get(name) is not None and given[name] not in values:
+                raise ValueError(f"{name} is not supported; leave it out")
         return {name: part for name, part in given.items() if name not in READ_OVER and name not in UNUSED}
 
     @abstractmethod

@@ -6,53 +6,18 @@ first one stops listening and gives the answers under way `GRACE` seconds, the s
 
 from __future__ import annotations
 
-import ipaddress
 import socket
 import sys
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from importlib.util import find_spec
 
 from ..runtime.generation import Model
+from .settings import Settings
 from .watching import Monitor
 
 GRACE = 30.0  # seconds for what is being answered when the server is told to end
 BACKLOG = 2048
 SWITCH = 0.0005  # seconds until a thread gives way to another: the engine must not wait for the web's
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Where and how a model is served.
-
-    Attributes:
-        name: that clients ask for. host, port: where; port 0 is any free one.
-        key: that clients must send; None: none.
-        batch: sequences that run together. waiting: requests that may wait.
-        cache: bytes for states of prompts.
-        new_tokens, prompt_tokens: of an answer and of a prompt, at most. seconds: for a request, at most.
-    """
-
-    name: str
-    host: str = "127.0.0.1"
-    port: int = 8000
-    key: str | None = field(default=None, repr=False)
-    batch: int = 16
-    waiting: int = 256
-    cache: int = 1 << 30
-    new_tokens: int = 4096
-    prompt_tokens: int = 32768
-    seconds: float = 600.0
-
-    @property
-    def local(self) -> bool:
-        """Whether only this machine can reach it."""
-        if self.host == "localhost":
-            return True
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return False
 
 
 def refuse_without_libraries() -> None:
@@ -101,14 +66,13 @@ class Server:
         """
         import uvicorn
 
-        from .api import Desk, Limits, create
+        from .api import Desk, create
         from .scheduler import Scheduler
 
-        limits = Limits(settings.new_tokens, settings.prompt_tokens, seconds=settings.seconds)
         self.scheduler = Scheduler(
             model, batch=settings.batch, waiting=settings.waiting, cache=settings.cache, watcher=monitor
         )
-        desk = Desk(model, self.scheduler, settings.name, limits, monitor)
+        desk = Desk(model, self.scheduler, settings, monitor)
         hosts = ("127.0.0.1", "localhost", "[::1]", settings.host) if settings.local else None
         app = create(desk, settings.key, hosts)
         how = {"log_level": "error", "access_log": False, "lifespan": "off", "backlog": BACKLOG}

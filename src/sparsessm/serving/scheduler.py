@@ -60,6 +60,8 @@ class _Row:
         stream = Stream(model.decode, asked.stops, self.pieces.append) if looked_at else None
         self.growing = Growing(asked.ids, state, asked.most, model.eos, stream, generator)
 
+    places = 1  # in the batch
+
     @property
     def next(self) -> int:
         """The token that is fed next."""
@@ -87,6 +89,11 @@ class _Reading:
         self.ticket, self.state, self.at, self.branch, self.logits = ticket, state, at, branch, logits
         self.told = [Told(ticket.asked.ids[0])]
         self.cached = at
+
+    @property
+    def places(self) -> int:
+        """In the batch, for its continuations."""
+        return self.ticket.asked.count
 
     @property
     def next(self) -> int:
@@ -204,25 +211,28 @@ class Scheduler:
             try:
                 self._turn()
             except Exception as error:  # not of one request: all that run are lost, the server goes on
-                self._abandon(Failed(f"the engine failed: {error}"))
-        self._abandon(Failed("the server is shutting down", 503))
+                self._abandon(Failed(f"the engine failed: {error}"), [])
+        with self._changed:  # nobody is let in any more
+            waiting = list(self._queue)
+            self._queue.clear()
+        self._abandon(Failed("the server is shutting down", 503), waiting)
 
     def _turn(self) -> None:
         self._drop()
         self._admit()
-        budget = SLAB
-        while self._reading and budget > 0:
-            budget -= self._read(self._reading[0])
+        left = SLAB
+        while self._reading and (size := self._reading[0].until - self._reading[0].at) <= left:
+            self._read(self._reading[0])
+            left -= size
         if self._rows:
             self._step()
 
-    def _abandon(self, failed: Failed) -> None:
-        tickets = {id(one): one for one in (*self._queue, *(r.ticket for r in self._reading))}
-        tickets |= {id(row.ticket): row.ticket for row in self._rows}
-        self._queue.clear()
+    def _abandon(self, failed: Failed, waiting: list[Ticket]) -> None:
+        """End what runs, and these that wait."""
+        tickets = {*waiting, *(one.ticket for one in (*self._reading, *self._rows))}
         self._reading.clear()
         self._rows.clear()
-        for ticket in tickets.values():
+        for ticket in tickets:
             ticket.tell(failed)
 
     def _drop(self) -> None:
@@ -247,8 +257,7 @@ class Scheduler:
     def _admit(self) -> None:
         """Take requests from the queue while there are places for all of their continuations."""
         while True:
-            reading = [*self._reading, *(row for row in self._rows if isinstance(row, _Reading))]
-            taken = len(self._rows) + sum(one.ticket.asked.count for one in reading)
+            taken = sum(one.places for one in (*self._reading, *self._rows))
             with self._changed:
                 if not self._queue or taken + self._queue[0].asked.count > self.batch:
                     return
@@ -266,13 +275,13 @@ class Scheduler:
             return _Reading(ticket, self.model.engine.new_state(1)[0], 0, shared, None)
         return _Reading(ticket, kept.array.clone(), len(kept.tokens), shared, kept.logits)
 
-    def _read(self, reading: _Reading) -> int:
-        """Read a piece of a prompt; returns its tokens. After the last one its continuations begin."""
+    def _read(self, reading: _Reading) -> None:
+        """Read a piece of a prompt. After the last one its continuations begin."""
         asked, begin = reading.ticket.asked, reading.at
         if reading.few(len(self._rows)):
             self._reading.popleft()
             self._join(reading, reading.state)
-            return 0
+            return
         if begin < len(asked.ids):
             end = reading.until
             tokens = torch.tensor(asked.ids[begin:end])
@@ -288,7 +297,6 @@ class Scheduler:
         if reading.at == len(asked.ids):
             self._reading.popleft()
             self._begin(reading)
-        return reading.at - begin
 
     def _begin(self, reading: _Reading) -> None:
         """The prompt is read: its continuations join the batch."""

@@ -64,16 +64,11 @@ class Monitor:
         last = [judged for _, judged in sorted(dict(watch.last).items())]
         title = "Alarm: the traffic has changed" if any(one.alarm for one in last) else "No alarm"
         said = f"{watch.seen} prompts seen, {watch.alarms} alarms. Reference: {self._about.get('data')}."
-        rows = "".join(f"<tr><td>{one.block}<td>{one.score:.2f}<td>{html.escape(names(one))}" for one in last)
+        rows = "".join(f"<tr><td>{one.block}<td>{one.score:.2f}<td>{html.escape(one.where)}" for one in last)
         return PAGE.format(title=title, said=html.escape(said), rows=rows)
-
-
-def names(judged: Judged) -> str:
-    """The features that stray most, with how many standard errors."""
-    return ", ".join(f"{name} ({stray:+.1f})" for name, stray in judged.strangest[:3])
 
 
 def told(judged: Judged) -> str:
     """A block in one line."""
-    where = f" ({names(judged)})" if judged.strangest else ""
+    where = f" ({judged.where})" if judged.strangest else ""
     return f"score {judged.score:.2f} over the last {judged.block} prompts{where}"

@@ -74,6 +74,11 @@ class Judged(NamedTuple):
     alarm: bool
     strangest: tuple[tuple[str, float], ...]
 
+    @property
+    def where(self) -> str:
+        """The three that stray most, in words."""
+        return ", ".join(f"{name} ({stray:+.1f})" for name, stray in self.strangest[:3])
+
 
 class Detector:
     """Scores of blocks of snapshots."""

@@ -20,8 +20,8 @@ from typing import Any
 
 from sparsessm.evaluation.perplexity import Difference
 from sparsessm.recipe.fits import LEAST_BITS, MOST_BITS
-from sparsessm.report.record import finite
-from sparsessm.studies.limits import COST, QUALITY, Limits, Point, percent
+from sparsessm.report.record import finite, percent
+from sparsessm.studies.limits import COST, QUALITY, Limits, Point
 from sparsessm.studies.search import AIM, following, on_grid
 from sparsessm.studies.search import QUALITY as BY_QUALITY
 from sparsessm.studies.search import SPEED as BY_SPEED
@@ -161,7 +161,7 @@ def fitted(
     points = search(measure, limits, span, most)
     failed: dict[float, str] = {}
     smallest = span[0]
-    for _ in range(LARGER + 1):
+    for tried in range(LARGER + 1):
         fits = [point for point in points if point.feasible and point.bits > smallest - 1e-9]
         chosen = best(fits, limits)
         if chosen is None:
@@ -171,17 +171,18 @@ def fitted(
             told = _told(limits, points, chosen, found, failed)
             return Finding(limits, tuple(points), chosen, None, found, told)
         why = (
-            f"on text that the search did not see, perplexity rises by up to {percent(found.high, '')}; "
+            f"on text that the search did not see, perplexity rises by up to {percent(found.high)}; "
             f"max-increase is {limits.said.get('max-increase', limits.increase)}"
         )
         failed[chosen.bits] = f"{chosen.bits:g} bits kept to the limits on the search's text, but {why}."
         points[points.index(chosen)] = replace(chosen, feasible=False, why=(why,))
         smallest = chosen.bits + 0.02
-        if not any(point.feasible and point.bits > smallest for point in points) and smallest < span[1]:
+        left = any(point.feasible and point.bits > smallest for point in points)
+        if tried < LARGER and not left and smallest < span[1]:
             miss = math.log(found.high / limits.increase) if math.isfinite(found.high) else 1.0
             bits = on_grid(max(smallest, chosen.bits + (miss - AIM) / BY_QUALITY.usual), *span)
             points.append(limits.judged(measure(bits)))
-    near = nearest(points, limits)
+    near = nearest([point for point in points if not point.feasible], limits)
     return Finding(limits, tuple(points), None, near, None, (*failed.values(), _nothing(near)))
 
 
@@ -204,7 +205,7 @@ def _told(
         second = "Without a limit on quality the largest size that fits is taken, as smaller ones are worse."
     third = (
         f"Read again from its file, on text that the search did not see, perplexity changes by "
-        f"{percent(found.mean)} ({percent(found.low)} to {percent(found.high)})."
+        f"{percent(found.mean, '+')} ({percent(found.low, '+')} to {percent(found.high, '+')})."
     )
     return (first, second, third, *(why for bits, why in failed.items() if why != second))
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from sparsessm.data.foreign import bytes_of
+from sparsessm.report.record import percent
 
 TINY = 1e-5  # an increase or a drop below it counts as this
 QUALITY, COST = ("max-increase", "max-drop"), ("max-size", "min-speed")
@@ -144,14 +145,14 @@ class Limits:
     def judged(self, point: Point) -> Point:
         """The point with its verdict."""
         why = tuple(self.sentence(name, point) for name, miss in self.misses(point).items() if not miss <= 0)
-        return Point(**{**vars(point), "feasible": not why, "why": why})
+        return replace(point, feasible=not why, why=why)
 
     def sentence(self, name: str, point: Point) -> str:
         """How a point misses a limit."""
         if name == "max-increase":
-            what = f"perplexity rises by up to {percent(point.high, '')}"
+            what = f"perplexity rises by up to {percent(point.high)}"
         elif name == "max-drop":
-            what = f"accuracy falls by up to {percent((point.tasks or {})['high'], '')}"
+            what = f"accuracy falls by up to {percent((point.tasks or {})['high'])}"
         elif name == "max-size":
             what = f"the file takes {point.bytes / 1e6:.4g} MB"
         else:
@@ -162,12 +163,7 @@ class Limits:
 def _log(value: float, limit: float) -> float:
     if math.isnan(value):
         return math.inf
-    return math.log(max(value, TINY) / limit) if value < math.inf else math.inf
-
-
-def percent(value: float, sign: str = "+") -> str:
-    """0.0214 as "+2.14 %"; as "2.14 %" without a sign."""
-    return f"{100 * value:{sign}.2f} %"
+    return math.log(max(value, min(TINY, limit)) / limit) if value < math.inf else math.inf
 
 
 def share(text: str, what: str) -> float:

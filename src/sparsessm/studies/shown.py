@@ -17,9 +17,9 @@ from sparsessm.evaluation import beside_dense
 from sparsessm.evaluation.beside_dense import Known
 from sparsessm.report.page.document import page
 from sparsessm.report.page.searched import searched
-from sparsessm.report.record import checked, finite
+from sparsessm.report.record import checked, finite, percent
 
-from .limits import Point, percent
+from .limits import Point
 
 
 def write_page(
@@ -65,8 +65,8 @@ def task_table(point: Point) -> dict[str, Any]:
         ]
         for task, metric in told["metrics"].items()
     ]
-    ends = f"{percent(-told['high'])} to {percent(-told['low'])}"
-    note = f"The mean accuracy changes by {percent(-told['drop'])}, in percentage points; 95 %: {ends}."
+    ends = f"{percent(-told['high'], '+')} to {percent(-told['low'], '+')}"
+    note = f"The mean accuracy changes by {percent(-told['drop'], '+')}, in percentage points; 95 %: {ends}."
     return finite(
         {
             "title": "Accuracy in %",

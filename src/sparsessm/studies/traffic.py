@@ -117,7 +117,8 @@ def learn(model: Model, data: str, *, column: str | None = None, windows: int = 
         state, _, _ = read(model, ids)
         for total, part in zip(sums, maker.inputs(state), strict=True):
             total += part / (part.norm() + 1e-6)
-    directions = [(total / (total.norm() + 1e-6)).numpy() for total in sums]
+    # as they are stored: a fingerprint that was read again judges alike
+    directions = [(total / (total.norm() + 1e-6)).half().float().numpy() for total in sums]
     maker = Snapshots(model, directions)
     many = lengths(len(tokens))
     features = [maker.take(*read(model, ids[:count])) for ids, count in zip(tokens, many, strict=True)]
@@ -191,10 +192,9 @@ def judged(
     rows = []
     for block, some in sorted(found.items()):
         worst = max(some, key=lambda one: one.score)
-        where = ", ".join(f"{name} ({stray:+.1f})" for name, stray in worst.strangest[:3])
         alarms = sum(one.alarm for one in some)
         row = {"block": block, "blocks": len(some), "alarms": alarms, "largest": worst.score}
-        rows.append({**row, "strangest": where})
+        rows.append({**row, "strangest": worst.where})
     reference = str(fingerprint.about.get("data"))
     return {"prompts": watch.seen, "reference": reference, "alarm": watch.alarms > 0, "judged": rows}
 

@@ -36,6 +36,7 @@ from sparsessm.recipe.aims import bits_within, bytes_at
 from sparsessm.recipe.fits import LEAST_BITS, MOST_BITS
 from sparsessm.recipe.recipe import Recipe, window_length
 from sparsessm.report import machine
+from sparsessm.report.record import ENOUGH
 from sparsessm.runtime.base import refuse_type
 from sparsessm.studies.fit import Finding, first_guess, fitted
 from sparsessm.studies.limits import Limits, Point
@@ -108,6 +109,7 @@ class Trials:
         self._model, self._limits, self._open, self._journal = model, limits, open_, journal
         self._include, self._progress, self._say = include_path, progress, say or (lambda title: None)
         self._points: list[Point] = []
+        self._failed: set[float] = set()  # bits of points that did not keep to it on unseen text
         checkpoint = open_(model, journal.folder)  # so that its weights have a checksum
         kind = str(checkpoint.model.config.model_type)
         self._runs = _runs(kind, limits)
@@ -165,7 +167,10 @@ class Trials:
 
     def verify(self, point: Point) -> Difference:
         """Change of perplexity of a result, read from its file, on windows that the search did not see."""
-        return difference(self._unseen, self._read_again(point))
+        found = difference(self._unseen, self._read_again(point))
+        if self._limits.increase is not None and not found.high <= self._limits.increase:
+            self._failed.add(point.bits)
+        return found
 
     def _read_again(self, point: Point) -> Perplexity:
         def read() -> dict[str, Any]:
@@ -251,7 +256,7 @@ class Trials:
 
     def _tidy(self) -> None:
         """Of the results on the disk those stay that may be chosen."""
-        fits = sorted({point.bits for point in self._points if point.feasible})
+        fits = sorted({point.bits for point in self._points if point.feasible} - self._failed)
         if not self._limits.of_quality:
             fits.reverse()
         for point in self._points:
@@ -285,8 +290,8 @@ class Trials:
 
     def _about(self) -> dict[str, Any]:
         searched, verified = self._dense, self._unseen
-        few = min(searched.windows, verified.windows) < 16
-        notes = ["Intervals of fewer than 16 windows are too narrow; give more text."] * few
+        few = min(searched.windows, verified.windows) < ENOUGH
+        notes = [f"Intervals of fewer than {ENOUGH} windows are too narrow; give more text."] * few
         return {
             "model": self._model,
             "text": {

@@ -6,8 +6,10 @@ Place in the flow: between the record and the page's first section.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
+from ..record import remaining
 from .layers import whole_units
 from .words import at, figure, number_at, percent, plainly, table_at
 
@@ -30,16 +32,16 @@ def asked(record: Mapping[str, Any], fit: Mapping[str, Any] | None) -> str:
     model = recipe.get("model")
     of = f" of {model}" if isinstance(model, str) and model else ""
     if recipe.get("bits") is not None:
-        return f"Store the matrices{of} in {plainly(recipe['bits'])} bits a weight, everything counted."
-    if recipe.get("size") is not None:
-        return f"Make a file of at most {plainly(recipe['size'])}{of}."
-    if recipe.get("grid") not in (None, "none"):
-        return f"Round the weights{of} to the grid {plainly(recipe['grid'])}."
+        bits = figure(number_at(recipe, "bits"), ".4g")
+        return f"Store the matrices{of} in {bits} bits a weight, everything counted."
     pattern, sparsity = recipe.get("pattern"), percent(recipe.get("sparsity"), ".3g")
-    if recipe.get("structured") is not None:
-        return f"Remove {percent(recipe['structured'], '.3g')} of the parameters{of} as whole units."
+    if recipe.get("grid") not in (None, "none"):
+        also = f", and remove {sparsity} of them" if number_at(recipe, "sparsity") else ""
+        return f"Round the weights{of} to the grid {plainly(recipe['grid'])}{also}."
+    if pattern == "structured":
+        return f"Remove {sparsity} of the parameters{of} as whole units."
     if isinstance(pattern, str) and pattern.startswith("structured:"):
-        return f"Remove {sparsity} of the {UNITS.get(pattern[11:], pattern[11:])}{of}, whole."
+        return f"Remove {' and '.join(_axes(pattern[11:], sparsity))}{of}, whole."
     if isinstance(pattern, str) and pattern not in ("", "unstructured"):
         return f"Remove weights{of} in the pattern {pattern}."
     return (
@@ -49,17 +51,30 @@ def asked(record: Mapping[str, Any], fit: Mapping[str, Any] | None) -> str:
     )
 
 
+def _axes(told: str, sparsity: str) -> list[str]:
+    """Of "state" or "state=0.5,block=0.1" what is removed of each."""
+    found = []
+    for part in told.split(","):
+        axis, given, share = part.partition("=")
+        with suppress(ValueError):
+            sparsity = percent(float(share), ".3g") if given else sparsity
+        found.append(f"{sparsity} of the {UNITS.get(axis, axis)}")
+    return found
+
+
 def done(record: Mapping[str, Any]) -> list[str]:
     """What happened, a sentence each."""
     sentences = []
     structure = table_at(record, "structure")
     before, after = (number_at(structure, "parameters", name) for name in ("dense", "pruned"))
     if before and after is not None:
-        shape = table_at(structure, "shape")
-        kept = ", ".join(f"{figure(count, 'g')} {UNITS.get(axis, axis)}" for axis, count in shape.items())
+        kept = remaining(table_at(structure, "shape"), at(record, "recipe", "allocation") == "loss")
+        more = after > before  # a projected state: nothing is taken out, something is added
         sentences.append(
-            f"{figure(after, ',.0f')} of {figure(before, ',.0f')} parameters are left"
-            + (f"; what remains of each layer: {kept}." if kept else ".")
+            f"{figure(after - before, ',.0f')} parameters were added, which project the states."
+            if more
+            else f"{figure(after, ',.0f')} of {figure(before, ',.0f')} parameters are left"
+            + (f"; what remains: {kept}." if kept else ".")
         )
     for family, total in table_at(record, "totals").items():
         sentences.append(_family(family, total, units=whole_units(record)))

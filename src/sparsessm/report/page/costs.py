@@ -87,7 +87,11 @@ def _tasks(told: Mapping[str, Any]) -> Safe | None:
     rows = [[str(cell) for cell in row] for row in cells if isinstance(row, list)]
     words = told.get("words")
     made = table(
-        str(told.get("title")), [*map(str, columns)], rows, words=words if isinstance(words, int) else 1
+        str(told.get("title")),
+        [*map(str, columns)],
+        rows,
+        words=words if isinstance(words, int) else 1,
+        sorts=False,  # cells of words: numbers would be sorted as text
     )
     notes = told.get("notes")
     return together(made, listed([*map(str, notes)]) if isinstance(notes, list) else None)

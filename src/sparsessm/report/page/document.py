@@ -153,7 +153,8 @@ def _summary(record: Mapping[str, Any], perplexity: Mapping[str, Any], fit: Mapp
     caveat = None
     held_out, windows = at(fit, "held_out"), at(perplexity, "pruned", "fingerprint")
     apart = isinstance(held_out, list) and isinstance(windows, str) and windows in held_out
-    if isinstance(data, str) and data == at(record, "recipe", "data") and data not in DATASETS and not apart:
+    calibrated = at(record, "calibration", "sha256") and data == at(record, "recipe", "data")
+    if calibrated and isinstance(data, str) and data not in DATASETS and not apart:
         caveat = tag(
             "p",
             f"{data} has no held-out part: perplexity was measured on the text of the calibration, so the "

@@ -24,7 +24,7 @@ class Measured:
         perplexity: "dense", "pruned" (`Perplexity.record`) and "difference" ("mean", "low", "high").
         divergence: KL(dense || result) of the next token, nats: "mean", "low", "high" (95 % over windows),
             "median", "p99", "most"; "same": share of tokens whose likeliest is the same; "tokens";
-            "edges" (B + 1) and "counts" (B) of a histogram over tokens.
+            "edges" (the lower ones) and "counts", B each, of a histogram over tokens.
         windows: those that suffered most, the worst first: "index", "lost", "before", "after" (nats a token),
             "start", "tokens" ([text, nats lost] of a stretch) and "worst" ([text, before, after]).
         sizes: "result" and "dense": "weights" and "all", bytes on the disk.

@@ -17,8 +17,8 @@ from typing import Any
 
 from .layers import Cell, kinds
 from .markup import Safe, plain, tag
+from .words import bin_words, percent, real, rows_at, size
 from .words import figure as number
-from .words import percent, real, rows_at, size
 
 LEVELS = 7  # of the ramp of a heat map
 APART = 30.0  # a rise so many times the least is drawn on a logarithmic axis, or the least is not seen
@@ -123,8 +123,9 @@ def histogram(name: str, title: str, edges: Sequence[float], counts: Sequence[fl
         for place, count in enumerate(counts):
             (bar,) = axis.bar(place + 0.5, 100 * count / total, width=0.9, color=ROLES["s1"], linewidth=0)
             bar.set_gid(f"tip{place}")
-            above = f"from {edges[place]:.1e}" if edges[place] else "less"
-            tips[f"tip{place}"] = f"{above} nats: {count:,.0f} tokens, {percent(count / total)}"
+            tips[f"tip{place}"] = (
+                f"{bin_words(edges, place)} nats: {count:,.0f} tokens, {percent(count / total)}"
+            )
         powers = [(place, edge) for place, edge in enumerate(edges) if edge and _is_power(edge)]
         axis.set_xticks([place for place, _ in powers], [_power(round(math.log10(e))) for _, e in powers])
         if mean > 0 and len(edges) > 1:

@@ -13,6 +13,7 @@ from .markup import Content, Safe, tag
 from .measured import Measured
 from .parts import Number, folded, picture, pictures_of, section, table
 from .words import (
+    bin_words,
     figure,
     number_at,
     percent,
@@ -91,7 +92,7 @@ def suffering(measured: Measured) -> Safe | None:
         )
         rows = [
             [
-                Number(_bin(lower, place), edge),
+                Number(bin_words(lower, place), edge),
                 Number(figure(count, ",.0f"), count),
                 Number(percent(count / total), count),
             ]
@@ -115,14 +116,6 @@ def suffering(measured: Measured) -> Safe | None:
         scale = [part for one in scale for part in (one, ", ")][:-1] + [" nats and more."]
         parts += [tag("h3", "The windows that suffered most"), tag("p", intro, *scale), *windows]
     return section("suffering", "Where it hurts", *parts) if parts else None
-
-
-def _bin(edges: list[float], place: int) -> str:
-    if place == 0:
-        return f"below {figure(edges[1], '.1e')}" if len(edges) > 1 else "all"
-    if place == len(edges) - 1:
-        return f"{figure(edges[place], '.1e')} and more"
-    return f"{figure(edges[place], '.1e')} to {figure(edges[place + 1], '.1e')}"
 
 
 def _window(one: Mapping[str, Any], place: int) -> Safe:

@@ -60,8 +60,8 @@ def repeat(record: Mapping[str, Any], measured: Measured, directory: str) -> Saf
     file = shlex.quote(plain(f"{directory}/pruning.json"))
     commands = f"sparsessm prune --recipe {file} -o again\nsparsessm report again"
     again = (
-        "The first command makes the model again, the second this page. On the same machine with the same "
-        "number of threads the result is the same."
+        "The first command makes the pruned model again (one that was packed later is packed again), the "
+        "second such a page. On the same machine with the same number of threads the result is the same."
     )
     before = at(record, "pruned_before") is True
     return section(

@@ -6,7 +6,7 @@ Place in the flow: below the sections of the page.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 NONE = "–"
@@ -148,3 +148,12 @@ def plainly(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(plainly, value))
     return "" if value is None or value is False else str(value)
+
+
+def bin_words(edges: Sequence[float], place: int) -> str:
+    """A bin of a histogram, by its lower edges."""
+    if place == 0:
+        return f"below {figure(edges[1], '.1e')}" if len(edges) > 1 else "all"
+    if place == len(edges) - 1:
+        return f"{figure(edges[place], '.1e')} and more"
+    return f"{figure(edges[place], '.1e')} to {figure(edges[place + 1], '.1e')}"
