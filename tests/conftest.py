@@ -17,7 +17,7 @@ from directories import write_stock
 from pico import TEXT
 
 from sparsessm import kernels
-from sparsessm.calibration import walk
+from sparsessm.calibration import slabs as dividing
 from sparsessm.data import texts
 
 torch.set_num_threads(int(os.environ.get("SPARSESSM_TEST_THREADS") or 1))
@@ -70,4 +70,4 @@ def little_library(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def slabs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seven tokens a slab at most, so that a window of 48 takes several."""
-    monkeypatch.setattr(walk, "LONGEST", 7)
+    monkeypatch.setattr(dividing, "LONGEST", 7)

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from sparsessm.architectures.axes import Axis
 from sparsessm.architectures.computing import computing
 from sparsessm.architectures.kept import Kept
+from sparsessm.architectures.ranks import Alone, Ranks
 from sparsessm.architectures.residence import InMemory, Residence
 from sparsessm.architectures.target import Target
 from sparsessm.kernels.products import FLOAT32, Choice
@@ -190,6 +191,7 @@ class Architecture(ABC):
         stored: parameter name -> dtype of its checkpoint.
         residence: where the weights of its blocks are while no walk stands there.
         compute: the precision of products where a walk runs its blocks.
+        ranks: the processes that work on the model together.
     """
 
     model: nn.Module
@@ -203,6 +205,7 @@ class Architecture(ABC):
     widens: bool = False
     stored: Mapping[str, torch.dtype]
     compute: Choice = FLOAT32
+    ranks: Ranks = Alone()
 
     @abstractmethod
     def fields(self, sizes: Mapping[str, int]) -> dict[str, Any]:

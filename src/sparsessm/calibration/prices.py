@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +19,11 @@ from torch.nn import functional as F
 
 from sparsessm.architectures import Architecture, Block
 from sparsessm.calibration import vocabulary
-from sparsessm.calibration.journal import Forgetful, Journal
+from sparsessm.calibration.journal import Forgetful, Journal, each
 from sparsessm.calibration.loss import nats, predictions
 from sparsessm.calibration.progress import Progress, Steps
-from sparsessm.calibration.walk import backwards, first_tokens, grouped, walk
+from sparsessm.calibration.slabs import first_tokens, grouped
+from sparsessm.calibration.walk import backwards, walk
 
 ROWS = 2048  # tokens that go through the model together: several short windows, or one long one
 PRICED_TOKENS = 16_384  # of the calibration windows that the backward pass looks at
@@ -115,12 +115,17 @@ def output_fisher(
         )
     groups = grouped(tokens, ROWS)
     blocks = len(architecture.blocks)
-    steps = Steps("fisher", 2 * len(groups) * blocks, progress, blocks)
+    rounds = -(-len(groups) // architecture.ranks.count)
+    steps = Steps("fisher", 2 * rounds * blocks, progress, blocks)
     journal = journal or Forgetful(architecture)
     sums: dict[str, Tensor] = {}
     with frozen(architecture.model):
-        for number, group in enumerate(groups):
-            found = journal.once(f"prices {number}", partial(_energies, architecture, group, steps, head))
+        ranks = architecture.ranks
+
+        def make(number: int) -> dict[str, Tensor]:
+            return _energies(architecture, groups[number], steps, head)
+
+        for found in each(ranks, journal, "prices", len(groups), make):
             sums = {name: sums[name] + energy if name in sums else energy for name, energy in found.items()}
     means = {name: energy / tokens.numel() for name, energy in sums.items()}
     also: dict[str, Tensor] = {}

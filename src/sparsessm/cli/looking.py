@@ -16,7 +16,7 @@ from ..methods.allocation import ALLOCATIONS
 from ..methods.patterns import NofM, Structured, Unstructured
 from ..recipe.recipe import Recipe, window_length
 from ..report.record import checked
-from . import tables
+from . import ranks, tables
 from .answering import (
     LOOK,
     START,
@@ -87,7 +87,7 @@ def evaluate(
 ) -> None:
     """Measure perplexity and bits per byte, or zero-shot tasks, of one or several models."""
     perplexities, zero_shots = {}, {}
-    with answering(quiet, out, events=as_json) as progress:
+    with answering(quiet, out, events=as_json, shares=tasks is None) as progress:
         from ..checkpoint.atomic import write_text
         from ..evaluation import comparison
         from ..evaluation.tasks import zero_shot
@@ -112,7 +112,7 @@ def evaluate(
                 options |= {"length": length, "column": column, "compute": compute or "auto"}
                 perplexities[model] = sparsessm.evaluate(checkpoint, data or "stdlib", **options)
         result = comparison.tasks(zero_shots) if zero_shots else comparison.perplexities(perplexities)
-        if out is not None:
+        if out is not None and ranks.number() == 0:
             write_text(out, as_text(result.document) + "\n")
     if as_json:
         print_json(result.document)

@@ -124,7 +124,7 @@ def prune(
 
     target = None if dry_run else out
     kept = target and folder_of(target)
-    with answering(quiet, target, kept=kept, events=as_json) as progress:
+    with answering(quiet, target, kept=kept, events=as_json, shares=True) as progress:
         wanted = _wanted(given, structured, recipe, out, force)
         report = cost = None
         if target is None:
@@ -210,7 +210,8 @@ def _pruned(
         for note in _differences(run.recipe, recipe, tokens):
             progress.note(f"note: {note}; masks may differ")
     report = run.prune(tokens, measure=measure)
-    run.save(out, force=force)
+    if run.architecture.ranks.first:
+        run.save(out, force=force)
     journal.clear()
     return report
 

@@ -16,11 +16,12 @@ from sparsessm.architectures import Architecture
 from sparsessm.calibration.journal import Forgetful, Journal, Stage
 from sparsessm.calibration.prices import row_prices
 from sparsessm.calibration.progress import Progress, Steps
-from sparsessm.calibration.walk import slab_width, walk
+from sparsessm.calibration.slabs import slab_width
+from sparsessm.calibration.walk import walk
 from sparsessm.methods.balanced import balanced_truncation, energies
 from sparsessm.methods.observers import StateMoments, StateSums
 from sparsessm.pruning.naming import naming
-from sparsessm.pruning.units import EVERY, LOOKED
+from sparsessm.pruning.units import EVERY
 from sparsessm.recipe.sizes import Order
 from sparsessm.report.row import Row
 
@@ -81,17 +82,16 @@ def _look(
     stage: Stage,
 ) -> list[StateSums]:
     """What the states of every layer do in the dense model."""
-    tokens = tokens[:LOOKED]
     # as many looks as the sums need to have full rank, where there are few tokens
     enough = max(1, tokens.numel() // (LOOKS * architecture.states))
-    every = min(EVERY, enough, slab_width(*tokens.shape))
+    every = min(EVERY, enough, slab_width(tokens.shape[1]))
     sums = [StateSums(**note) for note in stage.left.values()]
     steps = Steps("survey", len(architecture.blocks), progress)
     for stop in walk(architecture, tokens, stage=stage, note=lambda: vars(sums[-1])):
         moments = StateMoments(every, prices.get(stop.block.target("out_proj").name))
         stop.run({"states": moments})
         with naming(stop.block.name):
-            sums.append(moments.result())
+            sums.append(stop.result(moments))
         steps()
     return sums
 

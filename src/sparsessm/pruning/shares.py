@@ -14,8 +14,8 @@ from torch import Tensor
 from sparsessm.architectures import Architecture, Target
 from sparsessm.calibration.journal import Journal
 from sparsessm.calibration.progress import Progress, Steps
+from sparsessm.calibration.slabs import first_tokens, slab_count
 from sparsessm.calibration.visit import survey
-from sparsessm.calibration.walk import first_tokens, slab_count
 from sparsessm.methods import Rule
 from sparsessm.methods.allocation import Profile
 from sparsessm.methods.base import Member

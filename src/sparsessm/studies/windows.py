@@ -20,8 +20,8 @@ from torch import Tensor
 
 from sparsessm.architectures import Architecture, Target
 from sparsessm.calibration.progress import Progress, Steps
+from sparsessm.calibration.slabs import slab_count
 from sparsessm.calibration.visit import survey
-from sparsessm.calibration.walk import slab_count
 from sparsessm.methods import Rule
 from sparsessm.methods.observers import ErrorSums, InputGram, Moments, StateError
 from sparsessm.methods.repair import error_of, output_error
