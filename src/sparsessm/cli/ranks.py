@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
-PATIENCE = timedelta(days=7)  # while one process solves the others wait; of one that has gone its socket tells
+PATIENCE = timedelta(
+    days=7
+)  # while one process solves the others wait; of one that has gone its socket tells
 
 
 def number() -> int:

@@ -52,12 +52,13 @@ def project(
     journal = journal or Forgetful(architecture)
     prices = row_prices(architecture, tokens, progress, journal) if order.priced else {}
     sums = _look(architecture, tokens, prices, progress, journal.stage("states"))
-    counts = allot([energies(layer) for layer in sums], order.sizes["state"])
+    counts = architecture.ranks.given(allot([energies(layer) for layer in sums], order.sizes["state"]))
     rows = []
     for stop, layer, count in zip(walk(architecture, None), sums, counts, strict=True):
         block, (groups, states, _) = stop.block, layer.states.shape
         if count < states:
-            stop.replace(architecture.project(block, *balanced_truncation(layer, count)))
+            projections = architecture.ranks.given(balanced_truncation(layer, count))
+            stop.replace(architecture.project(block, *projections))
         rows.append(
             Row(
                 target=f"{block.name}.state",

@@ -115,6 +115,7 @@ def shrink(
             with naming(stop.block.name):
                 asked = replace(order, sizes=sizes(stop.block.index))
                 rows.all += _shrink_block(architecture, stop, asked, inner, prices, refits[stop.block.index])
+                architecture.ranks.spread(list(stop.block.layer.parameters()))
             steps()
     for index in sorted(gone, reverse=True):
         architecture.drop(index)
@@ -187,7 +188,7 @@ def _shrink_block(
         values = selection.score(units)
         if any(value.isnan().any() for value in values):
             raise ValueError(f"method {selection.name!r} gave a score that is not a number")
-        keeps = [PATTERN.keep(value, removing) for value in values]
+        keeps = architecture.ranks.given([PATTERN.keep(value, removing) for value in values])
         mixes = _mixes(stop, axes, units, keeps, prices) if units.mixable else None
         done[axis] = order.sizes[axis]
         stop.replace(_resized(architecture, stop.block, axes, keeps, mixes, goals, done, order.strength > 0))

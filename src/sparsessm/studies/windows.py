@@ -108,7 +108,8 @@ def steps(
                 stack.enter_context(architecture.holding(layer))
             same = _agreement(targets, chosen, halves, bar)
             error = _mean_error(targets, chosen, halves, held, bar)
-        yield Step(size, same, error, time.perf_counter() - began)
+        # whether to go on is decided once for all processes
+        yield architecture.ranks.given(Step(size, same, error, time.perf_counter() - began))
         began, size, done = time.perf_counter(), 2 * size, size
 
 
