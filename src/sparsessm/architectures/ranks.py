@@ -26,11 +26,12 @@ class Ranks(ABC):
     """Of one run.
 
     Attributes:
-        number: of this process, from 0. count: of processes.
+        number: of this process, from 0. count: of processes. local: number on this machine.
     """
 
     number: int
     count: int
+    local: int
 
     @property
     @final
@@ -81,7 +82,7 @@ class Ranks(ABC):
 class Alone(Ranks):
     """One process."""
 
-    number, count = 0, 1
+    number, count, local = 0, 1, 0
 
     def total(self, sums: Sums, owners: Mapping[str, int] | None = None) -> None:
         pass
@@ -109,6 +110,7 @@ class Together(Ranks):
 
     def __init__(self) -> None:
         self.number, self.count = distributed.get_rank(), distributed.get_world_size()
+        self.local = distributed.get_node_local_rank(self.number)  # pyright: ignore[reportPrivateImportUsage]
 
     def total(self, sums: Sums, owners: Mapping[str, int] | None = None) -> None:
         known: dict[tuple[str, str], tuple[tuple[int, ...], torch.dtype]] = {}

@@ -92,7 +92,7 @@ class Pass:
             recorder.take()  # an expert may get no token of this slab
         if self._dense is not None and (dense := self._streams.dense) is not None:
             out, self._dense_states[lane] = self._dense.forward(
-                dense.now[windows, slab],
+                dense.now[windows, slab].to(self._dense.device),
                 self._dense_states.get(lane),
                 self._recorders,
                 self._dense_until,
@@ -102,7 +102,11 @@ class Pass:
                 dense.behind[windows, slab].copy_(out)
         assert self._streams.hidden is not None
         out, self._states[lane] = self._block.forward(
-            self._streams.hidden.now[windows, slab], self._states.get(lane), self._taps, self._until, kept
+            self._streams.hidden.now[windows, slab].to(self._block.device),
+            self._states.get(lane),
+            self._taps,
+            self._until,
+            kept,
         )
         return out
 

@@ -151,18 +151,18 @@ def _energies(architecture: Architecture, group: Tensor, steps: Steps, head: boo
     entering = _forward(architecture, group, steps)
     back = torch.empty_like(entering[-1])
     words = None
-    if head:
-        size, width = architecture.tail.targets[0].matrix.shape
-        words = vocabulary.Sums.nothing(size, width, back.device)
     for stop in backwards(architecture, steps):
         if stop.block is architecture.tail:
+            if head:
+                size, width = architecture.tail.targets[0].matrix.shape
+                words = vocabulary.Sums.nothing(size, width, architecture.tail.device)
             back = head_backward(architecture, entering[-1], group, words)
         else:
             back = block_backward(architecture, stop.block, entering[stop.block.index], back, add)
             architecture.residence.release(entering)
             steps()
     if words is not None:
-        words.add_lookups(group, architecture.looked_up(back))
+        words.add_lookups(group.to(back.device), architecture.looked_up(back))
         sums |= vars(words)
     return sums
 
@@ -203,6 +203,7 @@ def head_backward(
         ValueError: a gradient that is not finite.
     """
     parts = []
+    hidden, tokens = hidden.to(architecture.tail.device), tokens.to(architecture.tail.device)
     if words is not None:
         architecture.tail.forward(hidden, taps={"lm_head": (power := vocabulary.Power())})
         words.power = power.result()
@@ -236,8 +237,8 @@ def block_backward(
     for target in block.targets:
         if target.kind == "A_log":  # the mixer writes the first part of the stream, in Zamba2 not all
             width = block.target("out_proj").matrix.shape[0]
-            add(target.name, back[..., :width])
-    hidden = hidden.detach().requires_grad_()
+            add(target.name, back[..., :width].to(block.device))
+    hidden, back = hidden.detach().to(block.device).requires_grad_(), back.to(block.device)
     compute = architecture.compute.used
     with torch.enable_grad(), block.computing(compute), block.outputs() as outputs:
         out, _ = block.forward(hidden)

@@ -361,7 +361,7 @@ def embedded(architecture: Architecture, tokens: Tensor) -> Tensor:
 def through(block: Block, hidden: Tensor) -> Tensor:
     """What an open block puts out (W, L, d_model), a new tensor."""
     with torch.inference_mode():
-        out, _ = block.forward(hidden)
+        out, _ = block.forward(hidden.to(block.device))
     assert out is not None
     return out
 

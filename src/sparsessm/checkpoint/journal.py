@@ -30,6 +30,7 @@ from typing import Any, final
 from torch import Tensor
 
 from ..architectures import Block, Residence
+from ..architectures.on_device import OnDevice
 from ..architectures.ranks import here
 from ..data.unfinished import undoing
 from .atomic import flush_directory
@@ -145,8 +146,9 @@ class Journal:
 
     def holds(self, residence: Residence) -> None:
         """Whose changed blocks are in the directory."""
-        assert isinstance(residence, Streamed) and residence.folder == self.folder
-        self._residence = residence
+        held = residence.inner if isinstance(residence, OnDevice) else residence
+        assert isinstance(held, Streamed) and held.folder == self.folder
+        self._residence = held
 
     def begin(self, what: Mapping[str, Any]) -> None:
         """Say what the run is, before anything else.

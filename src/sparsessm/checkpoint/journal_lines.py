@@ -34,7 +34,7 @@ def read(file: Path) -> list[dict[str, Any]]:
 def plain(what: Any, tensors: list[Tensor]) -> Any:
     """A value as JSON takes it, with a number in place of each tensor, which joins `tensors`."""
     if isinstance(what, Tensor):
-        tensors.append(what)
+        tensors.append(what.cpu())
         return {_TENSOR: len(tensors) - 1}
     if isinstance(what, Mapping):
         return {name: plain(part, tensors) for name, part in what.items()}

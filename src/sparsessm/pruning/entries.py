@@ -107,8 +107,9 @@ def _shared(
     done = {}
     for target in part:
         if owners[target.name] == ranks.number:
+            rule = rules[target.name].on(target.matrix.device)
             with naming(target.name):  # what was seen is handed over, not kept: a float64 Hessian is large
-                done[target.name] = _prune(target, rules[target.name], seen.pop(target.name, None))
+                done[target.name] = _prune(target, rule, seen.pop(target.name, None))
     for target in part:
         owner = owners[target.name]
         row, levels = ranks.given(done.get(target.name), owner)
@@ -236,7 +237,9 @@ def _watching(rules: Rules) -> Watch:
 
     def watch(target: Target) -> Any | None:
         rule = rules.get(target.name)
-        return rule.method.watch(target.matrix, rule) if rule and rule.method.watch else None
+        if rule is None or rule.method.watch is None:
+            return None
+        return rule.method.watch(target.matrix, rule.on(target.matrix.device))
 
     return watch
 

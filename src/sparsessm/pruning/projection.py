@@ -21,7 +21,7 @@ from sparsessm.calibration.walk import walk
 from sparsessm.methods.balanced import balanced_truncation, energies
 from sparsessm.methods.observers import StateMoments, StateSums
 from sparsessm.pruning.naming import naming
-from sparsessm.pruning.units import EVERY
+from sparsessm.pruning.units import EVERY, price_of
 from sparsessm.recipe.sizes import Order
 from sparsessm.report.row import Row
 
@@ -89,7 +89,7 @@ def _look(
     sums = [StateSums(**note) for note in stage.left.values()]
     steps = Steps("survey", len(architecture.blocks), progress)
     for stop in walk(architecture, tokens, stage=stage, note=lambda: vars(sums[-1])):
-        moments = StateMoments(every, prices.get(stop.block.target("out_proj").name))
+        moments = StateMoments(every, price_of(prices, stop.block.target("out_proj")))
         stop.run({"states": moments})
         with naming(stop.block.name):
             sums.append(stop.result(moments))

@@ -243,7 +243,7 @@ def look(
     looks = selection.looks.get(axis, "")
     linear = _linear(block)
     if looks == "states" or units.mixable:
-        price = prices.get(linear["out_proj"].name)
+        price = price_of(prices, linear["out_proj"])
         units = replace(units, states=_states(stop, lambda every: StateMoments(every, price)))
     if looks == "energy":
         channels = linear["out_proj"].matrix.shape[1]
@@ -264,7 +264,7 @@ def look(
             name = _tensor(block, target)
             columns = torch.cat([_columns(a, name) for a in axes]).to(target.matrix.device)
             seen = _seen(stop, kind, InputGram())
-            readers.append(Reader(target.matrix, prices.get(target.name), seen, columns))
+            readers.append(Reader(target.matrix, price_of(prices, target), seen, columns))
         units = replace(units, readers=readers)
     return units
 
@@ -286,10 +286,15 @@ def _mixes(
         return {axis.read: read.T}
     decays = torch.cat([kept.repeat_interleave(axis.size), gone])
     inputs = torch.cat([torch.arange(axis.size, device=keep.device).repeat(len(kept)), gone])
-    price = prices.get(_linear(stop.block)["out_proj"].name)
+    price = price_of(prices, _linear(stop.block)["out_proj"])
     pairs_seen = _states(stop, lambda every: PairMoments(every, decays, inputs, price))
     write, read = remix(pairs_seen, keep, read)
     return {axis.write: write, axis.read: read.T}
+
+
+def price_of(prices: Mapping[str, Tensor], target: Target) -> Tensor | None:
+    """Of a target's rows, where its weights are."""
+    return prices[target.name].to(target.matrix.device) if target.name in prices else None
 
 
 def _entries(tensors: Mapping[str, Tensor], axis: Axis) -> Tensor:
