@@ -193,7 +193,7 @@ def test_one_block_at_a_time_is_on_the_device(
     for tensor, want in zip(there.model.parameters(), here.model.parameters(), strict=True):
         assert tensor.device.type == "cpu"
         if "bits" not in asked:  # where a weight between two levels may fall otherwise
-            torch.testing.assert_close(tensor, want, rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(tensor, want, rtol=1e-3, atol=2e-3)
     assert there_too == pytest.approx(losses, rel=1e-3 if "bits" in asked else 1e-4)
     shared = name == "zamba2" or asked.get("target") == "matrices" or "bits" in asked
     assert max(most) <= 1 + shared, "what blocks share, a tied head too, is there with each of them"

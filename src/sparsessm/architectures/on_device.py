@@ -65,7 +65,7 @@ class OnDevice(Residence):
     """Of a model that another residence holds."""
 
     def __init__(self, inner: Residence, device: torch.device) -> None:
-        self.inner, self._device = inner, device
+        self.inner, self.device = inner, device
         self._open: dict[int, _Open] = {}
 
     def open(self, block: Layer) -> None:
@@ -76,14 +76,14 @@ class OnDevice(Residence):
         here = self._open[block.index] = _Open()
         with torch.inference_mode(False):
             for parameter in block.layer.parameters():
-                twin = nn.Parameter(parameter.detach().to(self._device), parameter.requires_grad)
+                twin = nn.Parameter(parameter.detach().to(self.device), parameter.requires_grad)
                 torch.utils.swap_tensors(parameter, twin)
                 here.parameters.append((parameter, twin, parameter._version))
             for module in block.layer.modules():
                 for name, buffer in module._buffers.items():
                     if buffer is not None:
                         here.buffers.append((module, name, buffer))
-                        module._buffers[name] = buffer.to(self._device)
+                        module._buffers[name] = buffer.to(self.device)
 
     def close(self, block: Layer) -> None:
         here = self._open[block.index]
@@ -113,11 +113,11 @@ class OnDevice(Residence):
 
     def room(self, like: Tensor, *shape: int) -> Tensor:
         if like.element_size() * math.prod(shape) <= self._free() // SHARE:
-            return like.new_empty(shape, device=self._device)
+            return like.new_empty(shape, device=self.device)
         return self.inner.room(like.cpu(), *shape)
 
     def release(self, states: Tensor) -> None:
-        if states.device != self._device:
+        if states.device != self.device:
             self.inner.release(states)
 
     def at_once(self, nbytes: int, most: int, *, free: int) -> int:
@@ -131,10 +131,10 @@ class OnDevice(Residence):
 
     def copied(self, model: nn.Module) -> tuple[Any, Residence]:
         copy, inner = self.inner.copied(model)
-        return copy, OnDevice(inner, self._device)
+        return copy, OnDevice(inner, self.device)
 
     def _free(self) -> int:
         """Bytes of the device."""
-        if self._device.type == "cuda":
-            return torch.cuda.mem_get_info(self._device)[0]
+        if self.device.type == "cuda":
+            return torch.cuda.mem_get_info(self.device)[0]
         return KEEPING * self.inner.spare()

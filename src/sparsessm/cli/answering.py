@@ -44,7 +44,7 @@ PANELS = {
     "How much": ("bits", "size", "grid", "pattern", "allocation"),
     "How": ("method", "repair", "price", "removed", "diagonal", "time_weights", "compute"),
     "Calibration data": ("data", "column", "samples", "length", "seed", "tokenizer"),
-    "Output": ("memory", "resume", "force", "no_eval", "as_json", "quiet"),
+    "Output": ("memory", "device", "resume", "force", "no_eval", "as_json", "quiet"),
 }
 PANEL_OF = {name: panel for panel, names in PANELS.items() for name in names}
 
@@ -152,6 +152,16 @@ Memory = Annotated[
     ),
 ]
 
+Device = Annotated[
+    str,
+    option(
+        "--device",
+        metavar="DEVICE",
+        help="What computes: cpu, cuda, cuda:1, or auto, a GPU where there is one.",
+        rich_help_panel="Output",
+    ),
+]
+
 
 @contextmanager
 def answering(
@@ -202,18 +212,21 @@ def loaded(
     memory: str | None,
     progress: Progress,
     folder: Path | None = None,
+    device: str = "cpu",
 ) -> Checkpoint:
     """A model, read block by block if it is larger than the memory; what of it is not followed is said.
 
     Args:
-        memory: as `Memory`. folder: where what is changed is written.
+        memory: as `Memory`. folder: where what is changed is written. device: as `Device`.
     """
     from ..checkpoint import Streaming, load
     from ..checkpoint.given import checked_path, undisturbed
 
     checked_path("source", model)
     with undisturbed():
-        found = load(model, tokenizer=tokenizer, streaming=Streaming.within(memory, folder))
+        found = load(model, tokenizer=tokenizer, streaming=Streaming.within(memory, folder), device=device)
+    if found.residence.device.type != "cpu":
+        progress.note(f"computing on {found.residence.device}")
     tell(found.notes, progress)
     return found
 

@@ -21,6 +21,7 @@ from .answering import (
     LOOK,
     START,
     Compute,
+    Device,
     Json,
     Length,
     Memory,
@@ -78,6 +79,7 @@ def evaluate(
     include_path: IncludePath = None,
     tokenizer: Tokenizer = None,
     memory: Memory = None,
+    device: Device = "auto",
     out: Document = None,
     force: Annotated[
         bool, option("--force", help="Replace an existing --out.", rich_help_panel="Output")
@@ -97,11 +99,14 @@ def evaluate(
 
         of_text = {"--data": data, "--column": column, "--length": length, "--compute": compute}
         none = {"--include-path": include_path} if tasks is None else of_text
+        if tasks is not None and device not in ("auto", "cpu"):
+            raise ValueError(f"--device {device} cannot be used with --tasks; leave it out")
         if given := [option for option, value in none.items() if value is not None]:
             raise ValueError(f"{given[0]} has no effect with{'out' if tasks is None else ''} --tasks")
         for model in models:
             progress.say(f"model {model}")
-            checkpoint = loaded(model, tokenizer, memory, progress)
+            where = device if tasks is None else "cpu"
+            checkpoint = loaded(model, tokenizer, memory, progress, device=where)
             options: dict[str, Any] = {"limit": limit, "progress": progress}
             if tasks is not None:
                 zero_shots[model] = zero_shot(
