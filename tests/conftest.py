@@ -24,7 +24,7 @@ torch.set_num_threads(int(os.environ.get("SPARSESSM_TEST_THREADS") or 1))
 
 
 def pytest_collection_finish() -> None:
-    """What is there before the first test is no garbage: the collector need not look at it again and again."""
+    """What is there before the first test is no garbage: the collector need not look at it each time."""
     gc.collect()
     gc.freeze()
 
