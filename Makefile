@@ -55,7 +55,6 @@ wheel-test: ## dist/ installed and used by each of PYTHONS where there is no com
 	$(PYTHON) tools/try_wheels.py $(PYTHONS)
 
 docs: $(DEVELOPED) ## the pages as a site, in site/: a warning, a dead link or a request to the outside fails
-	$(INSTALL) -e ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 	! grep -rElI '<(link|script|img|iframe)[^>]*(href|src)="?(https?:)?//' site --include='*.html'
 

@@ -1,26 +1,32 @@
 """One thread a worker and a program that it starts, as two processes run on two cores; or as
 SPARSESSM_TEST_THREADS says. And fixtures for tests of any folder."""
 
+import gc
 import os
 import random
 import shutil
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch reads it
 
 import programs
 import pytest
+import shortened
 import torch
 from directories import write_stock
 from pico import TEXT
 
 from sparsessm import kernels
 from sparsessm.calibration import slabs as dividing
-from sparsessm.data import texts
 
 torch.set_num_threads(int(os.environ.get("SPARSESSM_TEST_THREADS") or 1))
+
+
+def pytest_collection_finish() -> None:
+    """What is there before the first test is no garbage: the collector need not look at it each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -58,13 +64,20 @@ def here(tmp_path: Path, shelf: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def little_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`stdlib` is a few modules of each side: splitting all of them into tokens takes seconds."""
-    whole = texts.stdlib_modules
+    """`stdlib` is a few modules of each side."""
+    shortened.use_library(monkeypatch)
 
-    def some(*, held_out: bool | None) -> Iterator[tuple[str, str]]:
-        return islice(whole(held_out=held_out), 30)
 
-    monkeypatch.setattr(texts, "stdlib_modules", some)
+@pytest.fixture(scope="session")
+def few_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for `shortened.use_builtins`."""
+    return shortened.write_builtins(tmp_path_factory.mktemp("few_layers"))
+
+
+@pytest.fixture
+def short_builtins(few_layers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Built-in models have two layers."""
+    shortened.use_builtins(monkeypatch, few_layers)
 
 
 @pytest.fixture

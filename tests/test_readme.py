@@ -1,8 +1,9 @@
 """What the pages tell a reader to type works: every command parses, those of the README run as they stand.
 
 Each section of the README runs in a fresh directory, top to bottom, commands and Python alike. Long ones are
-made short (one calibration window, little text), and what needs a network is replaced: hub models by the
-built-in one, WikiText-2 by a small file.
+made short (one calibration window, little text, built-in models of two layers), and what needs a network is
+replaced: hub models by the built-in one, WikiText-2 by a small file. Sizes in bytes are those of the short
+models.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 README = PAGES[0].read_text(encoding="utf-8")
 BLOCK = re.compile(r"^```(\w*)\n([\s\S]*?)^```$|((?:^    .*\n)+)", flags=re.MULTILINE)
 HUB = re.compile(r"[\w-]+/[\w.-]+")
+REPLACED = {"wikitext2": "text.txt", "1.8MB": "0.9MB"}
 # Appended to a command that would take long; of an option given twice the last counts. With a limit that all
 # keep, `fit` tries one size.
 SHORT = {
@@ -170,7 +172,7 @@ def test_the_recipes_of_the_page_fit_the_built_in_model(tmp_path: Path) -> None:
     ],
     ids=lambda section: section.splitlines()[0],
 )
-@pytest.mark.usefixtures("little_library")
+@pytest.mark.usefixtures("little_library", "short_builtins")
 def test_a_section_of_the_readme_runs(section: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text(TEXT * 20)
@@ -187,7 +189,7 @@ def test_a_section_of_the_readme_runs(section: str, tmp_path: Path, monkeypatch:
             exec(compile(text, "README.md", "exec"), {})
             continue
         for arguments in commands(text):
-            local = ["text.txt" if word == "wikitext2" else HUB.sub(_local, word) for word in arguments]
+            local = [REPLACED.get(word) or HUB.sub(_local, word) for word in arguments]
             outcome = CliRunner().invoke(cli.app, [*local, *SHORT.get(arguments[0], [])])
             assert outcome.exit_code == 0, (arguments, outcome.stderr, outcome.exception)
 

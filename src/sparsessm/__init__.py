@@ -68,8 +68,8 @@ def load(
             block at a time is on a GPU, the model stays in memory.
 
     Raises:
-        ValueError: no such model or device, an architecture without an adapter, or tensors that are missing, extra,
-            corrupt or not finite.
+        ValueError: no such model or device, an architecture without an adapter, or tensors that are missing,
+            extra, corrupt or not finite.
     """
     from . import checkpoint
     from .checkpoint.given import checked_path, undisturbed

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from sparsessm.cli import demonstration
-from sparsessm.evaluation import before_after, beside_dense
+from sparsessm.evaluation import before_after, beside_dense, timing
 
 
 @pytest.fixture
@@ -16,6 +16,8 @@ def here(here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(demonstration, "WINDOWS", 2)
     monkeypatch.setattr(demonstration, "ROUNDS", 1)
     monkeypatch.setattr(beside_dense, "SPEED", {"batches": (1,), "rounds": 1, "prompt": 8})
+    monkeypatch.setattr(timing, "PHASE", 0.2)
+    monkeypatch.setattr(timing, "BUFFER", 1 << 20)
     return here
 
 

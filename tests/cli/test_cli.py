@@ -43,6 +43,7 @@ def test_missing_kernels_are_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.usefixtures("little_library")
+@pytest.mark.usefixtures("little_library", "short_builtins")
 def test_demo_shows_every_method_and_replaces_only_a_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     small = ["demo", "--samples", "1"]
     text = run(*small).stdout

@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import httpx2 as httpx
+import programs
 import pytest
 from command import refused
 
@@ -26,13 +26,7 @@ SERVE = [sys.executable, "-m", "sparsessm", "serve", "builtin:pycode", "--port",
 @contextmanager
 def program(*words: str, **env: str) -> Iterator[tuple[Any, str]]:
     """A running server and its address."""
-    with subprocess.Popen(
-        [*SERVE, *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
-    ) as found:
+    with programs.Program([*SERVE, *words], env={**os.environ, **env}) as found:
         assert found.stderr
         for line in found.stderr:
             if where := re.search(r"served at (http://\S+)/v1; Ctrl-C ends it", line):
@@ -42,7 +36,7 @@ def program(*words: str, **env: str) -> Iterator[tuple[Any, str]]:
         try:
             yield found, where[1]
         finally:
-            found.kill()
+            found.send_signal(signal.SIGKILL)
 
 
 def test_a_signal_ends_it_when_answers_are_given() -> None:
@@ -56,7 +50,7 @@ def test_a_signal_ends_it_when_answers_are_given() -> None:
                 server.send_signal(signal.SIGTERM)
                 rest = [line for line in lines if line]
         assert rest[-1] == "data: [DONE]"
-        assert server.wait(60) == 128 + signal.SIGTERM
+        assert server.wait() == 128 + signal.SIGTERM
         assert server.stderr.read() == "interrupted; the server has ended\n"
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx2 as httpx
 import pytest
+import shortened
 import torch
 from command import refused, run
 from safetensors.torch import load_file, save_file
@@ -20,8 +21,17 @@ from sparsessm.serving.watching import Monitor
 from sparsessm.studies import traffic
 
 
+@pytest.fixture(scope="module", autouse=True)
+def little(few_layers: Path) -> Iterator[None]:
+    """Built-in models have two layers, and the library a few modules."""
+    with pytest.MonkeyPatch.context() as patch:
+        shortened.use_builtins(patch, few_layers)
+        shortened.use_library(patch)
+        yield
+
+
 @pytest.fixture(scope="module")
-def result(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def result(little: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A result with a fingerprint of 96 windows."""
     folder = tmp_path_factory.mktemp("watched") / "small"
     fast = ["--samples", "2", "--length", "64", "--no-eval", "--quiet"]

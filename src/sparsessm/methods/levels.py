@@ -161,11 +161,13 @@ def _ideal(codes: Tensor) -> tuple[Tensor, Tensor]:
     columns, found = codes.shape[1], []
     most = int(codes.abs().max())
     width = 2 * most + 1
+    known = torch.arange(columns + 1, dtype=torch.float64, device=codes.device)
+    known = torch.special.xlogy(known, known)  # of every count that there can be
     for part in codes.long().split(max(1, _MOST // max(width, columns))):
-        counts = torch.zeros(len(part), width, dtype=torch.float64, device=codes.device)
-        counts = counts.scatter_add(1, part + most, torch.ones_like(part, dtype=torch.float64))
-        bits = columns * math.log2(columns) - torch.special.xlogy(counts, counts).sum(1) / math.log(2)
-        found.append((bits, counts.count_nonzero(1).double()))
+        first = width * torch.arange(len(part), device=codes.device)[:, None] + most
+        counts = torch.bincount((part + first).flatten(), minlength=len(part) * width).view(-1, width)
+        bits = columns * math.log2(columns) - known[counts].sum(1) / math.log(2)
+        found.append((bits, (counts > 0).sum(1).double()))
     bits, kinds = zip(*found, strict=True)
     return torch.cat(bits), torch.cat(kinds)
 

@@ -111,28 +111,22 @@ class Report:
 
     def record(self) -> dict[str, Any]:
         """The content of pruning.json: plain values only; described in docs/checkpoint.md."""
+        text = {"text": self.text} if self.fingerprint and self.text else {}
+        trials = [dict(trial) for trial in self.trials]
+        structure = {"parameters": dict(self.parameters), "shape": dict(self.shape), "trials": trials}
         record = {
             "format": RECORD_FORMAT,
             "versions": machine.versions(),
             "machine": dict(self.machine),
             "recipe": dict(self.recipe),
             "pruned_before": self.pruned_before,
-            "calibration": {
-                "sha256": self.fingerprint or None,
-                **({"text": self.text} if self.fingerprint and self.text else {}),
-            },
+            "calibration": {"sha256": self.fingerprint or None, **text},
             "advice": [dict(step) for step in self.advice],
             "seconds": round(self.seconds, 3),
             "totals": self.totals,
             "targets": [{**asdict(row), "sparsity": row.sparsity} for row in self.rows],
             "bytes": dict(self.sizes),
-            "structure": {
-                "parameters": dict(self.parameters),
-                "shape": dict(self.shape),
-                "trials": [dict(trial) for trial in self.trials],
-            }
-            if self.parameters
-            else None,
+            "structure": structure if self.parameters else None,
             "perplexity": dict(self.perplexity),
         }
         return finite(record)

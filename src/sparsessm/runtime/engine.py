@@ -22,6 +22,7 @@ from sparsessm.runtime.mamba2 import Mamba2
 from sparsessm.runtime.mixer import Weights, matrix
 
 SLAB = 512  # tokens of a prompt that are in memory together
+FEW = 8  # tokens that cost less one by one than as a slab, on one thread and on two (docs/runtime.md)
 Kind = type[Mamba1] | type[Mamba2]
 MIXERS: Mapping[str, Kind] = {"mamba": Mamba1, "falcon_mamba": Mamba1, "mamba2": Mamba2}
 
@@ -122,14 +123,15 @@ class NativeEngine:
     @torch.no_grad()
     def prompt(self, tokens: Tensor, state: Tensor, every: bool = False) -> Tensor:
         """As `Engine.prompt`."""
-        logits, hidden = [], torch.empty(0)
-        for slab in tokens.split(SLAB):
+        logits, slabs = [], tokens.split(SLAB)
+        for slab in slabs:
+            if len(slab) <= FEW:
+                logits += [self.step(token, state[None]) for token in slab.split(1)]
+                continue
             hidden = self._read(slab, state)
-            if every:
-                logits.append(self._logits(hidden))
-        if every:
-            return torch.cat(logits)
-        return self._logits(hidden[-1:])[0]
+            if every or slab is slabs[-1]:
+                logits.append(self._logits(hidden if every else hidden[-1:]))
+        return torch.cat(logits) if every else logits[-1][0]
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return self._head.linear(self._normed(hidden, self._norm))

@@ -32,11 +32,13 @@ class Slots:
         order: (D,) channel at each sorted place.
         slots: states that each group of 16 places has room for.
         entry: (size,) for each float of the state the entry channel * N + n of A_log; -1 where there is none.
+        place: (D N,) for each entry the float of the state; that behind the last where there is none.
     """
 
     order: Tensor
     slots: list[int]
     entry: Tensor
+    place: Tensor
 
     @staticmethod
     def of(a_log: Tensor, forgets: float = REMOVED_A_LOG["memoryless"]) -> Slots:
@@ -56,7 +58,11 @@ class Slots:
             entry[:, : len(group)] = (group[:, None] * states + chosen).T
             slots.append(room)
             entries.append(entry.flatten())
-        return Slots(order, slots, torch.cat(entries))
+        entry = torch.cat(entries).to(torch.int32)
+        place = torch.full((a_log.numel(),), len(entry), dtype=torch.int32)
+        held = (entry >= 0).nonzero()[:, 0]
+        place[entry[held]] = held.to(torch.int32)
+        return Slots(order, slots, entry, place)
 
     @property
     def channel(self) -> Tensor:
@@ -69,13 +75,12 @@ class Slots:
 
     def pack(self, scan: Tensor) -> Tensor:
         """States (D, N) -> (size,)."""
-        return torch.where(self.entry < 0, 0.0, scan.flatten()[self.entry.clamp(min=0)])
+        packed = scan.flatten().index_select(0, self.entry.clamp(min=0))
+        return packed.masked_fill_(self.entry < 0, 0.0)
 
     def unpack(self, packed: Tensor, shape: tuple[int, int]) -> Tensor:
         """The reverse; states that are not kept are 0, which nothing ever reads."""
-        scan, held = torch.zeros(math.prod(shape)), self.entry >= 0
-        scan[self.entry[held]] = packed[held]
-        return scan.view(shape)
+        return F.pad(packed, (0, 1)).index_select(0, self.place).view(shape)
 
 
 class Mamba1(Mixer):
@@ -132,7 +137,7 @@ class Mamba1(Mixer):
 
     def beside(self) -> Sequence[Tensor]:
         """As `Mixer.beside`."""
-        return self.slots.order, self.slots.entry
+        return self.slots.order, self.slots.entry, self.slots.place
 
     def read(self, x: Tensor, state: Tensor) -> Tensor:
         """As `Mixer.read`."""

@@ -61,7 +61,7 @@ def choose(
     """Choose one token for each row of logits.
 
     Args:
-        logits: (V,) or (B, V); -inf is a token that cannot be.
+        logits: float32 (V,) or (B, V); -inf is a token that cannot be.
         sampling: how.
         generators: one on the CPU for each row, or the one of a single row; each is advanced by one draw.
             Not used if the temperature is 0.
@@ -74,8 +74,7 @@ def choose(
     """
     rows = logits if logits.dim() == 2 else logits[None]
     if sampling.temperature == 0:
-        _refuse_not_finite(rows)
-        ids = rows.argmax(-1)  # of equal ones the first
+        ids = _largest(rows)
     else:
         own = [generators] if isinstance(generators, torch.Generator) else generators
         if len(own) != len(rows):
@@ -125,6 +124,15 @@ def candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
         kept = min(int(reached) + 1, len(ids))
         ids, weights = ids[:kept], weights[:kept]
     return ids, weights / weights.sum()
+
+
+def _largest(rows: Tensor) -> Tensor:
+    """(B, V) -> (B,), the first of the largest of each row. numpy's search takes a tenth of torch's time."""
+    if not rows.shape[-1]:
+        _refuse_not_finite(rows)
+    ids = torch.from_numpy(rows.numpy().argmax(-1))
+    _refuse_not_finite(rows.gather(-1, ids[:, None]))  # where one of them is NaN it was found
+    return ids
 
 
 def _refuse_not_finite(logits: Tensor) -> None:

@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -38,22 +39,31 @@ class Refused(Exception):
 
 
 class Mailbox:
-    """Events of one prompt, handed from the engine's thread to the event loop."""
+    """Events of a request's prompts, handed from the engine's thread to the event loop.
+
+    Attributes:
+        tickets: of the prompts.
+    """
 
     def __init__(self) -> None:
-        self._loop, self._events = asyncio.get_running_loop(), asyncio.Queue[Event]()
-        self.ticket: Ticket | None = None
+        self._loop, self._events = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Event]]()
+        self.tickets: list[Ticket] = []
 
-    def put(self, event: Event) -> None:
-        """Called by the engine's thread."""
+    def put(self, place: int, event: Event) -> None:
+        """What happened to prompt `place`; called by the engine's thread."""
         try:
-            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+            self._loop.call_soon_threadsafe(self._events.put_nowait, (place, event))
         except RuntimeError:  # the loop has ended: nobody waits
             pass
 
-    async def get(self) -> Event:
-        """The next event."""
+    async def get(self) -> tuple[int, Event]:
+        """The next event, and of which prompt."""
         return await self._events.get()
+
+    def cancel(self) -> None:
+        """Nobody waits for an answer any more."""
+        for ticket in self.tickets:
+            ticket.cancel()
 
 
 class Desk:
@@ -131,50 +141,36 @@ class Desk:
         how |= {"streaming": bool(body.stream), "top": body.top(), "echo": echo}
         return Asked(ids, most, body.n or 1, seconds=self.limits.seconds, **how)
 
-    def submit(self, asked: Sequence[Asked]) -> list[Mailbox]:
+    def submit(self, asked: Sequence[Asked]) -> Mailbox:
         """Ask the scheduler for all of them, or for none.
 
         Raises:
             Refused: the queue is full, or it is too much at once.
         """
-        boxes: list[Mailbox] = []
+        box = Mailbox()
         if (total := sum(one.count for one in asked)) > (most := self.limits.prompts):
             raise Refused(f"{total} continuations are asked for at once; allowed: at most {most}")
         try:
-            for one in asked:
-                boxes.append(box := Mailbox())
-                box.ticket = self.scheduler.ask(one, box.put)
+            for place, one in enumerate(asked):
+                box.tickets.append(self.scheduler.ask(one, partial(box.put, place)))
         except (Full, ValueError) as error:
-            cancel(boxes)
+            box.cancel()
             raise Refused(str(error), 503 if isinstance(error, Full) else 400) from None
-        return boxes
+        return box
 
 
-def cancel(boxes: Sequence[Mailbox]) -> None:
-    """Nobody waits for these any more."""
-    for box in boxes:
-        if box.ticket is not None:
-            box.ticket.cancel()
-
-
-async def events(boxes: Sequence[Mailbox], answer: Answer) -> AsyncIterator[tuple[int, Event]]:
-    """What happens to several prompts, as it happens, until all continuations have ended."""
-    left = [answer.count] * len(boxes)
-    waiting = {asyncio.ensure_future(box.get()): place for place, box in enumerate(boxes)}
+async def events(box: Mailbox, answer: Answer) -> AsyncIterator[tuple[int, Event]]:
+    """What happens to the prompts of a request, as it happens, until all continuations have ended."""
+    left = [answer.count] * len(box.tickets)
     try:
-        while waiting:
-            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            for one in done:
-                place = waiting.pop(one)
-                event = one.result()
-                left[place] -= isinstance(event, Piece) and event.finish is not None
-                if left[place] and not isinstance(event, Failed):
-                    waiting[asyncio.ensure_future(boxes[place].get())] = place
-                yield place, event
+        while any(left):
+            place, event = await box.get()
+            left[place] -= isinstance(event, Piece) and event.finish is not None
+            if isinstance(event, Failed):
+                left[place] = 0
+            yield place, event
     finally:
-        for one in waiting:
-            one.cancel()
-        cancel(boxes)
+        box.cancel()
 
 
 async def gone(request: Request) -> None:
@@ -183,11 +179,11 @@ async def gone(request: Request) -> None:
         pass
 
 
-async def whole(desk: Desk, request: Request, boxes: Sequence[Mailbox], answer: Answer) -> Response:
+async def whole(desk: Desk, request: Request, box: Mailbox, answer: Answer) -> Response:
     """The answer in one piece; given up when the client leaves."""
 
     async def collect() -> None:
-        async for place, event in events(boxes, answer):
+        async for place, event in events(box, answer):
             if isinstance(event, Failed):
                 raise Refused(event.message, event.status)
             answer.add(place, event)
@@ -203,14 +199,14 @@ async def whole(desk: Desk, request: Request, boxes: Sequence[Mailbox], answer: 
     finally:
         leaving.cancel()
         work.cancel()
-        cancel(boxes)
+        box.cancel()
 
 
-async def pieces(desk: Desk, boxes: Sequence[Mailbox], answer: Answer) -> AsyncIterator[str]:
+async def pieces(desk: Desk, box: Mailbox, answer: Answer) -> AsyncIterator[str]:
     """The answer as server-sent events."""
     for first in answer.opening():
         yield _sent(first)
-    async for place, event in events(boxes, answer):
+    async for place, event in events(box, answer):
         if isinstance(event, Failed):
             yield _sent(failure(event.message, event.status))
             return
@@ -238,10 +234,10 @@ def create(desk: Desk, key: str | None, hosts: Sequence[str] | None) -> Any:
 
     async def answered(request: Request, body: Body, asked: list[Asked], answer: Answer) -> Response:
         answer.wants_usage = bool(body.stream_options and body.stream_options.include_usage)
-        boxes = desk.submit(asked)
+        box = desk.submit(asked)
         if not body.stream:
-            return await whole(desk, request, boxes, answer)
-        return StreamingResponse(pieces(desk, boxes, answer), media_type="text/event-stream")
+            return await whole(desk, request, box, answer)
+        return StreamingResponse(pieces(desk, box, answer), media_type="text/event-stream")
 
     @app.post("/v1/completions")
     async def completions(request: Request, body: Completion) -> Response:
