@@ -1,4 +1,4 @@
-"""The kernels in plain torch, for devices that have neither ours nor Triton: no step of Python for each token.
+"""The kernels in plain torch, for devices without ours and without Triton: no step of Python for each token.
 
 A recurrence h_t = a_t h_{t-1} + b_t is a scan over pairs (a, b), and pairs compose: (a, b) and then (a', b')
 is (a a', a' b + b'). Inside a block of time they are composed by doubling (Hillis & Steele 1986; for
@@ -207,7 +207,7 @@ def _sampled(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, state: Tensor, ever
 
     A piece of `every` steps multiplies the state by one number for each head and adds one product to it.
     """
-    (windows, length, heads, channels), (groups, states) = u.shape, B.shape[2:]
+    (windows, length, heads, _), groups = u.shape, B.shape[2]
     count = length // every
     if not count:
         return state.new_zeros(windows, 0, *state.shape[1:])

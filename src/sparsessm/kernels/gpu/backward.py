@@ -10,6 +10,8 @@ Programs are as many as sequences times blocks of 32 channels, whatever L is: a 
 a GPU.
 """
 
+# Branches on what is None are taken when Triton compiles, where it may be missing, and its types are its own.
+# pyright: reportMissingImports=false, reportPossiblyUnboundVariable=false
 # pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
 from __future__ import annotations
 
@@ -24,42 +26,11 @@ from sparsessm.kernels.gpu.tiles import blocks, on, packed, rows, steps, tile
 
 @triton.jit
 def _back(
-    dy,
-    u,
-    delta,
-    A,
-    B,
-    C,
-    D,
-    z,
-    kept,
-    scratch,
-    du,
-    ddelta,
-    dA,
-    dB,
-    dC,
-    dD,
-    dz,
-    length,
-    channels,
-    states,
-    dy_b,
-    dy_t,
-    u_b,
-    u_t,
-    delta_b,
-    delta_t,
-    B_b,
-    B_t,
-    C_b,
-    C_t,
-    z_b,
-    z_t,
-    every: tl.constexpr,
-    tile_states: tl.constexpr,
-    tile_channels: tl.constexpr,
-):
+    dy, u, delta, A, B, C, D, z, kept, scratch, du, ddelta, dA, dB, dC, dD, dz,
+    length, channels, states,
+    dy_b, dy_t, u_b, u_t, delta_b, delta_t, B_b, B_t, C_b, C_t, z_b, z_t,
+    every: tl.constexpr, tile_states: tl.constexpr, tile_channels: tl.constexpr,
+):  # fmt: skip
     """One sequence and one block of channels. du, ddelta, dz: (b, t, d); dA: (b, d, n); dD: (b, d); dB, dC:
     (block, b, t, n). With g_t the gradient of h_t, `later` is a_{t+1} g_{t+1}, what is known of g_t."""
     b, block = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)

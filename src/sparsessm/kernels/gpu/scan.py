@@ -4,10 +4,12 @@ A program walks over its tokens with its states in registers; what it reads and 
 rows. So its speed is that of a chain of multiplications, and a GPU is full when there are some thousand
 programs: 100 windows of a model with 1,536 channels are 4,800. A few long sequences would leave it empty, so
 they are cut into pieces of time, which costs a second pass: the first finds what each piece makes of a zero
-state and how much it forgets, `composed` carries the states from piece to piece, and the second pass has the
-state before each piece (the carry of Merrill & Garland's scans, and of Mamba-2's chunks).
+state and how much it forgets, `composed` carries the states from piece to piece, and the second starts each
+piece from the state before it (as Mamba-2 does with its chunks: arXiv 2405.21060, section 6).
 """
 
+# Branches on what is None are taken when Triton compiles, where it may be missing, and its types are its own.
+# pyright: reportMissingImports=false, reportPossiblyUnboundVariable=false
 # pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
 from __future__ import annotations
 
@@ -31,6 +33,15 @@ def load(at, mask):
 
 
 @triton.jit
+def begun(start, at, mask):
+    """The states that a recurrence starts from, zeros if none are given."""
+    h = tl.zeros(mask.shape, tl.float32)
+    if start is not None:
+        h = load(start + at, mask)
+    return h
+
+
+@triton.jit
 def advanced(h, rate, step, x, b):
     """The states (n, d) after a token: rate is A, step delta (d,), x the input (d,), b B (n,)."""
     return tl.exp(step[None, :] * rate) * h + (step * x)[None, :] * b[:, None]
@@ -38,37 +49,11 @@ def advanced(h, rate, step, x, b):
 
 @triton.jit
 def _walk(
-    u,
-    delta,
-    A,
-    B,
-    C,
-    D,
-    z,
-    start,
-    y,
-    last,
-    forgets,
-    kept,
-    length,
-    span,
-    pieces,
-    channels,
-    states,
-    u_b,
-    u_t,
-    delta_b,
-    delta_t,
-    B_b,
-    B_t,
-    C_b,
-    C_t,
-    z_b,
-    z_t,
-    every: tl.constexpr,
-    tile_states: tl.constexpr,
-    tile_channels: tl.constexpr,
-):
+    u, delta, A, B, C, D, z, start, y, last, forgets, kept,
+    length, span, pieces, channels, states,
+    u_b, u_t, delta_b, delta_t, B_b, B_t, C_b, C_t, z_b, z_t,
+    every: tl.constexpr, tile_states: tl.constexpr, tile_channels: tl.constexpr,
+):  # fmt: skip
     """One piece of one sequence. Outputs that are None are not computed; `start` None is zeros."""
     b = tl.program_id(0).to(tl.int64) // pieces
     piece = tl.program_id(0).to(tl.int64) % pieces
@@ -81,9 +66,7 @@ def _walk(
     entry = d[None, :] * states + n[:, None]  # of (D, N)
     own = tl.program_id(0).to(tl.int64) * channels * states + entry
     rate = load(A + entry, on_both)
-    h = tl.zeros((tile_states, tile_channels), tl.float32)
-    if start is not None:
-        h = load(start + own, on_both)
+    h = begun(start, own, on_both)
     left = tl.full((tile_states, tile_channels), 1.0, tl.float32)
     u_at = u + b * u_b + first * u_t + d
     delta_at = delta + b * delta_b + first * delta_t + d

@@ -9,6 +9,8 @@ float64. Programs do not add to one another's memory: what they leave is summed 
 sequences, so the same inputs give the same bits.
 """
 
+# Branches on what is None are taken when Triton compiles, where it may be missing, and its types are its own.
+# pyright: reportMissingImports=false, reportPossiblyUnboundVariable=false
 # pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsessm.kernels.gpu.scan import advanced, load, selective_scan
+from sparsessm.kernels.gpu.scan import advanced, begun, load, selective_scan
 from sparsessm.kernels.gpu.tiles import CHANNELS, blocks, on, packed, power_of_two, rows, steps, tile
 from sparsessm.kernels.reference import ScanStats
 
@@ -33,27 +35,11 @@ RUNS, PARTIAL = 16, 2**25  # runs of sequences at most, and float64 numbers of t
 
 @triton.jit
 def _by_time(
-    u,
-    delta,
-    A,
-    B,
-    start,
-    energy,
-    decay,
-    batch,
-    length,
-    channels,
-    states,
-    u_b,
-    u_t,
-    delta_b,
-    delta_t,
-    B_b,
-    B_t,
-    together: tl.constexpr,
-    tile_states: tl.constexpr,
-    tile_channels: tl.constexpr,
-):
+    u, delta, A, B, start, energy, decay,
+    batch, length, channels, states,
+    u_b, u_t, delta_b, delta_t, B_b, B_t,
+    together: tl.constexpr, tile_states: tl.constexpr, tile_channels: tl.constexpr,
+):  # fmt: skip
     """Sums over a group of sequences: h_{t-1}^2 and a_t, each (group, t, n, d)."""
     group = tl.program_id(0).to(tl.int64)
     b = group * together + tl.arange(0, together)
@@ -64,9 +50,7 @@ def _by_time(
     entry = d[None, :] * states + n[:, None]
     rate = load(A + entry, on_entry)
     on_all = on_b[:, None, None] & on_entry[None, :, :]
-    h = tl.zeros((together, tile_states, tile_channels), tl.float32)
-    if start is not None:
-        h = load(start + b[:, None, None] * channels * states + entry[None, :, :], on_all)
+    h = begun(start, b[:, None, None] * channels * states + entry[None, :, :], on_all)
     u_at = u + b[:, None] * u_b + d[None, :]
     delta_at = delta + b[:, None] * delta_b + d[None, :]
     B_at = B + b[:, None] * B_b + n[None, :]
@@ -100,38 +84,12 @@ def _lost(h, other, rate, step, x, b, unit: tl.constexpr):
 
 @triton.jit
 def _products(
-    u,
-    delta,
-    A,
-    B,
-    C,
-    z,
-    start,
-    other_start,
-    gram,
-    cross,
-    other_last,
-    batch,
-    run,
-    length,
-    channels,
-    states,
-    u_b,
-    u_t,
-    delta_b,
-    delta_t,
-    B_b,
-    B_t,
-    C_b,
-    C_t,
-    z_b,
-    z_t,
-    summed: tl.constexpr,
-    unit: tl.constexpr,
-    tile_rows: tl.constexpr,
-    tile_states: tl.constexpr,
+    u, delta, A, B, C, z, start, other_start, gram, cross, other_last,
+    batch, run, length, channels, states,
+    u_b, u_t, delta_b, delta_t, B_b, B_t, C_b, C_t, z_b, z_t,
+    summed: tl.constexpr, unit: tl.constexpr, tile_rows: tl.constexpr, tile_states: tl.constexpr,
     tile_channels: tl.constexpr,
-):
+):  # fmt: skip
     """Sums over a run of sequences: e_n e_m, (run, n, m, d) of some rows n, and e_n silu(z) u, (run, n, d).
 
     Without rows (`tile_rows` 0) the diagonal alone, (run, n, d). The states of a program's rows are computed
@@ -144,31 +102,23 @@ def _products(
     on_columns = on_m[:, None] & on_d[None, :]
     columns = d[None, :] * states + m[:, None]
     rate = load(A + columns, on_columns)
-    zeros = tl.zeros((tile_states, tile_channels), tl.float32)
-    part, cross_part, cross_sum = zeros, zeros, zeros.to(tl.float64)
+    part = tl.zeros((tile_states, tile_channels), tl.float32)
+    cross_part, cross_sum = part, part.to(tl.float64)
     if tile_rows:
         n = tl.program_id(2) * tile_rows + tl.arange(0, tile_rows)
         on_n = n < states
         on_rows = on_n[:, None] & on_d[None, :]
         of_rows = d[None, :] * states + n[:, None]
         row_rate = load(A + of_rows, on_rows)
-        row_zeros = tl.zeros((tile_rows, tile_channels), tl.float32)
         part = tl.zeros((tile_rows, tile_states, tile_channels), tl.float32)
     gram_sum = part.to(tl.float64)
     pending = 0
     for b in range(number * run, tl.minimum(number * run + run, batch)):
         own = b * channels * states
-        h, other = zeros, zeros
-        if start is not None:
-            h = load(start + own + columns, on_columns)
-        if other_start is not None:
-            other = load(other_start + own + columns, on_columns)
+        h, other = begun(start, own + columns, on_columns), begun(other_start, own + columns, on_columns)
         if tile_rows:
-            row_h, row_other = row_zeros, row_zeros
-            if start is not None:
-                row_h = load(start + own + of_rows, on_rows)
-            if other_start is not None:
-                row_other = load(other_start + own + of_rows, on_rows)
+            row_h = begun(start, own + of_rows, on_rows)
+            row_other = begun(other_start, own + of_rows, on_rows)
         u_at, delta_at = u + b * u_b + d, delta + b * delta_b + d
         B_at, C_at = B + b * B_b, C + b * C_b
         if z is not None:
@@ -195,9 +145,7 @@ def _products(
             if pending == summed:
                 gram_sum += part.to(tl.float64)
                 cross_sum += cross_part.to(tl.float64)
-                part = tl.zeros_like(part)
-                cross_part = tl.zeros_like(cross_part)
-                pending = 0
+                part, cross_part, pending = tl.zeros_like(part), tl.zeros_like(cross_part), 0
             u_at += u_t
             delta_at += delta_t
             B_at += B_t
@@ -258,7 +206,9 @@ def sums_by_time(
     """sum_b h_{t-1}^2 and sum_b a_t: (L, D, N) each, views of (L, N, D)."""
     (batch, length, channels), states = u.shape, A.shape[1]
     size = tile(states)
-    together = min(TOGETHER, power_of_two(min(batch, ROUND)), max(1, NUMBERS // (size.states * size.channels)))
+    together = min(
+        TOGETHER, power_of_two(min(batch, ROUND)), max(1, NUMBERS // (size.states * size.channels))
+    )
     total = u.new_zeros(2, length, states, channels, dtype=torch.float32)
     for first in range(0, batch, ROUND):
         own = slice(first, first + ROUND)
