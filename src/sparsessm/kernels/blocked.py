@@ -86,7 +86,7 @@ def selective_scan_stats(
     u, delta, A, B, C, z, state, other = _wide(u, delta, A, B, C, z, initial_state, removed_state)
     state, other = _started(state, u, A), _started(other, u, A)
     passed = u if z is None else F.silu(z) * u
-    by_time = [u.new_zeros(u.shape[1], *A.shape) for _ in range(2)] if energy else [None, None]
+    by_time = u.new_zeros(2, u.shape[1], *A.shape) if energy else None
     total = A.new_zeros(*A.shape, *((A.shape[1],) if gram == "full" else ()), dtype=torch.float64)
     cross = torch.zeros_like(A, dtype=torch.float64)
     for span in _spans(u, A):
@@ -94,8 +94,8 @@ def selective_scan_stats(
         h = composed(decay, entering, state)
         before = torch.cat([state[:, None], h[:, :-1]], 1)
         state = h[:, -1]
-        if energy:
-            by_time[0][span], by_time[1][span] = before.square().sum(0), decay.sum(0)
+        if by_time is not None:
+            by_time[0, span], by_time[1, span] = before.square().sum(0), decay.sum(0)
         if not gram:
             continue
         if removed == "memoryless":
@@ -110,7 +110,8 @@ def selective_scan_stats(
         cross += torch.einsum("btdn,btd->dn", error, passed[:, span].double())
     power = passed.double().square().sum((0, 1))
     sums = (total, cross, power) if gram else (None, None, None)
-    return y, last, ScanStats(*by_time, *sums, other.clone() if gram and removed == "unit" else None)
+    energies, decays = (None, None) if by_time is None else by_time
+    return y, last, ScanStats(energies, decays, *sums, other.clone() if gram and removed == "unit" else None)
 
 
 def selective_scan_backward(

@@ -35,12 +35,12 @@ DEVICE = "cuda"  # the type of device that Triton compiles for, whoever made the
 
 def form(x: Tensor) -> Any:
     """The module whose functions run inputs like x, which is not on the CPU; named as in reference.py."""
-    compiled = programs() if x.device.type == DEVICE and x.dtype != torch.float64 else None
-    return blocked if compiled is None else compiled
+    made = compiled() if x.device.type == DEVICE and x.dtype != torch.float64 else None
+    return blocked if made is None else made
 
 
 @cache
-def programs() -> Any:
+def compiled() -> Any:
     """programs.py; None where Triton is missing."""
     try:
         from sparsessm.kernels.gpu import programs

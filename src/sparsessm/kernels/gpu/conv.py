@@ -39,7 +39,7 @@ def _summed(x, weight, bias, before, t, on_d, d, b, length, channels, x_b, x_t, 
     """The convolution before SiLU at the steps t: (t, d)."""
     own = d[None, :]
     y = tl.zeros((t.shape[0], d.shape[0]), tl.float32)
-    for k in tl.static_range(width):
+    for k in tl.static_range(width):  # pyright: ignore[reportGeneralTypeIssues]
         seen = _seen(x, before, t - (width - 1) + k, on_d, d, b, length, channels, x_b, x_t, width)
         y += seen * load(weight + own * width + k, on_d)
     if bias is not None:
@@ -102,7 +102,8 @@ def _backward(
     here = (t < length)[:, None] & on_d
     given = load(dy + b * dy_b + t[:, None] * dy_t + d[None, :], here)
     out = tl.zeros((tile_steps, tile_channels), tl.float32)
-    for k in tl.static_range(width):  # x_t reaches y_{t+K-1-k} through tap k
+    for k in tl.static_range(width):  # pyright: ignore[reportGeneralTypeIssues]
+        # x_t reaches y_{t+K-1-k} through tap k
         late = t + (width - 1) - k
         there = (late < length)[:, None] & on_d
         reached = load(dy + b * dy_b + late[:, None] * dy_t + d[None, :], there)
