@@ -1,4 +1,4 @@
-"""Compile every Triton kernel for a GPU that is not here: what the interpreter takes, the compiler may refuse.
+"""Compile every Triton kernel for a GPU that need not be here: a compiler refuses what an interpreter takes.
 
 Run as a program, as the process of the tests interprets. Launches are caught and compiled for the types of
 their arguments; nothing runs, so results are whatever lay in memory. Prints the kernels, one a line.
@@ -6,6 +6,7 @@ their arguments; nothing runs, so results are whatever lay in memory. Prints the
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import forms
@@ -54,6 +55,7 @@ def launch_all() -> None:
 
 
 if __name__ == "__main__":
+    assert "triton" not in sys.modules  # the kernels' door was imported, and needs it for a GPU only
     from triton.runtime.jit import JITFunction
 
     JITFunction.run = compile_launch
