@@ -1,7 +1,8 @@
 """Compile every Triton kernel for a GPU that need not be here: a compiler refuses what an interpreter takes.
 
 Run as a program, as the process of the tests interprets. Launches are caught and compiled for the types of
-their arguments; nothing runs, so results are whatever lay in memory. Prints the kernels, one a line.
+their arguments, a number that is 1 as a constant, as Triton does it. Nothing runs, so results are what lay in
+memory. Prints the kernels, one a line.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def compile_launch(kernel: Any, *args: Any, grid: Any, warmup: bool, num_warps: 
     signature, constants = {}, {}
     for parameter in kernel.params:
         value = given[parameter.name]
-        if parameter.is_constexpr or value is None:
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
             signature[parameter.name], constants[parameter.name] = "constexpr", value
         else:
             signature[parameter.name] = KINDS[value.dtype] if isinstance(value, torch.Tensor) else "i32"
@@ -36,22 +37,23 @@ def compile_launch(kernel: Any, *args: Any, grid: Any, warmup: bool, num_warps: 
 
 
 def launch_all() -> None:
-    """Each kernel with and without what may be missing."""
+    """Each kernel with and without what may be missing, at sizes of 1 and others."""
     from sparsessm.kernels.gpu import programs, scan
 
-    x = forms.scan_inputs((2, 3, 40, 16), torch.float32)
     scan.SHORTEST = 1  # so that the scan is cut into pieces of time
-    low = [*forms.scan_inputs((2, 3, 40, 16), torch.bfloat16, gate=False, started=False)]
-    programs.selective_scan_stats(*x, removed="unit", energy=True, gram="full", removed_state=x[7])
-    programs.selective_scan_stats(*low, energy=True, gram="diagonal")
-    programs.selective_scan_backward(x[0], *x)
-    programs.selective_scan_backward(low[0], *low)
-    for conv, dtype in ((True, torch.float32), (False, torch.bfloat16)):
-        given = forms.conv_inputs((2, 9, 40), 4, dtype, biased=conv, started=conv)
-        programs.causal_conv1d(*given, silu=conv)
-        programs.causal_conv1d_backward(given[0], *given, silu=conv)
-    programs.ssd_scan(*forms.ssd_inputs((2, 9, 2, 40, 1, 64), torch.float32), every=4)
-    programs.ssd_scan(*forms.ssd_inputs((2, 9, 2, 40, 1, 64), torch.bfloat16, started=False))
+    for one, dtype in ((False, torch.float32), (True, torch.bfloat16)):
+        shape = (1, 1, 1, 1) if one else (2, 3, 40, 16)
+        x = forms.scan_inputs(shape, dtype, gate=not one, started=not one)
+        options: Any = {"removed": "memoryless" if one else "unit", "energy": True}
+        for gram in ("full", "diagonal"):
+            programs.selective_scan_stats(*x, **options, gram=gram, removed_state=x[7])
+        programs.selective_scan_backward(x[0], *x)
+        conv = forms.conv_inputs(shape[:3], 4, dtype, biased=not one, started=not one)
+        programs.causal_conv1d(*conv, silu=not one)
+        programs.causal_conv1d_backward(conv[0], *conv, silu=True)
+        heads = (1, 1, 1, 1, 1, 1) if one else (2, 9, 2, 40, 1, 64)
+        programs.ssd_scan(*forms.ssd_inputs(heads, dtype, started=not one), every=0 if one else 4)
+    programs.ssd_scan(*forms.ssd_inputs((1, 1, 1, 1, 1, 1), torch.float32), every=1)
 
 
 if __name__ == "__main__":

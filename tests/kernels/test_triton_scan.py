@@ -74,13 +74,15 @@ def test_sums_of_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_partial_sums_of_rounds_and_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many sequences make, here with few."""
+    monkeypatch.setattr(stats, "TOGETHER", 2)
     monkeypatch.setattr(stats, "ROUND", 2)
     monkeypatch.setattr(stats, "RUNS", 2)
     x = forms.scan_inputs((5, 3, 3, 4), torch.float32)
     for gram in ("full", "diagonal"):
         forms.assert_stats(programs, x, 1e-5, removed="unit", gram=gram, energy=True)
     monkeypatch.setattr(stats, "PARTIAL", 1)
-    forms.assert_stats(programs, x, 1e-5, removed="memoryless", gram="full", energy=False)
+    monkeypatch.setattr(stats, "ROOM", 1)
+    forms.assert_stats(programs, x, 1e-5, removed="memoryless", gram="full", energy=True)
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # of a sigmoid that is then zero

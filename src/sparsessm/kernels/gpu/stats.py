@@ -27,7 +27,7 @@ from sparsessm.kernels.gpu.tiles import CHANNELS, blocks, on, packed, power_of_t
 from sparsessm.kernels.reference import ScanStats
 
 TOGETHER, NUMBERS = 8, 2048  # sequences of a program of the first pass, and numbers of their states
-ROUND = 64  # sequences whose partial sums at each step are in memory at once
+ROUND, ROOM = 16, 2**27  # groups whose partial sums at each step are in memory at once, and their numbers
 PAIRS = 2048  # numbers of a program's part of the Gram matrices
 SUMMED = 64  # steps whose products are summed in float32
 RUNS, PARTIAL = 16, 2**25  # runs of sequences at most, and float64 numbers of their partial sums
@@ -206,12 +206,11 @@ def sums_by_time(
     """sum_b h_{t-1}^2 and sum_b a_t: (L, D, N) each, views of (L, N, D)."""
     (batch, length, channels), states = u.shape, A.shape[1]
     size = tile(states)
-    together = min(
-        TOGETHER, power_of_two(min(batch, ROUND)), max(1, NUMBERS // (size.states * size.channels))
-    )
+    together = min(TOGETHER, power_of_two(batch), max(1, NUMBERS // (size.states * size.channels)))
     total = u.new_zeros(2, length, states, channels, dtype=torch.float32)
-    for first in range(0, batch, ROUND):
-        own = slice(first, first + ROUND)
+    most = together * max(1, min(ROUND, ROOM // max(1, total.numel())))
+    for first in range(0, batch, most):
+        own = slice(first, first + most)
         one, state = u[own], None if start is None else start[own]
         parts = u.new_empty(2, blocks(len(one), together), length, states, channels, dtype=torch.float32)
         with on(u):
