@@ -70,8 +70,9 @@ def _by_time(
 
 
 @triton.jit
-def _lost(h, other, rate, step, x, b, unit: tl.constexpr):
-    """The states after a token, those with the entry removed ("unit"), and the difference."""
+def _step(h, other, rate, x, step, gate, B_at, C_at, n, states, unit: tl.constexpr):
+    """The states after a token, those with the entry removed ("unit"), and e_n = gate C_n (h - h')_n."""
+    b = load(B_at + n, n < states)
     if unit:
         h = advanced(h, rate, step, x, b)
         other = tl.exp(-step)[None, :] * other + (step * x)[None, :] * b[:, None]
@@ -79,7 +80,22 @@ def _lost(h, other, rate, step, x, b, unit: tl.constexpr):
     else:
         lost = tl.exp(step[None, :] * rate) * h
         h = lost + (step * x)[None, :] * b[:, None]
-    return h, other, lost
+    return h, other, gate[None, :] * load(C_at + n, n < states)[:, None] * lost
+
+
+@triton.jit
+def _write(gram, cross, gram_sum, cross_sum, number, d, n, m, channels, states, tile_rows: tl.constexpr):
+    """The sums of a program of a run: its rows n, or the diagonal, and cross once for all rows."""
+    on_columns = (m < states)[:, None] & (d < channels)[None, :]
+    at = (number * states + m[:, None]) * channels + d[None, :]
+    if tl.program_id(2) == 0:
+        tl.store(cross + at, cross_sum, mask=on_columns)
+    if tile_rows:
+        row = (number * states + n[:, None, None]) * states + m[None, :, None]
+        on_all = (n < states)[:, None, None] & on_columns[None, :, :]
+        tl.store(gram + row * channels + d[None, None, :], gram_sum, mask=on_all)
+    else:
+        tl.store(gram + at, gram_sum, mask=on_columns)
 
 
 @triton.jit
@@ -97,17 +113,16 @@ def _products(
     """
     number = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * tile_channels + tl.arange(0, tile_channels)
-    m = tl.arange(0, tile_states)
-    on_d, on_m = d < channels, m < states
-    on_columns = on_m[:, None] & on_d[None, :]
+    n, m = tl.program_id(2) * tile_rows, tl.arange(0, tile_states)
+    on_d = d < channels
+    on_columns = (m < states)[:, None] & on_d[None, :]
     columns = d[None, :] * states + m[:, None]
     rate = load(A + columns, on_columns)
     part = tl.zeros((tile_states, tile_channels), tl.float32)
     cross_part, cross_sum = part, part.to(tl.float64)
     if tile_rows:
-        n = tl.program_id(2) * tile_rows + tl.arange(0, tile_rows)
-        on_n = n < states
-        on_rows = on_n[:, None] & on_d[None, :]
+        n += tl.arange(0, tile_rows)
+        on_rows = (n < states)[:, None] & on_d[None, :]
         of_rows = d[None, :] * states + n[:, None]
         row_rate = load(A + of_rows, on_rows)
         part = tl.zeros((tile_rows, tile_states, tile_channels), tl.float32)
@@ -130,14 +145,12 @@ def _products(
                 gate = load(z_at, on_d)
                 gate *= tl.sigmoid(gate)
                 z_at += z_t
-            h, other, lost = _lost(h, other, rate, step, x, load(B_at + m, on_m), unit)
-            error = gate[None, :] * load(C_at + m, on_m)[:, None] * lost
+            h, other, error = _step(h, other, rate, x, step, gate, B_at, C_at, m, states, unit)
             cross_part += error * (gate * x)[None, :]
             if tile_rows:
-                row_h, row_other, lost = _lost(
-                    row_h, row_other, row_rate, step, x, load(B_at + n, on_n), unit
+                row_h, row_other, row_error = _step(
+                    row_h, row_other, row_rate, x, step, gate, B_at, C_at, n, states, unit
                 )
-                row_error = gate[None, :] * load(C_at + n, on_n)[:, None] * lost
                 part += row_error[:, None, :] * error[None, :, :]
             else:
                 part += error * error
@@ -155,18 +168,7 @@ def _products(
                 tl.store(other_last + own + columns, other, mask=on_columns)
     gram_sum += part.to(tl.float64)
     cross_sum += cross_part.to(tl.float64)
-    at = number * states * channels + m[:, None] * channels + d[None, :]
-    if tl.program_id(2) == 0:
-        tl.store(cross + at, cross_sum, mask=on_columns)
-    if tile_rows:
-        row = (number * states + n[:, None, None]) * states + m[None, :, None]
-        tl.store(
-            gram + row * channels + d[None, None, :],
-            gram_sum,
-            mask=on_n[:, None, None] & on_columns[None, :, :],
-        )
-    else:
-        tl.store(gram + at, gram_sum, mask=on_columns)
+    _write(gram, cross, gram_sum, cross_sum, number, d, n, m, channels, states, tile_rows)
 
 
 def selective_scan_stats(
