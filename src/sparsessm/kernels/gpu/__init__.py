@@ -16,8 +16,9 @@ Inputs are read in their own dtype and views are not copied as long as their las
 computed is float32, and gradients and states are float32. There are no atomic sums and nothing is tuned by a
 clock, so the same inputs give the same bits on the same kind of GPU.
 
-None of this has run on a GPU yet. Tests run it in Triton's interpreter on the CPU, and compile every kernel
-for NVIDIA's sm_90; what is said of occupancy is counted, not measured, and nothing is known of its speed.
+None of this has run on a GPU yet. Tests run it in Triton's interpreter on the CPU and compile every kernel
+for NVIDIA's sm_90; for sm_80 and AMD's gfx942 they were compiled by hand. What is said of occupancy is
+counted, not measured, and nothing is known of its speed.
 """
 
 from __future__ import annotations
