@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch reads it
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton: there may be no GPU here
 
 import programs
 import pytest

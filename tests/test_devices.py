@@ -39,7 +39,7 @@ MODELS: Mapping[str, Callable[[], Any]] = {
 
 @pytest.fixture(autouse=True)
 def no_native_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "LEVEL", "reference")  # as on every other device
+    monkeypatch.setattr(kernels, "LEVEL", "reference")  # another device has none either
 
 
 def test_a_tensor_made_on_the_wrong_device_is_found() -> None:
