@@ -92,5 +92,18 @@ def test_a_mistake_is_said_by_who_made_it() -> None:
 
 def test_what_cannot_be_shared_is_refused() -> None:
     for rank, (code, _, err) in enumerate(ranks.command(2, "pack", "dense", "-o", "packed")):
-        told = f"process {rank}: this command runs in one process, and 2 were started; start it alone"
+        told = f"process {rank}: pack runs in one process, and 2 were started; start it alone"
         assert code == 1 and told in err and not Path("packed").exists()
+    for code, _, err in ranks.command(2, "eval", "dense", "--tasks", "piqa"):
+        assert code == 1 and "eval --tasks runs in one process" in err
+
+
+def test_analyze_is_shared() -> None:
+    options = ["analyze", "dense", *TEXT, "--windows", "40", "--sparsities", "0.5", "-q"]
+    assert in_a_process(*options, "-o", "alone").returncode == 0
+    assert [code for code, _, _ in ranks.command(2, *options, "-o", "shared")] == [0, 0]
+    alone, shared = (json.loads(Path(name, "analysis.json").read_text()) for name in ("alone", "shared"))
+    for found in (alone, shared):
+        for timed in (found, *found["cells"]):
+            del timed["seconds"]
+    assert alone == shared and len(alone["cells"]) > 4

@@ -172,7 +172,6 @@ def answering(
     nothing: str = "",
     kept: Path | None = None,
     events: bool = False,
-    shares: bool = False,
 ) -> Iterator[Progress]:
     """Run a command's work; whatever goes wrong ends in one line and an exit code (ending.py).
 
@@ -184,7 +183,6 @@ def answering(
         nothing: what a signal ends, where nothing is written.
         kept: the directory that keeps what is done, for `--resume`.
         events: what is told on stderr is for a program (`progress.Events`).
-        shares: several processes can share the work (ranks.py).
     """
     notes = to_stderr(quiet=quiet or ranks.number() > 0, events=events)
     progress = to_stderr(quiet=True) if streaming else notes
@@ -192,7 +190,7 @@ def answering(
         if not kernels.NATIVE:
             notes.note("note: the native kernels are not installed; the slow reference is used")
         with ending.writing(*writes, grown=grown, nothing=nothing, kept=kept, events=events):
-            with ranks.together(shares), ending.restoring(progress.restored), progress:
+            with ranks.together(), ending.restoring(progress.restored), progress:
                 yield progress
     except (BrokenPipeError, SystemExit):
         raise  # whoever read stdout has gone (rich exits then): the program ends without a word

@@ -89,7 +89,7 @@ def evaluate(
 ) -> None:
     """Measure perplexity and bits per byte, or zero-shot tasks, of one or several models."""
     perplexities, zero_shots = {}, {}
-    with answering(quiet, out, events=as_json, shares=tasks is None) as progress:
+    with answering(quiet, out, events=as_json) as progress:
         from ..checkpoint.atomic import write_text
         from ..evaluation import comparison
         from ..evaluation.tasks import zero_shot
@@ -99,6 +99,8 @@ def evaluate(
 
         of_text = {"--data": data, "--column": column, "--length": length, "--compute": compute}
         none = {"--include-path": include_path} if tasks is None else of_text
+        if tasks is not None and ranks.count() > 1:
+            raise ValueError("eval --tasks runs in one process; start it alone")
         if tasks is not None and device not in ("auto", "cpu"):
             raise ValueError(f"--device {device} cannot be used with --tasks; leave it out")
         if given := [option for option, value in none.items() if value is not None]:

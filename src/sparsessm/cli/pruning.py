@@ -21,7 +21,7 @@ from ..recipe.recipe import Recipe
 from ..report import machine
 from ..report.cost import cost_table
 from ..report.record import percent, perplexity_table, removed_table
-from . import tables
+from . import ranks, tables
 from .answering import (
     LOOK,
     SMALLER,
@@ -126,7 +126,7 @@ def prune(
 
     target = None if dry_run else out
     kept = target and folder_of(target)
-    with answering(quiet, target, kept=kept, events=as_json, shares=True) as progress:
+    with answering(quiet, target, kept=kept, events=as_json) as progress:
         wanted = _wanted(given, structured, recipe, out, force)
         report = cost = None
         if target is None:
@@ -360,7 +360,7 @@ def analyze(
         options |= {"out": out, "force": force, "progress": progress}
         found = tolerance.analyze(checkpoint, sparsities=shares, **options)
         told = findings.summary(found)
-        if out is not None:
+        if out is not None and ranks.number() == 0:
             findings.draw(found, out / findings.PICTURE)
     if as_json:
         print_json({**found.record(), "summary": told})

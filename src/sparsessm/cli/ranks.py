@@ -12,9 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
-PATIENCE = timedelta(
-    days=7
-)  # while one process solves the others wait; of one that has gone its socket tells
+SHARED = ("prune", "eval", "analyze")
+"""Commands whose work several processes share."""
+PATIENCE = timedelta(days=7)
+"""While one process solves the others wait; if one has gone its socket tells."""
+MEETING = timedelta(minutes=10)
+"""In which all must have come."""
 
 
 def number() -> int:
@@ -29,26 +32,27 @@ def count() -> int:
 
 
 @contextmanager
-def together(shares: bool) -> Iterator[None]:
+def together() -> Iterator[None]:
     """The processes find each other, where there are several.
 
-    Args:
-        shares: whether the command can be shared.
-
     Raises:
-        ValueError: it cannot, or they do not find each other.
+        ValueError: the command cannot be shared, or they do not find each other.
     """
     if count() == 1:
         yield
         return
-    if not shares:
-        raise ValueError(f"this command runs in one process, and {count()} were started; start it alone")
+    command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+    if command not in SHARED:
+        told = f"{count()} were started; start it alone (processes share {', '.join(SHARED)})"
+        raise ValueError(f"{command} runs in one process, and {told}")
     import torch
     from torch import distributed
+    from torch.distributed.rendezvous import rendezvous
 
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:
-        distributed.init_process_group(backend, timeout=PATIENCE)
+        store, rank, size = next(rendezvous("env://", timeout=MEETING))
+        distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"the {count()} processes do not find each other ({error})") from None
     if number():

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from sparsessm.architectures import Architecture, Block, Target
 from sparsessm.calibration.loss import ROWS, in_rows
 from sparsessm.calibration.progress import Progress, Steps
-from sparsessm.calibration.slabs import grouped, slab_count
+from sparsessm.calibration.slabs import grouped, share, slab_count
 from sparsessm.calibration.walk import Stop, final, through, walk
 from sparsessm.evaluation.perplexity import BATCH
 from sparsessm.methods import Rule
@@ -86,8 +86,10 @@ def measure(
     if not targets:
         return
     groups = grouped(held_out, BATCH)
+    groups = [groups[number] for number in architecture.ranks.mine(len(groups))]
     held = _HeldOut(architecture, groups)
-    total = slab_count(*calibration.shape) * (1 + targets[-1].layer)
+    mine = share(architecture.ranks, *calibration.shape)
+    total = slab_count(mine.stop - mine.start, calibration.shape[1]) * (1 + targets[-1].layer)
     total += sum(held.steps(target.layer, len(missing[target.name])) for target in targets)
     steps = Steps("analyze", total, progress)
     for stop in walk(architecture, calibration, *groups, tail=True, steps=steps):
@@ -96,20 +98,22 @@ def measure(
         stop.run(observers)
         for target in here:
             began = time.perf_counter()
-            wanted = [replace(rules[target.name], sparsity=sparsity) for sparsity in missing[target.name]]
+            rule = rules[target.name].on(target.matrix.device)
+            wanted = [replace(rule, sparsity=sparsity) for sparsity in missing[target.name]]
             with naming(target.name):
-                seen = observers.pop(target.kind).result()
+                seen = stop.result(observers.pop(target.kind))
                 pruned = [_pruned(stop.block, target, rule, seen) for rule in wanted]
                 kls = held.divergences(stop, [variant for variant, _ in pruned], steps)
             seconds = (time.perf_counter() - began) / len(pruned)
-            yield [replace(cell, kl=kl, seconds=seconds) for kl, (_, cell) in zip(kls, pruned, strict=True)]
+            found = [replace(cell, kl=kl, seconds=seconds) for kl, (_, cell) in zip(kls, pruned, strict=True)]
+            yield architecture.ranks.given(found)
             if target is targets[-1]:
                 return  # nobody needs the layers behind it
 
 
 def _observer(target: Target, rule: Rule) -> Any:
     assert rule.method.watch is not None
-    return rule.method.watch(target.matrix, rule)
+    return rule.method.watch(target.matrix, rule.on(target.matrix.device))
 
 
 class _HeldOut:
@@ -117,7 +121,7 @@ class _HeldOut:
 
     def __init__(self, architecture: Architecture, groups: Sequence[Tensor]) -> None:
         self._architecture, self._final = architecture, final(architecture, *groups)
-        self._tokens = sum(group.numel() for group in groups)
+        self._tokens = sum(architecture.ranks.gathered(sum(group.numel() for group in groups)))
         entries = [sum(target.matrix.numel() for target in block.targets) for block in architecture.blocks]
         head = sum(target.matrix.numel() for target in architecture.tail.targets)
         self._head = max(1, round(head * len(entries) / sum(entries)))  # in block forwards
@@ -136,15 +140,16 @@ class _HeldOut:
         Raises:
             ValueError: logits that are not finite.
         """
-        groups, sums = len(stop.groups), [0.0] * len(variants)
+        groups, found = len(stop.groups), []
         pruned = (state for variant in variants for state in self._through(variant, stop.groups))
         for later in stop.behind(*pruned):
             steps(groups * len(variants))  # of the block before
             if later.block is self._architecture.tail:
                 for number, dense in enumerate(self._final):
-                    parts = divergences(self._architecture, dense, later.groups[number::groups])
-                    sums = [total + part for total, part in zip(sums, parts, strict=True)]
+                    found.append(divergences(self._architecture, dense, later.groups[number::groups]))
                     steps((len(variants) + 1) * self._head)
+        every = [parts for others in self._architecture.ranks.gathered(found) for parts in others]
+        sums = [sum(parts) for parts in zip(*every, strict=True)]
         if not all(map(math.isfinite, sums)):
             raise ValueError("the logits of the pruned model are not finite")
         return [max(total / self._tokens, 0.0) for total in sums]  # rounding can leave it below 0

@@ -142,14 +142,15 @@ def analyze(
     found = Analysis(settings, len(rules) * len(asked))
     path = None if out is None else Path(out) / FILE
     if path is not None:
-        found.cells = _continued(path, settings, force)
-        write(path, found)  # a directory that cannot be written to fails now
+        found.cells = architecture.ranks.given(_continued(path, settings, force))
+        if architecture.ranks.first:
+            write(path, found)  # a directory that cannot be written to fails now
     done = {(cell.target, cell.sparsity) for cell in found.cells}
     if len(done) < found.expected:
         rules = priced(architecture, rules, calibration, progress)
         for cells in measure(architecture, rules, asked, calibration, held_out, done, progress):
             found.cells += cells
-            if path is not None:
+            if path is not None and architecture.ranks.first:
                 write(path, found)
     return found
 
