@@ -1,10 +1,12 @@
 """One thread a worker and a program that it starts, as two processes run on two cores; or as
 SPARSESSM_TEST_THREADS says. And fixtures for tests of any folder."""
 
+import atexit
 import gc
 import os
 import random
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +30,15 @@ def pytest_collection_finish() -> None:
     """What is there before the first test is no garbage: the collector need not look at it each time."""
     gc.collect()
     gc.freeze()
+
+
+@atexit.register
+def without_a_list_of_leaks() -> None:
+    """Triton's interpreter leaves objects behind, which its bindings list on stderr when Python ends."""
+    if "triton" in sys.modules:
+        silent = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(silent, 2)
+        os.close(silent)
 
 
 @pytest.fixture(autouse=True)

@@ -37,6 +37,19 @@ def test_torchrun_gives_the_result_of_one_process() -> None:
     assert json.loads(done.stdout)["perplexity"] == record["perplexity"] == alone["perplexity"]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [["--samples", "auto"], ["--memory", "256MiB"], ["--bits", "4"], ["--structured", "0.3"]],
+    ids=lambda options: options[0],
+)
+def test_every_way_of_a_run_is_shared(options: list[str]) -> None:
+    command = [*PRUNE, *options, "-q", "--no-eval"]
+    assert in_a_process(*command, "-o", "alone").returncode == 0
+    done = ranks.command(2, *command, "-o", "out")
+    assert [(code, err) for code, _, err in done] == [(0, "")] * 2
+    assert ranks.weights("out") == ranks.weights("alone")
+
+
 def test_the_first_one_prints_and_the_others_are_silent() -> None:
     done = ranks.command(
         3, "eval", "dense", "--data", "text.txt", "--length", "64", "--json", "-o", "eval.json"
