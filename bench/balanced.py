@@ -27,7 +27,8 @@ from torch import Tensor
 import sparsessm
 from sparsessm.architectures import adapt, mamba2
 from sparsessm.architectures.stack import StackBlock
-from sparsessm.calibration.walk import slab_width, walk
+from sparsessm.calibration.slabs import slab_width
+from sparsessm.calibration.walk import walk
 from sparsessm.data.texts import evaluation_windows
 from sparsessm.evaluation.perplexity import difference, perplexity
 from sparsessm.methods.balanced import balanced_truncation, energies
@@ -107,7 +108,7 @@ def main() -> None:
     architecture = adapt(checkpoint.model, checkpoint.stored)
     sums = []
     for stop in walk(architecture, tokens):
-        moments = StateMoments(min(16, slab_width(*tokens.shape)))
+        moments = StateMoments(min(16, slab_width(tokens.shape[1])))
         stop.run({"states": moments})
         sums.append(moments.result())
     text = evaluation_windows("stdlib", checkpoint.tokenizer, length=length, limit=options.windows)

@@ -31,7 +31,8 @@ from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
 from sparsessm import kernels
 from sparsessm.architectures import InMemory, adapt
 from sparsessm.calibration import prices
-from sparsessm.calibration.walk import ROWS, slab_width, walk
+from sparsessm.calibration.slabs import ROWS, lanes, slab_width
+from sparsessm.calibration.walk import walk
 from sparsessm.kernels import products
 from sparsessm.kernels.ssd import ssd_scan
 from sparsessm.methods import Rule, entry_methods
@@ -235,14 +236,15 @@ def pruning(rounds: int, windows: int) -> dict[str, Any]:
     rows = [torch.randn(ROWS, part.in_features).T for part in linear]
     definite = [(x @ x.T).double() + torch.eye(len(x)) for x in rows]
     hidden = torch.randn(windows, LENGTH, WIDTH)
-    width = slab_width(windows, LENGTH)
+    width = slab_width(LENGTH)
 
     def floor() -> None:
         for block in (*blocks, *blocks):
-            state = None
             with block.computing(compute):
-                for slab in hidden.split(width, 1):
-                    _, state = block.forward(slab, state)
+                for part in lanes(windows, LENGTH):
+                    state = None
+                    for slab in hidden[part].split(width, 1):
+                        _, state = block.forward(slab, state)
         for _ in blocks:
             sums = [products.Sum() for _ in rows]
             with products.computing(compute):

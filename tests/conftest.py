@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch reads it
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton: there may be no GPU here
 
 import programs
 import pytest
@@ -18,7 +19,7 @@ from directories import write_stock
 from pico import TEXT
 
 from sparsessm import kernels
-from sparsessm.calibration import walk
+from sparsessm.calibration import slabs as dividing
 
 torch.set_num_threads(int(os.environ.get("SPARSESSM_TEST_THREADS") or 1))
 
@@ -83,4 +84,4 @@ def short_builtins(few_layers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def slabs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seven tokens a slab at most, so that a window of 48 takes several."""
-    monkeypatch.setattr(walk, "LONGEST", 7)
+    monkeypatch.setattr(dividing, "LONGEST", 7)

@@ -104,10 +104,10 @@ def _computed(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     out = func(*args, **kwargs)
 
     def placed(x: Any) -> Any:
-        if not isinstance(x, Tensor) or any(x is other for other in local):
+        if not isinstance(x, Tensor) or not there:
             return x
-        if not there:
-            return x
+        if any(x is other for other in local):  # `to` gives what is there already, but it is not there
+            return Remote(x.clone()) if wanted else x
         with torch.inference_mode(x.is_inference()):  # a view is what its base is
             return remote[id(x)] if id(x) in remote else Remote(x)
 

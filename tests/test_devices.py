@@ -16,8 +16,10 @@ from pico import pico_falcon_mamba, pico_mamba, pico_mamba2
 from pico_hybrids import FAMILIES, pico_hybrid
 
 from sparsessm import kernels
-from sparsessm.architectures import adapt
-from sparsessm.evaluation.perplexity import perplexity
+from sparsessm.architectures import InMemory, adapt
+from sparsessm.architectures.on_device import OnDevice, chosen
+from sparsessm.architectures.ranks import Alone
+from sparsessm.evaluation.perplexity import measure, perplexity
 from sparsessm.methods import allocation, entry_methods
 from sparsessm.recipe.recipe import Recipe
 from sparsessm.recipe.rules import assign
@@ -37,7 +39,7 @@ MODELS: Mapping[str, Callable[[], Any]] = {
 
 @pytest.fixture(autouse=True)
 def no_native_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "LEVEL", "reference")  # as on every other device
+    monkeypatch.setattr(kernels, "LEVEL", "reference")  # another device has none either
 
 
 def test_a_tensor_made_on_the_wrong_device_is_found() -> None:
@@ -151,3 +153,80 @@ def test_studies() -> None:
     with elsewhere():
         got = asked(adapt(moved(pico_mamba())), tokens.to(DEVICE), TOKENS.to(DEVICE))
     assert len(got) == 5 and got == pytest.approx(want, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        ("mamba", {}),
+        ("mamba", {"bits": 4.0}),
+        ("mamba", {"method": "sparsessm", "target": "ssm"}),
+        ("mamba", {"target": "matrices"}),
+        ("mamba", {"pattern": "structured:state"}),
+        ("mamba", {"pattern": "structured", "sparsity": 0.2}),
+        ("mamba2", {"pattern": "structured:state", "method": "balanced"}),
+        ("mamba2", {"pattern": "structured:block"}),
+        *((name, {}) for name in MODELS),
+    ],
+    ids=str,
+)
+def test_one_block_at_a_time_is_on_the_device(
+    name: str, asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model stays where it is; what a run makes of it is what it makes of a model that is all there."""
+    with elsewhere():
+        whole = adapt(moved(MODELS[name]()))
+        report = planned.prune(whole, recipe(**asked), TOKENS.to(DEVICE))
+        losses = measure(whole, TOKENS.to(DEVICE), 1).window_nll
+        wanted = [tensor.to("cpu") for tensor in whole.model.parameters()]
+    most: list[int] = []
+    opened = OnDevice.open
+
+    def watched(self: OnDevice, block: Any) -> None:
+        opened(self, block)
+        most.append(sum(other.device == DEVICE for other in (*there.blocks, there.tail)))
+
+    monkeypatch.setattr(OnDevice, "open", watched)
+    with elsewhere():
+        there = adapt(MODELS[name](), residence=OnDevice(InMemory(), DEVICE))
+        again = planned.prune(there, recipe(**asked), TOKENS)
+        again_losses = measure(there, TOKENS, 1).window_nll
+    assert [row.pruned for row in again.rows] == [row.pruned for row in report.rows]
+    for tensor, want in zip(there.model.parameters(), wanted, strict=True):
+        assert tensor.device.type == "cpu" and torch.equal(tensor, want)
+    assert again_losses == losses
+    shared = name == "zamba2" or asked.get("target") == "matrices" or "bits" in asked
+    assert max(most) <= 1 + shared, "what blocks share, a tied head too, is there with each of them"
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ("tpu", "device is 'tpu'; allowed: cpu, cuda, cuda:N, auto"),
+        ("meta", "device is 'meta'; allowed"),
+        ("cuda:x", "device is 'cuda:x'; allowed"),
+        ("cuda", "device is 'cuda', but this PyTorch .* sees no GPU"),
+        ("cuda:3", "device is 'cuda:3', but this PyTorch .* sees no GPU"),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused(
+    asked: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert chosen("auto", Alone()) == chosen("cpu", Alone()) == torch.device("cpu")
+    with pytest.raises(ValueError, match=told):
+        chosen(asked, Alone())
+
+
+def test_processes_take_turns_in_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    ranks = Alone()
+    found = []
+    for number in range(3):
+        ranks.local = number
+        found.append([str(chosen(asked, ranks)) for asked in ("auto", "cuda", "cuda:1", "cpu")])
+    assert [row[0] for row in found] == [row[1] for row in found] == ["cuda:0", "cuda:1", "cuda:0"]
+    assert {tuple(row[2:]) for row in found} == {("cuda:1", "cpu")}
+    with pytest.raises(ValueError, match="device is 'cuda:2'; GPUs here: 2, from cuda:0 on"):
+        chosen("cuda:2", ranks)

@@ -22,7 +22,7 @@ room = rooms.room
 FILES = [*OURS]
 
 FORBIDDEN_NAMES = {"utils", "helpers", "common", "misc", "manager", "factory", "session"}
-HOMES = {  # library -> the only rooms, or files of rooms, that may import it
+HOMES = {  # library -> the only rooms, or files and folders of rooms, that may import it
     "transformers": {"architectures", "checkpoint", "runtime/causal_lm.py"},
     "huggingface_hub": {"checkpoint"},
     "safetensors": {"checkpoint"},
@@ -35,6 +35,7 @@ HOMES = {  # library -> the only rooms, or files of rooms, that may import it
     "uvicorn": {"serving/running.py"},
     "prometheus_client": {"serving/metrics.py"},
     "lm_eval": {"evaluation/tasks.py"},
+    "triton": {"kernels/gpu"},
     "matplotlib": {"studies/findings.py", "report/page/pictures.py"},
     "typer": {"cli"},
     "rich": {"cli"},
@@ -113,7 +114,9 @@ def test_only_the_kernels_door_imports_the_extension() -> None:
 
 def strangers(module: str, users: list[Path]) -> set[str]:
     """Those of the files that use a library that is not at home there."""
-    return {place(file) for file in users if not {room(file), place(file)} & HOMES[module]}
+    return {
+        place(file) for file in users if not {room(file), place(file), place(file.parent)} & HOMES[module]
+    }
 
 
 @pytest.mark.parametrize("module", HOMES)
@@ -223,7 +226,9 @@ def test_importing_is_light() -> None:
     code = "import sys, sparsessm, sparsessm.runtime\n"
     code += "print(sorted({name.partition('.')[0] for name in sys.modules}))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert not {"torch", "transformers", "numpy", "pydantic", "typer", "rich"} & set(ast.literal_eval(loaded))
+    assert not {"torch", "triton", "transformers", "numpy", "pydantic", "typer", "rich"} & set(
+        ast.literal_eval(loaded)
+    )
 
 
 def test_the_door() -> None:

@@ -50,18 +50,26 @@ def __getattr__(name: str) -> Any:
         return "0+unknown"
 
 
-def load(source: str | Path, tokenizer: str | None = None, *, memory: str | int | None = None) -> Checkpoint:
-    """Load a model and its tokenizer, in float32 on the CPU.
+def load(
+    source: str | Path,
+    tokenizer: str | None = None,
+    *,
+    memory: str | int | None = None,
+    device: str = "cpu",
+) -> Checkpoint:
+    """Load a model and its tokenizer, in float32.
 
     Args:
         source: a hub id, a local directory (transformers or state-spaces format), or "builtin:pycode".
         tokenizer: hub id or directory of a tokenizer, for a model that has none.
         memory: what all may take, "6GB" or a number of bytes: a larger model is read block by block where it
             is pruned or measured. None: the whole model is in memory.
+        device: that prunes and measures it: "cpu", "cuda", "cuda:1", or "auto", a GPU where there is one. One
+            block at a time is on a GPU, the model stays in memory.
 
     Raises:
-        ValueError: no such model, an architecture without an adapter, or tensors that are missing, extra,
-            corrupt or not finite.
+        ValueError: no such model or device, an architecture without an adapter, or tensors that are missing,
+            extra, corrupt or not finite.
     """
     from . import checkpoint
     from .checkpoint.given import checked_path, undisturbed
@@ -71,7 +79,7 @@ def load(source: str | Path, tokenizer: str | None = None, *, memory: str | int 
         checked_path("tokenizer", tokenizer)
     streaming = None if memory is None else checkpoint.Streaming.within(memory)
     with undisturbed():
-        return checkpoint.load(str(source), tokenizer=tokenizer, streaming=streaming)
+        return checkpoint.load(str(source), tokenizer=tokenizer, streaming=streaming, device=device)
 
 
 def prune(

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from sparsessm.architectures import Target, adapt
 from sparsessm.architectures.experts import abreast
 from sparsessm.architectures.hybrid import Hybrid
-from sparsessm.calibration import visit, walk
+from sparsessm.calibration import slabs, visit
 from sparsessm.calibration.visit import HELD, together
 from sparsessm.calibration.walk import Stop
 from sparsessm.methods import entry_methods
@@ -111,7 +111,7 @@ def test_one_pass_for_all_experts_changes_nothing(
     name: str, recipe: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against one pass for each matrix, bit by bit, in slabs of time; with experts without tokens as well."""
-    monkeypatch.setattr(walk, "LONGEST", 16)
+    monkeypatch.setattr(slabs, "LONGEST", 16)
     architectures = [one_sided("jamba") if name == "one-sided" else hybrid(name) for _ in range(3)]
     rows, weights = run(architectures[0], RECIPES[recipe])
     with monkeypatch.context() as narrow:
@@ -178,7 +178,7 @@ def test_only_experts_go_abreast(name: str) -> None:
 @pytest.mark.parametrize("target", ["ssm", "projections", "all"])
 @pytest.mark.parametrize("name", [*FAMILIES, "zamba2-two-blocks"])
 def test_the_bar_ends_at_its_total(name: str, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(walk, "LONGEST", 16)
+    monkeypatch.setattr(slabs, "LONGEST", 16)
     watcher = Watcher(monkeypatch)
     run(hybrid(name), {"target": target}, told=watcher)
     watcher.assert_bar_ended()

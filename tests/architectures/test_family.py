@@ -17,7 +17,8 @@ from sparsessm.architectures import adapt
 from sparsessm.architectures.mamba2 import Mamba2Kind
 from sparsessm.calibration.walk import walk
 from sparsessm.methods import entry_methods
-from sparsessm.methods.observers import StateEnergy, StateError
+from sparsessm.methods.observers import StateError
+from sparsessm.methods.step_observers import StateEnergy
 from sparsessm.recipe.recipe import Recipe
 
 METHODS = entry_methods()
@@ -98,7 +99,7 @@ def test_what_a_head_s_memory_is_worth(
 ) -> None:
     """Error, its part that D can absorb, and the energy of D's input, against a plain recurrence."""
     if width:
-        monkeypatch.setattr("sparsessm.calibration.walk.LONGEST", width)
+        monkeypatch.setattr("sparsessm.calibration.slabs.LONGEST", width)
     model = pico_mamba2().double()
     architecture, layer = adapt(model), model.backbone.layers[0]
     mixer: Any = layer.mixer

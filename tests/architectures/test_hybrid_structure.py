@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sparsessm.architectures import Block
 from sparsessm.architectures.hybrid import Hybrid
-from sparsessm.calibration import walk as walking
+from sparsessm.calibration import slabs
 from sparsessm.calibration.walk import walk
 from sparsessm.methods.observers import InputGram, InputNorm
 
@@ -38,7 +38,7 @@ def test_a_shared_matrix_is_one_target_and_says_who_uses_it() -> None:
 @pytest.mark.parametrize("name", ["zamba2", "zamba2-two-blocks"])
 @pytest.mark.parametrize("width", [7, 37])
 def test_all_uses_of_a_shared_matrix_are_seen(name: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(walking, "LONGEST", width)
+    monkeypatch.setattr(slabs, "LONGEST", width)
     architecture = hybrid(name)
     inputs: dict[str, list[Tensor]] = {}
     handles = []

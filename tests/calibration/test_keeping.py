@@ -19,8 +19,8 @@ from whereabouts import MODELS as STOCK
 from sparsessm import kernels
 from sparsessm.architectures import Architecture, InMemory, adapt
 from sparsessm.architectures.kept import Kept, Room
+from sparsessm.calibration import passing, slabs
 from sparsessm.calibration import visit as visiting
-from sparsessm.calibration import walk as walking
 from sparsessm.calibration.visit import visit
 from sparsessm.calibration.walk import walk
 from sparsessm.methods.observers import InputGram
@@ -77,7 +77,7 @@ def same(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
 def test_results_have_the_same_bits_whatever_fits(
     model: str, fields: dict[str, Any], compute: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(walking, "ROWS", 35)  # 7 tokens a slab, the last of 1
+    monkeypatch.setattr(slabs, "ROWS", 35)  # 7 tokens a slab, the last of 1
     plain = run(model, 0, compute, FEW, **fields)
     for memory in (PLENTY, 130_000, 22_000):  # all, and ever fewer slabs of ever fewer stages
         assert same(plain, run(model, memory, compute, FEW, **fields)), memory
@@ -85,7 +85,7 @@ def test_results_have_the_same_bits_whatever_fits(
 
 @pytest.mark.parametrize("model", MODELS)
 def test_a_walk_that_keeps_nothing_sees_the_same(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(walking, "ROWS", 35)
+    monkeypatch.setattr(slabs, "ROWS", 35)
     kept = run(model, PLENTY)
     monkeypatch.setattr(visiting, "walk", lambda *a, keeping, **how: walk(*a, **how))
     weights, rows, _ = run(model, PLENTY)
@@ -119,7 +119,7 @@ def test_a_block_computes_every_stage_once(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_what_is_kept_stays_in_its_room_and_goes_with_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(walking, "ROWS", 35)
+    monkeypatch.setattr(slabs, "ROWS", 35)
     rooms: list[Room] = []
     keepers: list[weakref.ref[Kept]] = []
     least: list[int] = []
@@ -134,19 +134,19 @@ def test_what_is_kept_stays_in_its_room_and_goes_with_the_block(monkeypatch: pyt
             least.append(self._room.left)
             super().at(slab)
 
-    monkeypatch.setattr(walking, "Kept", Watched)
+    monkeypatch.setattr(passing, "Kept", Watched)
     seen = 0
     architecture = adapt(pico_mamba(num_hidden_layers=3), residence=InMemory(400_000))
-    for target, look in visit(architecture, _projections(architecture), _watch, TOKENS, paired=True):
-        look(target)
+    for (target,), look in visit(architecture, _projections(architecture), _watch, TOKENS, paired=True):
+        look({target.name: 0})
         gc.collect()
         alive = [keeper for keeper in keepers if keeper() is not None]
-        assert len(alive) == 2, "those of this block"
+        assert len(alive) == 4, "those of this block: two lanes in two models"
         seen += 1
     gc.collect()
     assert seen == 12 and not any(keeper() is not None for keeper in keepers)
     assert 0 <= min(least) < 50_000 and max(least) == 100_000
-    assert all(room.left == 100_000 for room in rooms[:4]), "all was handed back before the block was closed"
+    assert all(room.left == 100_000 for room in rooms[:8]), "all was handed back before the block was closed"
 
 
 def _projections(architecture: Architecture) -> set[str]:

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from sparsessm.architectures import Target, adapt
 from sparsessm.architectures.stack import StackBlock
-from sparsessm.calibration import walk as walking
+from sparsessm.calibration import slabs
 from sparsessm.calibration.journal import Stream
 from sparsessm.calibration.paired import Pair, Recorder
 from sparsessm.calibration.progress import Steps
+from sparsessm.calibration.slabs import slab_width
 from sparsessm.calibration.visit import survey
-from sparsessm.calibration.walk import Stop, slab_width, walk
+from sparsessm.calibration.walk import Stop, walk
 from sparsessm.methods.observers import InputGram, InputNorm, Moments, StateError
 
 TOKENS = torch.randint(0, 64, (3, 50), generator=torch.Generator().manual_seed(0))
@@ -141,8 +142,8 @@ def test_cross_moments_equal_two_stock_models(
     rows: int, longest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """x_dense x' by brute force in float64; the dense block keeps its weights while its twin is pruned."""
-    monkeypatch.setattr(walking, "ROWS", rows)
-    monkeypatch.setattr(walking, "LONGEST", longest)
+    monkeypatch.setattr(slabs, "ROWS", rows)
+    monkeypatch.setattr(slabs, "LONGEST", longest)
     model = pico_mamba(time_step_rank=3).double()
     dense = stock_inputs(model, TOKENS)
     for stop in walk(adapt(model), TOKENS, dense=stream(model), tail=True):
@@ -280,7 +281,7 @@ def test_each_target_costs_one_pass_up_to_it_and_one_through_the_block(
 
 
 def test_passes_are_cut_into_slabs(passes: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(walking, "LONGEST", 20)  # 20, 20 and 10
+    monkeypatch.setattr(slabs, "LONGEST", 20)  # 20, 20 and 10
     progress: list[tuple[str, int, int, str]] = []
     told = lambda *call: progress.append(call)  # noqa: E731
     for stop in walk(adapt(pico_mamba()), TOKENS, tail=True, steps=Steps("calibrate", 21, told)):
@@ -298,8 +299,8 @@ def test_passes_are_cut_into_slabs(passes: list[Any], monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("rows", [1, 7, 150, 10_000])
 def test_slab_width_does_not_matter(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     results, moments = [], []
-    for value in (walking.ROWS, rows):
-        monkeypatch.setattr(walking, "ROWS", value)
+    for value in (slabs.ROWS, rows):
+        monkeypatch.setattr(slabs, "ROWS", value)
         model = pico_mamba()
         for stop in walk(adapt(model), TOKENS, dense=stream(model)):
             results.append(stop.look(a_log(stop), StateError("unit", diagonal=False)))
@@ -327,10 +328,10 @@ def test_looking_changes_nothing() -> None:
 
 
 def test_slabs_are_bounded() -> None:
-    assert slab_width(64, 2048) * 64 == walking.ROWS
-    assert slab_width(1, 2048) == walking.LONGEST
-    assert slab_width(10**6, 2048) == 1
-    assert slab_width(4, 10) == 10
+    assert slab_width(2048) * slabs.FEWEST == slabs.ROWS
+    assert slab_width(10) == 10
+    assert [len(slabs.lanes(windows, 2048)) for windows in (1, 4, 5, 64)] == [1, 1, 2, 16]
+    assert slabs.lanes(300, 10) == [slice(0, 204), slice(204, 300)], "short windows go together"
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -340,7 +341,7 @@ def test_non_finite_activations_are_named(value: float) -> None:
         model.backbone.embeddings.weight[TOKENS[2, 30]] = value
     first = (TOKENS == TOKENS[2, 30]).nonzero()
     window, position = min((int(w), int(t)) for w, t in first)
-    slab = position // slab_width(*TOKENS.shape)
+    slab = position // slab_width(TOKENS.shape[1])
     assert slab == 0
     with pytest.raises(
         ValueError,

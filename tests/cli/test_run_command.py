@@ -166,7 +166,7 @@ def test_a_step_that_fails_ends_the_chain_with_its_exit_code_and_its_line(
     outcome = run("run", "chain.yaml", "--quiet", code=1)
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("error: ") and "nowhere.txt" in line and outcome.stdout == outcome.stderr == ""
-    assert states("--dry-run") == {"prune": ("runs", "it was cut short")}
+    assert states("--dry-run") == {"prune": ("runs", "it did not end well")}
 
 
 @pytest.mark.usefixtures("here")
@@ -190,7 +190,7 @@ def test_a_killed_run_takes_its_step_along_and_goes_on(
     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # nobody works there any more
     os.close(handle)
     if number == signal.SIGTERM:
-        assert states() == {"prune": ("ran", "it was cut short")}
+        assert states() == {"prune": ("ran", "it did not end well")}
         assert started[0][:2] == ["prune", "--resume"] and Path("half/pruning.json").is_file()
         assert "going on in" in capfd.readouterr().err
 

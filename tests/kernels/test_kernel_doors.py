@@ -123,7 +123,7 @@ def test_matrices(kind: str) -> None:
 
 
 def test_a_model_without_values_has_shapes() -> None:
-    """All on the device `meta`: the reference says which shapes come out."""
+    """All on the device `meta`: the form for other devices says which shapes come out."""
     for door, (call, sound, options) in DOORS.items():
         got = flat(call(**{name: tensor.to("meta") for name, tensor in sound.items()}, **options))
         want = flat(call(**sound, **options))

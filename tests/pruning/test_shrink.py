@@ -290,22 +290,6 @@ def test_a_state_that_is_read_alike_costs_nothing_where_inputs_can_be_mixed(
     assert both < 0.1 * nothing and both < 0.2 * readouts
 
 
-@pytest.mark.parametrize("make", [mamba, mamba2])
-def test_states_are_looked_at_in_the_first_windows(
-    make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Memory for them is bounded; what else is seen of a window counts all the same."""
-    monkeypatch.setattr(loops, "LOOKED", 3)
-    found = []
-    for windows in (3, len(TOKENS)):
-        architecture = adapt(make())
-        wanted = ordered(architecture, pattern="structured:state", price="none")
-        shrink(architecture, wanted, TOKENS[:windows])
-        found.append(architecture.model.state_dict())
-    few, many = found
-    assert len(TOKENS) > 3 and all(torch.equal(few[name], tensor) for name, tensor in many.items())
-
-
 def test_what_is_not_finite_names_the_block() -> None:
     model = mamba()
     with torch.no_grad():

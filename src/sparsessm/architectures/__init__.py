@@ -12,6 +12,7 @@ from torch import nn
 from sparsessm.architectures.axes import Axis, Part
 from sparsessm.architectures.base import Architecture, Block, Tail, Tap
 from sparsessm.architectures.hybrid import Bamba, FalconH1, GraniteMoeHybrid, Hybrid, Jamba, NemotronH, Zamba2
+from sparsessm.architectures.ranks import here
 from sparsessm.architectures.residence import InMemory, Residence
 from sparsessm.architectures.stack import FalconMamba, Mamba, Mamba2, Stack
 from sparsessm.architectures.target import (
@@ -108,4 +109,5 @@ def adapt(
     if residence is not None:
         architecture.residence = residence
     architecture.compute = products.choose(compute)
+    architecture.ranks = here()
     return architecture

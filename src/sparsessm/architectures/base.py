@@ -19,7 +19,7 @@ and C for each of G groups of heads; its A_log is a matrix of one column here.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, final
 
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from sparsessm.architectures.axes import Axis
 from sparsessm.architectures.computing import computing
 from sparsessm.architectures.kept import Kept
+from sparsessm.architectures.ranks import Alone, Ranks
 from sparsessm.architectures.residence import InMemory, Residence
 from sparsessm.architectures.target import Target
 from sparsessm.kernels.products import FLOAT32, Choice
@@ -60,7 +61,7 @@ class Block(ABC):
     Attributes:
         targets: in the order in which data meets them.
         axes: what can be taken out of it whole.
-        layer: the stock layer, of the tail the head, which never leaves memory.
+        layer: the stock layer; of the tail the head with what is beside it, which never leave memory.
         mixer: name of the Mamba mixer inside it, None if it has none.
         attends: whether it has attention.
     """
@@ -72,6 +73,12 @@ class Block(ABC):
     layer: nn.Module
     mixer: str | None = None
     attends: bool = False
+
+    @property
+    @final
+    def device(self) -> torch.device:
+        """Where its weights are, and where it computes, while it is open."""
+        return next(self.layer.parameters()).device
 
     def target(self, kind: str) -> Target:
         """Its target of a kind.
@@ -133,26 +140,30 @@ class Tail(Block):
 
     def __init__(
         self,
-        norm: Any,
+        norms: tuple[Callable[[Tensor], Tensor], nn.Module],
         head: Any,
         name: str,
         index: int,
         stored: Mapping[str, torch.dtype],
         embedding: tuple[str, Any],
     ) -> None:
-        """name: of the head's weight. embedding: name of its weight, which may be the head's, and module."""
+        """
+        Args:
+            norms: what the head reads of the stream, and the module in it. name: of the head's weight.
+            embedding: name of its weight, which may be the head's, and module.
+        """
         self.index, self.name = index, name.removesuffix(".weight")
-        self._norm, self._head = norm, head
+        (self._norm, norm), self._head = norms, head
         dtype = stored.get(name, head.weight.dtype)
         self.targets = (Target(name, "head", "lm_head", index, head.weight, dtype),)
-        self.layer = head
+        self.layer = nn.ModuleList([head, norm])
         looked_up, module = embedding
         if module.weight is not head.weight:
             dtype, kind = stored.get(looked_up, module.weight.dtype), looked_up.split(".")[-2]
             how: dict[str, Any] = {"module_class": "Embedding"}
             table = Target(looked_up, "embedding", kind, index, module.weight, dtype, **how)
             self.targets = (*self.targets, table)
-            self.layer = nn.ModuleList([head, module])
+            self.layer.append(module)
 
     def forward(
         self,
@@ -190,6 +201,7 @@ class Architecture(ABC):
         stored: parameter name -> dtype of its checkpoint.
         residence: where the weights of its blocks are while no walk stands there.
         compute: the precision of products where a walk runs its blocks.
+        ranks: the processes that work on the model together.
     """
 
     model: nn.Module
@@ -203,6 +215,7 @@ class Architecture(ABC):
     widens: bool = False
     stored: Mapping[str, torch.dtype]
     compute: Choice = FLOAT32
+    ranks: Ranks = Alone()
 
     @abstractmethod
     def fields(self, sizes: Mapping[str, int]) -> dict[str, Any]:

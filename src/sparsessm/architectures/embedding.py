@@ -23,4 +23,4 @@ def embedded(embedding: Any, tokens: Tensor) -> Tensor:
                 f"the text has token {token}, but the model has only tokens 0 to {rows - 1}: its tokenizer "
                 "has more tokens than its embedding has rows; use another text or the model's own tokenizer"
             )
-    return embedding(tokens)
+    return embedding(tokens.to(embedding.weight.device))  # where it is now

@@ -62,8 +62,8 @@ class Hybrid(Architecture):
         self._lm_head: Any = model.lm_head
         self._config: Any = model.config
         self._embedding: Any = self._backbone.get_submodule(self.embedding)
-        norm, width = self._backbone.get_submodule(self.norm), self._config.hidden_size
-        self._normed = lambda hidden: norm(hidden[..., :width])  # what the head reads of the stream
+        self._norm, width = self._backbone.get_submodule(self.norm), self._config.hidden_size
+        self._normed = lambda hidden: self._norm(hidden[..., :width])  # what the head reads of the stream
         if self._config._attn_implementation not in IMPLEMENTATIONS:
             raise ValueError(
                 f"attention is {self._config._attn_implementation!r}; supported: {', '.join(IMPLEMENTATIONS)}"
@@ -86,7 +86,8 @@ class Hybrid(Architecture):
         tied_name = f"model.{self.embedding}.weight"  # a tied weight is one target, named as it is stored
         name = tied_name if self.tied and "lm_head.weight" not in self.stored else "lm_head.weight"
         table = tied_name, self._embedding
-        self.tail = Tail(self._normed, self._lm_head, name, len(layers), self.stored, table)
+        norms = self._normed, self._norm
+        self.tail = Tail(norms, self._lm_head, name, len(layers), self.stored, table)
 
     def _block(self, index: int) -> HybridBlock:
         rotary = inside(self._backbone, "rotary_emb")

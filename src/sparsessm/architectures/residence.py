@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, final
 
+import torch
 from torch import Tensor, nn
 
 from sparsessm.kernels.free import free as free_memory
@@ -30,7 +31,13 @@ class Layer(Protocol):
 
 
 class Residence(ABC):
-    """Of one model."""
+    """Of one model.
+
+    Attributes:
+        device: where open blocks compute.
+    """
+
+    device: torch.device = torch.device("cpu")
 
     @abstractmethod
     def open(self, block: Layer) -> None:

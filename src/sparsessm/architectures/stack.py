@@ -81,7 +81,8 @@ class Stack(Architecture):
         tied_name = "backbone.embeddings.weight"
         name = tied_name if self.tied and "lm_head.weight" not in stored else "lm_head.weight"
         table = tied_name, self._backbone.embeddings
-        self.tail = Tail(self._backbone.norm_f, self._lm_head, name, len(self.blocks), stored, table)
+        norms = self._backbone.norm_f, self._backbone.norm_f
+        self.tail = Tail(norms, self._lm_head, name, len(self.blocks), stored, table)
 
     def _block(self, index: int, layer: Any) -> StackBlock:
         own = isinstance(layer.mixer, projected.ProjectedMixer)

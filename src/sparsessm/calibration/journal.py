@@ -7,14 +7,17 @@ for by name (`once`), and a walk tells its `Stage` each block that it leaves, so
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol, final
 
 import torch
 from torch import Tensor
 
 from sparsessm.architectures import Architecture, Block, Residence
+from sparsessm.architectures.ranks import Alone, Ranks
+from sparsessm.calibration.slabs import share
 
 
 class Stage(Protocol):
@@ -25,9 +28,14 @@ class Stage(Protocol):
         """Index of each block that the walk left in the run before -> what was noted then."""
         ...
 
-    def places(self, name: str, like: Tensor, shape: Sequence[int]) -> tuple[list[Tensor], int | None]:
+    def places(
+        self, name: str, like: Tensor, shape: Sequence[int], mine: slice
+    ) -> tuple[list[Tensor], int | None]:
         """Room for hidden states of the kind of others: one tensor, or two that take turns, as what was must
         last until a block is done; and which holds the states before the first block not `left`, if any does.
+
+        Args:
+            shape: of all windows. mine: those of this process, whose room is given.
         """
         ...
 
@@ -82,7 +90,11 @@ class Journal(Protocol):
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
         """What `make` gives or gave in the run before: plain values and tensors, in lists and dictionaries
-        with names as keys."""
+        with names as keys. All processes make it, and have what the first one made."""
+        ...
+
+    def held(self, name: str) -> bool:
+        """Whether `once` would not make it."""
         ...
 
     def stage(self, name: str) -> Stage:
@@ -97,7 +109,8 @@ class Forgetful:
     left: Mapping[int, Any] = {}
 
     def __init__(self, architecture: Architecture) -> None:
-        self._residence, self._began = architecture.residence, 0.0
+        self._residence, self._ranks = architecture.residence, architecture.ranks
+        self._began = 0.0
 
     @property
     def seconds(self) -> float:
@@ -110,13 +123,18 @@ class Forgetful:
         pass
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
-        return make()
+        return self._ranks.given(make())
+
+    def held(self, name: str) -> bool:
+        return False
 
     def stage(self, name: str) -> Stage:
         return self
 
-    def places(self, name: str, like: Tensor, shape: Sequence[int]) -> tuple[list[Tensor], int | None]:
-        return [self._residence.room(like, *shape)], None
+    def places(
+        self, name: str, like: Tensor, shape: Sequence[int], mine: slice
+    ) -> tuple[list[Tensor], int | None]:
+        return [self._residence.room(like, mine.stop - mine.start, *shape[1:])], None
 
     def placed(self, name: str, which: int) -> None:
         pass
@@ -131,15 +149,27 @@ class Forgetful:
         self.tensors(block)
 
 
+def each(ranks: Ranks, journal: Journal, name: str, count: int, make: Callable[[int], Any]) -> Iterator[Any]:
+    """What `make` gives for each number, kept as `name` and the number; processes take turns in making it."""
+    for first in range(0, count, ranks.count):
+        some = range(first, min(first + ranks.count, count))
+        missing = [number for number in some if not journal.held(f"{name} {number}")]
+        mine = {number: make(number) for number in missing[ranks.number : ranks.number + 1]}
+        made = {number: value for part in ranks.gathered(mine) for number, value in part.items()}
+        for number in some:
+            yield journal.once(f"{name} {number}", partial(made.get, number))
+
+
 class Stream:
     """Hidden states (W, L, d_model) of the same windows, which a walk carries.
 
     Attributes:
         name: in the stage. which: of the places, where the states are.
+        first: number of the first window, where others are in other processes.
     """
 
-    def __init__(self, name: str, places: Sequence[Tensor], which: int = 0) -> None:
-        self.name, self.which, self._places = name, which, places
+    def __init__(self, name: str, places: Sequence[Tensor], which: int = 0, first: int = 0) -> None:
+        self.name, self.which, self.first, self._places = name, which, first, places
 
     @property
     def now(self) -> Tensor:
@@ -157,17 +187,18 @@ class Stream:
 
     @classmethod
     def of(cls, architecture: Architecture, tokens: Tensor, stage: Stage, name: str) -> Stream:
-        """Where the run before left windows (W, L), or as the model embeds them."""
+        """Where the run before left windows (W, L), or as the model embeds them; those of this process."""
+        mine = share(architecture.ranks, *tokens.shape)
         with torch.inference_mode():
             first = architecture.embed(tokens[:1])
-            places, which = stage.places(name, first, (len(tokens), *first.shape[1:]))
+            places, which = stage.places(name, first, (len(tokens), *first.shape[1:]), mine)
             if which is None:
-                for window, row in enumerate(tokens):
+                for window, row in enumerate(tokens[mine]):
                     places[0][window] = architecture.embed(row[None])[0]
                     architecture.residence.release(places[0])
         if which is None:
             stage.placed(name, which := 0)
-        return cls(name, places, which)
+        return cls(name, places, which, mine.start)
 
 
 @dataclass
@@ -179,6 +210,7 @@ class Streams:
         hidden: of the windows that are looked at, None where nobody looks.
         dense: of the same windows in the dense model, None where nobody compares.
         groups: of windows that only go through; replaced by new tensors.
+        ranks: the processes that share the windows that are looked at.
         compute: the precision of products on the way (`Architecture.compute`).
         keeping: as of `walk`.
     """
@@ -187,8 +219,13 @@ class Streams:
     hidden: Stream | None = None
     dense: Stream | None = None
     groups: list[Tensor] = field(default_factory=list)
+    ranks: Ranks = Alone()  # noqa: RUF009 - it has no state
     compute: str = "float32"
     keeping: bool = False
+
+    def alike(self, hidden: Stream | None = None, groups: Sequence[Tensor] = ()) -> Streams:
+        """Others, of the same walk."""
+        return Streams(self.residence, hidden, None, list(groups), self.ranks, self.compute)
 
     def release(self) -> None:
         """What was used of the states need not stay in memory."""

@@ -53,9 +53,10 @@ def head_losses(architecture: Architecture, hidden: Tensor, tokens: Tensor) -> T
     Args:
         hidden: (W, L, d_model). tokens: (W, L) int64, L at least 2.
     """
+    device = architecture.tail.device
     with architecture.tail.computing(architecture.compute.used):
         parts = [
-            nats(architecture.head(rows[None])[0], right).double()
+            nats(architecture.head(rows.to(device)[None])[0], right.to(device)).double()
             for rows, right in predictions(hidden, tokens)
         ]
     return torch.cat(parts).view(len(tokens), -1).mean(1)

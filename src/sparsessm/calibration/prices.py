@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +19,11 @@ from torch.nn import functional as F
 
 from sparsessm.architectures import Architecture, Block
 from sparsessm.calibration import vocabulary
-from sparsessm.calibration.journal import Forgetful, Journal
+from sparsessm.calibration.journal import Forgetful, Journal, each
 from sparsessm.calibration.loss import nats, predictions
 from sparsessm.calibration.progress import Progress, Steps
-from sparsessm.calibration.walk import backwards, first_tokens, grouped, walk
+from sparsessm.calibration.slabs import first_tokens, grouped
+from sparsessm.calibration.walk import backwards, walk
 
 ROWS = 2048  # tokens that go through the model together: several short windows, or one long one
 PRICED_TOKENS = 16_384  # of the calibration windows that the backward pass looks at
@@ -115,12 +115,17 @@ def output_fisher(
         )
     groups = grouped(tokens, ROWS)
     blocks = len(architecture.blocks)
-    steps = Steps("fisher", 2 * len(groups) * blocks, progress, blocks)
+    rounds = -(-len(groups) // architecture.ranks.count)
+    steps = Steps("fisher", 2 * rounds * blocks, progress, blocks)
     journal = journal or Forgetful(architecture)
     sums: dict[str, Tensor] = {}
     with frozen(architecture.model):
-        for number, group in enumerate(groups):
-            found = journal.once(f"prices {number}", partial(_energies, architecture, group, steps, head))
+        ranks = architecture.ranks
+
+        def make(number: int) -> dict[str, Tensor]:
+            return _energies(architecture, groups[number], steps, head)
+
+        for found in each(ranks, journal, "prices", len(groups), make):
             sums = {name: sums[name] + energy if name in sums else energy for name, energy in found.items()}
     means = {name: energy / tokens.numel() for name, energy in sums.items()}
     also: dict[str, Tensor] = {}
@@ -146,18 +151,18 @@ def _energies(architecture: Architecture, group: Tensor, steps: Steps, head: boo
     entering = _forward(architecture, group, steps)
     back = torch.empty_like(entering[-1])
     words = None
-    if head:
-        size, width = architecture.tail.targets[0].matrix.shape
-        words = vocabulary.Sums.nothing(size, width, back.device)
     for stop in backwards(architecture, steps):
         if stop.block is architecture.tail:
+            if head:
+                size, width = architecture.tail.targets[0].matrix.shape
+                words = vocabulary.Sums.nothing(size, width, architecture.tail.device)
             back = head_backward(architecture, entering[-1], group, words)
         else:
             back = block_backward(architecture, stop.block, entering[stop.block.index], back, add)
             architecture.residence.release(entering)
             steps()
     if words is not None:
-        words.add_lookups(group, architecture.looked_up(back))
+        words.add_lookups(group.to(back.device), architecture.looked_up(back))
         sums |= vars(words)
     return sums
 
@@ -198,6 +203,7 @@ def head_backward(
         ValueError: a gradient that is not finite.
     """
     parts = []
+    hidden, tokens = hidden.to(architecture.tail.device), tokens.to(architecture.tail.device)
     if words is not None:
         architecture.tail.forward(hidden, taps={"lm_head": (power := vocabulary.Power())})
         words.power = power.result()
@@ -231,8 +237,8 @@ def block_backward(
     for target in block.targets:
         if target.kind == "A_log":  # the mixer writes the first part of the stream, in Zamba2 not all
             width = block.target("out_proj").matrix.shape[0]
-            add(target.name, back[..., :width])
-    hidden = hidden.detach().requires_grad_()
+            add(target.name, back[..., :width].to(block.device))
+    hidden, back = hidden.detach().to(block.device).requires_grad_(), back.to(block.device)
     compute = architecture.compute.used
     with torch.enable_grad(), block.computing(compute), block.outputs() as outputs:
         out, _ = block.forward(hidden)

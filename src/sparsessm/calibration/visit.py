@@ -4,7 +4,8 @@ or all of a block in one pass, as the model is (`survey`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -13,13 +14,15 @@ from sparsessm.architectures import Architecture, Target
 from sparsessm.architectures.experts import abreast
 from sparsessm.calibration.journal import Forgetful, Stage, Stream
 from sparsessm.calibration.progress import Progress, Steps
-from sparsessm.calibration.walk import Stop, slab_count, walk
+from sparsessm.calibration.slabs import share, slab_count
+from sparsessm.calibration.walk import Stop, walk
 from sparsessm.methods.observers import InputGram
 
 # A new observer of a target, None: it needs none.
 Watch = Callable[[Target], Any | None]
-# Looks at a target at which a visit stands: the result of its observer.
-Look = Callable[[Target], Any]
+# Looks at targets at which a visit stands: who owns each, by name -> the results of its observers, None where
+# the owner is another process; nothing of a target that is not watched.
+Look = Callable[[Mapping[str, int]], dict[str, Any]]
 
 # Bytes of Hessians that one pass over experts may sum up: those of 64 matrices with 2048 inputs (of 32 if
 # paired); a matrix with 14336 inputs takes a pass of its own.
@@ -36,10 +39,11 @@ def visit(
     paired: bool = False,
     stage: Stage | None = None,
     note: Callable[[], Any] = lambda: None,
-) -> Iterator[tuple[Target, Look]]:
-    """The targets of these names in the order of the data, each with a way to look at it.
+) -> Iterator[tuple[list[Target], Look]]:
+    """The targets of these names in the order of the data, with a way to look at them: one at a time, of
+    experts as many as one pass can look at.
 
-    Each sees what the targets before it, as the caller left them, make of the windows.
+    They see what the targets before them, as the caller left them, make of the windows.
 
     Args:
         watch: target -> its observer, or None where it can be changed unseen.
@@ -56,14 +60,14 @@ def visit(
     watched = {t.name for t in architecture.targets if t.name in names and watch(t) is not None}
     if tokens is None or not watched:
         for stop in walk(architecture, None, tail=True, stage=stage, note=note):
-            yield from ((target, lambda _: None) for target in stop.block.targets if target.name in names)
+            yield from (([target], lambda _: {}) for target in stop.block.targets if target.name in names)
         return
     dense = Stream.of(architecture, tokens, stage, "dense") if paired else None
     if architecture.tied and head:
         # The head is the embedding too: changed before anything sees its rows, on the dense model's states.
         if architecture.tail.index not in stage.left:
             with architecture.holding(architecture.tail.index):
-                yield head[0], lambda it: _look_behind(architecture, it, watch(it), tokens, progress)
+                yield head[:1], partial(_look_behind, architecture, head[0], watch, tokens, progress)
             stage.leave(architecture.tail, note(), {"dense": 0} if paired else {})
         head = []
     behind = any(target.name in watched for target in head)
@@ -71,41 +75,55 @@ def visit(
     # looks at what blocks share are not counted by `Stop`
     looks = sum(any(t.name in watched and not t.uses for t in part) for part in parts)
     passes = len(architecture.blocks) + looks + (1 if behind else -1)
-    steps = Steps("calibrate", passes * slab_count(*tokens.shape), progress, len(architecture.blocks))
+    slabs = _slabs(architecture, tokens)
+    steps = Steps("calibrate", passes * slabs, progress, len(architecture.blocks))
     if stage.left:
-        steps(passes * len(stage.left) // (len(architecture.blocks) + 1) * slab_count(*tokens.shape))
+        steps(passes * len(stage.left) // (len(architecture.blocks) + 1) * slabs)
     how: dict[str, Any] = {"dense": dense, "tail": bool(head), "steps": steps, "keeping": True}
     for stop in walk(architecture, tokens, **how, stage=stage, note=note):
         for part in together(stop.block.targets, watch):
-            look = _looking(stop, part, watch)
-            yield from ((target, look) for target in part if target.name in names)
+            if asked := [target for target in part if target.name in names]:
+                yield asked, partial(_look, stop, asked, watch)
         if stop.block is architecture.blocks[-1] and not behind:
             stop.drop_windows()
 
 
-def _looking(stop: Stop, part: Sequence[Target], watch: Watch) -> Look:
-    """How to look at the targets of one part of a block; at experts, one pass for all has looked already."""
-    experts = {t.kind: observer for t in part if t.routed and (observer := watch(t)) is not None}
-    if experts:
-        stop.run(experts, until=list(experts)[-1])
-
-    def look(target: Target) -> Any:
-        if target.routed:
-            return experts.pop(target.kind).result()  # handed over, not kept
-        return stop.look(target, watch(target))
-
-    return look
+def _look(stop: Stop, part: Sequence[Target], watch: Watch, owners: Mapping[str, int]) -> dict[str, Any]:
+    """Look at the targets of one part of a block: at experts in one pass."""
+    watched = {target.name: observer for target in part if (observer := watch(target)) is not None}
+    if not part[0].routed:
+        return {t.name: stop.look(t, watched[t.name], owners[t.name]) for t in part if t.name in watched}
+    kinds = {target.kind: watched[target.name] for target in part if target.name in watched}
+    if kinds:
+        stop.run(kinds, until=list(kinds)[-1])
+    return stop.results(watched, owners)
 
 
 def _look_behind(
-    architecture: Architecture, target: Target, observer: Any, tokens: Tensor, progress: Progress | None
-) -> Any:
+    architecture: Architecture,
+    target: Target,
+    watch: Watch,
+    tokens: Tensor,
+    progress: Progress | None,
+    owners: Mapping[str, int],
+) -> dict[str, Any]:
     """What the model as it is feeds into its head; both streams are the same."""
-    blocks = len(architecture.blocks)
-    steps = Steps("calibrate", (blocks + 1) * slab_count(*tokens.shape), progress, blocks)
-    for stop in walk(architecture, tokens, tail=True, steps=steps):
-        if stop.block is architecture.tail:
-            return stop.look(target, observer)
+    blocks, observer = len(architecture.blocks), watch(target)
+    if observer is None:
+        return {}
+    steps = Steps("calibrate", (blocks + 1) * _slabs(architecture, tokens), progress, blocks)
+    (found,) = (
+        stop.look(target, observer, owners[target.name])
+        for stop in walk(architecture, tokens, tail=True, steps=steps)
+        if stop.block is architecture.tail
+    )
+    return {target.name: found}
+
+
+def _slabs(architecture: Architecture, tokens: Tensor) -> int:
+    """That one pass of this process's windows takes."""
+    mine = share(architecture.ranks, *tokens.shape)
+    return slab_count(mine.stop - mine.start, tokens.shape[1])
 
 
 def survey(
@@ -143,7 +161,7 @@ def survey(
         shared += [(target, observer) for target, observer in watched if target.uses]
         for target, observer in (*watched, *again):
             if not target.uses or target.uses[-1] == block.index:
-                yield target, observer.result()
+                yield target, stop.result(observer)
 
 
 def _of_inputs(watch: Watch) -> Watch:

@@ -18,24 +18,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparsessm.methods.observers import Observer
+from sparsessm.methods.observers import Adding
 
 # Of the mean price, what every row has at least: an error of the logits acts by its exponential, so a row
 # that is far off costs more than its curvature says.
 RARE = 1 / 32
 
 
-class Power(Observer):
+class Power(Adding):
     """Squares of a layer's inputs, summed."""
 
-    def __init__(self) -> None:
-        self._sum = torch.zeros((), dtype=torch.float64)
-
     def add(self, x: Tensor) -> None:
-        self._sum = self._sum.to(x.device) + x.detach().square().sum(dtype=torch.float64)
+        self._plus(squares=x.detach().square().sum(dtype=torch.float64))
 
     def result(self) -> Tensor:
-        return self._sum
+        return self._sums.get("squares", torch.zeros((), dtype=torch.float64))
 
 
 @dataclass

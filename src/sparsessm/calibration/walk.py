@@ -4,34 +4,31 @@ A walk opens a block, hands it out as a `Stop`, takes what it carries through th
 and closes it. It carries hidden states: windows that observers look at, beside them what the dense model
 makes of the same windows, and groups of windows that nobody looks into.
 
-All windows advance through a block together, one slab of time after the other, each carrying its state. That
-is what makes sums over the batch exact at every time step with one slab in memory (the paper's S_t needs all
-windows at once), and it bounds the memory of calibration by the residual stream of the windows plus one slab
-of one block, however many layers there are. A group goes through in one piece.
+All windows advance through a block together, one slab of time after the other, a few windows at once
+(slabs.py), each carrying its state. That is what makes sums over the batch exact at every time step (the
+paper's S_t needs all windows at once), and it bounds the memory of calibration by the residual stream of the
+windows plus one slab of one block, however many layers there are. A group goes through in one piece.
+
+Where several processes work on a model, each carries some of the windows; what observers saw is added up when
+their results are asked for (`Stop.result`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparsessm.architectures import Architecture, Block, Tap, Target
-from sparsessm.architectures.kept import Kept, Room
+from sparsessm.calibration import slabs
 from sparsessm.calibration.journal import Forgetful, Stage, Stream, Streams
-from sparsessm.calibration.paired import Pair, Twice
+from sparsessm.calibration.passing import Frontier, Pass
 from sparsessm.calibration.progress import Steps
-from sparsessm.methods.observers import InputGram, Moments
-
-# Rows (windows x tokens) of a slab: enough for full-speed matrix products, few enough to stay near the cache.
-ROWS = 2048
-# Most tokens a slab, where windows are few: bounds the (T, D, N) sums of the methods that look at every step.
-LONGEST = 128
-ALL = slice(None)
+from sparsessm.methods.observers import InputGram, Moments, Observer
+from sparsessm.methods.step_observers import StepObserver
 
 
 class Stop:
@@ -50,10 +47,9 @@ class Stop:
     ) -> None:
         self._block, self._dense, self._streams = block, dense, streams
         self._ahead, self._steps = ahead, steps
-        self._last: tuple[str, Moments] | None = None  # what was looked at last
+        self._last: tuple[str, bool, Moments | None] | None = None  # what was looked at last
         self._windows_are_through = self._dense_is_through = self._advanced = self._closed = False
-        self._kept: Kept | None = None  # of the windows in this block
-        self._dense_kept: Kept | None = None
+        self._frontier: Frontier | None = None
 
     @property
     def block(self) -> Block:
@@ -86,91 +82,108 @@ class Stop:
         """(W, L, d_model) of each group; what is appended goes on from here as a group more."""
         return self._streams.groups
 
-    def look(self, target: Target, observer: Any) -> Any:
+    def look(self, target: Target, observer: Any, owner: int | None = None) -> Any:
         """Run the windows up to `target` with `observer` watching; they stay before the block.
 
         Moments that follow from those looked at just before take no pass. A matrix that blocks share is
         looked at in all of them, in the model as it is now: those not reached yet are dense. That is not
         counted.
 
+        Args:
+            owner: the process that needs the result; None: all.
+
         Returns:
-            The observer's result.
+            The observer's result; None where it is another process's.
         """
         if target.uses:
             self._run_to_last_use(target, observer)
-            return observer.result()
-        if isinstance(observer, InputGram) and (fed := self._fed(target, observer)):
-            for _ in range(slab_count(*self.hidden.shape[:2])):
-                self._count()  # a pass saved is a pass done
-            return fed
+            return self._result_of(target, observer, owner)
+        if isinstance(observer, InputGram) and target.fed_by and self._last:
+            (kind, rows), (last, paired, moments) = target.fed_by, self._last
+            if kind == last and (paired or not observer.paired):
+                for _ in range(slabs.slab_count(*self.hidden.shape[:2])):
+                    self._count()  # a pass saved is a pass done
+                return moments and self._fed(moments, kind, rows)
         self.run({target.kind: observer}, until=target.kind)
-        result = observer.result()
+        result = self._result_of(target, observer, owner)
         feeds = any(other.fed_by and other.fed_by[0] == target.kind for other in self._block.targets)
-        self._last = (target.kind, result) if feeds and isinstance(result, Moments) else None
+        known = feeds and isinstance(observer, InputGram)
+        self._last = (target.kind, observer.paired, result) if known else None
         return result
 
-    def run(self, taps: Mapping[str, Tap], *, until: str | None = None, windows: slice = ALL) -> None:
+    def result(self, observer: Any) -> Any:
+        """What an observer saw, in all processes together."""
+        return self.results({"": observer})[""]
+
+    def results(
+        self, observers: Mapping[str, Any], owners: Mapping[str, int] | None = None
+    ) -> dict[str, Any]:
+        """What several observers saw.
+
+        Args:
+            observers: by the name of what they watch. owners: who needs which result; None: all need all.
+
+        Returns:
+            By name; None where the result is another process's.
+
+        Raises:
+            ValueError: what was seen is not finite, by name.
+        """
+        ranks = self._streams.ranks
+        ours = {name: one for name, one in observers.items() if isinstance(one, Observer)}
+        if ranks.count > 1:
+            with torch.inference_mode():  # in which their sums were made
+                ranks.total({name: one.sums() for name, one in ours.items()}, owners)
+        return {
+            name: _named(name, one.result) if owners is None or owners[name] == ranks.number else None
+            for name, one in observers.items()
+        }
+
+    def run(self, taps: Mapping[str, Tap], *, until: str | None = None, rows: int | None = None) -> None:
         """One pass of the windows, watched by `taps` (target kind -> observer), counted slab by slab.
 
         Args:
             until: go no further than this target and leave the windows as they are; None: through the block,
                 whose output replaces them, once.
-            windows: which of them; all, if they go through.
+            rows: steps that go through at once at most; None: as many as are fast.
 
         Raises:
             ValueError: an output that is not finite; names the block, the first window and position.
         """
         self._refuse_closed()
-        if self._windows_are_through or (until is None and windows != ALL):
+        if self._windows_are_through:
             raise RuntimeError(f"{self._block.name}: windows go through a block once, and all together")
-        streams = self._streams
-        hidden, dense = self.hidden[windows], self.dense_hidden
-        width = slab_width(*hidden.shape[:2])
-        paired = {kind: tap for kind, tap in taps.items() if tap.paired}
-        if self._dense is None or dense is None:
-            pairs: dict[str, Pair] = {}
-            taps = {**taps, **{kind: Twice(tap) for kind, tap in paired.items()}}
-        else:
-            dense = dense[windows]
-            pairs = {kind: Pair(tap) for kind, tap in paired.items()}
-        recorders = {kind: pair.dense for kind, pair in pairs.items()}
-        dense_until = None if until in pairs and until == self._block.targets[-1].kind else until
-        both = (pairs or until is None) and not self._dense_is_through
-        kept, dense_kept = self._kept, self._dense_kept if both else None
-        if windows != ALL:
-            kept = dense_kept = None
-        keepers = [keeper for keeper in (kept, dense_kept) if keeper is not None]
-        settled = self._final_before({*taps, until})
-        for keeper, last in zip(keepers, (until is None, dense_until is None), strict=False):
-            keeper.begin(settled, last)
-        state = dense_state = None
+        by_time = [tap for tap in taps.values() if isinstance(tap, StepObserver)]
+        windows, length = self.hidden.shape[:2]
+        some, width = slabs.lanes(windows, length), slabs.slab_width(length)
+        if rows is not None:
+            some, width = [slice(window, window + 1) for window in range(windows)], min(length, rows)
+        if by_time:
+            width = min(width, slabs.STEPS)
+        streams, frontier = self._streams, self._frontier if rows is None and not by_time else None
+        how = streams, taps, until, frontier, self._dense_is_through
+        going = Pass(self._block, self._dense, *how)
         with torch.inference_mode(), self._computing():
-            for number, start in enumerate(range(0, hidden.shape[1], width)):
+            for number, start in enumerate(range(0, length, width)):
                 slab = slice(start, start + width)
-                for keeper in keepers:
-                    keeper.at(number)
-                for recorder in recorders.values():
-                    recorder.take()  # an expert may get no token of this slab
-                if both and self._dense is not None and dense is not None:
-                    out, dense_state = self._dense.forward(
-                        dense[:, slab], dense_state, recorders, dense_until, dense_kept
-                    )
-                    if out is not None and streams.dense is not None:
-                        streams.dense.behind[:, slab].copy_(out)
-                out, state = self._block.forward(hidden[:, slab], state, {**taps, **pairs}, until, kept)
-                if out is not None and streams.hidden is not None:
-                    _refuse_non_finite(out, self._block.name, start)
-                    streams.hidden.behind[:, slab].copy_(out)
-                self._count()
-                streams.release()
-        if both and dense_until is None:
+                for lane, part in enumerate(some):
+                    out = going.run(lane, part, number, slab)
+                    if out is not None and streams.hidden is not None:
+                        first = streams.hidden.first + part.start
+                        _refuse_non_finite(out, self._block.name, first, start)
+                        streams.hidden.behind[part, slab].copy_(out)
+                    self._count()
+                    streams.release()
+                if by_time:
+                    streams.ranks.total({str(i): tap.slab() for i, tap in enumerate(by_time)})
+                for tap in by_time:
+                    tap.end_slab()
+        if going.dense_is_through and streams.dense is not None:
             self._dense_is_through = True
-            if streams.dense is not None:
-                streams.dense.passed()
-        if until is None:
+            streams.dense.passed()
+        if until is None and streams.hidden is not None:
             self._windows_are_through = True
-            if streams.hidden is not None:
-                streams.hidden.passed()
+            streams.hidden.passed()
 
     def advance(self) -> None:
         """Take all that the walk carries through the block as it is now, what is not through yet; the walk
@@ -187,7 +200,9 @@ class Stop:
     def replace(self, block: Block) -> None:
         """Another block stands here from now on: the windows go through it, and it is closed in the end."""
         self._refuse_closed()
-        self._block, self._last, self._kept = block, None, None
+        self._block, self._last = block, None
+        if self._frontier:
+            self._frontier.replace()
 
     def drop_windows(self) -> None:
         """No block behind this one is to see any window: it is opened all the same."""
@@ -202,13 +217,16 @@ class Stop:
             groups: (W, L, d_model) hidden states that have left this block.
         """
         self._refuse_closed()
-        streams = Streams(self._streams.residence, groups=list(groups), compute=self._streams.compute)
-        return _over(self._ahead, streams)
+        return _over(self._ahead, self._streams.alike(groups=list(groups)))
+
+    def _result_of(self, target: Target, observer: Any, owner: int | None) -> Any:
+        owners = None if owner is None else {target.name: owner}
+        return self.results({target.name: observer}, owners)[target.name]
 
     def _run_to_last_use(self, target: Target, observer: Any) -> None:
         residence = self._streams.residence
         copied = residence.room(self.hidden, *self.hidden.shape).copy_(self.hidden)
-        streams = Streams(residence, Stream("ahead", [copied]), compute=self._streams.compute)
+        streams = self._streams.alike(Stream("ahead", [copied]))
         here = Stop(self._block, None, streams, (), None)  # this block is open already
         here.run({target.kind: observer})
         last = target.uses[-1]
@@ -216,13 +234,8 @@ class Stop:
             if stop.block.index in target.uses:
                 stop.run({target.kind: observer}, until=target.kind if stop.block.index == last else None)
 
-    def _fed(self, target: Target, observer: InputGram) -> Moments | None:
-        """Moments that follow from those of the target whose outputs these inputs are: no pass is needed."""
-        if target.fed_by is None or self._last is None or self._last[0] != target.fed_by[0]:
-            return None
-        (kind, rows), moments = target.fed_by, self._last[1]
-        if moments.diagonal or (observer.paired and moments.cross is None):
-            return None
+    def _fed(self, moments: Moments, kind: str, rows: int) -> Moments:
+        """Of the first rows of this target's outputs, whose inputs' moments are these: no pass is needed."""
         return moments.through(
             *(block.target(kind).matrix[:rows] for block in (self._block, self._dense or self._block))
         )
@@ -236,11 +249,6 @@ class Stop:
                 return
             with self._dense.computing(self._streams.compute):
                 yield
-
-    def _final_before(self, watched: Collection[str | None]) -> list[str]:
-        """Kinds of the targets before the first of these: nobody changes them or looks at them any more."""
-        kinds = [target.kind for target in self._block.targets]
-        return list(takewhile(lambda kind: kind not in watched, kinds))
 
     def _count(self) -> None:
         if self._steps:
@@ -286,7 +294,8 @@ def walk(
     stage = stage or Forgetful(architecture)
     hidden = None if tokens is None else Stream.of(architecture, tokens, stage, "hidden")
     carried = [embedded(architecture, group) for group in groups]
-    streams = Streams(architecture.residence, hidden, dense, carried, architecture.compute.used, keeping)
+    how = architecture.ranks, architecture.compute.used, keeping
+    streams = Streams(architecture.residence, hidden, dense, carried, *how)
     blocks = (*architecture.blocks, architecture.tail) if tail else architecture.blocks
     blocks = tuple(block for block in blocks if block.index not in stage.left)
     return _over(blocks, streams, without, steps, lambda block: stage.leave(block, note(), streams.which))
@@ -295,7 +304,7 @@ def walk(
 def backwards(architecture: Architecture, steps: Steps | None = None) -> Iterator[Stop]:
     """Stop at each block from the tail to the first; nothing is carried. `steps` is told where."""
     blocks = (architecture.tail, *reversed(architecture.blocks))
-    return _over(blocks, Streams(architecture.residence), steps=steps)
+    return _over(blocks, Streams(architecture.residence, ranks=architecture.ranks), steps=steps)
 
 
 def _over(
@@ -315,8 +324,7 @@ def _over(
                     stop.advance()
             leave(stop.block)
         elif ahead and streams.dense is not None:
-            alone = Streams(streams.residence, streams.dense, compute=streams.compute)
-            with opened(block, alone, (), None) as stop:
+            with opened(block, streams.alike(streams.dense), (), None) as stop:
                 stop.advance()
             leave(block)
 
@@ -333,11 +341,10 @@ def opened(block: Block, streams: Streams, ahead: Sequence[Block], steps: Steps 
         if streams.dense is not None:
             stop._dense = block.copy()
         if streams.keeping:
-            room = Room(residence.spare())
-            stop._kept, stop._dense_kept = Kept(room), Kept(room)
+            stop._frontier = Frontier(residence.spare())
         yield stop
     finally:
-        stop._closed, stop._dense, stop._kept, stop._dense_kept = True, None, None, None
+        stop._closed, stop._dense, stop._frontier = True, None, None
         residence.close(stop.block)
 
 
@@ -354,7 +361,7 @@ def embedded(architecture: Architecture, tokens: Tensor) -> Tensor:
 def through(block: Block, hidden: Tensor) -> Tensor:
     """What an open block puts out (W, L, d_model), a new tensor."""
     with torch.inference_mode():
-        out, _ = block.forward(hidden)
+        out, _ = block.forward(hidden.to(block.device))
     assert out is not None
     return out
 
@@ -368,32 +375,19 @@ def final(architecture: Architecture, *groups: Tensor) -> list[Tensor]:
     return found
 
 
-def first_tokens(windows: Tensor, most: int, least: int = 1) -> Tensor:
-    """The first windows (W, L) that have so many tokens together; `least` of them, however long."""
-    return windows[: max(least, most // windows.shape[1])]
+def _named(name: str, result: Callable[[], Any]) -> Any:
+    try:
+        return result()
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}" if name else str(error)) from error
 
 
-def grouped(windows: Tensor, most: int) -> tuple[Tensor, ...]:
-    """Windows (W, L) in groups of so many tokens; of one window where that is longer."""
-    return windows.split(max(1, most // windows.shape[1]))
-
-
-def slab_width(windows: int, length: int) -> int:
-    """Tokens a slab."""
-    return max(1, min(length, LONGEST, ROWS // windows))
-
-
-def slab_count(windows: int, length: int) -> int:
-    """Slabs that one pass takes."""
-    return -(-length // slab_width(windows, length))
-
-
-def _refuse_non_finite(out: Tensor, block: str, start: int) -> None:
+def _refuse_non_finite(out: Tensor, block: str, first: int, start: int) -> None:
+    """first: number of the first window. start: of the first token."""
     if torch.isfinite(out.sum()):
         return
     bad = ~torch.isfinite(out).all(-1)  # (W, T)
     if bad.any():
         window, position = (int(i) for i in bad.nonzero()[0])
-        raise ValueError(
-            f"{block}: output is not finite in calibration window {window} at token {start + position}"
-        )
+        place = f"window {first + window} at token {start + position}"
+        raise ValueError(f"{block}: output is not finite in calibration {place}")

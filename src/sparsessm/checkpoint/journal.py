@@ -10,6 +10,9 @@ The directory `OUT.unfinished` belongs to one run that writes `OUT`:
 
 Each line tells the checksums of the files that it speaks of. What was interrupted between two lines is done
 again. Nothing in it is executed: plain values are JSON, tensors are safetensors.
+
+Where several processes work on a run, the first one writes and all read; of the hidden states each maps the
+whole file and writes those of its own windows. So a run goes on with any number of processes.
 """
 
 from __future__ import annotations
@@ -27,16 +30,16 @@ from typing import Any, final
 from torch import Tensor
 
 from ..architectures import Block, Residence
+from ..architectures.on_device import OnDevice
+from ..architectures.ranks import here
 from ..data.unfinished import undoing
 from .atomic import flush_directory
 from .container import checksum
 from .files import open_safetensors, write_one
+from .journal_lines import FILE, FORMAT, difference, filled, plain, read
 from .streamed import Streamed
 
-FORMAT = 2
-FILE = "journal.jsonl"
 SUFFIX = ".unfinished"
-_TENSOR = "__tensor__"
 
 
 @contextmanager
@@ -86,7 +89,20 @@ class Journal:
         """
         self.folder = folder_of(out)
         self._result = Path(out).resolve(), _identity(Path(out).resolve())
+        self._ranks = here()
         self._lines: list[dict[str, Any]] = []
+        self._parents: list[Path] = []
+        self._lock: int | None = None
+        if self._ranks.first:
+            self._make(resume=resume, force=force)
+        self._lines = self._ranks.given(self._lines)
+        self.resumed = bool(self._lines)
+        self.before: dict[str, Any] = self._lines[0] if self._lines else {}
+        self._spent: float = self._lines[-1].get("seconds", 0.0) if self._lines else 0.0
+        self._began: float | None = None
+        self._residence: Streamed | None = None
+
+    def _make(self, *, resume: bool, force: bool) -> None:
         there = os.path.lexists(self.folder)
         if there and not _ours(self.folder):
             raise ValueError(
@@ -100,7 +116,7 @@ class Journal:
             )
         self._parents = [path for path in self.folder.parents if not path.exists()]
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock: int | None = os.open(self.folder, os.O_RDONLY)
+        self._lock = os.open(self.folder, os.O_RDONLY)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -109,15 +125,10 @@ class Journal:
         except OSError:  # a file system without locks
             pass
         if there and resume:
-            self._lines = _read(self.folder / FILE)
+            self._lines = read(self.folder / FILE)
         elif there:
             for path in self.folder.iterdir():
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        self.resumed = bool(self._lines)
-        self.before: dict[str, Any] = self._lines[0] if self._lines else {}
-        self._spent: float = self._lines[-1].get("seconds", 0.0) if self._lines else 0.0
-        self._began: float | None = None
-        self._residence: Streamed | None = None
 
     @property
     def seconds(self) -> float:
@@ -135,8 +146,9 @@ class Journal:
 
     def holds(self, residence: Residence) -> None:
         """Whose changed blocks are in the directory."""
-        assert isinstance(residence, Streamed) and residence.folder == self.folder
-        self._residence = residence
+        held = residence.inner if isinstance(residence, OnDevice) else residence
+        assert isinstance(held, Streamed) and held.folder == self.folder
+        self._residence = held
 
     def begin(self, what: Mapping[str, Any]) -> None:
         """Say what the run is, before anything else.
@@ -145,15 +157,20 @@ class Journal:
             what: by name, plain values; "machine" may differ.
 
         Raises:
-            ValueError: the run before was another one; names in what.
+            ValueError: the run before was another one, or the first process's is; names in what.
         """
         what = json.loads(json.dumps({"format": FORMAT, **what}))
+        first = self._ranks.given(what)
+        for name in what:
+            if name != "machine" and first[name] != what[name]:
+                told = difference(name, first[name], what[name])
+                raise ValueError(f"process {self._ranks.number} has another run than the first one: {told}")
         if not self._lines:
             self._add(what)
             return
         before = self.before
         if changed := [name for name in what if name != "machine" and before.get(name) != what[name]]:
-            told = "; ".join(_difference(name, before.get(name), what[name]) for name in changed)
+            told = "; ".join(difference(name, before.get(name), what[name]) for name in changed)
             raise ValueError(
                 f"{str(self.folder)!r} is the unfinished run of something else: {told}; give what was given "
                 "then, or begin anew (--force)"
@@ -172,13 +189,16 @@ class Journal:
         for line in self._lines[1:]:
             if line.get("value") == name:
                 return self._value(line)
-        made = make()
+        made = self._ranks.given(make())
         self._add({"value": name, **self._kept(made)})
         return made
 
+    def held(self, name: str) -> bool:
+        return any(line.get("value") == name for line in self._lines[1:])
+
     def stage(self, name: str) -> _Stage:
         assert self._residence is not None, "holds comes first"
-        for path in self.folder.glob("states-*"):
+        for path in self.folder.glob("states-*") if self._ranks.first else ():
             if not path.name.startswith(f"states-{name}-"):  # of a walk that has come to its end
                 path.unlink()
         lines = [line for line in self._lines[1:] if line.get("stage") == name]
@@ -186,6 +206,8 @@ class Journal:
 
     def clear(self) -> None:
         """Remove the directory: the result is there, or nothing was done."""
+        if not self._ranks.first:
+            return
         shutil.rmtree(self.folder, ignore_errors=True)
         for parent in self._parents:  # those that hold the result, or something of others, stay
             with suppress(OSError):
@@ -202,22 +224,23 @@ class Journal:
 
     def _add(self, line: Mapping[str, Any]) -> None:
         """A line is on the disk when this returns, and the files that it speaks of before it."""
-        with open(self.folder / FILE, "ab") as file:
-            file.write(json.dumps({**line, "seconds": round(self.seconds, 3)}).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        flush_directory(self.folder)  # of this file, and of those that the line speaks of
+        if self._ranks.first:
+            with open(self.folder / FILE, "ab") as file:
+                file.write(json.dumps({**line, "seconds": round(self.seconds, 3)}).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+            flush_directory(self.folder)  # of this file, and of those that the line speaks of
         self._lines.append(dict(line))
 
     def _kept(self, what: Any) -> dict[str, Any]:
         """A value as fields of a line; its tensors are in a file."""
         tensors: list[Tensor] = []
-        plain = _plain(what, tensors)
-        if not tensors:
-            return {"content": plain}
+        told = plain(what, tensors)
+        if not tensors or not self._ranks.first:
+            return {"content": told}
         file = self.folder / f"value-{len(self._lines)}.safetensors"
         write_one(file, {str(i): tensor.contiguous() for i, tensor in enumerate(tensors)}, {})
-        return {"content": plain, "file": file.name, "checksum": flushed(file)}
+        return {"content": told, "file": file.name, "checksum": flushed(file)}
 
     def _value(self, line: Mapping[str, Any]) -> Any:
         if "file" not in line:
@@ -226,7 +249,7 @@ class Journal:
         _refuse_damaged(file, line["checksum"])
         with open_safetensors(file) as content:
             tensors = {name: content.get_tensor(name).clone() for name in content.keys()}
-        return _filled(line["content"], tensors)
+        return filled(line["content"], tensors)
 
 
 @final
@@ -248,29 +271,37 @@ class _Stage:
             self._began |= line["states"]
         self._places: dict[str, list[Tensor]] = {}
 
-    def places(self, name: str, like: Tensor, shape: Sequence[int]) -> tuple[list[Tensor], int | None]:
-        folder = self._journal.folder
+    def places(
+        self, name: str, like: Tensor, shape: Sequence[int], mine: slice
+    ) -> tuple[list[Tensor], int | None]:
+        folder, ranks = self._journal.folder, self._journal._ranks
         files = [self._file(name, number) for number in (0, 1)]
         began = self._began.get(name)
         if began is not None and not all(file.is_file() for file in files):
             raise ValueError(f"{files[0]}: the hidden states have gone; begin anew (--force)")
+        if not ranks.first:  # which makes them
+            ranks.wait()
         self._places[name] = [self._residence.mapped.tensor(folder, shape, file) for file in files]
+        if ranks.first:
+            ranks.wait()
+        own = [states[mine] for states in self._places[name]]
         if began is None:
-            return self._places[name], None
+            return own, None
         which = began["place"]
-        if (found := _checksum_in(files[which])) != began["checksum"]:
+        if ranks.first and (found := _checksum_in(files[which])) != began["checksum"]:
             told = f"their checksum is {found}, the journal says {began['checksum']}"
             raise ValueError(f"{files[which]}: the hidden states are damaged: {told}; begin anew (--force)")
-        return self._places[name], which
+        return own, which
 
     def placed(self, name: str, which: int) -> None:
         self._journal._add({"stage": self._name, "states": self._told({name: which})})
 
     def leave(self, block: Block, note: Any, which: Mapping[str, int]) -> None:
+        told = self._told(which)
         line = {"stage": self._name, "block": block.index, **self._journal._kept(note)}
         if self._residence.changed(block):
             line |= {"weights": flushed(self._residence.file(block))}
-        self._journal._add(line | {"states": self._told(which)})
+        self._journal._add(line | {"states": told})
 
     def tensors(self, block: Block) -> Mapping[str, Tensor]:
         line, file = self._left[block.index], self._residence.file(block)
@@ -291,13 +322,18 @@ class _Stage:
         return self._journal.folder / f"states-{self._name}-{name}-{place}"
 
     def _told(self, which: Mapping[str, int]) -> dict[str, Any]:
-        found = {}
         for name, place in which.items():
             states = self._places[name][place]
             self._residence.mapped.flush(states)
             self._residence.release(states)  # and not through the mapping: that would take them into memory
-            found[name] = {"place": place, "checksum": _checksum_in(self._file(name, place))}
-        return found
+        ranks = self._journal._ranks
+        ranks.wait()  # for the states of all, and for the weights, which the first one wrote
+        if not ranks.first:
+            return {}
+        return {
+            name: {"place": place, "checksum": _checksum_in(self._file(name, place))}
+            for name, place in which.items()
+        }
 
 
 def _ours(folder: Path) -> bool:
@@ -319,7 +355,7 @@ def _identity(path: Path) -> tuple[int, int] | None:
 def said(folder: Path) -> str:
     """How far a run is, in words; empty where nothing is done that would be lost."""
     try:
-        lines = _read(folder / FILE)
+        lines = read(folder / FILE)
     except ValueError as error:
         return str(error)
     blocks = len({(line["stage"], line["block"]) for line in lines[1:] if "block" in line})
@@ -348,51 +384,3 @@ def _refuse_damaged(file: Path, expected: str) -> None:
     if found != expected:
         told = f"its checksum is {found}, the journal says {expected}"
         raise ValueError(f"{file}: it is damaged: {told}; begin anew (--force)")
-
-
-def _read(file: Path) -> list[dict[str, Any]]:
-    """The whole lines of a journal; what was cut off is not one."""
-    if not file.is_file():
-        return []
-    *lines, rest = file.read_bytes().split(b"\n")
-    try:
-        found = [json.loads(line) for line in lines]
-        if found and found[0]["format"] != FORMAT:
-            raise ValueError(f"format {found[0]['format']!r}; known: {FORMAT}")
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{file}: not a journal ({error}); begin anew (--force)") from None
-    if rest:
-        with open(file, "r+b") as content:
-            content.truncate(sum(len(line) + 1 for line in lines))
-    return found
-
-
-def _plain(what: Any, tensors: list[Tensor]) -> Any:
-    """With a number in place of each tensor, which joins `tensors`."""
-    if isinstance(what, Tensor):
-        tensors.append(what)
-        return {_TENSOR: len(tensors) - 1}
-    if isinstance(what, Mapping):
-        return {name: _plain(part, tensors) for name, part in what.items()}
-    if isinstance(what, (list, tuple)):
-        return [_plain(part, tensors) for part in what]
-    return what
-
-
-def _filled(plain: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if isinstance(plain, dict):
-        if plain.keys() == {_TENSOR}:
-            return tensors[str(plain[_TENSOR])]
-        return {name: _filled(part, tensors) for name, part in plain.items()}
-    return [_filled(part, tensors) for part in plain] if isinstance(plain, list) else plain
-
-
-def _difference(name: str, before: Any, now: Any) -> str:
-    if isinstance(before, dict) and isinstance(now, dict):
-        inner = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-        return "; ".join(f"{key} {before.get(key)!r}, now {now.get(key)!r}" for key in inner)
-    return f"{name} {_short(before)}, now {_short(now)}"
-
-
-def _short(value: Any) -> str:
-    return f"{value[:12]}..." if isinstance(value, str) and len(value) == 64 else repr(value)

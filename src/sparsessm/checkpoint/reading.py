@@ -12,6 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..architectures import Architecture, InMemory, Residence, adapt
+from ..architectures.on_device import OnDevice, chosen
+from ..architectures.ranks import here
 from ..architectures.residence import SHARE
 from . import companions, state_spaces, tokenizing
 from .assembly import Assembled, assemble, float32_bytes
@@ -95,6 +97,7 @@ def load(
     *,
     tokenizer: str | os.PathLike[str] | None = None,
     streaming: Streaming | None = None,
+    device: str = "cpu",
 ) -> Checkpoint:
     """Read a model and its tokenizer.
 
@@ -103,15 +106,21 @@ def load(
             state-spaces directory, `builtin:NAME`, or a packed directory of either; or one that is open.
         tokenizer: a hub id, a directory or a `tokenizer.json` to use instead of the one in `source`.
         streaming: how much memory there is; None: as much as the model takes.
+        device: that computes: "cpu", "cuda", "cuda:N", or "auto". The weights of one block are on a GPU at a
+            time; elsewhere they are in memory.
 
     Raises:
-        ValueError: the source cannot be found or read, its model type has no adapter, its tensors are
-            missing, extra, of a wrong shape or not finite, a file is truncated or asks for foreign code, or
-            the tokenizer does not fit.
+        ValueError: a device that is not there; the source cannot be found or read, its model type has no
+            adapter, its tensors are missing, extra, of a wrong shape or not finite, a file is truncated or
+            asks for foreign code, or the tokenizer does not fit.
     """
+    where = chosen(device, here())
     opened = open_checkpoint(source)
     with quiet():
-        return described(opened, *_held(opened, streaming), tokenizer)
+        found, residence = _held(opened, streaming)
+        if where.type != "cpu":
+            residence = OnDevice(residence, where)
+        return described(opened, found, residence, tokenizer)
 
 
 def described(

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..architectures import InMemory, Residence
+from ..architectures.ranks import here
 from ..architectures.residence import KEEPING, SHARE, Layer
 from .files import open_safetensors, write_one
 from .mapped import Mapped
@@ -86,6 +87,7 @@ class Streamed(Residence):
         self._staying = {id(parameter): parameter for parameter in staying}
         self._open: dict[int, _Open] = {}
         self._keep, self._limit, self._given, self._beside = keep, limit, folder, beside
+        self._writes = folder is None or here().first  # what all read, one writes
         self._temporary: Path | None = None
         self.mapped = Mapped()
         self._written: set[int] = set()
@@ -196,7 +198,8 @@ class Streamed(Residence):
         """Write all of a block, what it shares with others too; what is new in it comes and goes now."""
         named = dict(block.layer.named_parameters())
         file = self.file(block)
-        write_one(file, {name: _exact(parameter.detach()) for name, parameter in named.items()}, {})
+        if self._writes:
+            write_one(file, {name: _exact(parameter.detach()) for name, parameter in named.items()}, {})
         self._written.add(block.index)
         for name, parameter in named.items():
             if id(parameter) not in self._staying:

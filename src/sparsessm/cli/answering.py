@@ -20,7 +20,7 @@ from rich.markup import escape
 from .. import kernels
 from ..recipe.recipe import Recipe
 from ..report.record import finite
-from . import ending, tables
+from . import ending, ranks, tables
 from .progress import Progress, to_stderr
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ PANELS = {
     "How much": ("bits", "size", "grid", "pattern", "allocation"),
     "How": ("method", "repair", "price", "removed", "diagonal", "time_weights", "compute"),
     "Calibration data": ("data", "column", "samples", "length", "seed", "tokenizer"),
-    "Output": ("memory", "resume", "force", "no_eval", "as_json", "quiet"),
+    "Output": ("memory", "device", "resume", "force", "no_eval", "as_json", "quiet"),
 }
 PANEL_OF = {name: panel for panel, names in PANELS.items() for name in names}
 
@@ -152,6 +152,16 @@ Memory = Annotated[
     ),
 ]
 
+Device = Annotated[
+    str,
+    option(
+        "--device",
+        metavar="DEVICE",
+        help="What computes: cpu, cuda, cuda:1, or auto, a GPU where there is one.",
+        rich_help_panel="Output",
+    ),
+]
+
 
 @contextmanager
 def answering(
@@ -162,6 +172,7 @@ def answering(
     nothing: str = "",
     kept: Path | None = None,
     events: bool = False,
+    shares: bool = False,
 ) -> Iterator[Progress]:
     """Run a command's work; whatever goes wrong ends in one line and an exit code (ending.py).
 
@@ -173,14 +184,15 @@ def answering(
         nothing: what a signal ends, where nothing is written.
         kept: the directory that keeps what is done, for `--resume`.
         events: what is told on stderr is for a program (`progress.Events`).
+        shares: several processes can share the work (ranks.py).
     """
-    notes = to_stderr(quiet=quiet, events=events)
+    notes = to_stderr(quiet=quiet or ranks.number() > 0, events=events)
     progress = to_stderr(quiet=True) if streaming else notes
     try:
         if not kernels.NATIVE:
             notes.note("note: the native kernels are not installed; the slow reference is used")
         with ending.writing(*writes, grown=grown, nothing=nothing, kept=kept, events=events):
-            with ending.restoring(progress.restored), progress:
+            with ranks.together(shares), ending.restoring(progress.restored), progress:
                 yield progress
     except (BrokenPipeError, SystemExit):
         raise  # whoever read stdout has gone (rich exits then): the program ends without a word
@@ -200,18 +212,21 @@ def loaded(
     memory: str | None,
     progress: Progress,
     folder: Path | None = None,
+    device: str = "cpu",
 ) -> Checkpoint:
     """A model, read block by block if it is larger than the memory; what of it is not followed is said.
 
     Args:
-        memory: as `Memory`. folder: where what is changed is written.
+        memory: as `Memory`. folder: where what is changed is written. device: as `Device`.
     """
     from ..checkpoint import Streaming, load
     from ..checkpoint.given import checked_path, undisturbed
 
     checked_path("source", model)
     with undisturbed():
-        found = load(model, tokenizer=tokenizer, streaming=Streaming.within(memory, folder))
+        found = load(model, tokenizer=tokenizer, streaming=Streaming.within(memory, folder), device=device)
+    if found.residence.device.type != "cpu":
+        progress.note(f"computing on {found.residence.device}")
     tell(found.notes, progress)
     return found
 

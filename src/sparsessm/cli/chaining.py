@@ -194,7 +194,8 @@ def _inputs(step: chain.Step, folder: Path) -> dict[str, Any]:
             # what is left beside a result changes only what is uploaded
             files[name] = digest(path, without=() if step.run == "upload" else BESIDE)
             if name == step.counted:  # its seconds are others each time
-                files[name] = str(chosen_in(path))
+                with suppress(ValueError):  # it holds something else
+                    files[name] = str(chosen_in(path))
     return {"options": step.options, "files": files, "versions": machine.versions()}
 
 

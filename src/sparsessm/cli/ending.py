@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 from ..data import unfinished
 from ..data.inert import is_text, visible
 from ..runtime.threads import MOST_THREADS
-from . import streams
+from . import ranks, streams
 
 TRACEBACK = "SPARSESSM_TRACEBACK"  # set to 1: how a bug came about is printed
 # Numbers of threads that libraries read from the environment, and whether 0 means "as many as there are".
@@ -171,6 +171,8 @@ def said(error: BaseException, doing: str = "") -> int:
 
 def _told(event: str, text: str) -> str:
     """A last line, for people or for a program."""
+    if ranks.count() > 1:
+        text = f"process {ranks.number()}: {text}"
     if _events:
         return json.dumps({"event": event, "text": text}) + "\n"
     return f"{event}{';' if event == 'interrupted' else ':'} {text}\n"

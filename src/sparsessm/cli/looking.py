@@ -16,11 +16,12 @@ from ..methods.allocation import ALLOCATIONS
 from ..methods.patterns import NofM, Structured, Unstructured
 from ..recipe.recipe import Recipe, window_length
 from ..report.record import checked
-from . import tables
+from . import ranks, tables
 from .answering import (
     LOOK,
     START,
     Compute,
+    Device,
     Json,
     Length,
     Memory,
@@ -78,6 +79,7 @@ def evaluate(
     include_path: IncludePath = None,
     tokenizer: Tokenizer = None,
     memory: Memory = None,
+    device: Device = "auto",
     out: Document = None,
     force: Annotated[
         bool, option("--force", help="Replace an existing --out.", rich_help_panel="Output")
@@ -87,7 +89,7 @@ def evaluate(
 ) -> None:
     """Measure perplexity and bits per byte, or zero-shot tasks, of one or several models."""
     perplexities, zero_shots = {}, {}
-    with answering(quiet, out, events=as_json) as progress:
+    with answering(quiet, out, events=as_json, shares=tasks is None) as progress:
         from ..checkpoint.atomic import write_text
         from ..evaluation import comparison
         from ..evaluation.tasks import zero_shot
@@ -97,11 +99,14 @@ def evaluate(
 
         of_text = {"--data": data, "--column": column, "--length": length, "--compute": compute}
         none = {"--include-path": include_path} if tasks is None else of_text
+        if tasks is not None and device not in ("auto", "cpu"):
+            raise ValueError(f"--device {device} cannot be used with --tasks; leave it out")
         if given := [option for option, value in none.items() if value is not None]:
             raise ValueError(f"{given[0]} has no effect with{'out' if tasks is None else ''} --tasks")
         for model in models:
             progress.say(f"model {model}")
-            checkpoint = loaded(model, tokenizer, memory, progress)
+            where = device if tasks is None else "cpu"
+            checkpoint = loaded(model, tokenizer, memory, progress, device=where)
             options: dict[str, Any] = {"limit": limit, "progress": progress}
             if tasks is not None:
                 zero_shots[model] = zero_shot(
@@ -112,7 +117,7 @@ def evaluate(
                 options |= {"length": length, "column": column, "compute": compute or "auto"}
                 perplexities[model] = sparsessm.evaluate(checkpoint, data or "stdlib", **options)
         result = comparison.tasks(zero_shots) if zero_shots else comparison.perplexities(perplexities)
-        if out is not None:
+        if out is not None and ranks.number() == 0:
             write_text(out, as_text(result.document) + "\n")
     if as_json:
         print_json(result.document)

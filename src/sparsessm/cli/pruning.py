@@ -26,6 +26,7 @@ from .answering import (
     LOOK,
     SMALLER,
     START,
+    Device,
     Force,
     Json,
     Length,
@@ -104,6 +105,7 @@ def prune(
     recipe: FromFile = None,
     dry_run: DryRun = False,
     memory: Memory = None,
+    device: Device = "auto",
     resume: Resume = False,
     force: Force = False,
     no_eval: NoEval = False,
@@ -124,16 +126,16 @@ def prune(
 
     target = None if dry_run else out
     kept = target and folder_of(target)
-    with answering(quiet, target, kept=kept, events=as_json) as progress:
+    with answering(quiet, target, kept=kept, events=as_json, shares=True) as progress:
         wanted = _wanted(given, structured, recipe, out, force)
         report = cost = None
         if target is None:
-            run = _planned(wanted, memory, None, progress)
+            run = _planned(wanted, memory, device, None, progress)
             found = run.forecast(measure=not no_eval)
             cost = found and asdict(found)
         else:
             with unfinished(target, resume=resume, force=force) as journal:
-                run = _planned(wanted, memory, journal, progress)
+                run = _planned(wanted, memory, device, journal, progress)
                 report = _pruned(run, target, recipe, not no_eval, force, journal, progress)
     if report is None:
         _show_preview(run, cost, as_json, quiet)
@@ -168,10 +170,11 @@ def _wanted(
 
 
 def _planned(
-    recipe: Recipe, memory: str | None, journal: Journal | None, progress: Progress
+    recipe: Recipe, memory: str | None, device: str, journal: Journal | None, progress: Progress
 ) -> sparsessm.Run:
     """The model is opened and the recipe fits it."""
-    checkpoint = loaded(str(recipe.model), recipe.tokenizer, memory, progress, journal and journal.folder)
+    folder = journal and journal.folder
+    checkpoint = loaded(str(recipe.model), recipe.tokenizer, memory, progress, folder, device)
     if journal is not None:
         journal.holds(checkpoint.residence)
     return sparsessm.Run(checkpoint, recipe, progress=progress, say=progress.say, journal=journal)
@@ -210,7 +213,8 @@ def _pruned(
         for note in _differences(run.recipe, recipe, tokens):
             progress.note(f"note: {note}; masks may differ")
     report = run.prune(tokens, measure=measure)
-    run.save(out, force=force)
+    if run.architecture.ranks.first:
+        run.save(out, force=force)
     journal.clear()
     return report
 
@@ -333,6 +337,7 @@ def analyze(
     seed: Annotated[int, field("seed")] = 0,
     tokenizer: Tokenizer = None,
     memory: Memory = None,
+    device: Device = "auto",
     force: Annotated[bool, option("--force", help="Replace another analysis in --out.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -349,7 +354,7 @@ def analyze(
             if (picture := out / findings.PICTURE).is_dir():
                 raise ValueError(f"{str(picture)!r} is a directory; the picture cannot be written there")
         shares = tolerance.parse_sparsities(sparsities)
-        checkpoint = loaded(model, tokenizer, memory, progress)
+        checkpoint = loaded(model, tokenizer, memory, progress, device=device)
         options: dict[str, Any] = {"data": data, "column": column, "samples": samples, "windows": windows}
         options |= {"length": length, "compute": compute, "price": price, "seed": seed}
         options |= {"out": out, "force": force, "progress": progress}

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from sparsessm.architectures import Architecture
 from sparsessm.calibration.loss import nats, predictions
 from sparsessm.calibration.progress import Progress, Steps
-from sparsessm.calibration.walk import final, grouped
+from sparsessm.calibration.slabs import grouped
+from sparsessm.calibration.walk import final
 from sparsessm.data.texts import Tokenizer
 from sparsessm.evaluation.perplexity import BATCH, difference, interval, of_windows, refuse_windows
 

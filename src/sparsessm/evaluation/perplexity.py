@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from sparsessm.architectures import Architecture, adapt
 from sparsessm.calibration.loss import losses
 from sparsessm.calibration.progress import Progress, Steps
-from sparsessm.calibration.walk import grouped
+from sparsessm.calibration.slabs import grouped
 from sparsessm.data.edition import edition
 from sparsessm.data.texts import fingerprint
 from sparsessm.report.html import html_table
@@ -137,20 +137,21 @@ def measure(
             vocabulary, a window on which the model's likelihood is not finite.
     """
     refuse_windows(architecture, windows, n_bytes)
-    count = len(windows)
-    nlls: list[float] = []
-    steps = Steps("evaluate", count, progress, len(architecture.blocks))
-    batches = grouped(windows, BATCH)
+    batches, ranks = grouped(windows, BATCH), architecture.ranks
+    mine = [batches[number] for number in ranks.mine(len(batches))]
+    steps = Steps("evaluate", sum(map(len, mine)), progress, len(architecture.blocks))
     config: Any = architecture.model.config
     wide = 4 * batches[0].numel() * config.hidden_size
     width = architecture.residence.at_once(wide, len(batches), free=1)
-    for first in range(0, len(batches), width):
-        some = batches[first : first + width]
-        for nll in losses(architecture, *some, steps=steps).tolist():
-            if not math.isfinite(nll):
-                raise ValueError(f"perplexity: the likelihood of window {len(nlls)} is not finite ({nll})")
-            nlls.append(nll)
+    found: list[float] = []
+    for first in range(0, len(mine), width):
+        some = mine[first : first + width]
+        found += losses(architecture, *some, steps=steps).tolist()
         steps(sum(map(len, some)))
+    nlls = [nll for part in ranks.gathered(found) for nll in part]
+    for number, nll in enumerate(nlls):
+        if not math.isfinite(nll):
+            raise ValueError(f"perplexity: the likelihood of window {number} is not finite ({nll})")
     return of_windows(nlls, windows, n_bytes, data=data, compute=architecture.compute.used)
 
 

@@ -1,6 +1,7 @@
-"""The kernels' door: the names of reference.py, native where the extension is built, for inputs on the CPU.
+"""The kernels' door: the names of reference.py, native where the extension is built, for inputs on the CPU;
+for those on another device what gpu/ chooses, Triton's or plain torch.
 
-Natively, bfloat16 and float16 inputs are computed in float32; float64 and other devices use the reference.
+On the CPU float64 uses the reference. Otherwise bfloat16 and float16 inputs are computed in float32.
 Shapes, dtypes, layouts and devices are checked here and refused by name. Channel tensors may be strided views
 as long as their last dimension is contiguous; others are copied.
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sparsessm.kernels import level, reference
+from sparsessm.kernels import gpu, level, reference
 from sparsessm.kernels.arguments import MAX_STATES as MAX_STATES
 from sparsessm.kernels.arguments import check_conv, check_scan, expect_floats, expect_shape
 from sparsessm.kernels.reference import ScanStats
@@ -97,8 +98,8 @@ def selective_scan(
 
     Returns:
         y (batch, L, D) = (C_t . h_t + D u_t) [* silu(z_t)] in u's dtype, and the last state (batch, D, N).
-        y is differentiable in everything but the initial state; natively the last state is not differentiable
-        and its gradient is refused.
+        y is differentiable in everything but the initial state; but for the reference the last state is not
+        differentiable and its gradient is refused.
 
     Raises:
         ValueError: a shape, dtype, layout or device that does not fit, named; an initial state that requires
@@ -106,13 +107,15 @@ def selective_scan(
     """
     check_scan(u, delta, A, B, C, D, z, initial_state)
     wanted = _wants_gradient("initial_state", initial_state, u, delta, A, B, C, D, z)
-    if not _runs_native(u):
+    if _as_defined(u):
         return reference.selective_scan(u, delta, A, B, C, D, z, initial_state)
     run = _Scan.apply if wanted else _scan
     return run(u, delta, A, B, C, D, z, initial_state)
 
 
 def _scan(u: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    if not u.is_cpu:
+        return gpu.form(u).selective_scan(u, *others)
     inputs = _prepare(u, *others)
     y, last = empty(u.shape), empty(u.shape[0], *others[1].shape)
     _native.selective_scan(LEVEL, torch.get_num_threads(), *inputs, y, last)
@@ -161,9 +164,9 @@ def selective_scan_stats(
         raise ValueError(f"removed is {removed!r}; allowed: 'memoryless', 'unit'")
     if gram not in (None, "full", "diagonal"):
         raise ValueError(f"gram is {gram!r}; allowed: None, 'full', 'diagonal'")
-    if not _runs_native(u):
+    if form := _other_form(u):
         options: Any = {"removed": removed, "energy": energy, "gram": gram, "removed_state": removed_state}
-        return reference.selective_scan_stats(u, delta, A, B, C, D, z, initial_state, **options)
+        return form.selective_scan_stats(u, delta, A, B, C, D, z, initial_state, **options)
     inputs = _prepare(u, delta, A, B, C, D, z, initial_state)
     (channels, states), unit = A.shape, removed == "unit"
     y, last = empty(u.shape), empty(u.shape[0], *A.shape)
@@ -204,8 +207,8 @@ def selective_scan_backward(
     check_scan(u, delta, A, B, C, D, z, initial_state)
     expect_floats(u=u, dy=dy)
     expect_shape("dy", dy, u.shape)
-    if not _runs_native(u):
-        return reference.selective_scan_backward(dy, u, delta, A, B, C, D, z, initial_state)
+    if form := _other_form(u):
+        return form.selective_scan_backward(dy, u, delta, A, B, C, D, z, initial_state)
     inputs = _prepare(u, delta, A, B, C, D, z, initial_state)
     (batch, length, channels), states = u.shape, A.shape[1]
     # Partial sums over channels: their number depends on the shape alone, so no bit depends on the threads.
@@ -238,13 +241,15 @@ def causal_conv1d(
     """
     check_conv(x, weight, bias, before)
     wanted = _wants_gradient("before", before, x, weight, bias)
-    if not _runs_native(x):
+    if _as_defined(x):
         return reference.causal_conv1d(x, weight, bias, before, silu=silu)
     run = _Conv.apply if wanted else _conv
     return run(x, weight, bias, before, silu)
 
 
 def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor | None, silu: bool) -> Tensor:
+    if not x.is_cpu:
+        return gpu.form(x).causal_conv1d(x, weight, bias, before, silu=silu)
     y = empty(x.shape)
     packed = [None if t is None else t.detach().float().contiguous() for t in (weight, bias, before)]
     _native.causal_conv1d(LEVEL, torch.get_num_threads(), _rows(x), *packed, silu, y)
@@ -274,8 +279,8 @@ def causal_conv1d_backward(
     check_conv(x, weight, bias, before)
     expect_floats(x=x, dy=dy)
     expect_shape("dy", dy, x.shape)
-    if not _runs_native(x):
-        return reference.causal_conv1d_backward(dy, x, weight, bias, before, silu=silu)
+    if form := _other_form(x):
+        return form.causal_conv1d_backward(dy, x, weight, bias, before, silu=silu)
     (batch, length, channels), width = x.shape, weight.shape[1]
     dy, taps = dy.detach().float(), weight.detach().float()
     if silu:
@@ -290,7 +295,7 @@ def causal_conv1d_backward(
 
 
 class _Scan(torch.autograd.Function):
-    """`selective_scan` and its backward, natively."""
+    """`selective_scan` and its backward, natively or on another device."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
@@ -310,7 +315,7 @@ class _Scan(torch.autograd.Function):
 
 
 class _Conv(torch.autograd.Function):
-    """`causal_conv1d` and its backward, natively."""
+    """`causal_conv1d` and its backward, natively or on another device."""
 
     @staticmethod
     def forward(
@@ -334,8 +339,15 @@ def _wants_gradient(name: str, state: Tensor | None, *inputs: Tensor | None) -> 
     return any(x is not None and x.requires_grad for x in inputs)
 
 
-def _runs_native(u: Tensor) -> bool:
-    return LEVEL != "reference" and u.device.type == "cpu" and u.dtype != torch.float64
+def _as_defined(u: Tensor) -> bool:
+    return u.is_cpu and (LEVEL == "reference" or u.dtype == torch.float64)
+
+
+def _other_form(u: Tensor) -> Any:
+    """The module that runs inputs like u if it is not the extension, else None."""
+    if not u.is_cpu:
+        return gpu.form(u)
+    return reference if _as_defined(u) else None
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 Holding them at a lower level shows on one machine whether a result depends on the instruction set. The
 variable is read here and not by the command line: tests, scripts and commands alike must be held before a
-kernel runs.
+kernel runs. It says nothing of tensors on other devices (gpu/).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The door of Mamba-2's scan, in the manner of kernels/__init__.py: checks by name, native where it can be,
-else the reference. Letters: W sequences, T steps, H heads of P channels, G groups of heads that share B and
-C, N states.
+else the reference or what gpu/ chooses. Letters: W sequences, T steps, H heads of P channels, G groups of
+heads that share B and C, N states.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from sparsessm import kernels
-from sparsessm.kernels import reference
 from sparsessm.kernels.arguments import expect_floats, expect_shape
 from sparsessm.kernels.chunked import ssd_chunked
 
@@ -82,8 +81,8 @@ def ssd_scan(
         if every:
             raise ValueError("every: no gradient flows through the states (use torch.no_grad)")
         return ssd_chunked(u, delta, A, B, C, D, initial_state)
-    if not kernels._runs_native(u):
-        return reference.ssd_scan(u, delta, A, B, C, D, initial_state, every=every)
+    if form := kernels._other_form(u):
+        return form.ssd_scan(u, delta, A, B, C, D, initial_state, every=every)
     (windows, length, heads, channels), (groups, states) = u.shape, B.shape[2:]
     flat = [kernels._rows(x.detach().flatten(2)) for x in (u, B, C)]
     rate = A.detach().float().contiguous()

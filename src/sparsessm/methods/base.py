@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sparsessm.methods.grids import Grid
@@ -98,6 +99,11 @@ class Rule:
     time_weights: str = "power:1"
     length: int = 0
     seed: int = 0
+
+    def on(self, device: torch.device) -> Rule:
+        """The same with its tensors there."""
+        prices, also = (part if part is None else part.to(device) for part in (self.prices, self.also))
+        return replace(self, prices=prices, also=also)
 
     @property
     def paired(self) -> bool:

@@ -8,17 +8,17 @@ formulas in docs/methods.md.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from sparsessm.kernels import ScanStats, products
 from sparsessm.methods.hessian import near
-from sparsessm.methods.patterns import Pattern, Structured
 
 
 @dataclass(frozen=True)
@@ -104,30 +104,48 @@ class Observer(ABC):
 
     @abstractmethod
     def add(self, *args: Any, **kwargs: Any) -> None:
-        """What a slab gave: inputs of a linear layer, or sums and states of the scan."""
+        """What a lane of windows gave in a slab: inputs of a linear layer, or sums and states of the scan."""
+
+    @abstractmethod
+    def sums(self) -> dict[str, Tensor]:
+        """What adds up over windows, by name, float64 or whole numbers; nothing where nothing was seen. The
+        result is made of it: what another process saw may be added to it."""
 
     @abstractmethod
     def result(self) -> Any:
         """What was seen; raises ValueError where it is not finite."""
 
 
-class InputNorm(Observer):
-    """Mean squares of a linear layer's inputs (Wanda)."""
+class Adding(Observer):
+    """An observer whose sums are sums of what each lane gave."""
 
     def __init__(self) -> None:
-        self._sum: Tensor | float = 0.0
-        self._tokens = 0
+        self._sums: dict[str, Tensor] = {}
+
+    @final
+    def sums(self) -> dict[str, Tensor]:
+        return self._sums
+
+    @final
+    def _plus(self, **parts: Tensor | float | int) -> None:
+        for name, part in parts.items():
+            new = torch.tensor(part) if isinstance(part, int) else torch.as_tensor(part, dtype=torch.float64)
+            self._sums[name] = self._sums[name].add_(new) if name in self._sums else new
+
+
+class InputNorm(Adding):
+    """Mean squares of a linear layer's inputs (Wanda)."""
 
     def add(self, x: Tensor) -> None:
-        self._sum = self._sum + x.square().sum((0, 1)).double()
-        self._tokens += x.shape[0] * x.shape[1]
+        self._plus(squares=x.square().sum((0, 1)), tokens=x.shape[0] * x.shape[1])
 
     def result(self) -> Moments:
-        if not isinstance(self._sum, Tensor):
+        if "squares" not in self._sums:
             return Moments(torch.empty(0, dtype=torch.float64), diagonal=True, tokens=0)
-        if not torch.isfinite(self._sum).all():
+        squares, tokens = self._sums["squares"], int(self._sums["tokens"])
+        if not torch.isfinite(squares).all():
             raise ValueError("the mean squares of its inputs are not finite")
-        return Moments(self._sum / self._tokens, diagonal=True, tokens=self._tokens)
+        return Moments(squares / tokens, diagonal=True, tokens=tokens)
 
 
 class InputGram(Observer):
@@ -138,6 +156,7 @@ class InputGram(Observer):
         self.paired = paired
         self._gram, self._cross = products.Sum(), products.Sum()
         self._tokens = 0
+        self._sums: dict[str, Tensor] = {}
 
     def add(self, x: Tensor, dense: Tensor | None = None) -> None:
         """x: (W, T, in), or (W, T, out, in) of a depthwise layer; dense: the same in the dense model."""
@@ -149,20 +168,24 @@ class InputGram(Observer):
             assert dense is not None
             self._cross.add(dense.flatten(0, 1).movedim(0, -1), rows)
 
+    def sums(self) -> dict[str, Tensor]:
+        taken = {"gram": self._gram.take(), "cross": self._cross.take()}
+        if taken["gram"] is not None:
+            taken["tokens"] = torch.tensor(self._tokens)
+        self._sums |= {name: part for name, part in taken.items() if part is not None}
+        return self._sums
+
     def result(self) -> Moments:
-        tokens = self._tokens
         with torch.inference_mode():  # in which the walk made them
-            gram, cross = self._gram.take(), self._cross.take()
-            if gram is None:
+            sums = self.sums()
+            if "gram" not in sums:
                 return Moments(torch.empty(0, 0, dtype=torch.float64), tokens=0)
-            return Moments(gram.div_(tokens), None if cross is None else cross.div_(tokens), tokens=tokens)
+            tokens = int(sums["tokens"])
+            means = {name: sums.pop(name).div_(tokens) for name in ("gram", "cross") if name in sums}
+            return Moments(means["gram"], means.get("cross"), tokens=tokens)
 
 
-def _added(total: Tensor | None, part: Tensor) -> Tensor:
-    return part.double() if total is None else total.add_(part)
-
-
-class StateError(Observer):
+class StateError(Adding):
     """The Gram of output errors per channel (method `exact`)."""
 
     def __init__(
@@ -170,12 +193,11 @@ class StateError(Observer):
     ) -> None:
         """weight: (d_model,) what an error in each coordinate of the layer's output costs; all 1 if None.
         rows: of A_log, where they are heads of several channels."""
+        super().__init__()
         self.options: Mapping[str, Any] = {"removed": removed, "gram": "diagonal" if diagonal else "full"}
         self._rows = rows
         self._weight = weight
         self._energy: Tensor | None = None
-        self._sums: tuple[Tensor, Tensor, Tensor] | None = None
-        self._signal = 0.0
 
     def add(self, stats: ScanStats, out_proj: Tensor, output: Tensor) -> None:
         assert stats.gram is not None and stats.cross is not None and stats.power is not None
@@ -187,16 +209,13 @@ class StateError(Observer):
         cross, power = stats.cross * output_energy[:, None], stats.power * output_energy
         if self._rows and self._rows < len(gram):  # Mamba-2: an entry of A_log is of all its head's channels
             gram, cross, power = (x.unflatten(0, (self._rows, -1)).sum(1) for x in (gram, cross, power))
-        if self._sums is not None:
-            gram, cross, power = (
-                new.add_(old) for new, old in zip((gram, cross, power), self._sums, strict=True)
-            )
-        self._sums = gram, cross, power
-        self._signal += float(output.square().sum((0, 1)).double() @ output_energy)
+        signal = output.square().sum((0, 1)).double() @ output_energy
+        self._plus(gram=gram, cross=cross, power=power, signal=signal)
 
     def result(self) -> ErrorSums:
-        assert self._sums is not None, "nothing was observed"
-        return ErrorSums(*self._sums, self._signal)
+        sums = self._sums
+        assert sums, "nothing was observed"
+        return ErrorSums(sums["gram"], sums["cross"], sums["power"], float(sums["signal"]))
 
 
 @dataclass(frozen=True)
@@ -221,16 +240,16 @@ class StateSums:
     full: Tensor | None
 
 
-class StateMoments(Observer):
+class StateMoments(Adding):
     """Sums what removing whole states costs, and what other readouts of the kept ones could restore."""
 
     MOST_FULL = 32
 
     def __init__(self, every: int, weight: Tensor | None = None) -> None:
         """every: look at every so many steps. weight: (d_model,) what an error in the stream costs."""
+        super().__init__()
         self.options: Mapping[str, Any] = {"every": every}
         self._weight = weight
-        self._sums: list[Tensor] | None = None
 
     def add(self, h: Tensor, C: Tensor, gain: Tensor, out_proj: Tensor) -> None:
         """h (W, S, D, N): states at S sampled steps; C (W, S, G, N); gain (W, S, D): of the output."""
@@ -244,60 +263,54 @@ class StateMoments(Observer):
         h = h * weight[..., None]
         pairs = h.mT @ h  # (S, G, N, N)
         readouts = C[..., :, None] * C[..., None, :]
-        sums = [(pairs * readouts).sum(0), energy, pairs.sum(0), readouts.sum(0)]
+        self._plus(
+            gram=(pairs * readouts).sum(0), energy=energy, states=pairs.sum(0), readouts=readouts.sum(0)
+        )
         if states <= self.MOST_FULL:
             steps = (part.movedim(1, 0).flatten(2) for part in (readouts, pairs))  # (G, S, N N)
             left, right = (part.double() for part in steps)
-            sums.append(left.mT @ right)
-        sums = [part.double() for part in sums]
-        self._sums = (
-            sums if self._sums is None else [a.add_(b) for a, b in zip(self._sums, sums, strict=True)]
-        )
+            self._plus(full=left.mT @ right)
 
     def result(self) -> StateSums:
         """Raises ValueError: sums that are not finite, of states whose squares float32 cannot hold."""
-        assert self._sums is not None, "nothing was observed"
-        if not all(torch.isfinite(part).all() for part in self._sums):
+        sums = self._sums
+        assert sums, "nothing was observed"
+        if not all(torch.isfinite(part).all() for part in sums.values()):
             raise ValueError("sums over its states are not finite")
-        gram, energy, pairs, readouts, *full = self._sums
-        states = gram.shape[-1]
-        return StateSums(gram, energy, pairs, readouts, full[0].view(-1, *[states] * 4) if full else None)
+        full, states = sums.get("full"), sums["gram"].shape[-1]
+        full = None if full is None else full.view(-1, *[states] * 4)
+        return StateSums(sums["gram"], sums["energy"], sums["states"], sums["readouts"], full)
 
 
-class StateReadout(Observer):
+class StateReadout(Adding):
     """What each state puts out: the sum of GHOST (arXiv 2602.11408), C_n^2 sum_d h_dn^2 over all steps."""
 
     options: Mapping[str, Any] = {"every": 1}
-
-    def __init__(self) -> None:
-        self._sum: Tensor | None = None
 
     def add(self, h: Tensor, C: Tensor, gain: Tensor, out_proj: Tensor) -> None:
         """As `StateMoments.add`."""
         heads = h.unflatten(2, (C.shape[2], -1))
         norms = torch.linalg.vector_norm(heads, dim=3, dtype=torch.float64)  # (W, S, G, N)
-        self._sum = _added(self._sum, (C * norms).square().sum((0, 1)))
+        self._plus(energy=(C * norms).square().sum((0, 1)))
 
     def result(self) -> Tensor:
         """(G, N) float64, one row for each group of heads."""
-        assert self._sum is not None, "nothing was observed"
-        if not torch.isfinite(self._sum).all():
+        assert self._sums, "nothing was observed"
+        energy = self._sums["energy"]
+        if not torch.isfinite(energy).all():
             raise ValueError("the sums over its states are not finite")
-        return self._sum
+        return energy
 
 
-class PairMoments(Observer):
+class PairMoments(Adding):
     """Sums what states with the decay of one and the input of another would do, for every such pair: all that
     a least squares over inputs and readouts of the kept states needs."""
 
-    TOGETHER = 256  # steps summed in one product
-
     def __init__(self, every: int, decays: Tensor, inputs: Tensor, weight: Tensor | None = None) -> None:
         """decays, inputs: (pairs,) int64, the state whose decay and whose input each pair has."""
+        super().__init__()
         self.options: Mapping[str, Any] = {"every": every, "pairs": (decays, inputs)}
-        self._weight = weight
-        self._sum: Tensor | None = None
-        self._held: list[tuple[Tensor, Tensor]] = []
+        self._weight, self._pairs = weight, len(decays)
 
     def add(self, h: Tensor, C: Tensor, gain: Tensor, out_proj: Tensor) -> None:
         """As `StateMoments.add`, of one group; h (W, S, D, pairs)."""
@@ -307,94 +320,11 @@ class PairMoments(Observer):
         C = C.flatten(0, 1)[:, 0]  # (S, N)
         products = (h.mT @ h).flatten(1)
         readouts = (C[:, :, None] * C[:, None, :]).flatten(1)
-        self._sizes = C.shape[1], h.shape[2]
-        self._held.append((readouts, products))
-        if sum(len(part) for part, _ in self._held) >= self.TOGETHER:
-            self._add_up()
-
-    def _add_up(self) -> None:
-        """One product for many steps: the sum is large, and touching it costs more than the product."""
-        readouts, products = (torch.cat(parts) for parts in zip(*self._held, strict=True))
-        self._held.clear()
-        part = (readouts.mT @ products).double()
-        self._sum = part if self._sum is None else self._sum.add_(part)
+        self._plus(full=readouts.mT @ products)
 
     def result(self) -> Tensor:
         """(N, N, pairs, pairs) float64: [n, n', p, p'] = sum C_n C_n' sum_d w_d h_dp h_dp'."""
-        if self._held:
-            with torch.inference_mode():  # as in the pass, whose tensors cannot change outside of it
-                self._add_up()
-        assert self._sum is not None, "nothing was observed"
-        states, pairs = self._sizes
-        return self._sum.view(states, states, pairs, pairs)
-
-
-class StateEnergy(Observer):
-    """sum_t w_t (mean_b a_t)^2 S_t, S_t = sum_b h_{t-1}^2 (method `sparsessm`): a (D, N) float64 sum."""
-
-    options: Mapping[str, Any] = {"energy": True}
-
-    def __init__(self, weights: Tensor) -> None:
-        """weights: (L,) w_t, one for each token position."""
-        self._weights = weights.double()
-        self._time = 0
-        self._sum: Tensor | float = 0.0
-
-    def add(self, stats: ScanStats, out_proj: Tensor, output: Tensor) -> None:
-        assert stats.energy is not None and stats.decay is not None
-        windows, length, _ = output.shape
-        weights = self._weights[self._time : self._time + length] / windows**2  # of (sum_b a_t)^2
-        by_time = stats.decay.square().mul_(stats.energy)  # (T, D, N)
-        self._sum = self._sum + by_time.mul_(weights.float()[:, None, None]).sum(0).double()
-        self._time += length
-
-    def result(self) -> Tensor:
-        assert isinstance(self._sum, Tensor), "nothing was observed"
-        return self._sum
-
-
-class StateVote(Observer):
-    """How often an entry is among the smallest A_log^2 S_t of its step (method `sparsessm-vote`): a (D, N)
-    count.
-
-    The choice at each step is the pattern's own, so N:M votes inside its groups.
-    """
-
-    options: Mapping[str, Any] = {"energy": True}
-
-    def __init__(self, a_log: Tensor, pattern: Pattern, sparsity: float) -> None:
-        self._weight, self._pattern, self._sparsity = a_log.float().square(), pattern, sparsity
-        self._votes = torch.zeros_like(a_log, dtype=torch.int64)
-
-    def add(self, stats: ScanStats, out_proj: Tensor, output: Tensor) -> None:
-        assert stats.energy is not None
-        self._votes += (~self._pattern.keep(stats.energy * self._weight, self._sparsity)).sum(0)
-
-    def result(self) -> Tensor:
-        return self._votes
-
-
-class ColumnVote(Observer):
-    """How often a state is among the `removing` least important of its step (`sparsessm-vote`, whole states):
-    an (N,) count.
-
-    The authors' rule (their prune/structure_ts.py): at every step each state n has the importance sum_d
-    A_log[d, n]^2 S_t[d, n], and the states compete. Among equals the lower number gets the vote, so those of
-    the first step, before which all states are zero, go to the lowest numbers.
-    """
-
-    options: Mapping[str, Any] = {"energy": True}
-
-    def __init__(self, a_log: Tensor, removing: int) -> None:
-        self._weight, self._removing = a_log.double().square(), removing
-        self._votes = a_log.new_zeros(a_log.shape[1], dtype=torch.int64)
-
-    def add(self, stats: ScanStats, out_proj: Tensor, output: Tensor) -> None:
-        assert stats.energy is not None
-        importance = (stats.energy * self._weight).sum(1)  # (T, N)
-        if not torch.isfinite(importance).all():
-            raise ValueError("the energies of its states are not finite")
-        self._votes += (~Structured().keep(importance, self._removing)).sum(0)
-
-    def result(self) -> Tensor:
-        return self._votes
+        assert self._sums, "nothing was observed"
+        full = self._sums["full"]
+        states = math.isqrt(len(full))
+        return full.view(states, states, self._pairs, self._pairs)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sparsessm.methods.base import EntryMethod, Rule
-from sparsessm.methods.observers import StateEnergy, StateVote
+from sparsessm.methods.step_observers import StateEnergy, StateVote
 
 
 def time_weights(text: str, length: int) -> Tensor:

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from sparsessm.architectures import Architecture
 from sparsessm.calibration.loss import head_losses, losses
 from sparsessm.calibration.progress import Progress, Steps
-from sparsessm.calibration.walk import embedded, first_tokens, grouped, walk
+from sparsessm.calibration.slabs import first_tokens, grouped
+from sparsessm.calibration.walk import embedded, walk
 from sparsessm.methods.base import seed_of
 from sparsessm.recipe.sizes import Order
 

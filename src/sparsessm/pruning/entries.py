@@ -6,7 +6,7 @@ and who can spare how much (one survey, shares.py).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sparsessm.architectures import Architecture, Target
+from sparsessm.architectures.ranks import Ranks
 from sparsessm.calibration import prices
 from sparsessm.calibration.journal import Journal
 from sparsessm.calibration.progress import Progress
@@ -87,19 +88,41 @@ class EntryPlan(Plan):
             if block.index in stage.left:
                 stage.restore(block)
         how = {"paired": any(rule.paired for rule in rules.values()), "stage": stage, "note": rows.new}
-        for target, look in visit(architecture, rules, _watching(rules), tokens, progress, **how):
-            with naming(target.name):
-                rule = stepped(self._assignment, rules, target.name, rows.all)
-                rows.add(*_prune(target, rule, look))
+        for part, look in visit(architecture, rules, _watching(rules), tokens, progress, **how):
+            asked = {target.name: stepped(self._assignment, rules, target.name, rows.all) for target in part}
+            for done in _shared(architecture.ranks, part, asked, look):
+                rows.add(*done)
         order = list(rules)
         # a tied head was first, experts took turns
         return Outcome(sorted(rows.all, key=lambda row: order.index(row.target)), levels=rows.levels)
 
 
-def _prune(target: Target, rule: Rule, look: Look) -> tuple[Row, CodedLevels | None]:
-    """Prune one target: the four stages; and what it is on a grid."""
-    # 1 calibrate; what was seen is handed over, not kept: a float64 Hessian is large
-    seen = look(target) if rule.method.watch and not target.looked_up else None
+def _shared(
+    ranks: Ranks, part: Sequence[Target], rules: Rules, look: Look
+) -> Iterator[tuple[Row, CodedLevels | None]]:
+    """Look at targets and prune them, each in the process that owns it; all processes have the result."""
+    sizes = [target.matrix.numel() for target in part]
+    owners = {target.name: owner for target, owner in zip(part, ranks.owners(sizes), strict=True)}
+    seen = look(owners)
+    done = {}
+    for target in part:
+        if owners[target.name] == ranks.number:
+            rule = rules[target.name].on(target.matrix.device)
+            with naming(target.name):  # what was seen is handed over, not kept: a float64 Hessian is large
+                done[target.name] = _prune(target, rule, seen.pop(target.name, None))
+    for target in part:
+        owner = owners[target.name]
+        row, levels = ranks.given(done.get(target.name), owner)
+        ranks.spread([target.matrix, *(parameter for parameter, _ in target.companions.values())], owner)
+        yield row, levels
+
+
+def _prune(target: Target, rule: Rule, seen: Any) -> tuple[Row, CodedLevels | None]:
+    """Prune one target: the four stages; and what it is on a grid.
+
+    Args:
+        seen: 1 calibrate: what its observer saw, None where it has none.
+    """
     tokens = seen.tokens if target.routed and isinstance(seen, Moments) else None
     if starved(target, seen):
         rule, seen = replace(rule, method=WITHOUT_DATA, repair="none", price="none", prices=None), None
@@ -214,7 +237,9 @@ def _watching(rules: Rules) -> Watch:
 
     def watch(target: Target) -> Any | None:
         rule = rules.get(target.name)
-        return rule.method.watch(target.matrix, rule) if rule and rule.method.watch else None
+        if rule is None or rule.method.watch is None:
+            return None
+        return rule.method.watch(target.matrix, rule.on(target.matrix.device))
 
     return watch
 

@@ -21,7 +21,8 @@ from sparsessm.calibration.journal import Stream, Streams
 from sparsessm.calibration.loss import head_losses
 from sparsessm.calibration.prices import PRICED_TOKENS, block_backward, energy, frozen, head_backward
 from sparsessm.calibration.prices import ROWS as PRICED_AT_ONCE
-from sparsessm.calibration.walk import ROWS, opened, through
+from sparsessm.calibration.slabs import ROWS
+from sparsessm.calibration.walk import opened, through
 from sparsessm.methods import Rule
 from sparsessm.pruning import preview
 from sparsessm.pruning.entries import solve

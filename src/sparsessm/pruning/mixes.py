@@ -22,7 +22,7 @@ from sparsessm.calibration.journal import Forgetful, Journal
 from sparsessm.calibration.loss import losses
 from sparsessm.calibration.prices import row_prices
 from sparsessm.calibration.progress import Progress, Steps
-from sparsessm.calibration.walk import first_tokens
+from sparsessm.calibration.slabs import first_tokens
 from sparsessm.pruning.blocks import chosen_blocks
 from sparsessm.pruning.units import shrink
 from sparsessm.recipe.sizes import INNER, Order, possible, size_of

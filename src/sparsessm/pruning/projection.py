@@ -16,11 +16,12 @@ from sparsessm.architectures import Architecture
 from sparsessm.calibration.journal import Forgetful, Journal, Stage
 from sparsessm.calibration.prices import row_prices
 from sparsessm.calibration.progress import Progress, Steps
-from sparsessm.calibration.walk import slab_width, walk
+from sparsessm.calibration.slabs import slab_width
+from sparsessm.calibration.walk import walk
 from sparsessm.methods.balanced import balanced_truncation, energies
 from sparsessm.methods.observers import StateMoments, StateSums
 from sparsessm.pruning.naming import naming
-from sparsessm.pruning.units import EVERY, LOOKED
+from sparsessm.pruning.units import EVERY, price_of
 from sparsessm.recipe.sizes import Order
 from sparsessm.report.row import Row
 
@@ -51,12 +52,13 @@ def project(
     journal = journal or Forgetful(architecture)
     prices = row_prices(architecture, tokens, progress, journal) if order.priced else {}
     sums = _look(architecture, tokens, prices, progress, journal.stage("states"))
-    counts = allot([energies(layer) for layer in sums], order.sizes["state"])
+    counts = architecture.ranks.given(allot([energies(layer) for layer in sums], order.sizes["state"]))
     rows = []
     for stop, layer, count in zip(walk(architecture, None), sums, counts, strict=True):
         block, (groups, states, _) = stop.block, layer.states.shape
         if count < states:
-            stop.replace(architecture.project(block, *balanced_truncation(layer, count)))
+            projections = architecture.ranks.given(balanced_truncation(layer, count))
+            stop.replace(architecture.project(block, *projections))
         rows.append(
             Row(
                 target=f"{block.name}.state",
@@ -81,17 +83,16 @@ def _look(
     stage: Stage,
 ) -> list[StateSums]:
     """What the states of every layer do in the dense model."""
-    tokens = tokens[:LOOKED]
     # as many looks as the sums need to have full rank, where there are few tokens
     enough = max(1, tokens.numel() // (LOOKS * architecture.states))
-    every = min(EVERY, enough, slab_width(*tokens.shape))
+    every = min(EVERY, enough, slab_width(tokens.shape[1]))
     sums = [StateSums(**note) for note in stage.left.values()]
     steps = Steps("survey", len(architecture.blocks), progress)
     for stop in walk(architecture, tokens, stage=stage, note=lambda: vars(sums[-1])):
-        moments = StateMoments(every, prices.get(stop.block.target("out_proj").name))
+        moments = StateMoments(every, price_of(prices, stop.block.target("out_proj")))
         stop.run({"states": moments})
         with naming(stop.block.name):
-            sums.append(moments.result())
+            sums.append(stop.result(moments))
         steps()
     return sums
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from sparsessm.architectures import Architecture, Target
 from sparsessm.calibration.journal import Journal
 from sparsessm.calibration.progress import Progress, Steps
+from sparsessm.calibration.slabs import first_tokens, slab_count
 from sparsessm.calibration.visit import survey
-from sparsessm.calibration.walk import first_tokens, slab_count
 from sparsessm.methods import Rule
 from sparsessm.methods.allocation import Profile
 from sparsessm.methods.base import Member
@@ -98,7 +98,9 @@ def _shares(
         rule = None if target.looked_up else rules.get(target.name)
         look = rule and rule.allocation[0].watch
         # the dense model needs no second stream
-        return look(target.matrix, replace(rule, repair="none")) if rule and look else None
+        if rule is None or look is None:
+            return None
+        return look(target.matrix, replace(rule, repair="none").on(target.matrix.device))
 
     targets = {target.name: target for target in architecture.targets if target.name in rules}
     seen: dict[str, Any] = {}
@@ -156,7 +158,8 @@ def reduced(target: Target, rule: Rule, seen: Any) -> Any:
     """What a target's allocation keeps of what was seen of it."""
     keep = rule.allocation[0].reduce
     with naming(target.name):
-        return keep and keep(target.matrix, seen, rule, target.matrix == target.removed[rule.removed])
+        gone = target.matrix == target.removed[rule.removed]
+        return keep and keep(target.matrix, seen, rule.on(gone.device), gone)
 
 
 def allocated(assignment: Assignment, seen: Mapping[str, Any]) -> dict[str, Rule]:

@@ -23,12 +23,12 @@ from sparsessm.architectures.target import rounded
 from sparsessm.calibration.journal import Forgetful, Journal, Stage, Stream
 from sparsessm.calibration.prices import row_prices
 from sparsessm.calibration.progress import Progress, Steps
-from sparsessm.calibration.walk import LONGEST, Stop, slab_width, walk
+from sparsessm.calibration.slabs import slab_width
+from sparsessm.calibration.walk import Stop, walk
 from sparsessm.kernels import MAX_STATES
 from sparsessm.methods.base import seed_of
 from sparsessm.methods.hessian import factorise
 from sparsessm.methods.observers import (
-    ColumnVote,
     InputGram,
     Moments,
     PairMoments,
@@ -37,6 +37,7 @@ from sparsessm.methods.observers import (
 )
 from sparsessm.methods.patterns import Structured
 from sparsessm.methods.repair import dense_target, readout, remix
+from sparsessm.methods.step_observers import ColumnVote
 from sparsessm.methods.structured import Reader, Units
 from sparsessm.pruning.blocks import chosen_blocks
 from sparsessm.pruning.naming import naming
@@ -44,7 +45,6 @@ from sparsessm.pruning.plan import Rows
 from sparsessm.recipe.sizes import INNER, REPAIRED, Order, mixable
 from sparsessm.report.row import Row
 
-LOOKED = 128  # windows whose states are looked at: a slab holds the states of one step of all of them
 HELD = 1 << 27  # bytes of states, where they are looked at after every step
 EVERY = 16  # steps between two looks at the states: neighbours are alike, and pairs of states are dear
 PATTERN = Structured()
@@ -115,6 +115,7 @@ def shrink(
             with naming(stop.block.name):
                 asked = replace(order, sizes=sizes(stop.block.index))
                 rows.all += _shrink_block(architecture, stop, asked, inner, prices, refits[stop.block.index])
+                architecture.ranks.spread(list(stop.block.layer.parameters()))
             steps()
     for index in sorted(gone, reverse=True):
         architecture.drop(index)
@@ -187,7 +188,7 @@ def _shrink_block(
         values = selection.score(units)
         if any(value.isnan().any() for value in values):
             raise ValueError(f"method {selection.name!r} gave a score that is not a number")
-        keeps = [PATTERN.keep(value, removing) for value in values]
+        keeps = architecture.ranks.given([PATTERN.keep(value, removing) for value in values])
         mixes = _mixes(stop, axes, units, keeps, prices) if units.mixable else None
         done[axis] = order.sizes[axis]
         stop.replace(_resized(architecture, stop.block, axes, keeps, mixes, goals, done, order.strength > 0))
@@ -242,16 +243,18 @@ def look(
     looks = selection.looks.get(axis, "")
     linear = _linear(block)
     if looks == "states" or units.mixable:
-        price = prices.get(linear["out_proj"].name)
+        price = price_of(prices, linear["out_proj"])
         units = replace(units, states=_states(stop, lambda every: StateMoments(every, price)))
     if looks == "energy":
         channels = linear["out_proj"].matrix.shape[1]
-        units = replace(units, energy=_energy(stop, HELD // (4 * channels * axes[0].size)))
+        watching, rows = StateReadout(), max(1, HELD // (4 * channels * axes[0].size))
+        stop.run({"states": watching}, until="states", rows=rows)
+        units = replace(units, energy=stop.result(watching))
     if looks == "votes":
         a_log = block.target("A_log").matrix
         observer = ColumnVote(a_log, removing)
         stop.run({"A_log": observer}, until="A_log")
-        units = replace(units, votes=observer.result())
+        units = replace(units, votes=stop.result(observer))
     if looks == "inputs":
         readers = []
         for kind in ("x_proj", "out_proj"):
@@ -261,7 +264,7 @@ def look(
             name = _tensor(block, target)
             columns = torch.cat([_columns(a, name) for a in axes]).to(target.matrix.device)
             seen = _seen(stop, kind, InputGram())
-            readers.append(Reader(target.matrix, prices.get(target.name), seen, columns))
+            readers.append(Reader(target.matrix, price_of(prices, target), seen, columns))
         units = replace(units, readers=readers)
     return units
 
@@ -283,10 +286,15 @@ def _mixes(
         return {axis.read: read.T}
     decays = torch.cat([kept.repeat_interleave(axis.size), gone])
     inputs = torch.cat([torch.arange(axis.size, device=keep.device).repeat(len(kept)), gone])
-    price = prices.get(_linear(stop.block)["out_proj"].name)
+    price = price_of(prices, _linear(stop.block)["out_proj"])
     pairs_seen = _states(stop, lambda every: PairMoments(every, decays, inputs, price))
     write, read = remix(pairs_seen, keep, read)
     return {axis.write: write, axis.read: read.T}
+
+
+def price_of(prices: Mapping[str, Tensor], target: Target) -> Tensor | None:
+    """Of a target's rows, where its weights are."""
+    return prices[target.name].to(target.matrix.device) if target.name in prices else None
 
 
 def _entries(tensors: Mapping[str, Tensor], axis: Axis) -> Tensor:
@@ -308,24 +316,15 @@ def _columns(axis: Axis, tensor: str) -> Tensor:
 
 
 def _states(stop: Stop, observer: Callable[[int], Any]) -> Any:
-    """What an observer of states sees in the first `LOOKED` windows; it is made for a number of steps."""
-    windows, length = stop.hidden[:LOOKED].shape[:2]
-    watching = observer(min(EVERY, slab_width(windows, length)))
-    stop.run({"states": watching}, until="states", windows=slice(LOOKED))
-    return watching.result()
-
-
-def _energy(stop: Stop, rows: int) -> Tensor:
-    """What each state puts out, over every step of all windows; the states of about `rows` steps are held."""
-    watching, few = StateReadout(), max(1, rows // LONGEST)
-    for start in range(0, len(stop.hidden), few):
-        stop.run({"states": watching}, until="states", windows=slice(start, start + few))
-    return watching.result()
+    """What an observer of states sees; it is made for a number of steps."""
+    watching = observer(min(EVERY, slab_width(stop.hidden.shape[1])))
+    stop.run({"states": watching}, until="states")
+    return stop.result(watching)
 
 
 def _seen(stop: Stop, kind: str, observer: InputGram) -> Moments:
     stop.run({kind: observer}, until=kind)
-    return observer.result()
+    return stop.result(observer)
 
 
 def _repair(stop: Stop, kind: str, goal: Tensor, strength: float) -> None:

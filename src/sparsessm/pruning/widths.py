@@ -59,7 +59,7 @@ def find(
         _, errors = elimination(look(stop, "channel", axes, most, alone, prices))
         curves.append(errors.view(-1, step).sum(1).tolist())
         done()
-    gone = allot(curves, len(curves) * gone_each // step)
+    gone = architecture.ranks.given(allot(curves, len(curves) * gone_each // step))
     return {block.index: now - step * count for block, count in zip(architecture.blocks, gone, strict=True)}
 
 

@@ -32,6 +32,16 @@ def current() -> dict[str, Any]:
     }
 
 
+def beside(device: torch.device, processes: int) -> dict[str, Any]:
+    """What computed beside this processor, where anything did: a GPU's name, and how many processes."""
+    found: dict[str, Any] = {}
+    if device.type == "cuda":
+        found["device"] = torch.cuda.get_device_name(device)
+    if processes > 1:
+        found["processes"] = processes
+    return found
+
+
 def versions() -> dict[str, str | None]:
     """Of Python and of the packages that a result depends on."""
     packages = ("sparsessm", "torch", "transformers")

@@ -22,7 +22,8 @@ from torch.nn import functional as F
 from sparsessm.architectures import Architecture, Block, Target
 from sparsessm.calibration.loss import ROWS, in_rows
 from sparsessm.calibration.progress import Progress, Steps
-from sparsessm.calibration.walk import Stop, final, grouped, slab_count, through, walk
+from sparsessm.calibration.slabs import grouped, slab_count
+from sparsessm.calibration.walk import Stop, final, through, walk
 from sparsessm.evaluation.perplexity import BATCH
 from sparsessm.methods import Rule
 from sparsessm.methods.repair import output_error

@@ -180,6 +180,9 @@ class Run:
             report.pruned_before, report.packed = before, bool(Own.of(checkpoint.model))
             report.advice = self.advice
             report.machine["compute"] = self.architecture.compute.record()
+            report.machine |= machine.beside(
+                self.architecture.residence.device, self.architecture.ranks.count
+            )
             kinds = contents(checkpoint.model.state_dict(), checkpoint.stored)
             report.sizes = {kind: size for kind, (size, _) in kinds.items()}
             if dense is not None:

@@ -71,6 +71,9 @@ class _Shared:
     def once(self, name: str, make: Callable[[], Any]) -> Any:
         return self._shared.once(name, make)
 
+    def held(self, name: str) -> bool:
+        return self._shared.held(name)
+
     def stage(self, name: str) -> Stage:
         return self._own.stage(name)
 

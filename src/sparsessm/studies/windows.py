@@ -20,8 +20,8 @@ from torch import Tensor
 
 from sparsessm.architectures import Architecture, Target
 from sparsessm.calibration.progress import Progress, Steps
+from sparsessm.calibration.slabs import slab_count
 from sparsessm.calibration.visit import survey
-from sparsessm.calibration.walk import slab_count
 from sparsessm.methods import Rule
 from sparsessm.methods.observers import ErrorSums, InputGram, Moments, StateError
 from sparsessm.methods.repair import error_of, output_error
@@ -108,7 +108,8 @@ def steps(
                 stack.enter_context(architecture.holding(layer))
             same = _agreement(targets, chosen, halves, bar)
             error = _mean_error(targets, chosen, halves, held, bar)
-        yield Step(size, same, error, time.perf_counter() - began)
+        # whether to go on is decided once for all processes
+        yield architecture.ranks.given(Step(size, same, error, time.perf_counter() - began))
         began, size, done = time.perf_counter(), 2 * size, size
 
 

@@ -1,0 +1,96 @@
+"""Commands that several processes do together, as a user meets them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import ranks
+from command import in_a_process
+
+pytestmark = pytest.mark.usefixtures("here")
+
+TEXT = ["--data", "text.txt", "--samples", "24", "--length", "256"]  # three lanes of eight windows
+PRUNE = ["prune", "dense", *TEXT]
+
+
+def test_torchrun_gives_the_result_of_one_process() -> None:
+    """The real launcher, once; only the first process prints."""
+    assert in_a_process(*PRUNE, "-o", "alone", "-q").returncode == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launch, "-m", "sparsessm", *PRUNE, "-o", "out", "--json"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert ranks.weights("out") == ranks.weights("alone") and not Path("out.unfinished").exists()
+    alone, record = (json.loads(Path(name, "pruning.json").read_text()) for name in ("alone", "out"))
+    assert json.loads(done.stdout)["perplexity"] == record["perplexity"] == alone["perplexity"]
+
+
+def test_the_first_one_prints_and_the_others_are_silent() -> None:
+    done = ranks.command(
+        3, "eval", "dense", "--data", "text.txt", "--length", "64", "--json", "-o", "eval.json"
+    )
+    assert [code for code, _, _ in done] == [0, 0, 0]
+    assert [(out, err) for _, out, err in done[1:]] == [("", ""), ("", "")]
+    alone = in_a_process("eval", "dense", "--data", "text.txt", "--length", "64", "--json")
+    assert json.loads(done[0][1]) == json.loads(alone.stdout) == json.loads(Path("eval.json").read_text())
+
+
+def until(blocks: int, programs: list[ranks.Program]) -> None:
+    """Wait for so many blocks in the journal."""
+    journal = Path("out.unfinished/journal.jsonl")
+    while programs[0].returncode is None:
+        lines = journal.read_text().splitlines() if journal.exists() else []
+        if sum('"block"' in line and '"prune"' in line for line in lines) >= blocks:
+            return
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("others", [1, 3])
+def test_a_killed_run_goes_on_with_another_number(others: int) -> None:
+    assert in_a_process(*PRUNE, "-o", "whole", "-q", "--no-eval").returncode == 0
+    programs = ranks.start(2, "-m", "sparsessm.cli", *PRUNE, "-o", "out", "--no-eval")
+    until(1, programs)
+    for program in programs:
+        program.send_signal(signal.SIGKILL)
+    ranks.ended(programs)
+    assert Path("out.unfinished").is_dir() and not Path("out").exists()
+    done = ranks.command(others, *PRUNE, "-o", "out", "--no-eval", "--resume")
+    assert [code for code, _, _ in done] == [0] * others and "going on in" in done[0][2]
+    assert ranks.weights("out") == ranks.weights("whole") and not Path("out.unfinished").exists()
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_the_others_end_when_one_has_gone(victim: int) -> None:
+    programs = ranks.start(3, "-m", "sparsessm.cli", *PRUNE, "-o", "out", "--no-eval")
+    until(1, programs)
+    programs[victim].send_signal(signal.SIGKILL)
+    began = time.monotonic()
+    done = ranks.ended(programs)
+    assert time.monotonic() - began < 60
+    for rank, (code, _, err) in enumerate(done):
+        if rank != victim:
+            assert code == 1 and f"error: process {rank}: another process of this run has gone" in err, err
+
+
+def test_a_mistake_is_said_by_who_made_it() -> None:
+    done = ranks.command(2, *PRUNE, "-o", "out", "--sparsity", "2")
+    assert [code for code, _, _ in done] == [1, 1]
+    assert all(f"error: process {rank}: sparsity" in err for rank, (_, _, err) in enumerate(done))
+
+
+def test_what_cannot_be_shared_is_refused() -> None:
+    for rank, (code, _, err) in enumerate(ranks.command(2, "pack", "dense", "-o", "packed")):
+        told = f"process {rank}: this command runs in one process, and 2 were started; start it alone"
+        assert code == 1 and told in err and not Path("packed").exists()
