@@ -226,9 +226,8 @@ PRUNED = {
 
 
 def pruning(rounds: int, windows: int) -> dict[str, Any]:
-    """(d) Two layers pruned to 50 %, against the floor in the same precision: two forwards of each block
-    through all windows, one Gram of every projection's inputs, one Cholesky factorisation of each. Seconds of
-    the processor."""
+    """(d) Two layers pruned to 50 %, against the floor in the same precision: two forwards of each block, one
+    Gram of every projection's inputs, one Cholesky factorisation of each. Seconds of the processor."""
     tokens = torch.randint(0, 50280, (windows, LENGTH), generator=torch.Generator().manual_seed(0))
     compute = products.choose("auto").used
     blocks = adapt(model(2)).blocks

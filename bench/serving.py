@@ -4,8 +4,9 @@
 
 DIR is what `sparsessm serve` takes. Parts, in this order:
 
-  batch    16 clients that stream 128 tokens each, against the engine's own steps of 16 in another process, in
-           turn, medians; beside them whatever `--peer` starts (a command that serves the same API).
+  batch    16 clients (`--batches`) that stream 128 tokens each, against the engine's own steps of 16 in
+           another process, in turn, medians, also of the share of each round; beside them whatever `--peer`
+           starts (a command that serves the same API).
   prefix   a prompt of 2,000 tokens and one more, read for the first time and again behind its kept state.
   crowd    64 clients for some minutes: streams, whole answers, connections cut at random, readers that take a
            few bytes at a time, bodies that are no requests. Counts each kind of answer; an error that is not
@@ -36,19 +37,21 @@ from typing import Any
 from sparsessm.report import machine
 
 HOST = "127.0.0.1"
-BATCH, NEW = 16, 128
+NEW = 128
 PREFIX = 2000
 SERVE = [sys.executable, "-m", "sparsessm", "serve"]
 STEPS = """
 import json, sys, time, torch
 from sparsessm import runtime
 model = runtime.load(sys.argv[1])
-state, tokens = model.engine.new_state(16), torch.arange(16)
 for line in sys.stdin:
+    size, steps = map(int, line.split())
+    state, tokens = model.engine.new_state(size), torch.arange(size)
+    model.engine.step(tokens, state)
     begun = time.perf_counter()
-    for _ in range(int(line)):
+    for _ in range(steps):
         model.engine.step(tokens, state)
-    print(json.dumps(16 * int(line) / (time.perf_counter() - begun)), flush=True)
+    print(json.dumps(size * steps / (time.perf_counter() - begun)), flush=True)
 """
 
 
@@ -86,12 +89,12 @@ async def streamed(port: int, model: str, ids: list[int], new: int) -> tuple[flo
     return first, time.perf_counter() - begun, tokens
 
 
-async def together(port: int, model: str, prompt: int, new: int, seed: int) -> dict[str, float]:
-    """`BATCH` clients at once: tokens per second over all, and the median seconds to the first piece."""
+async def together(port: int, model: str, size: int, prompt: int, new: int, seed: int) -> dict[str, float]:
+    """`size` clients at once: tokens per second over all, and the median seconds to the first piece."""
     draw = random.Random(seed)
     begun = time.perf_counter()
     done = await asyncio.gather(
-        *(streamed(port, model, [draw.randrange(4000) for _ in range(prompt)], new) for _ in range(BATCH))
+        *(streamed(port, model, [draw.randrange(4000) for _ in range(prompt)], new) for _ in range(size))
     )
     seconds = time.perf_counter() - begun
     first = statistics.median(one[0] for one in done)
@@ -126,8 +129,8 @@ async def ready(port: int) -> None:
         raise RuntimeError(f"not ready: {status}")
 
 
-def batch(options: argparse.Namespace, peers: dict[str, str]) -> dict[str, Any]:
-    """Each server in turn, with the engine's own steps beside them."""
+def batch(options: argparse.Namespace, peers: dict[str, str], size: int) -> dict[str, Any]:
+    """Each server in turn, with the engine's own steps of so many sequences beside them."""
     rounds: dict[str, list[dict[str, float]]] = {}
     engine = subprocess.Popen(
         [sys.executable, "-c", STEPS, options.model],
@@ -144,21 +147,24 @@ def batch(options: argparse.Namespace, peers: dict[str, str]) -> dict[str, Any]:
             words = [word.replace("{port}", str(port)) for word in command]
             with serving(words, port):
                 model = options.peer_model if name != "sparsessm" else "model"
-                asyncio.run(together(port, model, 8, 16, 0))  # warm
-                found = asyncio.run(together(port, model, 8, NEW, number))
-                long = asyncio.run(together(port, model, 256, NEW, number))
+                asyncio.run(together(port, model, size, 8, 16, 0))  # warm
+                found = asyncio.run(together(port, model, size, 8, NEW, number))
+                if name == "sparsessm":  # at once: the machine may do something else a little later
+                    engine.stdin.write(f"{size} {NEW}\n")
+                    engine.stdin.flush()
+                    alone = {"tokens_per_s": json.loads(engine.stdout.readline())}
+                    rounds.setdefault("engine", []).append(alone)
+                long = asyncio.run(together(port, model, size, 256, NEW, number))
                 found |= {f"{part}_prompt_256": value for part, value in long.items()}
                 rounds.setdefault(name, []).append(found)
-        engine.stdin.write(f"{NEW}\n")
-        engine.stdin.flush()
-        rounds.setdefault("engine", []).append({"tokens_per_s": json.loads(engine.stdout.readline())})
     engine.stdin.close()
     engine.wait()
     medians = {
         name: {part: statistics.median(one[part] for one in some) for part in some[0]}
         for name, some in rounds.items()
     }
-    share = medians["sparsessm"]["tokens_per_s"] / medians["engine"]["tokens_per_s"]
+    pairs = zip(rounds["sparsessm"], rounds["engine"], strict=True)
+    share = statistics.median(one["tokens_per_s"] / other["tokens_per_s"] for one, other in pairs)
     return {"medians": medians, "share_of_engine": share, "rounds": rounds}
 
 
@@ -256,19 +262,20 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batches", type=int, nargs="+", default=[16])
     parser.add_argument("--port", type=int, default=18200)
     parser.add_argument("--peer", action="append", default=[], help="NAME=COMMAND with {port}")
     parser.add_argument("--peer-model", default="model", help="how clients call a peer's model")
     parser.add_argument("--parts", default="batch,prefix,crowd")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    parts = {"batch": lambda: batch(options, dict(peer.split("=", 1) for peer in options.peer))}
+    peers = dict(peer.split("=", 1) for peer in options.peer)
+    parts = {"batch": lambda: {str(size): batch(options, peers, size) for size in options.batches}}
     parts |= {"prefix": lambda: prefix(options), "crowd": lambda: crowd(options)}
     found: dict[str, Any] = {"model": options.model, "machine": machine.current()}
     for name in options.parts.split(","):
         found[name] = parts[name]()
-        shown = {part: value for part, value in found[name].items() if part != "rounds"}
-        print(name, json.dumps(shown, indent=1), flush=True)
+        print(name, json.dumps(found[name], indent=1), flush=True)
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
     return int(bool(found.get("crowd", {}).get("not_theirs")))

@@ -257,7 +257,10 @@ def test_few_rows_at_once_see_the_same(rows: int) -> None:
     for one, other in zip(walk(adapt(pico_mamba()), TOKENS), walk(adapt(pico_mamba()), TOKENS), strict=True):
         target, some = one.block.targets[0], InputGram()
         one.run({target.kind: some}, until=target.kind, rows=rows)
-        torch.testing.assert_close(one.result(some).gram, other.look(target, InputGram()).gram)
+        want = other.look(target, InputGram()).gram
+        torch.testing.assert_close(
+            one.result(some).gram, want, rtol=1e-5, atol=1e-6 * float(want.abs().max())
+        )
 
 
 # --- a stop ---

@@ -348,5 +348,5 @@ def test_the_built_in_model() -> None:
     page = pages.Reader(Path("out/report.html").read_text())
     said = page.text.replace("\u00a0", " ")
     assert re.search(r"(A quarter|2[0-6] %) of the bytes, .*perplexity.*, ", said)
-    assert "Find the largest size of builtin:pycode at which the file takes at most 0.88 MB." in said
+    assert "Find the largest size of builtin:pycode at which the file takes at most 880 kB." in said
     assert len(page.all_of("svg")) == 5 and Path("out/report.html").stat().st_size < 1_000_000

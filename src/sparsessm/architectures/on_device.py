@@ -74,16 +74,23 @@ class OnDevice(Residence):
             self._open[block.index].times += 1
             return
         here = self._open[block.index] = _Open()
-        with torch.inference_mode(False):
-            for parameter in block.layer.parameters():
-                twin = nn.Parameter(parameter.detach().to(self.device), parameter.requires_grad)
-                torch.utils.swap_tensors(parameter, twin)
-                here.parameters.append((parameter, twin, parameter._version))
-            for module in block.layer.modules():
-                for name, buffer in module._buffers.items():
-                    if buffer is not None:
-                        here.buffers.append((module, name, buffer))
-                        module._buffers[name] = buffer.to(self.device)
+        try:
+            with torch.inference_mode(False):
+                self._bring(here, block)
+        except BaseException:  # the device has no room
+            self.close(block)
+            raise
+
+    def _bring(self, here: _Open, block: Layer) -> None:
+        for parameter in block.layer.parameters():
+            twin = nn.Parameter(parameter.detach().to(self.device), parameter.requires_grad)
+            torch.utils.swap_tensors(parameter, twin)
+            here.parameters.append((parameter, twin, parameter._version))
+        for module in block.layer.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    here.buffers.append((module, name, buffer))
+                    module._buffers[name] = buffer.to(self.device)
 
     def close(self, block: Layer) -> None:
         here = self._open[block.index]
@@ -104,7 +111,7 @@ class OnDevice(Residence):
             module._buffers[name] = buffer
         known = {id(parameter) for parameter, _, _ in here.parameters}
         for parameter in block.layer.parameters():
-            if id(parameter) not in known:  # of a layer that came in its place
+            if id(parameter) not in known and parameter.device == self.device:  # a layer came in its place
                 twin = nn.Parameter(parameter.detach().cpu(), parameter.requires_grad)
                 torch.utils.swap_tensors(parameter, twin)
 
@@ -121,7 +128,8 @@ class OnDevice(Residence):
             self.inner.release(states)
 
     def at_once(self, nbytes: int, most: int, *, free: int) -> int:
-        return self.inner.at_once(nbytes, most, free=free)
+        room = max(1, self._free() // (2 * nbytes))
+        return min(room, self.inner.at_once(nbytes, most, free=min(free, room)))
 
     def spare(self) -> int:
         return self._free() // KEEPING

@@ -102,7 +102,7 @@ class Alone(Ranks):
 
 @final
 class Together(Ranks):
-    """The processes of torch's default group.
+    """The processes of torch's default group, which send what is on a GPU through the CPU's memory.
 
     Raises (all methods):
         ValueError: another process has gone.
@@ -121,26 +121,20 @@ class Together(Ranks):
             known |= other
         for (who, name), (shape, dtype) in sorted(known.items()):
             part = sums[who].get(name)
-            part = torch.zeros(shape, dtype=dtype) if part is None else part.contiguous()
-            if owners is None:
-                sums[who][name] = self._added(part)
-            elif (whole := self._added_for(part, owners[who])) is not None:
-                sums[who][name] = whole
+            sent = torch.zeros(shape, dtype=dtype) if part is None else part.cpu().contiguous()
+            owner = None if owners is None else owners[who]
+            with _reporting():
+                if owner is None:
+                    distributed.all_reduce(sent)
+                else:
+                    distributed.reduce(sent, owner)
+            if owner in (None, self.number):
+                sums[who][name] = sent if part is None else sent.to(part.device)
             else:
                 sums[who].pop(name, None)
 
-    def _added(self, part: Tensor) -> Tensor:
-        with _reporting():
-            distributed.all_reduce(part)
-        return part
-
-    def _added_for(self, part: Tensor, owner: int) -> Tensor | None:
-        with _reporting():
-            distributed.reduce(part, owner)
-        return part if owner == self.number else None
-
     def given(self, value: Any, owner: int = 0) -> Any:
-        held = [value if owner == self.number else None]
+        held = [_on_cpu(value) if owner == self.number else None]
         with _reporting():
             distributed.broadcast_object_list(held, owner)
         return value if owner == self.number else held[0]
@@ -148,12 +142,12 @@ class Together(Ranks):
     def gathered(self, value: Any) -> list[Any]:
         found: list[Any] = [None] * self.count
         with _reporting():
-            distributed.all_gather_object(found, value)
+            distributed.all_gather_object(found, _on_cpu(value))
         return found
 
     def spread(self, tensors: Sequence[Tensor], owner: int = 0) -> None:
         for tensor in tensors:
-            held = tensor.detach().contiguous()
+            held = tensor.detach().cpu().contiguous()
             with _reporting():
                 distributed.broadcast(held, owner)
             if owner != self.number:
@@ -165,10 +159,28 @@ class Together(Ranks):
             distributed.barrier()
 
 
+_joined: list[Ranks] = []
+
+
+def join() -> None:
+    """From now on the processes of torch's default group work on every model together; it uses gloo."""
+    _joined[:] = [Together()]
+
+
 def here() -> Ranks:
-    """Those of this process: `Together` where torch.distributed has begun."""
-    begun = distributed.is_available() and distributed.is_initialized()
-    return Together() if begun and distributed.get_world_size() > 1 else Alone()
+    """Those of this process: `Alone` until `join`, whatever else torch.distributed is used for."""
+    return _joined[0] if _joined else Alone()
+
+
+def _on_cpu(value: Any) -> Any:
+    """Plain values with their tensors on the CPU: one on a GPU would come to the same GPU elsewhere."""
+    if isinstance(value, Tensor):
+        return value.cpu()
+    if isinstance(value, dict):
+        return {name: _on_cpu(part) for name, part in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_on_cpu(part) for part in value)
+    return value
 
 
 @contextmanager

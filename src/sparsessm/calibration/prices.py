@@ -164,7 +164,7 @@ def _energies(architecture: Architecture, group: Tensor, steps: Steps, head: boo
     if words is not None:
         words.add_lookups(group.to(back.device), architecture.looked_up(back))
         sums |= vars(words)
-    return sums
+    return {name: energy.cpu() for name, energy in sums.items()}  # as a journal gives them back
 
 
 def energy(grad: Tensor) -> Tensor:

@@ -47,7 +47,8 @@ class Stop:
     ) -> None:
         self._block, self._dense, self._streams = block, dense, streams
         self._ahead, self._steps = ahead, steps
-        self._last: tuple[str, bool, Moments | None] | None = None  # what was looked at last
+        # what was looked at last: kind, in both models, for whom, and what was seen
+        self._last: tuple[str, bool, int | None, Moments | None] | None = None
         self._windows_are_through = self._dense_is_through = self._advanced = self._closed = False
         self._frontier: Frontier | None = None
 
@@ -99,8 +100,8 @@ class Stop:
             self._run_to_last_use(target, observer)
             return self._result_of(target, observer, owner)
         if isinstance(observer, InputGram) and target.fed_by and self._last:
-            (kind, rows), (last, paired, moments) = target.fed_by, self._last
-            if kind == last and (paired or not observer.paired):
+            (kind, rows), (last, paired, whose, moments) = target.fed_by, self._last
+            if kind == last and whose == owner and (paired or not observer.paired):
                 for _ in range(slabs.slab_count(*self.hidden.shape[:2])):
                     self._count()  # a pass saved is a pass done
                 return moments and self._fed(moments, kind, rows)
@@ -108,7 +109,7 @@ class Stop:
         result = self._result_of(target, observer, owner)
         feeds = any(other.fed_by and other.fed_by[0] == target.kind for other in self._block.targets)
         known = feeds and isinstance(observer, InputGram)
-        self._last = (target.kind, observer.paired, result) if known else None
+        self._last = (target.kind, observer.paired, owner, result) if known else None
         return result
 
     def result(self, observer: Any) -> Any:

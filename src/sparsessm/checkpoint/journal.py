@@ -182,6 +182,8 @@ class Journal:
         Args:
             states: entries of the hidden states of all windows. others: bytes of all else.
         """
+        if not self._ranks.first:
+            return 0
         now = sum(path.stat().st_size for path in self.folder.iterdir())
         return max(0, 16 * states + others - now)  # of two models, twice each
 
@@ -200,7 +202,7 @@ class Journal:
         assert self._residence is not None, "holds comes first"
         for path in self.folder.glob("states-*") if self._ranks.first else ():
             if not path.name.startswith(f"states-{name}-"):  # of a walk that has come to its end
-                path.unlink()
+                path.unlink(missing_ok=True)
         lines = [line for line in self._lines[1:] if line.get("stage") == name]
         return _Stage(self, name, lines, self._residence)
 
@@ -299,7 +301,7 @@ class _Stage:
     def leave(self, block: Block, note: Any, which: Mapping[str, int]) -> None:
         told = self._told(which)
         line = {"stage": self._name, "block": block.index, **self._journal._kept(note)}
-        if self._residence.changed(block):
+        if self._residence.changed(block) and self._journal._ranks.first:
             line |= {"weights": flushed(self._residence.file(block))}
         self._journal._add(line | {"states": told})
 

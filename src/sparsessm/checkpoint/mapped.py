@@ -39,7 +39,7 @@ class Mapped:
         """
         size = 4 * math.prod(shape)
         handle, name = (
-            tempfile.mkstemp(prefix="states-", dir=folder)
+            tempfile.mkstemp(prefix="hidden-", dir=folder)
             if file is None
             else (os.open(file, os.O_RDWR | os.O_CREAT, 0o600), None)
         )

@@ -30,7 +30,7 @@ class Checkpoint:
     """A model in memory and all that is needed to write it back as it came.
 
     Attributes:
-        model: in float32, on the CPU, in eval mode.
+        model: in float32, on the CPU but for blocks that are open on a GPU, in eval mode.
         tokenizer: the tokenizer that belongs to it.
         source: what `load` was given.
         format: on disk, which `save` keeps.

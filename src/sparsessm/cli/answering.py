@@ -219,10 +219,12 @@ def loaded(
     """
     from ..checkpoint import Streaming, load
     from ..checkpoint.given import checked_path, undisturbed
+    from ..checkpoint.memory import allowed
 
     checked_path("source", model)
     with undisturbed():
-        found = load(model, tokenizer=tokenizer, streaming=Streaming.within(memory, folder), device=device)
+        room = allowed(None) // ranks.here() if memory is None else memory
+        found = load(model, tokenizer=tokenizer, streaming=Streaming.within(room, folder), device=device)
     if found.residence.device.type != "cpu":
         progress.note(f"computing on {found.residence.device}")
     tell(found.notes, progress)

@@ -15,7 +15,7 @@ import typer
 import sparsessm
 
 from .. import kernels
-from . import fitting, looking, measuring, pruning, reporting, running, tables
+from . import fitting, looking, measuring, pruning, ranks, reporting, running, tables
 from .answering import GROUPS, app
 from .chaining import run_chain
 from .choosing import samples
@@ -78,6 +78,7 @@ def run() -> int:
     """Run the command of `sys.argv`; returns its exit code."""
     if kernels.NATIVE and kernels.LEVEL != "reference" and not os.environ.get(TRACEBACK):
         kernels.extension().end_on_abort(ABORTED)
+    ranks.refuse_unshared()
     try:
         return app(standalone_mode=False) or 0
     except _Mistake as error:

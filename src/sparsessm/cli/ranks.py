@@ -31,30 +31,45 @@ def count() -> int:
     return int(told) if told.isdecimal() else 1
 
 
+def here() -> int:
+    """How many of them are on this machine."""
+    told = os.environ.get("LOCAL_WORLD_SIZE", str(count()))
+    return int(told) if told.isdecimal() and count() > 1 else 1
+
+
+def refuse_unshared() -> None:
+    """Refuse a command that several processes were started for and that they cannot share.
+
+    Raises:
+        ValueError: it is such a one.
+    """
+    command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+    if count() > 1 and command and command not in SHARED:
+        told = f"{count()} were started; start it alone (processes share {', '.join(SHARED)})"
+        raise ValueError(f"{command} runs in one process, and {told}")
+
+
 @contextmanager
 def together() -> Iterator[None]:
     """The processes find each other, where there are several.
 
     Raises:
-        ValueError: the command cannot be shared, or they do not find each other.
+        ValueError: they do not find each other.
     """
     if count() == 1:
         yield
         return
-    command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
-    if command not in SHARED:
-        told = f"{count()} were started; start it alone (processes share {', '.join(SHARED)})"
-        raise ValueError(f"{command} runs in one process, and {told}")
-    import torch
     from torch import distributed
     from torch.distributed.rendezvous import rendezvous
 
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    from ..architectures.ranks import join
+
     try:
         store, rank, size = next(rendezvous("env://", timeout=MEETING))
-        distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+        distributed.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"the {count()} processes do not find each other ({error})") from None
+    join()
     if number():
         sys.stdout.flush()
         silent = os.open(os.devnull, os.O_WRONLY)

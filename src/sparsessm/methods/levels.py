@@ -91,7 +91,8 @@ class Levels:
         else:
             bits = 8 * sum(array.nbytes for array in arrays.values())
         how = self.codes.shape[1], self.group, self.width, self.masked, self.side_bits + bits
-        return CodedLevels(arrays, self.rows, self.columns, *how)
+        columns = None if self.columns is None else self.columns.cpu()
+        return CodedLevels(arrays, self.rows.cpu(), columns, *how)
 
     @property
     def entropy(self) -> float:

@@ -148,9 +148,9 @@ def _probe(
     states = torch.randn(WINDOWS, LENGTH, width, generator=random)
 
     def clock(work: Callable[[], Any]) -> tuple[float, Any]:
-        began = time.perf_counter()
+        began = _now(architecture)
         done = work()
-        return time.perf_counter() - began, done
+        return _now(architecture) - began, done
 
     def squared(name: str, grad: Tensor) -> None:
         energy(grad)
@@ -212,12 +212,19 @@ def _probe(
 def _head_seconds(architecture: Architecture, width: int) -> tuple[float, float]:
     """Of the loss, and of its gradient, a token."""
     states, tokens = torch.randn(2, LENGTH, width), torch.zeros(2, LENGTH, dtype=torch.int64)
-    began = time.perf_counter()
+    began = _now(architecture)
     head_losses(architecture, states, tokens)
-    between = time.perf_counter()
+    between = _now(architecture)
     with frozen(architecture.model):
         head_backward(architecture, states, tokens, None)
-    return (between - began) / tokens.numel(), (time.perf_counter() - between) / tokens.numel()
+    return (between - began) / tokens.numel(), (_now(architecture) - between) / tokens.numel()
+
+
+def _now(architecture: Architecture) -> float:
+    """Seconds, when all that a GPU was asked for is done."""
+    if architecture.residence.device.type == "cuda":
+        torch.cuda.synchronize(architecture.residence.device)
+    return time.perf_counter()
 
 
 def _kept_bytes(architecture: Architecture, tokens: int) -> int:

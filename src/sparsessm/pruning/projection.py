@@ -8,6 +8,7 @@ layers keep different numbers of them. Nothing else changes.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -58,7 +59,8 @@ def project(
         block, (groups, states, _) = stop.block, layer.states.shape
         if count < states:
             projections = architecture.ranks.given(balanced_truncation(layer, count))
-            stop.replace(architecture.project(block, *projections))
+            there = (part.to(block.device) for part in projections)
+            stop.replace(architecture.project(block, *there))
         rows.append(
             Row(
                 target=f"{block.name}.state",
@@ -72,6 +74,7 @@ def project(
                 price="fisher" if prices else "none",
             )
         )
+    architecture.ranks.wait()  # the last block is written
     return rows
 
 
@@ -92,7 +95,9 @@ def _look(
         moments = StateMoments(every, price_of(prices, stop.block.target("out_proj")))
         stop.run({"states": moments})
         with naming(stop.block.name):
-            sums.append(stop.result(moments))
+            seen = stop.result(moments)  # on the CPU, as a journal gives it back
+            moved = {name: part.cpu() for name, part in vars(seen).items() if part is not None}
+            sums.append(replace(seen, **moved))
         steps()
     return sums
 

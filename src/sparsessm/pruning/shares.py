@@ -137,6 +137,14 @@ def _shares(
     }
 
 
+def _on_cpu(what: Any) -> Any:
+    """As a journal gives it back."""
+    if isinstance(what, Profile | Curve):
+        moved = {name: part.cpu() for name, part in vars(what).items() if isinstance(part, Tensor)}
+        return replace(what, **moved)
+    return what.cpu() if isinstance(what, Tensor) else what
+
+
 def _plain(what: Any) -> Any:
     """As a journal takes it."""
     return vars(what) if isinstance(what, Profile | Curve) else what
@@ -159,7 +167,7 @@ def reduced(target: Target, rule: Rule, seen: Any) -> Any:
     keep = rule.allocation[0].reduce
     with naming(target.name):
         gone = target.matrix == target.removed[rule.removed]
-        return keep and keep(target.matrix, seen, rule.on(gone.device), gone)
+        return keep and _on_cpu(keep(target.matrix, seen, rule.on(gone.device), gone))
 
 
 def allocated(assignment: Assignment, seen: Mapping[str, Any]) -> dict[str, Rule]:

@@ -189,6 +189,7 @@ def _shrink_block(
         if any(value.isnan().any() for value in values):
             raise ValueError(f"method {selection.name!r} gave a score that is not a number")
         keeps = architecture.ranks.given([PATTERN.keep(value, removing) for value in values])
+        keeps = [keep.to(value.device) for keep, value in zip(keeps, values, strict=True)]
         mixes = _mixes(stop, axes, units, keeps, prices) if units.mixable else None
         done[axis] = order.sizes[axis]
         stop.replace(_resized(architecture, stop.block, axes, keeps, mixes, goals, done, order.strength > 0))
