@@ -22,7 +22,7 @@ from sparsessm.runtime.mamba2 import Mamba2
 from sparsessm.runtime.mixer import Weights, matrix
 
 SLAB = 512  # tokens of a prompt that are in memory together
-FEW = 8  # tokens that cost less one by one than as a slab, on one thread and on two (docs/runtime.md)
+FEW = 8  # tokens that cost less one by one than as a slab, measured on one thread (docs/runtime.md)
 Kind = type[Mamba1] | type[Mamba2]
 MIXERS: Mapping[str, Kind] = {"mamba": Mamba1, "falcon_mamba": Mamba1, "mamba2": Mamba2}
 
