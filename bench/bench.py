@@ -2,8 +2,7 @@
 tokens. Prints ratios and writes JSON.
 
 Variants are interleaved round by round and compared by the median of their per-round ratios: machines drift.
-Memory is the peak of a fresh process each. Options: --rounds N (default 5), --windows W (default 8), --json
-FILE.
+Memory is the peak of a fresh process each. Options: --rounds N [5], --windows W [8], --json FILE.
 """
 
 from __future__ import annotations

@@ -19,6 +19,8 @@ from sparsessm import kernels
 from sparsessm.architectures import InMemory, adapt
 from sparsessm.architectures.on_device import OnDevice, chosen
 from sparsessm.architectures.ranks import Alone
+from sparsessm.calibration.journal import Forgetful
+from sparsessm.checkpoint.journal_lines import filled, plain
 from sparsessm.evaluation.perplexity import measure, perplexity
 from sparsessm.methods import allocation, entry_methods
 from sparsessm.recipe.recipe import Recipe
@@ -195,8 +197,55 @@ def test_one_block_at_a_time_is_on_the_device(
     for tensor, want in zip(there.model.parameters(), wanted, strict=True):
         assert tensor.device.type == "cpu" and torch.equal(tensor, want)
     assert again_losses == losses
+    for coded in again.levels.values():  # what a file is written of
+        assert not any(isinstance(part, Remote) for part in (coded.rows, coded.columns))
+        assert coded.levels().values().shape
     shared = name == "zamba2" or asked.get("target") == "matrices" or "bits" in asked
     assert max(most) <= 1 + shared, "what blocks share, a tied head too, is there with each of them"
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        ("mamba", {"bits": 4.0}),
+        ("mamba", {"grid": "int4:4"}),
+        ("mamba", {"allocation": "loss"}),
+        ("mamba2", {"pattern": "structured:state", "method": "balanced"}),
+        ("mamba2", {"pattern": "structured", "sparsity": 0.2}),
+    ],
+    ids=str,
+)
+def test_what_a_journal_or_another_process_gives_comes_from_the_cpu(
+    name: str, asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def on_the_cpu(what: Any) -> Any:
+        return filled(plain(what, tensors := []), {str(i): part for i, part in enumerate(tensors)})
+
+    monkeypatch.setattr(Forgetful, "once", lambda self, name, make: on_the_cpu(make()))
+    monkeypatch.setattr(Alone, "gathered", lambda self, value: [on_the_cpu(value)])
+    with elsewhere():
+        there = adapt(MODELS[name](), residence=OnDevice(InMemory(), DEVICE))
+        report = planned.prune(there, recipe(**asked), TOKENS)
+        assert report.rows and all(tensor.device.type == "cpu" for tensor in there.model.parameters())
+
+
+def test_a_device_without_room_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = pico_mamba()
+    swapped, count = torch.utils.swap_tensors, [0]
+
+    def failing(one: Any, other: Any) -> None:
+        count[0] += 1
+        if count[0] == 4:
+            raise torch.OutOfMemoryError("no room")
+        swapped(one, other)
+
+    monkeypatch.setattr(torch.utils, "swap_tensors", failing)
+    with elsewhere():
+        there = adapt(model, residence=OnDevice(InMemory(), DEVICE))
+        with pytest.raises(torch.OutOfMemoryError):
+            measure(there, TOKENS, 1)
+        assert all(tensor.device.type == "cpu" for tensor in model.parameters())
+        assert measure(there, TOKENS, 1).windows == len(TOKENS)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "a grid": ("mamba2", {"grid": "int4:8", "sparsity": 0.3}),
     "the head": ("mamba", {"target": "matrices"}),
     "experts": ("jamba", {}),
+    "processes without windows": ("mamba", {"windows": 4}),
     "what blocks share": ("zamba2", {}),
     "states": ("mamba", {"pattern": "structured:state"}),
     "channels": ("mamba", {"pattern": "structured:channel"}),
@@ -48,7 +49,8 @@ told = {}
 for name, (kind, fields) in json.loads(os.environ["CASES"]).items():
     torch.manual_seed(0)
     architecture = adapt(made[kind]() if kind in made else pico_hybrid(kind))
-    report = prune(architecture, Recipe(**fields).resolved(model="pico", trained_length=40), tokens)
+    few = tokens[: fields.pop("windows", len(tokens))]
+    report = prune(architecture, Recipe(**fields).resolved(model="pico", trained_length=40), few)
     state = architecture.model.state_dict()
     content = b"".join(state[key].numpy().tobytes() for key in sorted(state))
     nll = measure(architecture, tokens, 1).window_nll

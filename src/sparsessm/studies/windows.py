@@ -199,7 +199,9 @@ def _only(assignment: Assignment, targets: Mapping[str, Target]) -> tuple[Group,
 def _observer(target: Target, rules: Rules) -> Any | None:
     """What calibration watches the target with."""
     rule = rules.get(target.name)
-    return rule.method.watch(target.matrix, rule) if rule and rule.method.watch else None
+    if rule is None or rule.method.watch is None:
+        return None
+    return rule.method.watch(target.matrix, rule.on(target.matrix.device))
 
 
 def _referee(target: Target, rules: Rules) -> Any | None:
@@ -289,7 +291,7 @@ def _pruned(
     )
     for name, target in targets.items():
         with naming(name):
-            solution = solve(target, rules[name], seen(name))
+            solution = solve(target, rules[name].on(target.matrix.device), seen(name))
         bar()
         yield name, solution.weight, solution.keep
 
