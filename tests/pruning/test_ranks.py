@@ -11,6 +11,7 @@ import ranks
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "defaults": ("mamba", {}),
+    "N:M": ("mamba", {"pattern": "2:4"}),
     "on the dial": ("mamba", {"bits": 3.5}),
     "the paper's": ("mamba", {"method": "sparsessm", "target": "ssm"}),
     "votes": ("mamba", {"method": "sparsessm-vote", "target": "ssm"}),
