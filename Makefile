@@ -11,7 +11,7 @@ INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/sparsessm
 demo: $(INSTALLED) ## prune the built-in model by every method, pack it, run it
 	$(BIN)/sparsessm demo
 
-COVERAGE := # of src, as .ci/run asks for it; then less than pyproject.toml wants fails
+COVERAGE := # of src, if asked for; then less than pyproject.toml wants fails
 
 test: $(DEVELOPED) ## the whole suite, two workers
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(COVERAGE)

@@ -11,7 +11,7 @@ import ranks
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "defaults": ("mamba", {}),
-    "N:M": ("mamba", {"pattern": "2:4"}),
+    "N:M": ("mamba", {"pattern": "2:4", "ignore": ["dt_proj"]}),
     "on the dial": ("mamba", {"bits": 3.5}),
     "the paper's": ("mamba", {"method": "sparsessm", "target": "ssm"}),
     "votes": ("mamba", {"method": "sparsessm-vote", "target": "ssm"}),
@@ -62,13 +62,20 @@ os._exit(0)
 """
 
 
+def cases_of(count: int) -> list[str]:
+    """Two processes take a few of them: four divide windows more finely."""
+    return [*CASES][:5] if count == 2 else [*CASES]
+
+
 @pytest.fixture(scope="module")
 def found() -> dict[int, list[dict[str, Any]]]:
     """By the number of processes what each of them has, case by case."""
+    results = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CASES", json.dumps(CASES))
         patch.setenv("TESTS", str(Path(ranks.__file__).parent))
-        results = {count: ranks.ended(ranks.start(count, "-c", CODE)) for count in (1, 2, 4)}
+        for count in (1, 2, 4):
+            patch.setenv("CASES", json.dumps({name: CASES[name] for name in cases_of(count)}))
+            results[count] = ranks.ended(ranks.start(count, "-c", CODE))
     assert all(code == 0 for result in results.values() for code, _, _ in result), results
     return {count: [json.loads(out) for _, out, _ in result] for count, result in results.items()}
 
@@ -79,4 +86,4 @@ def test_the_result_does_not_depend_on_how_many_they_are(
 ) -> None:
     """Weights, what was removed and the losses of windows, bit by bit, in every process."""
     ((alone,),) = ([told[case] for told in found[1]],)
-    assert all(told[case] == alone for count in (2, 4) for told in found[count])
+    assert all(told[case] == alone for count in (2, 4) for told in found[count] if case in cases_of(count))
