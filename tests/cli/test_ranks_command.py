@@ -119,3 +119,14 @@ def test_analyze_is_shared() -> None:
         for timed in (found, *found["cells"]):
             del timed["seconds"]
     assert alone == shared and len(alone["cells"]) > 4
+
+
+def test_who_waits_for_the_others_can_be_ended() -> None:
+    """Native code waits, in which Python's handlers do not run."""
+    waiting, late = ranks.start(2, "-m", "sparsessm.cli", "eval", "dense", "--data", "text.txt")
+    late.send_signal(signal.SIGKILL)
+    time.sleep(3)
+    waiting.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    ranks.ended([waiting, late])
+    assert waiting.returncode not in (0, None) and time.monotonic() - began < 20

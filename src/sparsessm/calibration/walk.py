@@ -153,7 +153,7 @@ class Stop:
         """
         self._refuse_closed()
         if self._windows_are_through:
-            raise RuntimeError(f"{self._block.name}: windows go through a block once, and all together")
+            raise RuntimeError(f"{self._block.name}: windows go through a block once")
         by_time = [tap for tap in taps.values() if isinstance(tap, StepObserver)]
         windows, length = self.hidden.shape[:2]
         some, width = slabs.lanes(windows, length), slabs.slab_width(length)

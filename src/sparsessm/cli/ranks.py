@@ -7,6 +7,7 @@ are heard, with their number.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -64,13 +65,19 @@ def together() -> Iterator[None]:
 
     from ..architectures.ranks import join
 
+    # Python's handlers do not run while native code waits: a signal ends the process then. The others have
+    # nothing to clear up; when they have gone, the first one's wait ends too.
+    handlers = {each: signal.signal(each, signal.SIG_DFL) for each in (signal.SIGINT, signal.SIGTERM)}
     try:
         store, rank, size = next(rendezvous("env://", timeout=MEETING))
         distributed.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"the {count()} processes do not find each other ({error})") from None
     join()
-    if number():
+    if number() == 0:
+        for each, handler in handlers.items():
+            signal.signal(each, handler)
+    else:
         sys.stdout.flush()
         silent = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silent, 1)
