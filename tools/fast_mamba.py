@@ -45,7 +45,7 @@ def _norm_backward(dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tupl
     unit = x * scale
     dunit = dy * weight
     dx = scale * (dunit - unit * (dunit * unit).mean(-1, keepdim=True))
-    return dx, (dy * unit).sum((0, 1))
+    return dx, (dy * unit).flatten(0, -2).sum(0)
 
 
 def _loss_chunk(logits: Tensor, targets: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -64,7 +64,7 @@ def compile_pieces() -> None:
         globals()[piece.__name__] = torch.compile(piece, dynamic=False)
 
 
-class _Norm(torch.autograd.Function):
+class Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         out, scale = _norm_forward(x, weight, eps)
@@ -76,7 +76,7 @@ class _Norm(torch.autograd.Function):
         return *_norm_backward(dy, *ctx.saved_tensors), None
 
 
-class _Loss(torch.autograd.Function):
+class Loss(torch.autograd.Function):
     """Mean cross-entropy of hidden (T, d) under tied embeddings (V, d); gradients are made in the forward."""
 
     @staticmethod
@@ -126,12 +126,12 @@ def final_hidden(model: nn.Module, tokens: Tensor, mix: Mix = _mix) -> Tensor:
     eps = config.layer_norm_epsilon
     hidden = F.embedding(tokens, backbone.embeddings.weight)  # (W, L, d)
     for block in backbone.layers:
-        y = mix(block.mixer, _Norm.apply(hidden, block.norm.weight, eps), config)
+        y = mix(block.mixer, Norm.apply(hidden, block.norm.weight, eps), config)
         hidden = hidden + linear(y, block.mixer.out_proj.weight)
-    return _Norm.apply(hidden, backbone.norm_f.weight, eps)
+    return Norm.apply(hidden, backbone.norm_f.weight, eps)
 
 
 def loss(model: nn.Module, tokens: Tensor, mix: Mix = _mix) -> Tensor:
     """Mean negative log-likelihood in nats of tokens[:, 1:] given their past; tokens (W, L + 1)."""
     hidden = final_hidden(model, tokens[:, :-1].contiguous(), mix)
-    return _Loss.apply(hidden.flatten(0, 1), model.backbone.embeddings.weight, tokens[:, 1:].flatten())
+    return Loss.apply(hidden.flatten(0, 1), model.backbone.embeddings.weight, tokens[:, 1:].flatten())

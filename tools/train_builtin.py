@@ -1,10 +1,12 @@
-"""Trains `builtin:pycode` and `builtin:pycode2`, a small stock Mamba and a Mamba-2 of its size, on the Python
-standard library, and exports them.
+"""Trains the built-in models, a small stock Mamba (`builtin:pycode`), a Mamba-2 (`builtin:pycode2`) and a text
+model of the Qwen3.5 type (`builtin:pydelta`) of its size, on the Python standard library, and exports them.
 
     python tools/train_builtin.py train --compile --hours 2       # resumes from build/train
     python tools/train_builtin.py export src/sparsessm/builtin/pycode
     python tools/train_builtin.py train --architecture mamba2 --compile --hours 2  # in build/train-mamba2
     python tools/train_builtin.py export --architecture mamba2 src/sparsessm/builtin/pycode2
+    python tools/train_builtin.py train --architecture qwen3_5_text --compile --hours 2  # in build/train-delta
+    python tools/train_builtin.py export --architecture qwen3_5_text src/sparsessm/builtin/pydelta
 
 Text: the training side of `stdlib`, and where this Python carries them the training side of its test modules
 as extra text, which the last part of the run leaves out. Held-out modules are only ever evaluated.
@@ -25,6 +27,7 @@ import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import fast_delta
 import fast_mamba
 import fast_mamba2
 import torch
@@ -50,14 +53,20 @@ WARMUP_STEPS, DECAY_SHARE, DECAY_START = 40, 0.2, 0.45  # DECAY_SHARE: last part
 TEST_SHARE = 0.42  # of the windows drawn from test modules before that
 MUON_RATE, ADAM_RATE, WEIGHT_DECAY, EMA = 0.02, 3e-3, 0.05, 0.995
 NAMES = {False: "library.pt", True: "tests.pt"}
-MUON = ("in_proj.weight", "x_proj.weight", "out_proj.weight")
-FOLDERS = {"mamba": Path("build/train"), "mamba2": Path("build/train-mamba2")}
-FAST = {"mamba": fast_mamba, "mamba2": fast_mamba2}  # by the configuration's model_type
+MUON = ("in_proj.weight", "x_proj.weight", "out_proj.weight", *fast_delta.MUON)
+FAST = {"mamba": fast_mamba, "mamba2": fast_mamba2, "qwen3_5_text": fast_delta}  # by model_type
+FOLDERS = {
+    "mamba": Path("build/train"),
+    "mamba2": Path("build/train-mamba2"),
+    "qwen3_5_text": Path("build/train-delta"),
+}
 
 
 def new_model(architecture: str, layers: int, seed: int) -> PreTrainedModel:
     """A random model; output projections start at zero, so that each block starts as the identity."""
     torch.manual_seed(seed)
+    if architecture == "qwen3_5_text":
+        return fast_delta.new_model(ENTRIES, layers)
     common = dict(
         vocab_size=ENTRIES, hidden_size=256, num_hidden_layers=layers, expand=2, conv_kernel=4,
         tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, pad_token_id=0,
@@ -144,13 +153,16 @@ def orthogonal(x: Tensor) -> Tensor:
 def muon_matrices(model: PreTrainedModel) -> list[Tensor]:
     """The matrices Muon moves; in_proj is several in one parameter: x and z, or gate, x, B, C and steps."""
     config = model.config
-    rows = [config.hidden_size * config.expand] * 2
+    rows = [config.hidden_size * getattr(config, "expand", 0)] * 2
     if config.model_type == "mamba2":
         rows += [config.n_groups * config.state_size] * 2 + [config.num_heads]
     found = []
     for name, parameter in model.named_parameters():
         if name.endswith(MUON):
-            sizes = rows if "in_proj" in name else [len(parameter)]
+            if config.model_type == "qwen3_5_text":
+                sizes = fast_delta.rows(name, config) or [len(parameter)]
+            else:
+                sizes = rows if "in_proj" in name else [len(parameter)]
             for part, grad in zip(parameter.data.split(sizes), parameter.grad.split(sizes), strict=True):
                 part.grad = grad
                 found.append(part)
@@ -164,7 +176,7 @@ def evaluate(model: PreTrainedModel, windows: Tensor) -> float:
     ranks = dist.get_world_size()
     for window in windows[dist.get_rank() :: ranks].split(WINDOWS // ranks):
         hidden = FAST[model.config.model_type].final_hidden(model, window)[:, :-1].flatten(0, 1)
-        logits = hidden @ model.backbone.embeddings.weight.t()
+        logits = hidden @ model.get_input_embeddings().weight.t()
         total += torch.nn.functional.cross_entropy(logits, window[:, 1:].flatten(), reduction="sum")
     dist.all_reduce(total)
     return float(total) / windows[:, 1:].numel()
@@ -205,7 +217,8 @@ def train_process(rank: int, arguments: argparse.Namespace) -> None:
     if arguments.compile:
         fast.compile_pieces()
 
-    model = new_model(arguments.architecture, arguments.layers, arguments.seed)
+    layers = arguments.layers or (fast_delta.LAYERS if fast is fast_delta else 7)
+    model = new_model(arguments.architecture, layers, arguments.seed)
     say(f"{sum(p.numel() for p in model.parameters())} parameters, {arguments}")
     others = [p for name, p in model.named_parameters() if not name.endswith(MUON)]
     adam = torch.optim.AdamW(others, lr=ADAM_RATE, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
@@ -356,7 +369,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--folder", type=Path, help="state, caches, tokenizer (build/train[-mamba2])")
+    parser.add_argument("--folder", type=Path, help="state, caches, tokenizer (build/train[-mamba2|-delta])")
     which = argparse.ArgumentParser(add_help=False)
     which.add_argument("--architecture", choices=sorted(FAST), default="mamba")
     commands = parser.add_subparsers(required=True)
@@ -367,7 +380,7 @@ def main() -> None:
     )
     budget.add_argument("--hours", type=float, help="budget in time")
     budget.add_argument("--until", help="budget as a UTC clock time, HH:MM")
-    training.add_argument("--layers", type=int, default=7)
+    training.add_argument("--layers", type=int, help="default: 7; 6 of qwen3_5_text")
     training.add_argument("--seed", type=int, default=0)
     training.add_argument("--processes", type=int, default=2, choices=(1, 2, 4))
     training.add_argument("--every", type=int, default=20, help="steps between two lines")

@@ -72,7 +72,7 @@ def ssd_chunked(
 
     # Sums in float64: a float32 sum that a memoryless head has driven to -1e18 no longer sees a small step.
     summed = (step.double() * A.double()).cumsum(2).transpose(2, 3)  # (W, K, H, Q)
-    decay = _decay(summed, wide)  # (W, K, H, Q, Q)
+    decay = decays(summed, wide)  # (W, K, H, Q, Q)
     passed = torch.exp(summed).to(wide)  # from before the chunk to step t
 
     # Within a chunk: y_t = sum_s (C_t . B_s) decay_ts fed_s; C B^T is made once for the heads of a group.
@@ -98,7 +98,7 @@ def ssd_chunked(
     return y.flatten(1, 2)[:, missing:].to(low), _as_given(state)
 
 
-def _decay(summed: Tensor, wide: torch.dtype) -> Tensor:
+def decays(summed: Tensor, wide: torch.dtype) -> Tensor:
     """exp of what `summed` (..., Q) gains from step s to step t, in (..., t, s); zero for s > t.
 
     The mask comes before the exponential, which would overflow above the diagonal. The diagonal is a constant

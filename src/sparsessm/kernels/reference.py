@@ -166,3 +166,21 @@ def ssd_scan(
     if not every:
         return y, state
     return y, state, torch.stack(sampled, 1) if sampled else x.new_zeros(u.shape[0], 0, *shape[1:])
+
+
+def gated_delta(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The gated delta rule (arXiv 2412.06464, eq. 10); arguments and results as in `delta.gated_delta`."""
+    (windows, length, groups, keys), (heads, channels) = q.shape, v.shape[2:]
+    state = v.new_zeros(windows, heads, keys, channels) if initial_state is None else initial_state
+    q, k = (x.repeat_interleave(heads // groups, 2) for x in (q, k))
+    decay = torch.exp(g if g.ndim == 4 else g[..., None])[..., None]  # (b, t, h, k or 1, 1)
+    outputs = []
+    for t in range(length):
+        state = decay[:, t] * state
+        answer = (state * k[:, t, :, :, None]).sum(2)  # (b, h, p)
+        correction = beta[:, t, :, None] * (v[:, t] - answer)
+        state = state + k[:, t, :, :, None] * correction[:, :, None]
+        outputs.append((state * q[:, t, :, :, None]).sum(2))
+    return torch.stack(outputs, 1) if outputs else torch.zeros_like(v), state
