@@ -1,4 +1,4 @@
-"""Pico hybrids: the six stock families of attention and Mamba layers, small, with random weights."""
+"""Pico hybrids: the stock families of attention and recurrent layers, small, with random weights."""
 
 from __future__ import annotations
 
@@ -20,6 +20,22 @@ COMMON = {
     "pad_token_id": None,
     "bos_token_id": 0,
     "eos_token_id": 0,
+}
+DELTA = {
+    "num_hidden_layers": 3,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5},
+}
+EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 12,
+    "shared_expert_intermediate_size": 20,
 }
 MAMBA2 = {"mamba_d_state": 8, "mamba_n_heads": 8, "mamba_n_groups": 2, "mamba_chunk_size": 16}
 
@@ -89,6 +105,32 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
         "residual_multiplier": 0.6,
         "attention_multiplier": 0.4,
     },
+    "qwen3_5_text": DELTA
+    | {
+        "rope_parameters": DELTA["rope_parameters"] | {"mrope_interleaved": True, "mrope_section": [1, 1, 0]},
+    },
+    "qwen3_5_moe_text": DELTA
+    | EXPERTS
+    | {
+        "rope_parameters": DELTA["rope_parameters"] | {"mrope_interleaved": True, "mrope_section": [1, 1, 0]},
+    },
+    "qwen3_next": DELTA | EXPERTS | {"mlp_only_layers": [1]},
+    "olmo_hybrid": DELTA | {"linear_num_value_heads": 2, "rope_parameters": None},
+    "kimi_linear": {
+        "num_hidden_layers": 3,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "num_key_value_heads": 4,
+        "kv_lora_rank": 10,
+        "qk_nope_head_dim": 6,
+        "qk_rope_head_dim": 2,
+        "v_head_dim": 5,
+        "linear_head_dim": 6,
+        "linear_num_heads": 3,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 12,
+    },
 }
 
 # Other options of the same families: name -> (family, what differs).
@@ -138,6 +180,19 @@ VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         {"position_embedding_type": "rope", "attention_bias": True, "mamba_proj_bias": True,
          "experts_implementation": "eager"},
     ),
+    "qwen3_5-tied": (
+        "qwen3_5_text",
+        {"tie_word_embeddings": True, "attention_bias": True, "linear_num_value_heads": 2,
+         "layer_types": ["full_attention", "linear_attention", "linear_attention"]},
+    ),
+    "qwen3_next-dense": ("qwen3_next", {"num_experts": 0, "linear_num_value_heads": 6}),
+    "olmo_hybrid-rope": (
+        "olmo_hybrid",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}, "attention_bias": True,
+         "linear_allow_neg_eigval": False, "num_key_value_heads": 4},
+    ),
+    "kimi_linear-latent": ("kimi_linear", {"q_lora_rank": 7, "n_group": 2, "topk_group": 1,
+                                           "routed_scaling_factor": 2.5, "norm_topk_prob": False}),
 }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from sparsessm.architectures.axes import Axis, Part
 from sparsessm.architectures.base import Architecture, Block, Tail, Tap
 from sparsessm.architectures.hybrid import Bamba, FalconH1, GraniteMoeHybrid, Hybrid, Jamba, NemotronH, Zamba2
+from sparsessm.architectures.hybrid_delta import KimiLinear, OlmoHybrid, Qwen3Next, Qwen35, Qwen35Moe
 from sparsessm.architectures.ranks import here
 from sparsessm.architectures.residence import InMemory, Residence
 from sparsessm.architectures.stack import FalconMamba, Mamba, Mamba2, Stack
@@ -34,6 +35,11 @@ MODEL_TYPES: Mapping[str, type[Stack | Hybrid]] = {
     "jamba": Jamba,
     "nemotron_h": NemotronH,
     "zamba2": Zamba2,
+    "qwen3_5_text": Qwen35,
+    "qwen3_5_moe_text": Qwen35Moe,
+    "qwen3_next": Qwen3Next,
+    "olmo_hybrid": OlmoHybrid,
+    "kimi_linear": KimiLinear,
 }
 
 __all__ = [

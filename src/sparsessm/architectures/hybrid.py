@@ -41,6 +41,7 @@ class Hybrid(Architecture):
         words: what the stock configuration calls the numbers of states, heads and channels of a head, and the
             channels of all heads: `inner`, or `expand` as a multiple of the model's width.
         lists: fields with an entry for each layer. numbers: fields that list layers by number.
+        periods: fields by which every so manyth layer is of a kind; unless they are 1, none can be left out.
         numbered: paths inside a layer of what knows the layer's number, "" is the layer.
     """
 
@@ -53,6 +54,7 @@ class Hybrid(Architecture):
     words: Mapping[str, str]
     lists: tuple[str, ...] = ()
     numbers: tuple[str, ...] = ()
+    periods: tuple[str, ...] = ()
     numbered: tuple[str, ...] = ("mamba", "self_attn")
     structure = ("state", "head", "channel", "block")
 
@@ -68,6 +70,8 @@ class Hybrid(Architecture):
             raise ValueError(
                 f"attention is {self._config._attn_implementation!r}; supported: {', '.join(IMPLEMENTATIONS)}"
             )
+        if any(self._said(period) != 1 for period in self.periods):
+            self.structure = tuple(axis for axis in self.structure if axis != "block")
         self.states = int(self._said(self.words["state"]))
         self.tied = self._lm_head.weight is self._embedding.weight
         self._refresh()

@@ -81,9 +81,9 @@ class HybridBlock(Block):
         kind, order, stored = self._setting.kind, self._setting.order, self._setting.stored
         for path in order:
             module, full = inside(self.layer, path), f"{self.name}.{path}."
-            if module is None:
-                continue
-            if "A_log" in dict(module.named_parameters(recurse=False)):
+            if module is None or (self.mixer is not None and path.startswith(f"{self.mixer}.")):
+                continue  # nothing, or a part of the mixer
+            if kind.owns(module):
                 self.mixer, self._mixer = path, module
                 mixed = kind.targets(module, full, self.index, stored)
                 self._names |= {target.kind: target.name for target in mixed}
@@ -175,8 +175,8 @@ class HybridBlock(Block):
 
     def _beside(self, hidden: Tensor, start: int, keys: Keys, mask: str = "attention_mask") -> dict[str, Any]:
         """The stock layer's arguments for attention; of the mixer's nothing is needed, it has our state."""
-        if not self.attends:
-            return {}
+        if not self.attends:  # some layers ask for what only attention uses
+            return {} if self._setting.rotary is None else {"position_embeddings": None}
         given: dict[str, Any] = {mask: causal_mask(start, hidden), "past_key_values": keys}
         if self._setting.rotary is not None:
             given["position_embeddings"] = self._setting.rotary(hidden, positions(start, hidden))
@@ -185,7 +185,9 @@ class HybridBlock(Block):
     def linear(self) -> dict[str, nn.Module]:
         found: dict[str, nn.Module] = {self._names[kind]: module for kind, module in self._linear.items()}
         if self._mixer is not None:
-            parts = {name: inside(self._mixer, kind) for kind, name in self._names.items()}
+            own = f"{self.name}."
+            paths = {n: n.removeprefix(own).removesuffix(".weight") for n in self._names.values()}
+            parts = {name: inside(self.layer, path) for name, path in paths.items()}
             found |= {name: part for name, part in parts.items() if isinstance(part, nn.Linear)}
         return found
 

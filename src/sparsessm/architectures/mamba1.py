@@ -19,7 +19,7 @@ from sparsessm import kernels
 from sparsessm.architectures.axes import Axis, Part
 from sparsessm.architectures.base import Tap
 from sparsessm.architectures.kept import Kept, asking
-from sparsessm.architectures.mixer import MixerKind, convolve, feeding, matrices, precise, windows
+from sparsessm.architectures.mixer import MixerKind, convolve, feeding, holds, matrices, precise, windows
 from sparsessm.architectures.target import Target
 from sparsessm.kernels import products
 
@@ -45,6 +45,10 @@ class Mamba1Kind(MixerKind):
     """
 
     norms: str = "none"
+
+    def owns(self, module: Any) -> bool:
+        """As `MixerKind.owns`."""
+        return holds(module, "A_log")
 
     def targets(
         self, mixer: Any, prefix: str, layer: int, stored: Mapping[str, torch.dtype]

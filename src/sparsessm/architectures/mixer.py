@@ -32,6 +32,10 @@ class MixerKind(ABC):
     multiplied: bool = False
 
     @abstractmethod
+    def owns(self, module: Any) -> bool:
+        """Whether a stock module is a mixer of this kind."""
+
+    @abstractmethod
     def targets(
         self, mixer: Any, prefix: str, layer: int, stored: Mapping[str, torch.dtype]
     ) -> tuple[Target, ...]:
@@ -68,6 +72,11 @@ def feeding(taps: Mapping[str, Tap], until: str | None) -> Callable[[str, Tensor
         return kind == until
 
     return fed
+
+
+def holds(module: Any, parameter: str) -> bool:
+    """Whether a stock module itself has a parameter of this name."""
+    return parameter in dict(module.named_parameters(recurse=False))
 
 
 def matrices(

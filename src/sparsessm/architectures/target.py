@@ -102,9 +102,10 @@ class Target:
 
     @property
     def matrix(self) -> Tensor:
-        """The weight as a detached view [out, in]; a vector is one column."""
+        """The weight as a detached view [out, in]; a vector is one column, whatever its shape is."""
         parameter = self._values
-        return parameter[:, None] if parameter.ndim == 1 else parameter.flatten(1)
+        vector = parameter.ndim == 1 or parameter.shape[0] == 1 and self.family == "ssm"
+        return parameter.view(-1, 1) if vector else parameter.flatten(1)
 
     def replace(self, weight: Tensor) -> None:
         """Write a new weight [out, in], rounded to the stored dtype.

@@ -58,38 +58,75 @@ def gated_delta(
     check_delta(q, k, v, g, beta, initial_state)
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk is {chunk}; it must be at least 1")
-    (windows, length, groups, keys), (heads, channels), low = q.shape, v.shape[2:], v.dtype
-    wide = torch.promote_types(low, torch.float32)
-    by_channel = g.ndim == 4
-    steps = min(chunk or (BY_CHANNEL if by_channel else CHUNK), max(length, 1))
-    if initial_state is None:
-        state = v.new_zeros(windows, heads, keys, channels, dtype=wide)
-    else:
-        state = initial_state.to(wide)
-    if not length:
+    wide = torch.promote_types(v.dtype, torch.float32)
+    state = _started(initial_state, k, v)
+    if not v.shape[1]:
         return torch.zeros_like(v), state
-    missing = -length % steps  # filled up behind: keys of zeros write nothing, decays of one forget nothing
-    many = heads // groups
-
-    def cut(x: Tensor) -> Tensor:
-        """(W, T, heads, ...) -> (chunks, W, H, steps, ...)."""
-        x = F.pad(x.to(wide), (0, 0) * (x.ndim - 2) + (0, missing)).unflatten(1, (-1, steps))
-        x = x.transpose(0, 1).transpose(2, 3)
-        return x if x.shape[2] == heads else x.repeat_interleave(many, 2)
-
-    queries, keyed, values = cut(q), cut(k), cut(v)
-    share, decay = cut(beta)[..., None], cut(g)
+    steps = chunk or (BY_CHANNEL if g.ndim == 4 else CHUNK)
+    parts = _cut((q, k, v, g, beta), v.shape[2], steps, wide)
+    made = zip(*_by_head(*parts), strict=True) if g.ndim == 3 else map(_by_channel, *parts)
     outputs = []
-    if by_channel:
-        for parts in zip(queries, keyed, values, decay, share, strict=True):
-            y, state = _read(_by_channel(*parts), state)
-            outputs.append(y)
-    else:
-        for made in zip(*_by_head(queries, keyed, values, decay, share), strict=True):
-            y, state = _read(made, state)
-            outputs.append(y)
+    for chunk_ in made:
+        y, state = _read(chunk_, state)
+        outputs.append(y)
     y = torch.stack(outputs, 1).transpose(2, 3).flatten(1, 2)  # (W, T, H, P)
-    return y[:, :length].to(low), state
+    return y[:, : v.shape[1]].to(v.dtype), state
+
+
+@torch.no_grad()
+def energies(
+    k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The squared norm of each head's state before every step, without making the states.
+
+    With w_s the corrections of a chunk and b_ts the decay between two steps, row n of the state is
+    p_tn S_n + sum_s b_tsn k_sn w_s, and its squared norm three sums over pairs of steps.
+
+    Args, Raises: as `gated_delta`.
+
+    Returns:
+        (W, T, H) and the last state (W, H, K, P).
+    """
+    check_delta(k, k, v, g, beta, initial_state)
+    state = _started(initial_state, k, v)
+    g = g if g.ndim == 4 else g[..., None].expand(*g.shape, k.shape[-1])
+    found = [state.square().sum((2, 3))[:, None]]
+    for part in zip(*_cut((k, k, v, g, beta), v.shape[2], BY_CHANNEL, state.dtype), strict=True):
+        _, keyed, _, decay, _ = part
+        made = _by_channel(*part)
+        corrections = made[1] - made[2] @ state
+        summed = decay.double().cumsum(-2).mT  # (W, H, K, steps)
+        weights = decays(summed, state.dtype) * keyed.mT[..., None, :]  # (W, H, K, t, s)
+        passed = torch.exp(summed).to(state.dtype)  # (W, H, K, t)
+        before = passed.square() * state.square().sum(-1)[..., None]
+        meeting = state @ corrections.mT  # (W, H, K, s)
+        both = 2 * passed * (weights * meeting[..., None, :]).sum(-1)
+        inside = torch.einsum("whkts,whsr,whktr->whkt", weights, corrections @ corrections.mT, weights)
+        found.append((before + both + inside).sum(2).mT)
+        _, state = _read(made, state)
+    return torch.cat(found, 1)[:, : v.shape[1]], state
+
+
+def _started(state: Tensor | None, k: Tensor, v: Tensor) -> Tensor:
+    """In the dtype that is computed in."""
+    wide = torch.promote_types(v.dtype, torch.float32)
+    shape = v.shape[0], v.shape[2], k.shape[3], v.shape[3]
+    return v.new_zeros(shape, dtype=wide) if state is None else state.to(wide)
+
+
+def _cut(parts: tuple[Tensor, ...], heads: int, steps: int, dtype: torch.dtype) -> list[Tensor]:
+    """Each (W, T, heads or groups, ...) as (chunks, W, H, steps, ...), the last of a beta with a dimension more.
+
+    The last chunk is filled up behind: keys of zeros write nothing, decays of one forget nothing.
+    """
+    length = parts[0].shape[1]
+    steps = min(steps, length)
+    found = []
+    for x in (*parts[:-1], parts[-1][..., None]):
+        x = F.pad(x.to(dtype), (0, 0) * (x.ndim - 2) + (0, -length % steps)).unflatten(1, (-1, steps))
+        x = x.transpose(0, 1).transpose(2, 3)
+        found.append(x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], 2))
+    return found
 
 
 def _read(made: tuple[Tensor, ...], state: Tensor) -> tuple[Tensor, Tensor]:

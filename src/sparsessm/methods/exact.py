@@ -58,17 +58,22 @@ def elimination_scores(gram: Tensor, group: int, removable: int) -> Tensor:
 def _score(weight: Tensor, seen: ErrorSums, rule: Rule, columns: slice) -> Tensor:
     if rule.diagonal:
         return seen.gram
+    groups = rule.pattern.groups(weight.shape[1])
+    if seen.cross is None:
+        return elimination_scores(seen.gram, *groups)
     share = seen.cross / damped_power(seen)[:, None]
     refitted = seen.gram - seen.cross[:, :, None] * share[:, None, :]
-    return elimination_scores(refitted, *rule.pattern.groups(weight.shape[1]))
+    return elimination_scores(refitted, *groups)
 
 
 def _companions(seen: ErrorSums, keep: Tensor, rule: Rule) -> Mapping[str, Tensor]:
-    return {} if rule.diagonal else {"D": refit_skip(seen, keep)}
+    return {} if rule.diagonal or seen.cross is None else {"D": refit_skip(seen, keep)}
 
 
 def _error(seen: ErrorSums, keep: Tensor, rule: Rule) -> tuple[float, float] | None:
-    return None if rule.diagonal else (error_of(seen, keep, refit_skip(seen, keep)), seen.signal)
+    if rule.diagonal:
+        return None
+    return error_of(seen, keep, None if seen.cross is None else refit_skip(seen, keep)), seen.signal
 
 
 def _watch(weight: Tensor, rule: Rule) -> Any:

@@ -30,8 +30,8 @@ class ErrorSums:
     """
 
     gram: Tensor  # (D, N, N) float64, or its diagonal (D, N)
-    cross: Tensor  # (D, N) float64: error against the input that D carries
-    power: Tensor  # (D,) float64: energy of that input
+    cross: Tensor | None  # (D, N) float64: error against the input that D carries; None without a D
+    power: Tensor | None  # (D,) float64: energy of that input
     signal: float  # energy of the layer's output in the same units
 
 
@@ -200,22 +200,22 @@ class StateError(Adding):
         self._energy: Tensor | None = None
 
     def add(self, stats: ScanStats, out_proj: Tensor, output: Tensor) -> None:
-        assert stats.gram is not None and stats.cross is not None and stats.power is not None
+        assert stats.gram is not None
         if self._energy is None:  # (D,) what an error in a channel costs the stream
             squares = out_proj.double().square()
             self._energy = squares.sum(0) if self._weight is None else self._weight @ squares
         output_energy = self._energy
-        gram = stats.gram * output_energy.view(-1, *[1] * (stats.gram.ndim - 1))
-        cross, power = stats.cross * output_energy[:, None], stats.power * output_energy
-        if self._rows and self._rows < len(gram):  # Mamba-2: an entry of A_log is of all its head's channels
-            gram, cross, power = (x.unflatten(0, (self._rows, -1)).sum(1) for x in (gram, cross, power))
-        signal = output.square().sum((0, 1)).double() @ output_energy
-        self._plus(gram=gram, cross=cross, power=power, signal=signal)
+        sums = {"gram": stats.gram * output_energy.view(-1, *[1] * (stats.gram.ndim - 1))}
+        if stats.cross is not None and stats.power is not None:  # there is a D that could absorb a part
+            sums |= {"cross": stats.cross * output_energy[:, None], "power": stats.power * output_energy}
+        if self._rows and self._rows < len(output_energy):  # an entry of A_log is of all its head's channels
+            sums = {name: x.unflatten(0, (self._rows, -1)).sum(1) for name, x in sums.items()}
+        self._plus(**sums, signal=output.square().sum((0, 1)).double() @ output_energy)
 
     def result(self) -> ErrorSums:
         sums = self._sums
         assert sums, "nothing was observed"
-        return ErrorSums(sums["gram"], sums["cross"], sums["power"], float(sums["signal"]))
+        return ErrorSums(sums["gram"], sums.get("cross"), sums.get("power"), float(sums["signal"]))
 
 
 @dataclass(frozen=True)

@@ -301,6 +301,7 @@ def _times(rows: Tensor, matrix: Tensor) -> Tensor:
 
 def damped_power(seen: ErrorSums) -> Tensor:
     """(D,) float64, positive: the denominator of the least squares for D."""
+    assert seen.power is not None, "there is no D"
     floor = SKIP_DAMPING * seen.power.mean()
     return seen.power + floor.clamp(min=1e-300)
 
@@ -318,6 +319,7 @@ def refit_skip(seen: ErrorSums, keep: Tensor) -> Tensor:
     Returns:
         (D,) float64, to be added to D.
     """
+    assert seen.cross is not None, "there is no D"
     return (seen.cross * ~keep).sum(1) / damped_power(seen)
 
 
@@ -331,5 +333,6 @@ def error_of(seen: ErrorSums, keep: Tensor, skip_change: Tensor | None = None) -
     removed = (~keep).double()
     error = (removed[:, None, :] @ seen.gram @ removed[:, :, None]).flatten()
     if skip_change is not None:
+        assert seen.cross is not None and seen.power is not None, "there is no D"
         error = error - 2 * skip_change * (seen.cross * removed).sum(1) + skip_change.square() * seen.power
     return float(error.sum())

@@ -237,8 +237,8 @@ def _joined(first: Any, second: Any) -> Any:
     if isinstance(first, ErrorSums):
         return ErrorSums(
             first.gram + second.gram,
-            first.cross + second.cross,
-            first.power + second.power,
+            None if first.cross is None else first.cross + second.cross,
+            None if first.power is None else first.power + second.power,
             first.signal + second.signal,
         )
     return first + second
