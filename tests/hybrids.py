@@ -15,7 +15,7 @@ from sparsessm.architectures.hybrid_block import HybridBlock
 
 MORE_TOKENS = torch.randint(0, 64, (6, 37), generator=torch.Generator().manual_seed(1))
 MIXTURES = ("jamba", "nemotron_h", "granitemoehybrid")
-ROUTERS = ("router", "gate")
+ROUTERS = ("router", "gate", "shared_expert_gate")
 
 
 def hybrid(name: str, **overrides: Any) -> Hybrid:

@@ -87,7 +87,7 @@ def test_prices_are_the_same_up_to_rounding(model: Any) -> None:
     exact, coarse = (row_prices(one, TOKENS, head=True) for one in (dense, rounds))
     assert exact.keys() == coarse.keys()
     for name, price in exact.items():
-        assert ".experts." in name or 0 < (price - coarse[name]).norm() < 0.1 * price.norm(), name
+        assert ".experts." in name or 0 < (price - coarse[name]).norm() < 0.2 * price.norm(), name
     assert not any("forward" in vars(module) for module in model.modules())
 
 

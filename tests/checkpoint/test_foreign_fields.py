@@ -24,7 +24,8 @@ from sparsessm.checkpoint import known_fields, opened, tokenizing
 
 MAKERS = {"mamba": pico_mamba, "falcon_mamba": pico_falcon_mamba, "mamba2": pico_mamba2}
 HYBRIDS = ("bamba", "falcon_h1", "granitemoehybrid", "jamba", "nemotron_h", "zamba2")
-KINDS = (*MAKERS, *(HYBRIDS if NEW else ()))
+DELTA = ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "olmo_hybrid", "kimi_linear")
+KINDS = (*MAKERS, *((*HYBRIDS, *DELTA) if NEW else ()))
 NUMBERS = st.one_of(
     st.integers(-3, 9),
     st.sampled_from([64, 4096, 2**16, 2**24, 10**9, 2**31, 10**12, -(10**12), 2**63, 10**40]),
@@ -45,6 +46,7 @@ ROPE = st.dictionaries(
             "partial_rotary_factor",
             "long_factor",
             "full_attention",
+            "mrope_section",
         ]
     ),
     st.one_of(PLAIN, st.sampled_from(["default", "linear", "yarn", "longrope", "dynamic", "llama3"])),

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sparsessm import checkpoint
-from sparsessm.architectures import adapt
+from sparsessm.architectures import MODEL_TYPES, adapt
 from sparsessm.architectures.hybrid_block import HybridBlock
 from sparsessm.calibration import prices
 from sparsessm.recipe.recipe import Recipe
@@ -145,8 +145,12 @@ def test_files_that_stock_code_wrote(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "pattern"),
-    [(name, f"structured:{axis}") for name in FAMILIES for axis in ("state", "channel")]
-    + [(name, "structured:block") for name in FAMILIES if name not in ("jamba", "zamba2")],
+    [
+        (name, f"structured:{axis}")
+        for name in FAMILIES
+        for axis in MODEL_TYPES[name].structure
+        if axis != "head"
+    ],
 )
 def test_a_run_that_takes_units_out(name: str, pattern: str, tmp_path: Path) -> None:
     model = pico_hybrid(name)

@@ -74,7 +74,7 @@ class HybridBlock(Block):
         self._captured: dict[str, Tensor] | None = None
         self.targets = tuple(self._found())
         self.axes = () if self.mixer is None else setting.kind.axes(self._mixer, f"{self.mixer}.")
-        self.attends = "q_proj" in self._linear
+        self.attends = "o_proj" in self._linear
 
     def _found(self) -> Iterator[Target]:
         """The targets in the order of the data, noting where they are."""
@@ -213,5 +213,12 @@ def inside(module: nn.Module, path: str) -> nn.Module | None:
 
 
 def _feeding(fed: Callable[[str, Tensor], None], kind: str, slab: Tensor) -> Callable[..., None]:
-    """A hook that feeds a tap (W, T, in), also where stock code puts windows and time into one dimension."""
-    return lambda module, inputs: fed(kind, inputs[0].reshape(*slab.shape[:2], -1))
+    """A hook that feeds a tap (W, T, in), also where stock code puts windows and time into one dimension, or
+    gives a matrix all tokens so far (that of compressed keys and values, KimiLinear)."""
+    windows, steps = slab.shape[:2]
+
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0]
+        fed(kind, x.reshape(windows, -1, x.shape[-1])[:, -steps:])
+
+    return hook

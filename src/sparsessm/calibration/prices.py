@@ -236,7 +236,8 @@ def block_backward(
     """
     for target in block.targets:
         if target.kind == "A_log":  # the mixer writes the first part of the stream, in Zamba2 not all
-            width = block.target("out_proj").matrix.shape[0]
+            writes = block.targets[block.targets.index(target) + 1]  # out_proj, whatever its name
+            width = writes.matrix.shape[0]
             add(target.name, back[..., :width].to(block.device))
     hidden, back = hidden.detach().to(block.device).requires_grad_(), back.to(block.device)
     compute = architecture.compute.used
@@ -322,10 +323,10 @@ def block_norms(block: Block) -> dict[str, Tensor]:
     and dt_proj, where silent channels show; within x_proj it is hardly better than no weights.
 
     Returns:
-        Kind -> (out,) float64; only what is known, nothing for a layer without a mixer.
+        Kind -> (out,) float64; only what is known, nothing for a layer without a Mamba mixer.
     """
     matrix = {target.kind: target.matrix.double() for target in block.targets}
-    if "A_log" not in matrix:
+    if not {"A_log", "in_proj", "out_proj"} <= matrix.keys():
         return {}
     omega = matrix["out_proj"].square().sum(0)  # (D,)
     states = matrix["A_log"].shape[1]

@@ -23,6 +23,7 @@ from .known_fields import optional
 from .opened import Opened
 from .shelf import Shelf, give_back
 from .stock_names import held_as, in_files
+from .wrapped import alone
 
 STOCK = Own()  # nothing of its own
 FREED = 1 << 25  # bytes of tensors that were looked at and dropped, before their pages are given back
@@ -73,8 +74,13 @@ class Places:
 
     def in_full(self, name: str) -> str:
         """The name of a tensor in full, from that in a file."""
-        # In both formats: transformers' own MambaModel maps the original name when it loads a state dict.
-        return state_spaces.to_transformers(self.prefix + name)
+        return in_full(self.prefix, name)
+
+
+def in_full(prefix: str, name: str) -> str:
+    """The name of a tensor in full, from that in a file that leaves a prefix out."""
+    # In both formats: transformers' own MambaModel maps the original name when it loads a state dict.
+    return alone(state_spaces.to_transformers(prefix + name))
 
 
 def find_places(
@@ -91,7 +97,7 @@ def find_places(
     """
     ignored = {name for name in present if _ignored(empty, name)}
     prefix = _left_out(empty, expected, [name for name in present if name not in ignored])
-    full = {state_spaces.to_transformers(prefix + name) for name in present}
+    full = {in_full(prefix, name) for name in present}
     held = held_as(empty, expected, full)
     held_copies = held_as(empty, {copy: expected[name] for copy, name in copies.items()}, full)
     pairs = ((held_copies[copy], held[name]) for copy, name in copies.items())

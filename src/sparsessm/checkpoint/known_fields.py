@@ -45,6 +45,10 @@ _OLDER = {
     "mamba_d_conv mamba_expand mamba_dt_min mamba_dt_max mamba_dt_limit mamba_dt_init_floor mamba_conv_bias "
     "mamba_chunk_size",
     "zamba2": "num_hidden_layers",
+    "qwen3_next": "full_attention_interval",
+    "qwen3_5_text": "full_attention_interval",
+    "qwen3_5_moe_text": "full_attention_interval",
+    "kimi_linear": "first_k_dense_replace linear_attn_config",
 }
 """Names that the class takes under its **kwargs."""
 # What names an implementation or the form of an output, and what says nothing of a causal language model.
@@ -58,8 +62,9 @@ _LEFT_OUT = set(
 _ROPE = set(
     "rope_type type rope_theta factor original_max_position_embeddings attention_factor beta_fast beta_slow "
     "short_factor long_factor low_freq_factor high_freq_factor partial_rotary_factor mscale mscale_all_dim "
-    "truncate".split()
+    "truncate mrope_section mrope_interleaved".split()
 )
+_LINEAR = set("full_attn_layers kda_layers head_dim num_heads short_conv_kernel_size".split())
 _IN_OBJECTS = ("rope_parameters", "rope_scaling")
 _POSITIONS = ("vocab_size", "max_position_embeddings", "original_max_position_embeddings", "sliding_window")
 _ATTENTION = ("_attn_implementation", "attn_implementation", "_attn_implementation_internal")
@@ -88,6 +93,11 @@ def config_fields(kind: str, fields: Mapping[str, Any]) -> dict[str, Any]:
         value = fields[name]
         if name in _IN_OBJECTS:
             kept[name] = _rope(name, value)
+            continue
+        if name == "linear_attn_config" and isinstance(value, dict):  # KimiLinear's older form
+            kept[name] = {key: inner for key, inner in value.items() if key in _LINEAR}
+            for key, inner in kept[name].items():
+                _refuse_absurd(f"{name}.{key}", inner)
             continue
         if name in whole and isinstance(value, bool):
             raise ValueError(f"{name} is {short(value)}; allowed: a whole number")

@@ -33,6 +33,7 @@ from . import companions, container, known_fields, state_spaces
 from .companions import CARD, GENERATION, RECORD
 from .files import BIN, CONFIG, SAFETENSORS, tensor_names
 from .folder import Folder
+from .wrapped import text_fields
 
 _LAYER_LISTS = ("layers_block_type", "layer_types", "hybrid_override_pattern")
 """Fields that some hybrids have in place of, or beside, the number of layers: what each one is."""
@@ -177,8 +178,9 @@ class Opened:
 
     def _refuse_layers(self) -> None:
         """Refuse more layers than there are tensors, before anything of that size is built."""
-        said = self.fields.get("n_layer" if self.original else "num_hidden_layers")
-        kinds = (self.fields.get(name) for name in _LAYER_LISTS)
+        fields = text_fields(self.fields)
+        said = fields.get("n_layer" if self.original else "num_hidden_layers")
+        kinds = (fields.get(name) for name in _LAYER_LISTS)
         layers = max(
             said if isinstance(said, int) else 0, *(len(k) if isinstance(k, list | str) else 0 for k in kinds)
         )
@@ -288,7 +290,7 @@ def stock_config(source: str, fields: Mapping[str, Any], original: bool) -> Pret
     """
     kind = _model_type(source, fields, original)
     try:
-        told = state_spaces.settings(fields) if original else dict(fields)
+        told = state_spaces.settings(fields) if original else dict(text_fields(fields))
         return transformers.CONFIG_MAPPING[kind].from_dict(known_fields.config_fields(kind, told))
     except Exception as error:  # each transformers release has its own validation errors
         raise ValueError(f"{source}/{CONFIG}: {error}") from error
@@ -296,7 +298,7 @@ def stock_config(source: str, fields: Mapping[str, Any], original: bool) -> Pret
 
 def _adapted(source: str, fields: Mapping[str, Any], original: bool) -> str:
     """The model type in transformers, one that has an adapter."""
-    kind = state_spaces.model_type(fields) if original else fields.get("model_type")
+    kind = state_spaces.model_type(fields) if original else text_fields(fields).get("model_type")
     if not isinstance(kind, str) or kind not in MODEL_TYPES:
         known = ", ".join(sorted(MODEL_TYPES))
         raise ValueError(f"{source!r}: no adapter for model_type {kind!r}; supported: {known}")
@@ -306,7 +308,7 @@ def _adapted(source: str, fields: Mapping[str, Any], original: bool) -> str:
 def _model_type(source: str, fields: Mapping[str, Any], original: bool) -> str:
     """The same, of a model that can be pruned here."""
     refuse_older(kind := _adapted(source, fields, original))
-    if fields.get("quantization_config"):
+    if text_fields(fields).get("quantization_config"):
         raise ValueError(f"{source!r} is quantised (quantization_config); prune the model it was made from")
     return kind
 

@@ -31,6 +31,7 @@ from .reading import Checkpoint
 from .stock_names import in_files
 from .tensor_file import Form
 from .values import stored_forms, stored_tensor
+from .wrapped import inside, is_wrapped, with_changes
 
 # Names that older files have beside today's; stock code reads neither, but other readers do.
 _OLDER = {"num_hidden_layers": "n_layer", "intermediate_size": "d_inner"}
@@ -229,12 +230,13 @@ def _written(name: str, tensor: Tensor) -> Tensor:
 
 def _write_safetensors(checkpoint: Checkpoint, stored: Callable[[str], Tensor], folder: Path) -> None:
     model, prefix, extra = checkpoint.model, checkpoint.prefix, checkpoint.extra
+    rename = inside if is_wrapped(parse_json(checkpoint.files.get(CONFIG, b"{}"), CONFIG)) else str
     whole: dict[str, tuple[str, str]] = {}  # name in the file -> what it is a part of in memory, which part
     forms: dict[str, Form] = {}
     for name, form in stored_forms(checkpoint).items():
         shape = torch.empty(form.shape, dtype=form.dtype, device="meta")
         for part, tensor in in_files(model, name, shape).items():
-            short = part.removeprefix(prefix)
+            short = rename(part.removeprefix(prefix))
             whole[short], forms[short] = (name, part), Form.of(tensor)
     forms |= {name: Form.of(tensor) for name, tensor in extra.items()}
     parts: dict[str, Tensor] = {}  # of one tensor, those that are not written yet
@@ -314,7 +316,7 @@ def _changed_config(checkpoint: Checkpoint) -> dict[str, Any] | None:
             changed["hybrid_override_pattern"] = optional(config, "hybrid_override_pattern")
         if "num_hidden_layers" in came:
             changed["num_hidden_layers"] = len(changed["layers_block_type"])
-    return came | changed if changed else None
+    return with_changes(came, changed) if changed else None
 
 
 def _all_fields(config: PretrainedConfig) -> dict[str, Any]:
