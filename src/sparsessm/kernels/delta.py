@@ -25,6 +25,7 @@ from sparsessm.kernels.arguments import expect_floats, expect_shape
 from sparsessm.kernels.chunked import decays
 
 CHUNK, BY_CHANNEL = 64, 16  # steps whose system is solved at once; where decays differ by channel
+GONE = -1000.0  # exp of it is zero, also in float64; sums over a chunk of larger ones would lose small steps
 
 
 def gated_delta(
@@ -95,7 +96,7 @@ def energies(
         _, keyed, _, decay, _ = part
         made = _by_channel(*part)
         corrections = made[1] - made[2] @ state
-        summed = decay.double().cumsum(-2).mT  # (W, H, K, steps)
+        summed = _summed(decay, -2).mT  # (W, H, K, steps)
         weights = decays(summed, state.dtype) * keyed.mT[..., None, :]  # (W, H, K, t, s)
         passed = torch.exp(summed).to(state.dtype)  # (W, H, K, t)
         before = passed.square() * state.square().sum(-1)[..., None]
@@ -144,7 +145,7 @@ def _by_head(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> tuple[
         what the state is multiplied by to get the rest of them (..., steps, K), queries and keys with their
         decays from and to the chunk's ends (..., steps, K), and the decay of the whole chunk.
     """
-    summed = g.double().cumsum(-1)  # a float32 sum that a memoryless head has driven low sees no small step
+    summed = _summed(g, -1)
     between = decays(summed, v.dtype)  # (..., t, s)
     passed = torch.exp(summed).to(v.dtype)[..., None]
     values, keyed = _solved((k * beta) @ k.mT * between, v * beta, k * beta * passed)
@@ -154,13 +155,18 @@ def _by_head(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> tuple[
 
 def _by_channel(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> tuple[Tensor, ...]:
     """As `_by_head` for decays (..., steps, K): products of q and k are sums over channels that each decay."""
-    summed = g.double().cumsum(-2).mT  # (..., K, steps)
+    summed = _summed(g, -2).mT  # (..., K, steps)
     between = decays(summed, v.dtype)  # (..., K, t, s)
     passed = torch.exp(summed).to(v.dtype).mT
     weighed = torch.einsum("whtk,whsk,whkts->whts", k, k, between)
     scores = torch.einsum("whtk,whsk,whkts->whts", q, k, between)
     values, keyed = _solved(weighed * beta, v * beta, k * beta * passed)
     return scores, values, keyed, q * passed, k * between[..., -1, :].mT, passed[..., -1:, :].mT
+
+
+def _summed(g: Tensor, dim: int) -> Tensor:
+    """Sums in float64, in which a memoryless step hides none of those behind it."""
+    return g.double().clamp(min=GONE).cumsum(dim)
 
 
 def _solved(system: Tensor, *sides: Tensor) -> tuple[Tensor, ...]:
