@@ -19,10 +19,8 @@ from sparsessm import kernels
 from sparsessm.kernels.delta import gated_delta
 
 LAYERS = 6
-MUON = tuple(
-    f"{name}.weight"
-    for name in ("in_proj_qkv", "in_proj_z", *(f"{kind}_proj" for kind in ("q", "k", "v", "o", "gate", "up", "down")))
-)  # fmt: skip
+_PROJECTIONS = (f"{kind}_proj" for kind in ("q", "k", "v", "o", "gate", "up", "down"))
+MUON = tuple(f"{name}.weight" for name in ("in_proj_qkv", "in_proj_z", *_PROJECTIONS))
 
 
 def new_model(entries: int, layers: int) -> PreTrainedModel:
@@ -100,9 +98,8 @@ def _attention(attention: Any, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tens
     """Attention with gate, norms of queries and keys and part of them rotated, (W, L, d) -> (W, L, d)."""
     heads, norm = (-1, attention.head_dim), fast_mamba.Norm.apply
     q, gate = fast_mamba.linear(x, attention.q_proj.weight).unflatten(-1, (-1, 2 * heads[1])).chunk(2, -1)
-    k, v = (
-        fast_mamba.linear(x, part.weight).unflatten(-1, heads) for part in (attention.k_proj, attention.v_proj)
-    )
+    k = fast_mamba.linear(x, attention.k_proj.weight).unflatten(-1, heads)
+    v = fast_mamba.linear(x, attention.v_proj.weight).unflatten(-1, heads)
     q, k = (
         _turned(norm(part.contiguous(), 1 + module.weight, module.eps), *rotary)
         for part, module in ((q, attention.q_norm), (k, attention.k_norm))

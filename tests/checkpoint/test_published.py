@@ -1,6 +1,6 @@
-"""The forms in which checkpoints of the delta rule are published: inside a model for pictures, with layers for
-drafting (mtp), with older names of fields. They are read as stock code reads them, and what is not the language
-model goes out byte for byte."""
+"""The forms in which checkpoints of the delta rule are published: inside a model for pictures, with layers
+for drafting (mtp), with older names of fields. They are read as stock code reads them, and what is not the
+language model goes out byte for byte."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def plain(x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     """y, the last state and the squared norms of the states before each step: S (K, P) of one head at a time,
     multiplied by (1 - beta k k') Diag(exp(g)) as in the paper."""
     q, k, v, g, beta, start = x
-    (W, T, H, P), (G, K) = v.shape, q.shape[2:]
+    (W, T, H, _), (G, K) = v.shape, q.shape[2:]
     y, last, norms = torch.zeros_like(v), torch.zeros_like(start), torch.zeros(W, T, H, dtype=torch.float64)
     for w in range(W):
         for h in range(H):
@@ -121,8 +121,7 @@ def test_gradients(channels: bool) -> None:
     x = inputs(1, 7, 1, 2, 3, 2, channels=channels, seed=3)
     x[3] = x[3].clamp(min=-5)
     x = [part.requires_grad_() for part in x]
-    rule: Callable[..., tuple[Tensor, ...]] = lambda *parts: gated_delta(*parts, chunk=3)
-    assert torch.autograd.gradcheck(rule, x)
+    assert torch.autograd.gradcheck(partial(gated_delta, chunk=3), x)
 
 
 def test_half_precision_is_computed_in_float32() -> None:

@@ -1,15 +1,16 @@
-"""The mixers of the gated delta rule: Gated DeltaNet (Yang, Kautz & Hatamizadeh, arXiv 2412.06464) as Qwen3-Next,
-Qwen3.5 and OLMo-Hybrid have it, and Kimi Delta Attention (arXiv 2510.26692), whose decays differ by channel.
+"""The mixers of the gated delta rule: Gated DeltaNet (Yang, Kautz & Hatamizadeh, arXiv 2412.06464) as
+Qwen3-Next, Qwen3.5 and OLMo-Hybrid have it, and Kimi Delta Attention (arXiv 2510.26692), whose decays differ
+by channel.
 
 What the families do alike is in `DeltaKind`: one convolution over queries, keys and values, queries and keys
-of length one, the rule (kernels/delta.py), a norm for each head and a gate. They differ in the linear layers in
-front, and that is what a subclass says. Letters: H heads with values of P channels, G groups of heads that
+of length one, the rule (kernels/delta.py), a norm for each head and a gate. They differ in the linear layers
+in front, and that is what a subclass says. Letters: H heads with values of P channels, G groups of heads that
 share queries and keys of K channels (G = H but for Qwen's); the state of a head is (K, P).
 
-`A_log` has an entry for each head, as in Mamba-2, and a removed one makes the head memoryless: with a decay of
-zero nothing is left of S, so the rule corrects nothing, S_t = beta_t k_t v_t' and y_t = beta_t (q_t . k_t) v_t.
-What that costs is the difference of two outputs, exactly, up to the norm's scale, which is held fixed. There is
-no skip weight D that could absorb a part of it.
+`A_log` has an entry for each head, as in Mamba-2, and a removed one makes the head memoryless: with a decay
+of zero nothing is left of S, so the rule corrects nothing, S_t = beta_t k_t v_t' and y_t = beta_t (q_t . k_t)
+v_t. What that costs is the difference of two outputs, exactly, up to the norm's scale, which is held fixed.
+There is no skip weight D that could absorb a part of it.
 """
 
 from __future__ import annotations
@@ -155,7 +156,9 @@ class DeltaKind(MixerKind):
             if tap := taps.get("A_log"):
                 gain = self.output_gain(mixer, y, entered.gate)
                 inputs = q, k, v, forgotten, entered.beta
-                stats, removed_state = statistics(tap.options, inputs, y, gain, g, rule_before, removed_before)
+                stats, removed_state = statistics(
+                    tap.options, inputs, y, gain, g, rule_before, removed_before
+                )
                 tap.add(stats, self._out(mixer).weight.detach(), (y * gain).flatten(2))
             after = MixerState(conv, rule, removed_state) if conv is not None else None
             return (None if until == "A_log" else self._gated(mixer, y, entered.gate)), after
@@ -320,8 +323,8 @@ def statistics(
 
 
 def _energy(inputs: tuple[Tensor, ...], g: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(T, H, 1): energy of a head's states before the update, and decay (its mean over the channels of a key),
-    both summed over the windows."""
+    """(T, H, 1): energy of a head's states before the update, and decay (its mean over the channels of a
+    key), both summed over the windows."""
     _, k, v, _, beta = inputs
     energy, _ = energies(k, v, g, beta, state)
     decay = torch.exp(g)

@@ -1,4 +1,5 @@
-"""The families of the gated delta rule: layers of it (delta.py) and of attention, with MLPs or experts behind.
+"""The families of the gated delta rule: layers of it (delta.py) and of attention, with MLPs or experts
+behind.
 
 Each layer is run by its own stock code around our kernel (hybrid_block.py). What can be taken out whole are
 layers. Single states cannot: a balanced truncation, as for Mamba-2, wants a recurrence that is linear in its
@@ -10,7 +11,6 @@ from __future__ import annotations
 
 from sparsessm.architectures.delta import KimiDelta, OlmoDelta, Qwen3NextDelta, Qwen35Delta
 from sparsessm.architectures.hybrid import ATTENTION, Hybrid
-
 
 MLP = tuple(f"mlp.{name}_proj" for name in ("gate", "up", "down"))
 MIXTURE = (*(f"mlp.shared_expert.{name}_proj" for name in ("gate", "up", "down")), "mlp.experts")
@@ -47,6 +47,7 @@ class Qwen3Next(_Delta):
     order = ("linear_attn", *ATTENTION, *MIXTURE, *MLP)
     numbers = ("mlp_only_layers",)
     periods = ("decoder_sparse_step",)
+
 
 class OlmoHybrid(_Delta):
     """Gated DeltaNet or attention, then an MLP (`OlmoHybridForCausalLM`)."""
