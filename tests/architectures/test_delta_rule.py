@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from sparsessm.architectures.delta import DeltaKind
 from sparsessm.architectures.hybrid_block import HybridBlock
+from sparsessm.calibration.prices import row_prices
 from sparsessm.kernels import reference
 from sparsessm.methods.observers import StateError
 
@@ -114,9 +115,7 @@ def test_energies_are_those_of_the_states(name: str) -> None:
 
 
 def test_rows_of_a_fused_projection_are_priced_apart() -> None:
-    """Queries and their gates share q_proj; a head's halves get prices, and so masks and steps, of their own."""
-    from sparsessm.calibration.prices import row_prices
-
+    """Queries and their gates share q_proj; its halves get prices, and so masks and steps, of their own."""
     architecture = hybrid("qwen3_5_text")
     target = next(target for target in architecture.targets if target.kind == "q_proj")
     price = row_prices(architecture, TOKENS)[target.name].unflatten(0, (4, 2, 8))

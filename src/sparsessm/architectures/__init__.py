@@ -69,8 +69,14 @@ def refuse_older(model_type: str, groups: int = 1) -> None:
         groups: of heads in a Mamba-2.
 
     Raises:
-        ValueError: transformers before 5 for a hybrid, or for a Mamba-2 of several groups.
+        ValueError: a release of transformers that does not know the type; one before 5 for a hybrid, or for
+            a Mamba-2 of several groups.
     """
+    if model_type not in transformers.CONFIG_MAPPING:
+        raise ValueError(
+            f"model type {model_type!r} is not known to transformers {transformers.__version__}; install a "
+            "newer release"
+        )
     if int(transformers.__version__.split(".")[0]) >= 5:
         return
     if issubclass(MODEL_TYPES[model_type], Hybrid):

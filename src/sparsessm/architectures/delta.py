@@ -38,7 +38,8 @@ Fed = Callable[[str, Tensor], bool]
 class MixerState(NamedTuple):
     """What a mixer carries from one slab of time to the next."""
 
-    conv: Tensor  # (W, taps - 1, 2GK + HP) last inputs of the convolution
+    # (W, taps - 1, 2GK + HP), last inputs of the convolution; None where its output is kept (kept.py)
+    conv: Tensor | None
     rule: Tensor | None  # (W, H, K, P); None where the slab stopped before the rule
     removed: Tensor | None  # (W, H, K, P): the state of the rule with A = -1, while it is being observed
 
@@ -146,7 +147,7 @@ class DeltaKind(MixerKind):
         def ruled() -> tuple[Tensor | None, MixerState | None]:
             entered, conv = once("conv1d", convolved)
             if entered is None or until == "conv1d":
-                return None, None if conv is None else MixerState(conv, None, None)
+                return None, MixerState(conv, None, None)
             q, k, v = self._read(mixer, entered.mixed)
             forgotten = F.softplus(entered.step.float() if v.dtype != torch.float64 else entered.step)
             rate = -torch.exp(precise(mixer.get_parameter(self.decay))).flatten()  # (H,)
@@ -160,7 +161,7 @@ class DeltaKind(MixerKind):
                     tap.options, inputs, y, gain, g, rule_before, removed_before
                 )
                 tap.add(stats, self._out(mixer).weight.detach(), (y * gain).flatten(2))
-            after = MixerState(conv, rule, removed_state) if conv is not None else None
+            after = MixerState(conv, rule, removed_state)
             return (None if until == "A_log" else self._gated(mixer, y, entered.gate)), after
 
         def put_out() -> tuple[Tensor | None, MixerState | None]:
