@@ -45,7 +45,7 @@ def compile_pieces() -> None:
     globals()["_inner"] = torch.compile(_inner, dynamic=False)
 
 
-def _mix(mixer: nn.Module, normed: Tensor, config: Any) -> Tensor:
+def mix(mixer: nn.Module, normed: Tensor, config: Any) -> Tensor:
     """A Mamba-2 mixer up to out_proj's input: (W, L, d_model) -> (W, L, inner)."""
     states = config.n_groups * config.state_size
     inner = config.num_heads * config.head_dim
@@ -62,9 +62,9 @@ def _mix(mixer: nn.Module, normed: Tensor, config: Any) -> Tensor:
 
 def final_hidden(model: nn.Module, tokens: Tensor) -> Tensor:
     """Hidden states after the final norm: (W, L) int64 -> (W, L, d_model)."""
-    return fast_mamba.final_hidden(model, tokens, _mix)
+    return fast_mamba.final_hidden(model, tokens, mix)
 
 
 def loss(model: nn.Module, tokens: Tensor) -> Tensor:
     """Mean negative log-likelihood in nats of tokens[:, 1:] given their past; tokens (W, L + 1)."""
-    return fast_mamba.loss(model, tokens, _mix)
+    return fast_mamba.loss(model, tokens, mix)

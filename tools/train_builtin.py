@@ -1,6 +1,6 @@
 """Trains the built-in models, a small stock Mamba (`builtin:pycode`), and of its size a Mamba-2
-(`builtin:pycode2`) and a text model of the Qwen3.5 type (`builtin:pydelta`), on the Python standard library,
-and exports them.
+(`builtin:pycode2`), a text model of the Qwen3.5 type (`builtin:pydelta`) and one of the Granite 4 type
+(`builtin:pyhybrid`), on the Python standard library, and exports them.
 
     python tools/train_builtin.py train --compile --hours 2       # resumes from build/train
     python tools/train_builtin.py export src/sparsessm/builtin/pycode
@@ -29,6 +29,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import fast_delta
+import fast_granite
 import fast_mamba
 import fast_mamba2
 import torch
@@ -54,20 +55,22 @@ WARMUP_STEPS, DECAY_SHARE, DECAY_START = 40, 0.2, 0.45  # DECAY_SHARE: last part
 TEST_SHARE = 0.42  # of the windows drawn from test modules before that
 MUON_RATE, ADAM_RATE, WEIGHT_DECAY, EMA = 0.02, 3e-3, 0.05, 0.995
 NAMES = {False: "library.pt", True: "tests.pt"}
-MUON = ("in_proj.weight", "x_proj.weight", "out_proj.weight", *fast_delta.MUON)
-FAST = {"mamba": fast_mamba, "mamba2": fast_mamba2, "qwen3_5_text": fast_delta}  # by model_type
+MUON = ("in_proj.weight", "x_proj.weight", "out_proj.weight", *fast_delta.MUON, *fast_granite.MUON)
+OTHERS = {"qwen3_5_text": fast_delta, "granitemoehybrid": fast_granite}  # by model_type
+FAST = {"mamba": fast_mamba, "mamba2": fast_mamba2, **OTHERS}
 FOLDERS = {
     "mamba": Path("build/train"),
     "mamba2": Path("build/train-mamba2"),
     "qwen3_5_text": Path("build/train-delta"),
+    "granitemoehybrid": Path("build/train-hybrid"),
 }
 
 
 def new_model(architecture: str, layers: int, seed: int) -> PreTrainedModel:
     """A random model; output projections start at zero, so that each block starts as the identity."""
     torch.manual_seed(seed)
-    if architecture == "qwen3_5_text":
-        return fast_delta.new_model(ENTRIES, layers)
+    if architecture in OTHERS:
+        return OTHERS[architecture].new_model(ENTRIES, layers)
     common = dict(
         vocab_size=ENTRIES, hidden_size=256, num_hidden_layers=layers, expand=2, conv_kernel=4,
         tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, pad_token_id=0,
@@ -160,8 +163,8 @@ def muon_matrices(model: PreTrainedModel) -> list[Tensor]:
     found = []
     for name, parameter in model.named_parameters():
         if name.endswith(MUON):
-            if config.model_type == "qwen3_5_text":
-                sizes = fast_delta.rows(name, config) or [len(parameter)]
+            if config.model_type in OTHERS:
+                sizes = OTHERS[config.model_type].rows(name, config) or [len(parameter)]
             else:
                 sizes = rows if "in_proj" in name else [len(parameter)]
             for part, grad in zip(parameter.data.split(sizes), parameter.grad.split(sizes), strict=True):
@@ -218,7 +221,8 @@ def train_process(rank: int, arguments: argparse.Namespace) -> None:
     if arguments.compile:
         fast.compile_pieces()
 
-    layers = arguments.layers or (fast_delta.LAYERS if fast is fast_delta else 7)
+    other = OTHERS.get(arguments.architecture)
+    layers = arguments.layers or (other.LAYERS if other else 7)
     model = new_model(arguments.architecture, layers, arguments.seed)
     say(f"{sum(p.numel() for p in model.parameters())} parameters, {arguments}")
     others = [p for name, p in model.named_parameters() if not name.endswith(MUON)]
@@ -370,7 +374,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--folder", type=Path, help="state, caches, tokenizer (build/train[-mamba2|-delta])")
+    parser.add_argument(
+        "--folder", type=Path, help="state, caches, tokenizer (build/train, build/train-mamba2, ...)"
+    )
     which = argparse.ArgumentParser(add_help=False)
     which.add_argument("--architecture", choices=sorted(FAST), default="mamba")
     commands = parser.add_subparsers(required=True)
@@ -381,7 +387,7 @@ def main() -> None:
     )
     budget.add_argument("--hours", type=float, help="budget in time")
     budget.add_argument("--until", help="budget as a UTC clock time, HH:MM")
-    training.add_argument("--layers", type=int, help="default: 7; 6 of qwen3_5_text")
+    training.add_argument("--layers", type=int, help="default: 7; 6 of those with attention")
     training.add_argument("--seed", type=int, default=0)
     training.add_argument("--processes", type=int, default=2, choices=(1, 2, 4))
     training.add_argument("--every", type=int, default=20, help="steps between two lines")

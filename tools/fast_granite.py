@@ -1,0 +1,112 @@
+"""The model of `builtin:pyhybrid` and the forward that trains it: a small Granite 4 (GraniteMoeHybrid without
+experts), Mamba-2 and attention without positions, with MLPs, on fast_mamba2's pieces.
+
+Its multipliers are one, and attention's is the usual root, so that nothing but the layers is particular.
+"""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import fast_mamba
+import fast_mamba2
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM, PreTrainedModel
+
+LAYERS = 6
+_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "shared_mlp.input_linear", "shared_mlp.output_linear")
+MUON = tuple(f"{name}.weight" for name in _LINEAR)
+
+
+def new_model(entries: int, layers: int) -> PreTrainedModel:
+    """A random model; what writes to the residual stream starts at zero. Two layers of Mamba-2 for each layer
+    of attention."""
+    config = GraniteMoeHybridConfig(
+        vocab_size=entries, hidden_size=256, shared_intermediate_size=320, intermediate_size=320,
+        num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, attention_multiplier=64**-0.5,
+        layer_types=["full_attention" if i % 3 == 2 else "linear_attention" for i in range(layers)],
+        mamba_n_heads=8, mamba_d_state=64, mamba_chunk_size=64, num_local_experts=0, num_experts_per_tok=0,
+        max_position_embeddings=4096, rms_norm_eps=1e-5,
+        tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    model = GraniteMoeHybridForCausalLM(config).float()
+    for name, parameter in model.named_parameters():
+        if name.endswith(("out_proj.weight", "o_proj.weight", "output_linear.weight")):
+            parameter.data.zero_()
+        elif name.endswith(("_proj.weight", "input_linear.weight")):
+            nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
+        elif name.endswith("dt_bias"):  # steps between 0.001 and 0.1, as the authors of Mamba start them
+            step = torch.exp(torch.rand_like(parameter) * math.log(100) + math.log(0.001))
+            parameter.data.copy_(step + torch.log(-torch.expm1(-step)))
+        elif name.endswith("A_log"):
+            parameter.data.uniform_(1, 16).log_()
+    return model
+
+
+def rows(name: str, config: Any) -> list[int] | None:
+    """The parts of a matrix that Muon makes orthogonal one by one, as rows; None: the whole."""
+    if "in_proj" in name:
+        inner = config.mamba_n_heads * config.mamba_d_head
+        return [inner, inner, *[config.mamba_n_groups * config.mamba_d_state] * 2, config.mamba_n_heads]
+    if "input_linear" in name:
+        return [config.shared_intermediate_size] * 2
+    return None
+
+
+def compile_pieces() -> None:
+    """Fuses the elementwise work (needs a C++ compiler; without this call it runs unfused)."""
+    fast_mamba2.compile_pieces()
+    globals()["_swished"] = torch.compile(_swished, dynamic=False)
+
+
+def _swished(both: Tensor) -> Tensor:
+    gate, up = both.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+def _mamba(mixer: Any, x: Tensor, config: Any) -> Tensor:
+    """Mamba-2, (W, L, d) -> (W, L, d)."""
+    sizes = SimpleNamespace(
+        num_heads=config.mamba_n_heads, head_dim=config.mamba_d_head, n_groups=config.mamba_n_groups,
+        state_size=config.mamba_d_state, chunk_size=config.mamba_chunk_size,
+        layer_norm_epsilon=config.rms_norm_eps,
+    )  # fmt: skip
+    return fast_mamba.linear(fast_mamba2.mix(mixer, x, sizes), mixer.out_proj.weight)
+
+
+def _attention(attention: Any, x: Tensor) -> Tensor:
+    """Attention without positions, (W, L, d) -> (W, L, d)."""
+    q, k, v = (
+        fast_mamba.linear(x, part.weight).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+        for part in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=attention.scaling, enable_gqa=True)
+    return fast_mamba.linear(y.transpose(1, 2).flatten(2), attention.o_proj.weight)
+
+
+def final_hidden(model: Any, tokens: Tensor) -> Tensor:
+    """Hidden states after the final norm: (W, L) int64 -> (W, L, d_model)."""
+    backbone, config = model.model, model.config
+    eps = config.rms_norm_eps
+    hidden = F.embedding(tokens, backbone.embed_tokens.weight)
+    for layer in backbone.layers:
+        x = fast_mamba.Norm.apply(hidden, layer.input_layernorm.weight, eps)
+        if layer.mamba is not None:
+            hidden = hidden + _mamba(layer.mamba, x, config)
+        else:
+            hidden = hidden + _attention(layer.self_attn, x)
+        x = fast_mamba.Norm.apply(hidden, layer.post_attention_layernorm.weight, eps)
+        inside = _swished(fast_mamba.linear(x, layer.shared_mlp.input_linear.weight))
+        hidden = hidden + fast_mamba.linear(inside, layer.shared_mlp.output_linear.weight)
+    return fast_mamba.Norm.apply(hidden, backbone.norm.weight, eps)
+
+
+def loss(model: Any, tokens: Tensor) -> Tensor:
+    """Mean negative log-likelihood in nats of tokens[:, 1:] given their past; tokens (W, L + 1)."""
+    hidden = final_hidden(model, tokens[:, :-1].contiguous())
+    embedding = model.get_input_embeddings().weight
+    return fast_mamba.Loss.apply(hidden.flatten(0, 1), embedding, tokens[:, 1:].flatten())
