@@ -12,7 +12,7 @@ loops say who solves what (pruning/entries.py), and the first process alone writ
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, final
 
@@ -108,7 +108,9 @@ class Together(Ranks):
         ValueError: another process has gone.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, why: Callable[[], str]) -> None:
+        """why: asked when another process seems to have gone; which one, and why, "" if that is not known."""
+        self._why = why
         self.number, self.count = distributed.get_rank(), distributed.get_world_size()
         self.local = distributed.get_node_local_rank(self.number)  # pyright: ignore[reportPrivateImportUsage]
 
@@ -123,7 +125,7 @@ class Together(Ranks):
             part = sums[who].get(name)
             sent = torch.zeros(shape, dtype=dtype) if part is None else part.cpu().contiguous()
             owner = None if owners is None else owners[who]
-            with _reporting():
+            with self._reporting():
                 if owner is None:
                     distributed.all_reduce(sent)
                 else:
@@ -135,36 +137,50 @@ class Together(Ranks):
 
     def given(self, value: Any, owner: int = 0) -> Any:
         held = [_on_cpu(value) if owner == self.number else None]
-        with _reporting():
+        with self._reporting():
             distributed.broadcast_object_list(held, owner)
         return value if owner == self.number else held[0]
 
     def gathered(self, value: Any) -> list[Any]:
         found: list[Any] = [None] * self.count
-        with _reporting():
+        with self._reporting():
             distributed.all_gather_object(found, _on_cpu(value))
         return found
 
     def spread(self, tensors: Sequence[Tensor], owner: int = 0) -> None:
         for tensor in tensors:
             held = tensor.detach().cpu().contiguous()
-            with _reporting():
+            with self._reporting():
                 distributed.broadcast(held, owner)
             if owner != self.number:
                 with torch.no_grad():
                     tensor.copy_(held)
 
     def wait(self) -> None:
-        with _reporting():
+        with self._reporting():
             distributed.barrier()
+
+
+    @contextmanager
+    def _reporting(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            line = (str(error).strip() or type(error).__name__).splitlines()[0]
+            told = self._why() or f"another process of this run has gone ({line[:200]})"
+            raise ValueError(told) from error
 
 
 _joined: list[Ranks] = []
 
 
-def join() -> None:
-    """From now on the processes of torch's default group work on every model together; it uses gloo."""
-    _joined[:] = [Together()]
+def join(why: Callable[[], str] = str) -> None:
+    """From now on the processes of torch's default group work on every model together; it uses gloo.
+
+    Args:
+        why: as of `Together`.
+    """
+    _joined[:] = [Together(why)]
 
 
 def here() -> Ranks:
@@ -181,12 +197,3 @@ def _on_cpu(value: Any) -> Any:
     if type(value) in (list, tuple):
         return type(value)(_on_cpu(part) for part in value)
     return value
-
-
-@contextmanager
-def _reporting() -> Any:
-    try:
-        yield
-    except RuntimeError as error:
-        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"another process of this run has gone ({line[:200]})") from error

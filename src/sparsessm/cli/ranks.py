@@ -64,6 +64,8 @@ def together() -> Iterator[None]:
     from torch.distributed.rendezvous import rendezvous
 
     from ..architectures.ranks import join
+    from . import ending
+    from .ring import Ring
 
     # Python's handlers do not run while native code waits: a signal ends the process then. The others have
     # nothing to clear up; when they have gone, the first one's wait ends too.
@@ -71,9 +73,10 @@ def together() -> Iterator[None]:
     try:
         store, rank, size = next(rendezvous("env://", timeout=MEETING))
         distributed.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=PATIENCE)
+        ring = Ring(store, rank, size, ending.at_once)
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"the {count()} processes do not find each other ({error})") from None
-    join()
+    join(ring.why)
     if number() == 0:
         for each, handler in handlers.items():
             signal.signal(each, handler)
@@ -84,5 +87,10 @@ def together() -> Iterator[None]:
         os.close(silent)
     try:
         yield
+    except BaseException as error:
+        ring.leave(error)
+        raise
+    else:
+        ring.leave(None)
     finally:
         distributed.destroy_process_group()
