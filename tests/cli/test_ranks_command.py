@@ -123,7 +123,7 @@ import torch
 from sparsessm.cli import ending, ranks
 from sparsessm.architectures.ranks import here
 def work():
-    with ranks.together():
+    with ranks.together(ending.at_once):
         rank = here().number
         print(f"ready {rank}", file=sys.stderr, flush=True)
         if rank == 0:

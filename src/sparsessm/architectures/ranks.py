@@ -160,7 +160,6 @@ class Together(Ranks):
         with self._reporting():
             distributed.barrier()
 
-
     @contextmanager
     def _reporting(self) -> Iterator[None]:
         try:

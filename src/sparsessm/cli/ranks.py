@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -51,8 +51,11 @@ def refuse_unshared() -> None:
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def together(end: Callable[[BaseException], None]) -> Iterator[None]:
     """The processes find each other, where there are several.
+
+    Args:
+        end: ends this process where another one has gone; called from another thread.
 
     Raises:
         ValueError: they do not find each other.
@@ -64,7 +67,6 @@ def together() -> Iterator[None]:
     from torch.distributed.rendezvous import rendezvous
 
     from ..architectures.ranks import join
-    from . import ending
     from .ring import Ring
 
     # Python's handlers do not run while native code waits: a signal ends the process then. The others have
@@ -73,7 +75,7 @@ def together() -> Iterator[None]:
     try:
         store, rank, size = next(rendezvous("env://", timeout=MEETING))
         distributed.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=PATIENCE)
-        ring = Ring(store, rank, size, ending.at_once)
+        ring = Ring(store, rank, size, end)
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"the {count()} processes do not find each other ({error})") from None
     join(ring.why)

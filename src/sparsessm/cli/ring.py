@@ -44,7 +44,7 @@ class Store(Protocol):
 class Ring:
     """The place of one process in it."""
 
-    def __init__(self, store: Store, number: int, count: int, end: Callable[[ValueError], None]) -> None:
+    def __init__(self, store: Store, number: int, count: int, end: Callable[[BaseException], None]) -> None:
         """Meet the two neighbours. Where two cannot reach each other there is no ring, and nothing is heard.
 
         Args:
