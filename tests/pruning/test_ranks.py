@@ -34,8 +34,11 @@ import hashlib, json, os, sys
 sys.path.insert(0, os.environ["TESTS"])
 import torch
 from torch import distributed
+from sparsessm.architectures.ranks import here, join
 if int(os.environ.get("WORLD_SIZE", 1)) > 1:
     distributed.init_process_group("gloo")
+    join()
+assert here().count == int(os.environ.get("WORLD_SIZE", 1))
 from pico import pico_mamba, pico_mamba2
 from pico_hybrids import pico_hybrid
 from planned import prune
