@@ -12,7 +12,10 @@ from pathlib import Path
 
 import pytest
 import ranks
+import torch
 from command import in_a_process
+
+from sparsessm.cli.ranks import own_gpu
 
 pytestmark = pytest.mark.usefixtures("here")
 
@@ -180,3 +183,24 @@ def test_who_waits_for_the_others_can_be_ended() -> None:
     began = time.monotonic()
     ranks.ended([waiting, late])
     assert waiting.returncode not in (0, None) and time.monotonic() - began < 20
+
+
+def test_nccl_takes_a_gpu_for_each_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which GPU is a process's own, as torchrun tells; the machine is made up."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for processes, local, own in (
+        ("2", "1", "cuda:1"),
+        ("1", "0", "cuda:0"),
+        ("3", "1", None),
+        ("2", "", None),
+    ):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+        monkeypatch.setenv("LOCAL_RANK", local)
+        assert own_gpu() == (own and torch.device(own))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
+    assert own_gpu() is None

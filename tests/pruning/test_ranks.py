@@ -37,7 +37,8 @@ from torch import distributed
 from sparsessm.architectures.ranks import here, join
 if int(os.environ.get("WORLD_SIZE", 1)) > 1:
     distributed.init_process_group("gloo")
-    join()
+    # of four each sends from a device of its own, as with nccl, which is the CPU here
+    join(own=torch.device("cpu") if os.environ["WORLD_SIZE"] == "4" else None)
 assert here().count == int(os.environ.get("WORLD_SIZE", 1))
 from pico import pico_mamba, pico_mamba2
 from pico_hybrids import pico_hybrid

@@ -119,9 +119,9 @@ class Observer(ABC):
 class Adding(Observer):
     """An observer whose sums are sums of what each lane gave.
 
-    Of a float32 model that has 24 binary digits (`_short`). The 53 of float64 hold the sum exactly, unless some
-    are millions of times larger than others, and an exact sum does not depend on the order of adding, in which
-    processes that share the lanes differ.
+    Of a float32 model that has 24 binary digits (`_short`). The 53 of float64 hold the sum exactly, unless
+    some are millions of times larger than others, and an exact sum does not depend on the order of adding, in
+    which processes that share the lanes differ.
     """
 
     def __init__(self) -> None:
