@@ -21,7 +21,7 @@ from sparsessm.checkpoint.encoding import Encoded, encode
 from sparsessm.pruning import entries
 from sparsessm.runtime.engine import NativeEngine
 from sparsessm.runtime.mamba1 import Slots
-from sparsessm.runtime.mixer import LANES
+from sparsessm.runtime.weights import LANES
 from sparsessm.runtime.reference import ReferenceEngine
 
 pytestmark = pytest.mark.skipif(kernels.LEVEL == "reference", reason="no native kernels run")

@@ -294,7 +294,7 @@ def native_or_reference(model: Any) -> Any:
 def test_heads_that_do_not_fit_are_refused() -> None:
     engine: Any = native(pico_mamba2())
     layer, rest = (
-        engine._layers[0],
+        engine._parts[0],
         {"norm": engine._norm, "embedding": engine._embedding, "head": engine._head},
     )
     sizes = {"width": 16, "states": 8, "taps": 4, "vocabulary": 64, "epsilon": 1e-5}

@@ -15,7 +15,7 @@ from sparsessm import kernels, runtime
 from sparsessm.checkpoint.encoding import Encoded, encode
 from sparsessm.kernels.matrix import Decoder, rounded
 from sparsessm.runtime.engine import NativeEngine
-from sparsessm.runtime.mixer import LANES
+from sparsessm.runtime.weights import LANES
 from sparsessm.runtime.reference import ReferenceEngine, expected_shapes
 
 LINEAR = ("in_proj.weight", "x_proj.weight", "dt_proj.weight", "out_proj.weight")
@@ -296,7 +296,7 @@ def test_a_skip_that_tells_no_width_is_refused_by_name() -> None:
 def test_the_decoder_checks_each_layer_against_its_own_width() -> None:
     model = made("one, odd, biases")
     engine: Any = NativeEngine(model.config, encoded(model))
-    layers = [layer.native() for layer in engine._layers]
+    layers = [layer.native() for layer in engine._parts]
     rest = {"norm": engine._norm, "embedding": engine._embedding, "head": engine._head}
     sizes = {"width": 16, "states": 8, "taps": 4, "vocabulary": 64, "rank": 1, "epsilon": 1e-5}
     assert Decoder(sizes, layers, rest).state_size == engine.state_size

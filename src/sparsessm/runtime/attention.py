@@ -1,0 +1,74 @@
+"""Attention in the native engine: groups of queries for each head of keys, turned by their position or not.
+
+Place in the flow: a `Part` (part.py); the keys and values of earlier tokens are in the state (keys.py). A
+prompt goes through torch's `scaled_dot_product_attention`, decoding through kernels/attention_impl.h.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, final
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparsessm.runtime import plan
+from sparsessm.runtime.keys import BLOCK, Reading
+from sparsessm.runtime.part import Linear, Part, Place, Products, native_of
+
+
+@final
+class Attention(Part):
+    """Of all families.
+
+    Attributes:
+        at: floats of a block of keys and values that are other parts'.
+    """
+
+    ORDER = "tokens; blocks of 64: layer, [keys (heads, channels, 64); values (heads, 64, channels)]"
+
+    def __init__(self, told: plan.Attention, products: Products, place: Place, at: int) -> None:
+        super().__init__(place)
+        self._told, self.at = told, at
+        self._q, self._k, self._v, self._o = map(products.one, (told.q, told.k, told.v, told.o))
+        self.block = 2 * told.shared * told.width * BLOCK
+
+    def read(self, x: Tensor, state: Tensor, kept: Reading | None = None) -> Tensor:
+        """As `Part.read`."""
+        assert kept is not None, "keys and values are in the state"
+        width = self._told.width
+        q, k, v = (made(x).unflatten(-1, (-1, width)) for made in (self._q, self._k, self._v))
+        if self._told.rotary:
+            q, k = kept.turned(q), kept.turned(k)
+        keys, values = kept.keep(self.at, k, v)
+        met = F.scaled_dot_product_attention(
+            q.transpose(0, 1)[None],
+            keys[None],
+            values[None],
+            attn_mask=kept.mask,
+            scale=self._told.scale,
+            enable_gqa=self._told.heads != self._told.shared,
+        )
+        return self._o(met[0].transpose(0, 1).flatten(1))
+
+    def _products(self) -> dict[str, Linear | None]:
+        return {"q": self._q, "k": self._k, "v": self._v, "o": self._o}
+
+    def native(self) -> dict[str, Any]:
+        """As `Part.native`."""
+        told = self._told
+        sizes = {"heads": told.heads, "shared": told.shared, "head_width": told.width}
+        how = {"kind": "attention", "score_scale": told.scale, "rotary": told.rotary}
+        return self.place.native() | how | sizes | native_of(self._products())
+
+    @property
+    def nbytes(self) -> int:
+        """As `Part.nbytes`."""
+        norm = 0 if self.place.norm is None else self.place.norm.nbytes
+        return norm + sum(part.nbytes for part in self._products().values() if part is not None)
+
+    def held(self) -> Iterator[Any]:
+        """As `Part.held`."""
+        yield from (self.place.norm, self.place.norm)
+        for part in (self._q, self._k, self._v, self._o):
+            yield from part.held()
