@@ -62,6 +62,11 @@ static void take_part(const Attention &a, const Part &part, Own &o) {
     linear(a.k, o, o.x, s.batch, begin, end, k, a.shared * P);
     o.share(part.share + 2, begin, end);
     linear(a.v, o, o.x, s.batch, begin, end, v, a.shared * P);
+    float *gates = q + s.batch * H * P;
+    if (a.gate.matrix) {
+        o.share(part.share + 4, begin, end);
+        linear(a.gate, o, o.x, s.batch, begin, end, gates, H * P);
+    }
     o.wait();
 
     // A thread takes heads of keys with all their queries, or where these are too few some of the queries.
@@ -69,12 +74,19 @@ static void take_part(const Attention &a, const Part &part, Own &o) {
     const auto each = [&](int64_t units, auto &&run) {
         for (int64_t unit = units * o.thread / o.threads; unit < units * (o.thread + 1) / o.threads; ++unit) run(unit);
     };
-    std::vector<float> room(P + G * P + G * (P + LANES));
+    std::vector<float> room(P + G * P + G * (P + LANES) + P);
+    float *normed = room.data() + P + G * P + G * (P + LANES);
+    const auto own = [&](const float *x, const std::vector<float> &norm) { // of a head, normalised where there is a norm
+        if (norm.empty()) return x;
+        rms_norm(x, norm.data(), net.epsilon, P, normed);
+        return static_cast<const float *>(normed);
+    };
     const auto keep = [&](int64_t unit) { // of the token: its keys and values
         const int64_t b = unit / a.shared, g = unit % a.shared, at = tokens_of(net, s.states[b]);
         float *keys = s.states[b] + net.state_size + at / KEPT * net.block + a.place + g * P * KEPT;
         float *values = keys + a.shared * P * KEPT;
-        turn(k + (b * a.shared + g) * P, w.turned.data() + b * 2 * net.turns.size(), pairs, P, 1, room.data());
+        turn(own(k + (b * a.shared + g) * P, a.k_norm), w.turned.data() + b * 2 * net.turns.size(), pairs, P, 1,
+             room.data());
         for (int64_t c = 0; c < P; ++c) {
             keys[c * KEPT + at % KEPT] = room[c];
             values[at % KEPT * P + c] = v[(b * a.shared + g) * P + c];
@@ -85,8 +97,8 @@ static void take_part(const Attention &a, const Part &part, Own &o) {
         float *queries = room.data() + P, *sums = queries + G * P;
         std::vector<Seen> seen(count);
         for (int64_t h = 0; h < count; ++h)
-            turn(q + (b * H + first + h) * P, w.turned.data() + b * 2 * net.turns.size(), pairs, P, a.scale * LOG2E,
-                 queries + h * P);
+            turn(own(q + (b * H + first + h) * P, a.q_norm), w.turned.data() + b * 2 * net.turns.size(), pairs, P,
+                 a.scale * LOG2E, queries + h * P);
         std::fill(sums, sums + count * (P + LANES), 0.0f);
         const float *block = s.states[b] + net.state_size + a.place + g * P * KEPT;
         for (int64_t t = 0; t < kept; t += KEPT, block += net.block)
@@ -96,6 +108,8 @@ static void take_part(const Attention &a, const Part &part, Own &o) {
         for (int64_t h = 0; h < count; ++h)
             for (int64_t c = 0; c < P; ++c)
                 w.y[(b * H + first + h) * P + c] = sums[h * (P + LANES) + c] / seen[h].total;
+        if (!a.gate.matrix) return;
+        for (int64_t i = (b * H + first) * P; i < (b * H + first + count) * P; ++i) w.y[i] /= 1.0f + std::exp(-gates[i]);
     };
     if (pairs_of_heads < o.threads && G > 1) {
         each(pairs_of_heads, keep);

@@ -41,8 +41,19 @@ static void take_part(const Mlp &m, const Part &part, Own &o) {
     o.wait();
 
     o.share(part.share + 1, begin, end);
-    scaled(m.down, o, s.work.u.data(), s.batch, begin, end, o.added, s.net.width);
-    o.give(part, m.down.bias, begin, end);
+    const int64_t d = s.net.width;
+    if (!m.share.matrix) {
+        scaled(m.down, o, s.work.u.data(), s.batch, begin, end, o.added, d);
+        o.give(part, m.down.bias, begin, end);
+        return;
+    }
+    linear(m.down, o, s.work.u.data(), s.batch, begin, end, o.added, d);
+    std::vector<float> share(s.batch * GROUP); // each thread computes it, which saves a barrier
+    linear(m.share, o, o.x, s.batch, 0, m.share.matrix->groups, share.data(), 1);
+    for (int64_t b = 0; b < s.batch; ++b)
+        for (int64_t r = begin * GROUP; r < std::min(d, end * GROUP); ++r)
+            o.added[b * d + r] /= 1.0f + std::exp(-share[b]);
+    o.give(part, {}, begin, end);
 }
 
 // The `count` largest of `scores`, the first of equals; what was chosen becomes minus infinity.

@@ -170,9 +170,40 @@ Attention attention(const nb::dict &from, const Network &net, int64_t reads) {
     a.q = linear(from, "q", a.heads * a.width, reads), a.k = linear(from, "k", a.shared * a.width, reads);
     a.v = linear(from, "v", a.shared * a.width, reads), a.o = linear(from, "o", net.width, a.heads * a.width);
     a.scale = number(from, "score_scale", 1);
+    if (has(from, "gate")) a.gate = linear(from, "gate", a.heads * a.width, reads);
+    a.q_norm = floats(from, "q_norm", a.width, true), a.k_norm = floats(from, "k_norm", a.width, true);
     a.rotary = from.contains("rotary") && nb::cast<bool>(from["rotary"]);
     if (a.rotary && 2 * static_cast<int64_t>(net.turns.size()) > a.width) refuse("turns are more than half of a head");
     return a;
+}
+
+Delta delta(const nb::dict &from, const Network &net) {
+    Delta m;
+    m.groups = whole(from, "groups"), m.keys = whole(from, "keys"), m.heads = whole(from, "heads");
+    m.channels = whole(from, "head_width"), m.taps = whole(from, "taps");
+    if (m.heads % m.groups) refuse("heads must be a multiple of groups");
+    m.mixed_rows = 2 * m.groups * m.keys + m.heads * m.channels;
+    if (!from.contains("mixed")) refuse("mixed is missing");
+    int64_t rows = 0;
+    for (const auto &each : nb::cast<std::vector<std::shared_ptr<Matrix>>>(from["mixed"])) {
+        if (each->cols != net.width) refuse("a matrix of mixed does not read the stream");
+        rows += each->rows;
+        m.mixed.push_back(each);
+    }
+    if (rows != m.mixed_rows)
+        refuse("mixed has " + std::to_string(rows) + " rows, expected " + std::to_string(m.mixed_rows));
+    m.gate = matrix(from, "gate", m.heads * m.channels, net.width);
+    m.step = matrix(from, "step", m.heads, net.width), m.beta = matrix(from, "beta", m.heads, net.width);
+    m.out = linear(from, "out", net.width, m.heads * m.channels);
+    m.conv = floats(from, "conv", m.taps * m.mixed_rows);
+    m.A = floats(from, "A", m.heads), m.dt_bias = floats(from, "dt_bias", m.heads);
+    m.norm = floats(from, "head_norm", m.channels);
+    m.epsilon = number(from, "head_epsilon", net.epsilon), m.most = number(from, "most", 1);
+    if (!from.contains("keeps")) refuse("keeps is missing");
+    const auto keeps = nb::cast<Array<const uint8_t, 1>>(from["keeps"]);
+    if (static_cast<int64_t>(keeps.shape(0)) != m.heads) refuse("keeps does not have one entry a head");
+    for (int64_t h = 0; h < m.heads; ++h) m.places.push_back(keeps.data()[h] ? m.kept++ : -1);
+    return m;
 }
 
 Mlp mlp(const nb::dict &from, int64_t reads, int64_t gives) {
@@ -181,6 +212,7 @@ Mlp mlp(const nb::dict &from, int64_t reads, int64_t gives) {
     const int64_t inner = m.up.matrix->rows;
     if (has(from, "gate")) m.gate = linear(from, "gate", inner, reads);
     m.down = linear(from, "down", gives, inner);
+    if (has(from, "share")) m.share = linear(from, "share", 1, reads);
     const std::string curve = word(from, "curve", "");
     if (curve == "silu") m.curve = Curve::silu;
     else if (curve == "gelu") m.curve = Curve::gelu;
@@ -295,6 +327,13 @@ Network network(const nb::dict &sizes, const std::vector<nb::dict> &parts, const
             Mamba m = shape.count ? dual_layer(fields, net, shape) : layer(fields, net);
             place(m, net);
             part.what = std::move(m);
+        } else if (kind == "delta") {
+            if (reads != net.width) refuse("a mixer reads the stream alone");
+            Delta m = delta(fields, net);
+            m.conv_state = net.state_size;
+            m.rule_state = m.conv_state + (m.taps - 1) * m.mixed_rows;
+            net.state_size = m.rule_state + m.kept * m.keys * m.channels;
+            part.what = std::move(m);
         } else if (kind == "attention") {
             Attention a = attention(fields, net, reads);
             a.place = net.block;
@@ -307,7 +346,7 @@ Network network(const nb::dict &sizes, const std::vector<nb::dict> &parts, const
         } else if (kind == "linear") {
             part.what = linear(fields, "linear", net.width, reads);
         } else {
-            refuse("kind is '" + kind + "'; allowed: mamba, attention, mlp, experts, linear");
+            refuse("kind is '" + kind + "'; allowed: mamba, delta, attention, mlp, experts, linear");
         }
         net.parts.push_back(std::move(part));
     }
@@ -329,7 +368,18 @@ std::vector<std::vector<const Matrix *>> matrices_of(const Part &part) {
     };
     if (const auto *m = std::get_if<Mamba>(&part.what))
         return {{m->in_x.get()}, {m->in_z.get()}, {(m->heads ? m->heads->in_dt : m->x_proj).get()}, {m->out_proj.get()}};
-    if (const auto *a = std::get_if<Attention>(&part.what)) return {all(a->q), all(a->k), all(a->v), all(a->o)};
+    if (const auto *m = std::get_if<Delta>(&part.what)) {
+        std::vector<std::vector<const Matrix *>> found;
+        for (const auto &each : m->mixed) found.push_back({each.get()});
+        for (const auto *each : {&m->gate, &m->step, &m->beta}) found.push_back({each->get()});
+        found.push_back(all(m->out));
+        return found;
+    }
+    if (const auto *a = std::get_if<Attention>(&part.what)) {
+        std::vector<std::vector<const Matrix *>> found{all(a->q), all(a->k), all(a->v), all(a->o)};
+        if (a->gate.matrix) found.push_back(all(a->gate));
+        return found;
+    }
     if (const auto *l = std::get_if<Linear>(&part.what)) return {all(*l)};
     const auto inner = [&all](const Mlp &m) {
         auto found = all(m.up);
@@ -362,8 +412,11 @@ void Room::grow(const Part &part) {
     if (const auto *m = std::get_if<Mamba>(&part.what)) {
         wide = std::max({wide, m->in_x->rows, m->channels}), between = std::max(between, m->channels);
         narrow = std::max(narrow, m->heads ? m->heads->count : m->x_proj->rows);
+    } else if (const auto *m = std::get_if<Delta>(&part.what)) {
+        wide = std::max(wide, m->mixed_rows), between = std::max(between, m->heads * m->channels);
+        narrow = std::max(narrow, 2 * m->heads);
     } else if (const auto *a = std::get_if<Attention>(&part.what)) {
-        wide = std::max({wide, a->heads * a->width, 2 * a->shared * a->width});
+        wide = std::max({wide, (a->gate.matrix ? 2 : 1) * a->heads * a->width, 2 * a->shared * a->width});
         between = std::max(between, a->heads * a->width);
     } else if (const auto *m = std::get_if<Mlp>(&part.what)) {
         wide = std::max(wide, m->up.matrix->rows);

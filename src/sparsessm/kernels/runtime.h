@@ -63,6 +63,22 @@ struct Mamba {
     int64_t conv_state, scan_state; // floats from the beginning of a sequence's state
 };
 
+// A mixer of the gated delta rule: G groups of queries and keys of K channels, H heads with values of P channels, whose
+// states (K, P) follow each other. A head whose decay is zero has none.
+struct Delta {
+    std::vector<std::shared_ptr<const Matrix>> mixed; // queries, keys and values, one behind the other
+    std::shared_ptr<const Matrix> gate, step, beta;   // (H P), (H), (H)
+    Linear out;
+    int64_t groups, keys, heads, channels, taps, mixed_rows; // mixed_rows: 2 G K + H P
+    std::vector<float> conv;       // (taps, mixed_rows)
+    std::vector<float> A, dt_bias; // (H)
+    std::vector<float> norm;       // (P), of each head
+    float epsilon, most;           // of it; the largest share of a correction that is written
+    std::vector<int64_t> places;   // of each head among those with a state, -1 without
+    int64_t kept = 0;              // heads with a state
+    int64_t conv_state = 0, rule_state = 0; // floats from the beginning of a sequence's state
+};
+
 // Keys and values of KEPT tokens lie together: for each head of keys (width, KEPT), then for each (KEPT, width) of
 // values. So a query meets KEPT keys lane by lane, and nothing is summed across lanes. Where they lie in a block of a
 // sequence's state says `place`; another way to store them is another block.
@@ -72,6 +88,8 @@ struct Attention {
     int64_t heads, shared, width; // of queries; of keys and values; channels of one
     float scale;                  // of the scores
     bool rotary;                  // queries and keys are turned by their position
+    Linear gate;                  // its sigmoid multiplies what the heads give; without a matrix where there is none
+    std::vector<float> q_norm, k_norm; // (width) weights of norms of each head's queries and keys; or empty
     int64_t place = 0;            // floats from the beginning of a block
 
     int64_t floats() const { return 2 * shared * width * KEPT; } // of a block
@@ -81,6 +99,7 @@ enum class Curve : uint8_t { silu, gelu, relu2 };
 struct Mlp {
     Linear gate, up, down; // gate has no matrix where there is none
     Curve curve;
+    Linear share; // of one row, whose sigmoid multiplies what the MLP gives; without a matrix where there is none
 };
 
 enum class Choice : uint8_t { softmax, softmax_of_chosen, sigmoid };
@@ -104,7 +123,7 @@ struct Part {
     std::vector<float> norm; // of what it reads; empty: as it is
     bool beside = false;     // what it gives does not go to the stream, but replaces what is beside it
     float scale = 1;         // of what is added to the stream
-    std::variant<Mamba, Attention, Mlp, Experts, Linear> what;
+    std::variant<Mamba, Delta, Attention, Mlp, Experts, Linear> what;
     size_t share = 0;        // where in Step::shares its matrices begin
 };
 

@@ -92,6 +92,7 @@ static int64_t tokens_of(const Network &net, const float *state) {
 }
 
 #include "mamba_impl.h"
+#include "delta_impl.h"
 #include "attention_impl.h"
 #include "mlp_impl.h"
 

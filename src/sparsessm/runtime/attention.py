@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, final
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -27,10 +28,22 @@ class Attention(Part):
 
     ORDER = "tokens; blocks of 64: layer, [keys (heads, channels, 64); values (heads, 64, channels)]"
 
-    def __init__(self, told: plan.Attention, products: Products, place: Place, at: int) -> None:
+    def __init__(
+        self, told: plan.Attention, products: Products, place: Place, at: int, whole: plan.Plan
+    ) -> None:
+        """whole: the plan that it is a part of."""
         super().__init__(place)
-        self._told, self.at = told, at
-        self._q, self._k, self._v, self._o = map(products.one, (told.q, told.k, told.v, told.o))
+        self._told, self.at, self._epsilon = told, at, whole.epsilon
+        self._gate: Linear | None = None
+        if told.gated:
+            both = torch.arange(2 * told.heads * told.width).view(told.heads, 2, told.width)
+            self._q, self._gate = products.rows(told.q, [both[:, 0].flatten(), both[:, 1].flatten()])
+        else:
+            self._q = products.one(told.q)
+        self._k, self._v, self._o = map(products.one, (told.k, told.v, told.o))
+        self._q_norm, self._k_norm = (
+            whole.norm_of(products.vector(name)) if name else None for name in (told.q_norm, told.k_norm)
+        )
         self.block = 2 * told.shared * told.width * BLOCK
 
     def read(self, x: Tensor, state: Tensor, kept: Reading | None = None) -> Tensor:
@@ -38,6 +51,9 @@ class Attention(Part):
         assert kept is not None, "keys and values are in the state"
         width = self._told.width
         q, k, v = (made(x).unflatten(-1, (-1, width)) for made in (self._q, self._k, self._v))
+        if self._q_norm is not None and self._k_norm is not None:
+            q = F.rms_norm(q, (width,), self._q_norm, self._epsilon)
+            k = F.rms_norm(k, (width,), self._k_norm, self._epsilon)
         if self._told.rotary:
             q, k = kept.turned(q), kept.turned(k)
         keys, values = kept.keep(self.at, k, v)
@@ -49,26 +65,32 @@ class Attention(Part):
             scale=self._told.scale,
             enable_gqa=self._told.heads != self._told.shared,
         )
-        return self._o(met[0].transpose(0, 1).flatten(1))
+        met = met[0].transpose(0, 1).flatten(1)
+        return self._o(met if self._gate is None else met * torch.sigmoid(self._gate(x)))
 
     def _products(self) -> dict[str, Linear | None]:
-        return {"q": self._q, "k": self._k, "v": self._v, "o": self._o}
+        return {"q": self._q, "k": self._k, "v": self._v, "o": self._o, "gate": self._gate}
 
     def native(self) -> dict[str, Any]:
         """As `Part.native`."""
         told = self._told
         sizes = {"heads": told.heads, "shared": told.shared, "head_width": told.width}
         how = {"kind": "attention", "score_scale": told.scale, "rotary": told.rotary}
-        return self.place.native() | how | sizes | native_of(self._products())
+        norms = {"q_norm": self._q_norm, "k_norm": self._k_norm}
+        return self.place.native() | how | sizes | norms | native_of(self._products())
 
     @property
     def nbytes(self) -> int:
         """As `Part.nbytes`."""
-        norm = 0 if self.place.norm is None else self.place.norm.nbytes
-        return norm + sum(part.nbytes for part in self._products().values() if part is not None)
+        parts = (*self._norms(), *self._products().values())
+        return sum(part.nbytes for part in parts if part is not None)
+
+    def _norms(self) -> list[Tensor | None]:
+        return [self.place.norm, self._q_norm, self._k_norm]
 
     def held(self) -> Iterator[Any]:
         """As `Part.held`."""
-        yield from (self.place.norm, self.place.norm)
-        for part in (self._q, self._k, self._v, self._o):
-            yield from part.held()
+        yield from (*self._norms(), *self._norms())
+        for part in self._products().values():
+            if part is not None:
+                yield from part.held()

@@ -19,6 +19,7 @@ from sparsessm.kernels.matrix import Decoder, Matrix
 from sparsessm.runtime import plan
 from sparsessm.runtime.attention import Attention
 from sparsessm.runtime.base import joined, trace
+from sparsessm.runtime.delta import Delta
 from sparsessm.runtime.families import plan_of
 from sparsessm.runtime.keys import Keys
 from sparsessm.runtime.mamba1 import Mamba1
@@ -79,7 +80,7 @@ class NativeEngine:
         own = "lm_head.weight" in tensors
         self._head = matrix(tensors["lm_head.weight"]) if own else self._embedding
         self._parts = list(_parts(told, tensors))
-        self._norm = tensors[told.norm].decode(torch.float32)
+        self._norm = told.norm_of(tensors[told.norm].decode(torch.float32))
         if told.logit_scale != 1:
             self._norm = self._norm * told.logit_scale
         sizes = {"width": int(config.hidden_size), "vocabulary": int(config.vocab_size)}
@@ -96,6 +97,7 @@ class NativeEngine:
         assert self.state_size == sum(self._sizes) + bool(self.keys.block)
         assert self.keys.block == sum(part.block for part in self._parts)
         orders = dict.fromkeys(MIXERS[mixer.dual].ORDER for mixer in told.mixers)
+        orders |= {Delta.ORDER: None} if any(isinstance(part, Delta) for part in self._parts) else {}
         orders |= {Attention.ORDER: None} if self.keys.block else {}
         self.layout = joined(config, tensors.traces(), "; ".join(orders))
 
@@ -110,16 +112,17 @@ class NativeEngine:
         parts = [self._embedding, self._norm, self._norm]
         parts += [] if self._head is self._embedding else [self._head]
         parts += [held for part in self._parts for held in part.held()]
-        matrices = {id(part): part for part in parts if isinstance(part, Matrix)}  # several layers may share one
+        matrices = {
+            id(part): part for part in parts if isinstance(part, Matrix)
+        }  # several layers may share one
         tensors = [part for part in parts if isinstance(part, Tensor)]
         return sum(part.nbytes for part in (*matrices.values(), *tensors))
 
     @property
     def sections(self) -> list[tuple[int, int]]:
         """As `Engine.sections`."""
-        mixers = [part for part in self._parts if isinstance(part, Mixer)]
-        sizes = [(part.conv.shape[0] * (part.conv.shape[1] - 1), part.state_size) for part in mixers]
-        return [(inputs, both - inputs) for inputs, both in sizes]
+        mixers = [part for part in self._parts if isinstance(part, (Mixer, Delta))]
+        return [(part.inputs, part.state_size - part.inputs) for part in mixers]
 
     def new_state(self, batch: int) -> Tensor:
         """As `Engine.new_state`."""
@@ -191,12 +194,14 @@ def _parts(told: Plan, tensors: Traced) -> Iterator[Part]:
     products, at = Products(whole), 0
     for planned in told.parts:
         give_back()  # else small things that stay keep the pages of large ones that went
-        norm = None if planned.norm is None else whole.vector(planned.norm)
+        norm = None if planned.norm is None else told.norm_of(whole.vector(planned.norm))
         place, what = Place(norm, planned.reads, planned.beside, planned.scale), planned.what
         if isinstance(what, plan.Mamba):
             part: Part = MIXERS[what.dual](what.config, Weights(tensors, f"{what.name}."), place)
+        elif isinstance(what, plan.Delta):
+            part = Delta(what, products, whole, place)
         elif isinstance(what, plan.Attention):
-            part = Attention(what, products, place, at)
+            part = Attention(what, products, place, at, told)
         elif isinstance(what, plan.Mlp):
             part = Mlp(what, products, place)
         elif isinstance(what, plan.Experts):

@@ -7,13 +7,16 @@ family's stock code does between the parts of a layer is said here and nowhere e
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
+
+import torch
 
 from sparsessm.architectures.attention import frequencies
 from sparsessm.checkpoint.known_fields import optional
 from sparsessm.runtime.base import model_type
-from sparsessm.runtime.plan import Attention, Experts, Mamba, Mlp, Plain, Plan, Planned, Product
+from sparsessm.runtime.plan import Attention, Delta, Experts, Mamba, Mlp, Plain, Plan, Planned, Product, Rows
 
 
 def plan_of(config: Any) -> Plan:
@@ -230,6 +233,59 @@ def _zamba2_block(config: Any, name: str, use: int) -> Iterator[Planned]:
     yield Planned(mlp, f"{name}.pre_ff_layernorm.weight", "side", beside=True)
 
 
+def _qwen(config: Any) -> Plan:
+    """Qwen3.5 and Qwen3-Next, with experts or without."""
+    parts, (angles, turned) = [], frequencies(config)
+    for layer, kind in enumerate(config.layer_types):
+        name = f"model.layers.{layer}"
+        if kind == "full_attention":
+            inner = f"{name}.self_attn"
+            norms = {"q_norm": f"{inner}.q_norm.weight", "k_norm": f"{inner}.k_norm.weight"}
+            first: Any = replace(_attention(config, inner, rotary=True), gated=True, **norms)
+        else:
+            first = _delta(config, f"{name}.linear_attn")
+        parts.append(Planned(first, f"{name}.input_layernorm.weight"))
+        inner, norm = f"{name}.mlp", f"{name}.post_attention_layernorm.weight"
+        if not _mixture(config, layer):
+            parts.append(Planned(_mlp(inner, config), norm))
+            continue
+        choice = "softmax_of_chosen" if optional(config, "norm_topk_prob", True) else "softmax"
+        parts.append(Planned(_experts(inner, "gate", config, choice), norm))
+        shared = replace(_mlp(f"{inner}.shared_expert", config), share=Product(f"{inner}.shared_expert_gate"))
+        parts.append(Planned(shared, None, "before"))
+    names = "model.embed_tokens.weight", "model.norm.weight"
+    how: dict[str, Any] = {"angles": angles, "turned": turned, "centred": True}
+    return Plan(*names, float(config.rms_norm_eps), parts, **how)
+
+
+def _mixture(config: Any, layer: int) -> bool:
+    """Whether a layer of Qwen's has experts."""
+    if model_type(config) == "qwen3_next":
+        some = config.num_experts > 0 and (layer + 1) % config.decoder_sparse_step == 0
+        return some and layer not in config.mlp_only_layers
+    return model_type(config) == "qwen3_5_moe_text"
+
+
+def _delta(config: Any, name: str) -> Delta:
+    """The mixer of Qwen3.5, or of Qwen3-Next, whose matrices have all of a group of heads side by side."""
+    groups, heads = int(config.linear_num_key_heads), int(config.linear_num_value_heads)
+    keys, channels = int(config.linear_key_head_dim), int(config.linear_value_head_dim)
+    if model_type(config) == "qwen3_next":
+        many = heads // groups
+        wide = torch.arange(groups * 2 * (keys + many * channels)).view(groups, -1)
+        q, k, v, z = (x.flatten() for x in wide.split([keys, keys, many * channels, many * channels], 1))
+        b, a = (x.flatten() for x in torch.arange(2 * heads).view(groups, -1).chunk(2, 1))
+        whole, both = f"{name}.in_proj_qkvz", f"{name}.in_proj_ba"
+        mixed, gate = [Rows(whole, torch.cat([q, k, v]))], Rows(whole, z)
+        step, beta = Rows(both, a), Rows(both, b)
+    else:
+        mixed, gate = [Rows(f"{name}.in_proj_qkv")], Rows(f"{name}.in_proj_z")
+        step, beta = Rows(f"{name}.in_proj_a"), Rows(f"{name}.in_proj_b")
+    sizes = groups, keys, heads, channels, int(config.linear_conv_kernel_dim)
+    out, norm = Product(f"{name}.out_proj"), f"{name}.norm.weight"
+    return Delta(name, mixed, gate, step, beta, out, norm, float(config.rms_norm_eps), *sizes)
+
+
 def _dual(config: Any, **more: Any) -> Any:
     """The mixers of Bamba, GraniteMoeHybrid and FalconH1 in the words of `Mamba2Config`."""
     return SimpleNamespace(
@@ -298,6 +354,9 @@ FAMILIES: Mapping[str, Callable[[Any], Plan]] = {
     "granitemoehybrid": _granite,
     "jamba": _jamba,
     "nemotron_h": _nemotron_h,
+    "qwen3_5_text": _qwen,
+    "qwen3_5_moe_text": _qwen,
+    "qwen3_next": _qwen,
     "zamba2": _zamba2,
 }
 """By model type. `base.FIELDS` has the same rows."""

@@ -48,9 +48,7 @@ class Mamba2(Mixer):
             self.dt_bias = self.dt_bias + of_step * steps
         projection = weights.stored("in_proj.weight")
         self.in_z, self.in_x, self.in_dt = matrices(projection, torch.arange(sum(widths)).split(widths))
-        self.B_projection, self.C_projection = map(
-            weights.optional, ("B_projection", "C_projection")
-        )
+        self.B_projection, self.C_projection = map(weights.optional, ("B_projection", "C_projection"))
         directions = self.size.states if self.B_projection is None else self.B_projection.shape[1]
         self._kept = (int(self.keeps.sum()), directions, self.size.channels)
         self.state_size = (int(config.conv_kernel) - 1) * self.size.mixed + math.prod(self._kept)

@@ -37,6 +37,7 @@ class Mixer(Part):
         self.skip = weights.vector("D")
         self.conv = weights.vector("conv1d.weight")[:, 0]
         self.conv_bias = weights.optional("conv1d.bias")
+        self.inputs = self.conv.shape[0] * (self.conv.shape[1] - 1)
         self.out_bias = weights.optional("out_proj.bias")
         self.out_proj = matrix(weights.stored("out_proj.weight"))
 

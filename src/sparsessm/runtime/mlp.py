@@ -61,23 +61,28 @@ class Mlp(Part):
         super().__init__(place)
         gate, up = products.pair(told.gate, told.up)
         self._one = _One(gate, up, products.one(told.down), told.curve)
+        self._share = None if told.share is None else products.one(told.share)
 
     def read(self, x: Tensor, state: Tensor, kept: Reading | None = None) -> Tensor:
         """As `Part.read`."""
-        return self._one(x)
+        out = self._one(x)
+        return out if self._share is None else out * torch.sigmoid(self._share(x))
 
     def native(self) -> dict[str, Any]:
         """As `Part.native`."""
-        return self.place.native() | {"kind": "mlp"} | self._one.native()
+        return self.place.native() | {"kind": "mlp"} | self._one.native() | native_of({"share": self._share})
+
+    def _products(self) -> list[Linear]:
+        return [*self._one.products(), *([] if self._share is None else [self._share])]
 
     @property
     def nbytes(self) -> int:
         """As `Part.nbytes`."""
-        return _nbytes(self.place, *self._one.products())
+        return _nbytes(self.place, *self._products())
 
     def held(self) -> Iterator[Any]:
         """As `Part.held`."""
-        yield from _held(self.place, *self._one.products())
+        yield from _held(self.place, *self._products())
 
 
 @final

@@ -40,8 +40,10 @@ class Part(ABC):
     Attributes:
         state_size: floats of a sequence's state that are this part's.
         block: floats of a block of keys and values that are this part's.
+        inputs: floats at the beginning of its state that are inputs of a convolution.
     """
 
+    inputs = 0
     state_size = 0
     block = 0
 
@@ -105,7 +107,9 @@ class Linear:
     @property
     def nbytes(self) -> int:
         """Bytes of weights that a product reads."""
-        return sum(part.nbytes for part in (self.matrix, *(self.adapter or ()), self.bias) if part is not None)
+        return sum(
+            part.nbytes for part in (self.matrix, *(self.adapter or ()), self.bias) if part is not None
+        )
 
     def held(self) -> Iterator[Any]:
         """As `Part.held`; biases are held twice, for prompts and for decoding."""
@@ -142,6 +146,17 @@ class Products:
             return (None if gate is None else self.one(gate)), self.one(up)
         first, second = self._linears([gate, up])
         return first, second
+
+    def rows(self, told: Product, parts: list[Tensor]) -> list[Linear]:
+        """Products of some rows of a tensor, without adapter."""
+        made = matrices(self._weights.stored(f"{told.name}.weight"), list(parts))
+        bias, scale = self._weights.optional(f"{told.name}.bias"), told.scale * told.inputs
+        biases = [None if bias is None else bias[rows] * told.scale for rows in parts]
+        return [Linear(matrix, own, scale) for matrix, own in zip(made, biases, strict=True)]
+
+    def vector(self, name: str) -> Tensor:
+        """A tensor in float32."""
+        return self._weights.vector(name)
 
     def _linears(self, told: list[Product]) -> list[Linear]:
         """Of the same tensor, cut into as many equal pieces."""

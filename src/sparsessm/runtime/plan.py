@@ -44,12 +44,54 @@ class Mamba:
 
 
 @dataclass(frozen=True)
+class Rows:
+    """Some rows of a linear layer.
+
+    Attributes:
+        name: of the stock module. rows: which, in their order here; None: all.
+    """
+
+    name: str
+    rows: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Delta:
+    """A mixer of the gated delta rule.
+
+    Attributes:
+        name: of the stock module, which has conv1d, A_log and dt_bias.
+        mixed: queries, keys and values of all heads, one behind the other. gate, step, beta: of all heads.
+        out: the last projection. norm: name of the weight of each head's norm. epsilon: of it.
+        groups, keys: of queries and keys, channels of each. heads, channels: of values.
+        taps: of the convolution. most: the largest share of a correction that is written.
+    """
+
+    name: str
+    mixed: Sequence[Rows]
+    gate: Rows
+    step: Rows
+    beta: Rows
+    out: Product
+    norm: str
+    epsilon: float
+    groups: int
+    keys: int
+    heads: int
+    channels: int
+    taps: int
+    most: float = 1.0
+
+
+@dataclass(frozen=True)
 class Attention:
     """Causal attention.
 
     Attributes:
         heads, shared, width: heads of queries, of keys and values, channels of each.
         scale: of the scores. rotary: queries and keys are turned by their position.
+        gated: q gives of each head the queries and then a gate, whose sigmoid multiplies what the head gives.
+        q_norm, k_norm: names of the weights of norms of each head's queries and keys; "" if there are none.
     """
 
     q: Product
@@ -61,6 +103,9 @@ class Attention:
     width: int
     scale: float
     rotary: bool
+    gated: bool = False
+    q_norm: str = ""
+    k_norm: str = ""
 
 
 @dataclass(frozen=True)
@@ -69,12 +114,14 @@ class Mlp:
 
     Attributes:
         curve: a name of `mlp.CURVES`.
+        share: of one row, whose sigmoid multiplies what the MLP gives.
     """
 
     gate: Product | None
     up: Product
     down: Product
     curve: str
+    share: Product | None = None
 
 
 @dataclass(frozen=True)
@@ -124,7 +171,7 @@ class Planned:
         scale: of what it gives.
     """
 
-    what: Mamba | Attention | Mlp | Experts | Plain
+    what: Mamba | Delta | Attention | Mlp | Experts | Plain
     norm: str | None
     reads: str = "stream"
     beside: bool = False
@@ -141,6 +188,7 @@ class Plan:
         embedding_scale, logit_scale: of what is looked up, and of the logits.
         angles: (pairs,) radians a token by which rotary attention turns; None: nothing is turned.
         turned: factor of what is turned.
+        centred: weights of norms outside the mixers are stored less one.
     """
 
     embedding: str
@@ -151,6 +199,11 @@ class Plan:
     logit_scale: float = 1.0
     angles: Tensor | None = None
     turned: float = 1.0
+    centred: bool = False
+
+    def norm_of(self, stored: Tensor) -> Tensor:
+        """The weight of a norm outside the mixers, of what is stored."""
+        return stored + 1 if self.centred else stored
 
     @property
     def mixers(self) -> list[Mamba]:

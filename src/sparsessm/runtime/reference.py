@@ -32,11 +32,12 @@ from sparsessm.runtime.base import (
 )
 from sparsessm.runtime.families import plan_of
 from sparsessm.runtime.keys import BLOCK, Keys
-from sparsessm.runtime.plan import Attention, Experts, Mamba, Mlp
+from sparsessm.runtime.plan import Attention, Delta, Experts, Mamba, Mlp
 
 SLAB = 512  # tokens of a prompt that are in memory together
 ORDER = "layer, [inputs of the convolution (K-1, D), oldest first; scan (D, N)]"
 ORDER2 = "layer, [inputs of the convolution (K-1, D + 2GN), oldest first; scan (H, P, N)]"
+ORDER_OF_DELTA = "layer, [inputs of the convolution (K-1, 2GK + HP), oldest first; states (H, K, P)]"
 ORDER_OF_KEYS = "tokens; blocks of 64: token, layer, [keys (heads, width); values (heads, width)]"
 
 
@@ -67,17 +68,22 @@ class ReferenceEngine:
         self._head = self._weights.get("lm_head.weight", self._weights[told.embedding])
         self._a = {mixer.name: -torch.exp(self._of(mixer, "A_log")) for mixer in told.mixers}
         self._sizes: list[int] = []
-        for mixer in told.mixers:
-            taps = self._of(mixer, "conv1d.weight")
-            states = self._states(mixer)
-            inner = heads(mixer.config).inner if mixer.dual else len(taps)
-            self._sizes += [(taps.shape[-1] - 1) * len(taps), inner * states]
+        for part in told.parts:
+            if isinstance(mixer := part.what, Delta):
+                mixed = 2 * mixer.groups * mixer.keys + mixer.heads * mixer.channels
+                self._sizes += [(mixer.taps - 1) * mixed, mixer.heads * mixer.keys * mixer.channels]
+            elif isinstance(mixer, Mamba):
+                taps = self._of(mixer, "conv1d.weight")
+                inner = heads(mixer.config).inner if mixer.dual else len(taps)
+                self._sizes += [(taps.shape[-1] - 1) * len(taps), inner * self._states(mixer)]
         self._attention = [part.what for part in told.parts if isinstance(part.what, Attention)]
         per_token = sum(2 * what.shared * what.width for what in self._attention)
         self.vocabulary = int(config.vocab_size)
         self.state_size = sum(self._sizes) + bool(per_token)
         self.keys = Keys(self.state_size, per_token * BLOCK)
         orders = dict.fromkeys(ORDER2 if mixer.dual else ORDER for mixer in told.mixers)
+        if any(isinstance(part.what, Delta) for part in told.parts):
+            orders |= {ORDER_OF_DELTA: None}
         orders |= {ORDER_OF_KEYS: None} if per_token else {}
         self.layout = fingerprint(config, self._weights, "; ".join(orders))
 
@@ -148,14 +154,17 @@ class ReferenceEngine:
             sources = {"stream": hidden, "side": beside, "sum": hidden + beside, "before": x}
             x = torch.cat([hidden, embedded], -1) if part.reads == "both" else sources[part.reads]
             if part.norm is not None:
-                x = self._norm(x, self._weights[part.norm])
+                x = self._named(x, part.norm)
             if isinstance(what := part.what, Mamba):
                 taps = self._of(what, "conv1d.weight")
                 mixer = self._mamba2 if what.dual else self._mamba1
                 out = mixer(what, x, next(mixing).view(-1, len(taps)), next(mixing))
             elif isinstance(what, Attention):
                 own = next(kept).unflatten(-1, (2, what.shared, what.width))
-                out = parts.attention(self._weights, what, told.angles, told.turned, x, own, start)
+                turning = told.angles, told.turned
+                out = parts.attention(self._weights, what, *turning, x, own, start, self._named)
+            elif isinstance(what, Delta):
+                out = parts.delta(self._weights, what, x, next(mixing), next(mixing))
             elif isinstance(what, Mlp):
                 out = parts.mlp(self._weights, what, x)
             elif isinstance(what, Experts):
@@ -234,11 +243,12 @@ class ReferenceEngine:
     def _linear(self, mixer: Mamba, name: str, x: Tensor) -> Tensor:
         return F.linear(x, self._of(mixer, f"{name}.weight"), self._maybe(mixer, f"{name}.bias"))
 
-    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return weight * _normalised(x, self._plan.epsilon)
+    def _named(self, x: Tensor, norm: str) -> Tensor:
+        """x normalised, by a weight's name."""
+        return self._plan.norm_of(self._weights[norm]) * _normalised(x, self._plan.epsilon)
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        return F.linear(self._norm(hidden, self._weights[self._plan.norm]), self._head) * self._plan.logit_scale
+        return F.linear(self._named(hidden, self._plan.norm), self._head) * self._plan.logit_scale
 
 
 def _checked(config: Any, weights: Mapping[str, Tensor]) -> Iterable[str]:

@@ -6,13 +6,15 @@ the plan of the model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsessm.runtime.plan import Attention, Experts, Mamba, Mlp, Plan, Planned, Product
+from sparsessm.kernels import reference as kernels
+from sparsessm.runtime.plan import Attention, Delta, Experts, Mamba, Mlp, Plan, Planned, Product, Rows
 
 Tensors = Mapping[str, Tensor]
 CURVES = {"silu": F.silu, "gelu": F.gelu, "relu2": lambda x: F.relu(x) ** 2}
@@ -35,16 +37,21 @@ def attention(
     x: Tensor,
     kept: Tensor,
     start: int,
+    norm: Callable[[Tensor, str], Tensor],
 ) -> Tensor:
     """Causal attention of tokens that come after `start` others.
 
     Args:
-        angles: radians a token of each pair of channels. factor: of what they turn.
+        norm: of vectors, by the name of its weight. angles: radians a token of each pair of channels. factor: of what they turn.
         kept: (tokens, 2, shared, width) keys and values of all tokens, filled in from `start` on.
     """
-    q = linear(tensors, told.q, x).unflatten(-1, (told.heads, told.width)) * told.q.scale
+    q, gate = linear(tensors, told.q, x).unflatten(-1, (told.heads, -1)) * told.q.scale, None
+    if told.gated:
+        q, gate = q.chunk(2, -1)
     k, v = (linear(tensors, part, x).unflatten(-1, (told.shared, told.width)) for part in (told.k, told.v))
     k, rows = k * told.k.scale, []
+    if told.q_norm:
+        q, k = norm(q, told.q_norm), norm(k, told.k_norm)
     for t in range(len(x)):
         now = q[t]
         if told.rotary:
@@ -56,7 +63,37 @@ def attention(
         )
         weights = torch.softmax(torch.einsum("hc,thc->ht", now, keys) * told.scale, -1)
         rows.append(torch.einsum("ht,thc->hc", weights, values).flatten())
-    return linear(tensors, told.o, torch.stack(rows))
+    met = torch.stack(rows)
+    return linear(tensors, told.o, met if gate is None else met * torch.sigmoid(gate).flatten(1))
+
+
+def delta(tensors: Tensors, told: Delta, x: Tensor, conv: Tensor, rule: Tensor) -> Tensor:
+    """(L, in) -> (L, in) by the gated delta rule; `conv` and `rule` are the mixer's parts of the state."""
+
+    def some(rows: Rows) -> Tensor:
+        weight = tensors[f"{rows.name}.weight"]
+        return F.linear(x, weight if rows.rows is None else weight[rows.rows])
+
+    entering, before = torch.cat([some(rows) for rows in told.mixed], -1), conv.view(told.taps - 1, -1)
+    seen = torch.cat([before, entering])
+    weight = tensors[f"{told.name}.conv1d.weight"][:, 0]
+    mixed = torch.stack([(seen[t : t + told.taps] * weight.T).sum(0) for t in range(len(x))])
+    before.copy_(seen[len(seen) - len(before) :])
+    share = told.groups * told.keys
+    q, k, v = F.silu(mixed).split([share, share, told.heads * told.channels], -1)
+    q, k = (part.unflatten(-1, (told.groups, told.keys)) for part in (q, k))
+    q, k = (part / (part.square().sum(-1, keepdim=True) + 1e-6).sqrt() for part in (q, k))
+    v = v.unflatten(-1, (told.heads, told.channels))
+    a = torch.exp(tensors[f"{told.name}.A_log"].flatten())
+    g = -a * F.softplus(some(told.step) + tensors[f"{told.name}.dt_bias"].flatten())
+    beta = told.most * torch.sigmoid(some(told.beta))
+    state = rule.view(1, told.heads, told.keys, told.channels)
+    inputs = (q / told.keys**0.5, k, v, g, beta)
+    y, last = kernels.gated_delta(*(part[None] for part in inputs), state)
+    rule.copy_(last.flatten())
+    gate = some(told.gate).unflatten(-1, (told.heads, told.channels))
+    y = y[0] * torch.rsqrt(y[0].square().mean(-1, keepdim=True) + told.epsilon) * tensors[told.norm]
+    return linear(tensors, told.out, (y * F.silu(gate)).flatten(1))
 
 
 def turned(x: Tensor, angles: Tensor, factor: float) -> Tensor:
@@ -70,6 +107,9 @@ def turned(x: Tensor, angles: Tensor, factor: float) -> Tensor:
 def mlp(tensors: Tensors, told: Mlp, x: Tensor) -> Tensor:
     """(L, in) -> (L, out)."""
     curve, wide = CURVES[told.curve], linear(tensors, told.up, x)
+    if told.share is not None:
+        alone = mlp(tensors, replace(told, share=None), x)
+        return alone * torch.sigmoid(linear(tensors, told.share, x))
     if told.gate is None:
         return linear(tensors, told.down, curve(wide))
     if told.gate.name == told.up.name:
@@ -141,6 +181,12 @@ def _of(part: Planned) -> Iterator[str]:
         yield from (f"{what.name}.{name}" for name in ("A_log", "D", "in_proj.weight", "conv1d.weight"))
         yield f"{what.name}.out_proj.weight"
         return
+    if isinstance(what, Delta):
+        yield from (f"{what.name}.{name}" for name in ("A_log", "dt_bias", "conv1d.weight"))
+        yield what.norm
+        yield from (f"{rows.name}.weight" for rows in (*what.mixed, what.gate, what.step, what.beta))
+    if isinstance(what, Attention):
+        yield from filter(None, (what.q_norm, what.k_norm))
     products = [value for value in vars(what).values() if isinstance(value, Product)]
     for product in products:
         yield f"{product.name}.weight"
