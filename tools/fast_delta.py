@@ -101,7 +101,8 @@ def _attention(attention: Any, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tens
     heads, norm = (-1, attention.head_dim), fast_mamba.Norm.apply
     q, gate = fast_mamba.linear(x, attention.q_proj.weight).unflatten(-1, (-1, 2 * heads[1])).chunk(2, -1)
     k, v = (
-        fast_mamba.linear(x, part.weight).unflatten(-1, heads) for part in (attention.k_proj, attention.v_proj)
+        fast_mamba.linear(x, part.weight).unflatten(-1, heads)
+        for part in (attention.k_proj, attention.v_proj)
     )
     q, k = (
         _turned(norm(part.contiguous(), 1 + module.weight, module.eps), *rotary)

@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mamba2_cases import CASES, MAMBA2, PACKED, SHELVED, encoded, made, mixers, near, stock, thin, tokens
 from pico import pico_falcon_mamba, pico_mamba, pico_mamba2, pico_tokenizer
-from pico_hybrids import pico_hybrid
 from torch import Tensor
 
 from sparsessm import architectures, kernels, runtime
@@ -268,18 +267,20 @@ def test_the_shapes_are_those_of_the_stock_model() -> None:
 
 
 def test_what_does_not_run_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = SimpleNamespace(model_type="jamba", hidden_act="silu")
-    words = "the runtime does not run model type 'jamba'; supported: falcon_mamba, mamba, mamba2"
+    config = SimpleNamespace(model_type="mamba3", hidden_act="silu")
+    words = "the runtime does not run model type 'mamba3'; supported: bamba, falcon_h1, falcon_mamba, "
     with pytest.raises(ValueError, match=words):
         runtime.engine_of(config, {}, None)
     monkeypatch.setattr(packed, "of", None)  # refused before any weight is encoded
     with pytest.raises(ValueError, match=words):
-        runtime.of(held(pico_hybrid("jamba")))
+        other = held(pico_mamba2())
+        other.model.config.model_type = "mamba3"
+        runtime.of(other)
     monkeypatch.undo()
     with pytest.raises(ValueError, match=words):
         ReferenceEngine(config, {})
-    (tmp_path / "config.json").write_text('{"model_type": "jamba"}')  # and before any is read
-    monkeypatch.setattr(architectures, "MODEL_TYPES", dict(architectures.MODEL_TYPES) | {"jamba": None})
+    (tmp_path / "config.json").write_text('{"model_type": "mamba3"}')  # and before any is read
+    monkeypatch.setattr(architectures, "MODEL_TYPES", dict(architectures.MODEL_TYPES) | {"mamba3": None})
     with pytest.raises(ValueError, match=words):
         runtime.load(tmp_path)
     with pytest.raises(ValueError, match="hidden_act is 'gelu'"):

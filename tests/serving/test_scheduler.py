@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sparsessm.runtime.engine import SLAB
 from sparsessm.runtime.generation import Model
+from sparsessm.runtime.keys import Keys
 from sparsessm.runtime.sampling import Sampling
 from sparsessm.serving.events import Asked, Event, Failed, Full, Piece, Read
 from sparsessm.serving.scheduler import Scheduler
@@ -237,12 +238,12 @@ def test_time_and_the_queue_have_limits(closing: list[Scheduler]) -> None:
 class Sick:
     """An engine that has NaN for one token, and fails whole for another."""
 
-    vocabulary, state_size, layout = 16, 1, "sick"
+    vocabulary, state_size, layout, keys = 16, 1, "sick", Keys(1, 0)
 
     def new_state(self, batch: int) -> Tensor:
         return torch.zeros(batch, 1)
 
-    def step(self, tokens: Tensor, state: Tensor) -> Tensor:
+    def step(self, tokens: Tensor, states: list[Tensor]) -> Tensor:
         if (tokens == 13).any():
             raise RuntimeError("out of order")
         logits = torch.zeros(len(tokens), self.vocabulary)

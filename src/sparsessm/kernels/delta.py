@@ -6,9 +6,10 @@ A step forgets, corrects what the state answers to a key, and reads:
 
     S_t = Diag(exp(g_t)) S_{t-1},   S_t += beta_t k_t (v_t - S_t' k_t)',   y_t = S_t' q_t
 
-The corrections w_t = beta_t (v_t - S_t' k_t) of one chunk depend on each other through a unit lower triangular
-system. It is solved once for the chunk ("UT transform", Yang et al., "Parallelizing Linear Transformers with
-the Delta Rule over Sequence Length", arXiv 2406.06484, section 3); everything else is products.
+The corrections w_t = beta_t (v_t - S_t' k_t) of one chunk depend on each other through a unit lower
+triangular system. It is solved once for the chunk ("UT transform", Yang et al., "Parallelizing Linear
+Transformers with the Delta Rule over Sequence Length", arXiv 2406.06484, section 3); everything else is
+products.
 
 Letters: W sequences, T steps, H heads with values of P channels, G groups of heads that share q and k, K
 channels of a key. Decays are one number for each head (Gated DeltaNet) or one for each channel of its key
@@ -116,7 +117,7 @@ def _by_head(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> tuple[
 
 
 def _by_channel(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> tuple[Tensor, ...]:
-    """As `_by_head` for decays (..., steps, K): products of q and k are sums over channels that each decay."""
+    """As `_by_head` for decays (..., steps, K): products of q and k sum over channels that each decay."""
     summed = g.double().cumsum(-2).mT  # (..., K, steps)
     between = decays(summed, v.dtype)  # (..., K, t, s)
     passed = torch.exp(summed).to(v.dtype).mT
@@ -154,5 +155,3 @@ def check_delta(
     expect_shape("beta", beta, (windows, length, heads))
     if initial_state is not None:
         expect_shape("initial_state", initial_state, (windows, heads, keys, channels))
-
-
