@@ -148,7 +148,7 @@ def test_slabs_of_a_prompt_are_the_prompt(name: str, monkeypatch: pytest.MonkeyP
 
 
 def encoded(model: Any, int8: bool) -> dict[str, Any]:
-    """Every matrix pruned by half and stored as packed; experts lie in tensors of three axes, which cannot."""
+    """Every matrix pruned by half and stored as packed; experts in tensors of three axes stay dense."""
     made = {}
     for name, tensor in packed.of(held(model)).tensors.items():
         whole = tensor.decode()

@@ -20,6 +20,7 @@ from sparsessm import architectures, kernels, runtime
 from sparsessm.checkpoint import packed
 from sparsessm.evaluation.speed import Subject, measure, storage
 from sparsessm.kernels.matrix import Decoder
+from sparsessm.runtime import base
 from sparsessm.runtime.base import described
 from sparsessm.runtime.causal_lm import causal_lm
 from sparsessm.runtime.engine import NativeEngine
@@ -267,22 +268,21 @@ def test_the_shapes_are_those_of_the_stock_model() -> None:
 
 
 def test_what_does_not_run_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = SimpleNamespace(model_type="mamba3", hidden_act="silu")
-    words = "the runtime does not run model type 'mamba3'; supported: bamba, falcon_h1, falcon_mamba, "
+    monkeypatch.setattr(base, "FIELDS", {kind: base.FIELDS[kind] for kind in ("mamba", "bamba")})
+    config = SimpleNamespace(model_type="mamba2", hidden_act="silu")
+    words = "the runtime does not run model type 'mamba2'; supported: bamba, mamba"
     with pytest.raises(ValueError, match=words):
         runtime.engine_of(config, {}, None)
-    monkeypatch.setattr(packed, "of", None)  # refused before any weight is encoded
-    with pytest.raises(ValueError, match=words):
-        other = held(pico_mamba2())
-        other.model.config.model_type = "mamba3"
-        runtime.of(other)
-    monkeypatch.undo()
     with pytest.raises(ValueError, match=words):
         ReferenceEngine(config, {})
-    (tmp_path / "config.json").write_text('{"model_type": "mamba3"}')  # and before any is read
-    monkeypatch.setattr(architectures, "MODEL_TYPES", dict(architectures.MODEL_TYPES) | {"mamba3": None})
-    with pytest.raises(ValueError, match=words):
+    with monkeypatch.context() as refused, pytest.raises(ValueError, match=words):
+        refused.setattr(packed, "of", None)  # before any weight is encoded
+        runtime.of(held(pico_mamba2()))
+    (tmp_path / "config.json").write_text('{"model_type": "mamba2"}')  # and before any is read
+    with monkeypatch.context() as refused, pytest.raises(ValueError, match=words):
+        refused.setattr(architectures, "MODEL_TYPES", dict(architectures.MODEL_TYPES) | {"mamba2": None})
         runtime.load(tmp_path)
+    monkeypatch.undo()
     with pytest.raises(ValueError, match="hidden_act is 'gelu'"):
         native_or_reference(pico_mamba2(hidden_act="gelu"))
 

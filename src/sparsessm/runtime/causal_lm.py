@@ -63,6 +63,7 @@ class RuntimeForCausalLM(PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     _is_stateful = True  # a state cannot be rolled back: transformers then refuses assisted generation
     _supports_cache_class = False
+    _supports_sdpa = True  # a hybrid's configuration may ask for it; attention is the engine's in any case
 
     def __init__(self, model: Model) -> None:
         super().__init__(copy.deepcopy(model.config))
