@@ -1,5 +1,5 @@
-"""What a stock attention module needs to run slab after slab: keys and values so far, positions, a mask; and by
-what the runtime turns queries and keys."""
+"""What a stock attention module needs to run slab after slab: keys and values so far, positions, a mask; and
+by what the runtime turns queries and keys."""
 
 from __future__ import annotations
 

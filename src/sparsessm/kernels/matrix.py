@@ -188,8 +188,8 @@ class Decoder:
 
         Args:
             tokens: (B,) int64.
-            states: of each sequence float32 (state_size,), with attention (state_size + n block,), advanced in
-                place; a tensor where all have one length.
+            states: of each sequence float32 (state_size,), with attention (state_size + n block,), advanced
+                in place; a tensor where all have one length.
 
         Returns:
             logits (B, V).

@@ -62,7 +62,7 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
     "falcon_h1": (
         *(*_HYBRID, *_DUAL, "hidden_act", "rope_parameters", "embedding_multiplier", "lm_head_multiplier"),
         *("mlp_multipliers", "ssm_multipliers", "ssm_in_multiplier", "ssm_out_multiplier", "key_multiplier"),
-        *("attention_in_multiplier", "attention_out_multiplier", "mamba_norm_before_gate"),
+        *("attention_in_multiplier", "attention_out_multiplier", "mamba_rms_norm", "mamba_norm_before_gate"),
     ),
     "granitemoehybrid": (
         *(*_HYBRID, *_DUAL, "hidden_act", "rope_parameters", "layers_block_type", "position_embedding_type"),

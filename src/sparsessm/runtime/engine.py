@@ -6,7 +6,7 @@ for all models is here; what a model consists of says `families.py`, and part.py
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -68,7 +68,7 @@ class NativeEngine:
         """Lay out the weights.
 
         Args:
-            config: a configuration of transformers of a type of `base.FIELDS`, or an object with its attributes.
+            config: a configuration of transformers of a type of `base.FIELDS`, or alike.
             tensors: of a packed or stock checkpoint, checked, by their stock names. Each is asked for once,
                 if all are used, and not kept: they may be read from a file just then.
             threads: of decoding; torch's number if None.
@@ -112,9 +112,8 @@ class NativeEngine:
         parts = [self._embedding, self._norm, self._norm]
         parts += [] if self._head is self._embedding else [self._head]
         parts += [held for part in self._parts for held in part.held()]
-        matrices = {
-            id(part): part for part in parts if isinstance(part, Matrix)
-        }  # several layers may share one
+        # layers may share a matrix
+        matrices = {id(part): part for part in parts if isinstance(part, Matrix)}
         tensors = [part for part in parts if isinstance(part, Tensor)]
         return sum(part.nbytes for part in (*matrices.values(), *tensors))
 

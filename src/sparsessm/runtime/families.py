@@ -83,7 +83,8 @@ def _granite(config: Any) -> Plan:
 
 def _falcon_h1(config: Any) -> Plan:
     factors = (config.ssm_in_multiplier, *config.ssm_multipliers)
-    mixer = _dual(config, multipliers=factors, norm_before_gate=config.mamba_norm_before_gate)
+    norm = {"gated_norm": config.mamba_rms_norm, "norm_before_gate": config.mamba_norm_before_gate}
+    mixer = _dual(config, multipliers=factors, **norm)
     gate, down = map(float, config.mlp_multipliers)
     within, keys = float(config.attention_in_multiplier), float(config.key_multiplier)
     parts = []

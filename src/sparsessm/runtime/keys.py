@@ -75,8 +75,9 @@ class Keys:
             raise ValueError(f"a state has no room for the keys and values of {tokens} tokens more")
 
     def trimmed(self, state: Tensor) -> Tensor:
-        """A state (n,) without the room that it does not use."""
-        return state[: self.size(self.tokens(state))]
+        """A state (n,) without the room that it does not use: itself, or a copy."""
+        size = self.size(self.tokens(state))
+        return state if size == len(state) else state[:size].clone()
 
     def misfit(self, state: Tensor) -> str:
         """What is wrong with a state (n,) of finite numbers; empty if nothing is."""

@@ -87,7 +87,7 @@ class Slots:
 
 
 class Mamba1(Mixer):
-    """Of Mamba; of FalconMamba and Jamba, which normalise the inputs of dt_proj, B and C, Jamba with weights."""
+    """Of Mamba; of FalconMamba and Jamba, which normalise the inputs of dt_proj, B and C."""
 
     ORDER = "layer, [inputs of the convolution (K-1, D); kept states by group (slots, 16)]"
 

@@ -27,7 +27,7 @@ from sparsessm.runtime.weights import LANES, Weights, matrices, padded
 
 
 class Mamba2(Mixer):
-    """Of Mamba-2, and of hybrids: FalconH1 has multipliers, and its norm may be missing or before the gate."""
+    """Of Mamba-2 and hybrids; FalconH1 has multipliers, and its norm may be missing or before the gate."""
 
     ORDER = "layer, [inputs of the convolution (K-1, D + 2GN); states of heads with memory (N, P)]"
 
@@ -38,7 +38,11 @@ class Mamba2(Mixer):
         stored = weights.stored("A_log")
         a_log, forgets = stored.decode(torch.float32), removed_a_log(stored.dtype)["memoryless"]
         self.keeps, self.a = a_log < forgets, -torch.exp(a_log)
-        self.gated_norm, self.dt_bias = weights.optional("norm.weight"), weights.vector("dt_bias")
+        normed = optional(config, "gated_norm", True)
+        self.gated_norm, self.dt_bias = (
+            weights.vector("norm.weight") if normed else None,
+            weights.vector("dt_bias"),
+        )
         self._norm_first = bool(optional(config, "norm_before_gate", False))
         widths, self.in_bias = [self.size.inner, self.size.mixed, self.size.heads], None
         gates, steps = self._multiplied(optional(config, "multipliers"))

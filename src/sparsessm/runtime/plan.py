@@ -129,10 +129,11 @@ class Experts:
     """MLPs of which a router chooses some for each token.
 
     Attributes:
-        wide, down: names of tensors (experts, out, in); `wide` has gate and up one above the other if `gated`.
+        wide, down: names of tensors (experts, out, in); `wide` has gate and up, one above the other, if
+            `gated`.
         before, behind: linear layers around the experts.
-        choice: "softmax" of all logits; "softmax_of_chosen"; "sigmoid" of all, chosen with `favour` added from
-            the `chosen_groups` best of `groups`, and `normalised` or not, times `factor`.
+        choice: "softmax" of all logits; "softmax_of_chosen"; "sigmoid" of all, chosen with `favour` added
+            from the `chosen_groups` best of `groups`, and `normalised` or not, times `factor`.
         favour: name of the tensor (experts,).
     """
 

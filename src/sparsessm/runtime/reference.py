@@ -46,8 +46,8 @@ class ReferenceEngine:
 
     The state of a sequence holds, mixer after mixer, the last K - 1 inputs of the convolution (K-1, D) and
     the state of the scan (D, N), where each layer may have a D of its own; of Mamba-2 (K-1, D + 2GN) and
-    (H, P, N), or (H, P, r) where B and C are projected (architectures/projected.py). With attention the number
-    of tokens follows, and behind it of each token all layers' keys and values (layer, 2, heads, width).
+    (H, P, N), or (H, P, r) where B and C are projected (architectures/projected.py). With attention the
+    number of tokens follows, and of each token all layers' keys and values (layer, 2, heads, width).
     """
 
     def __init__(self, config: Any, weights: Mapping[str, Tensor]) -> None:
@@ -149,7 +149,8 @@ class ReferenceEngine:
         hidden, beside, x = embedded, embedded, embedded
         mixing = iter(state[: sum(self._sizes)].split(self._sizes))
         per_token = [2 * what.shared * what.width for what in self._attention]
-        kept = iter(state[self.keys.fixed :].view(-1, sum(per_token) or 1).split(per_token, -1))
+        behind = state[self.keys.fixed :]  # nothing, where there is no attention
+        kept = iter(behind.view(-1, sum(per_token)).split(per_token, -1) if per_token else ())
         for part in told.parts:
             sources = {"stream": hidden, "side": beside, "sum": hidden + beside, "before": x}
             x = torch.cat([hidden, embedded], -1) if part.reads == "both" else sources[part.reads]

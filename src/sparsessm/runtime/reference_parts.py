@@ -1,18 +1,19 @@
 """Attention, MLPs and experts of the definition (reference.py), in plain PyTorch, token by token.
 
-Place in the flow: below `reference.py`. Independent of the native engine's code: nothing of it is used here but
-the plan of the model.
+Place in the flow: below `reference.py`. Independent of the native engine: what both have is the plan of the
+model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparsessm.checkpoint.known_fields import optional
 from sparsessm.kernels import reference as kernels
 from sparsessm.runtime.plan import Attention, Delta, Experts, Mamba, Mlp, Plan, Planned, Product, Rows
 
@@ -144,7 +145,7 @@ def experts(tensors: Tensors, told: Experts, x: Tensor) -> Tensor:
 def routed(told: Experts, logits: Tensor, favour: Tensor | None) -> list[tuple[int, Tensor]]:
     """Of one token's logits (experts,) the experts it goes to, and what their outputs count."""
 
-    def best(scores: list[float], count: int) -> list[int]:
+    def best(scores: Sequence[float], count: int) -> list[int]:
         return sorted(range(len(scores)), key=lambda e: -scores[e])[:count]
 
     if told.choice == "sigmoid":
@@ -180,6 +181,8 @@ def _of(part: Planned) -> Iterator[str]:
     if isinstance(what, Mamba):
         yield from (f"{what.name}.{name}" for name in ("A_log", "D", "in_proj.weight", "conv1d.weight"))
         yield f"{what.name}.out_proj.weight"
+        if what.dual and optional(what.config, "gated_norm", True):
+            yield f"{what.name}.norm.weight"
         return
     if isinstance(what, Delta):
         yield from (f"{what.name}.{name}" for name in ("A_log", "dt_bias", "conv1d.weight"))

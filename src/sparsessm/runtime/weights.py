@@ -1,4 +1,4 @@
-"""The tensors of a model as the native engine takes them: by their stock names, and in the forms of its kernels.
+"""The tensors of a model as the native engine takes them: by stock names, in the forms of its kernels.
 
 Place in the flow: below the parts of a layer (part.py), above the kernels. Each tensor is asked for once.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsessm.checkpoint.coded import Coded, plain
-from sparsessm.checkpoint.encoding import Encoded, encode
+from sparsessm.checkpoint.encoding import Encoded
 from sparsessm.checkpoint.packed_tensor import PackedTensor
 from sparsessm.checkpoint.shelf import Unread
 from sparsessm.kernels.matrix import MOST_COLUMNS, PIECE, Matrix
