@@ -15,13 +15,13 @@ from sparsessm import kernels
 from sparsessm.checkpoint import packed
 from sparsessm.checkpoint.encoding import encode
 from sparsessm.runtime import engine as native_engine
-from sparsessm.runtime.base import Engine
+from sparsessm.runtime.base import FIELDS, Engine
 from sparsessm.runtime.engine import NativeEngine
 from sparsessm.runtime.keys import BLOCK, MOST, Keys
 from sparsessm.runtime.reference import ReferenceEngine
 
 pytestmark = pytest.mark.skipif(not NEW, reason="hybrids need transformers 5")
-MODELS = [*FAMILIES, *VARIANTS]
+MODELS = [name for name in (*FAMILIES, *VARIANTS) if VARIANTS.get(name, (name,))[0] in FIELDS]
 OTHER: dict[str, tuple[str, dict[str, Any]]] = {  # sizes that fit no vector, and groups that are left out
     "heads of 5 channels": (
         "nemotron_h",
@@ -33,6 +33,14 @@ OTHER: dict[str, tuple[str, dict[str, Any]]] = {  # sizes that fit no vector, an
         {"n_routed_experts": 6, "n_group": 3, "topk_group": 2, "num_experts_per_tok": 3},
     ),
     "all experts": ("granitemoehybrid", {"num_experts_per_tok": 4, "intermediate_size": 21}),
+    "values of 70 channels": (
+        "qwen3_5_text",
+        {"linear_value_head_dim": 70, "linear_key_head_dim": 3, "linear_num_value_heads": 6, "head_dim": 10},
+    ),
+    "one head of values": (
+        "qwen3_next",
+        {"linear_num_key_heads": 1, "linear_num_value_heads": 1, "linear_conv_kernel_dim": 2},
+    ),
     "turned linearly": (
         "bamba",
         {"rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 9.0}},
@@ -276,3 +284,18 @@ def test_a_fingerprint_tells_hybrids_apart() -> None:
     assert plain == reference(model_of("granitemoehybrid")).layout
     other = pico_hybrid("granitemoehybrid", attention_multiplier=0.5)
     assert reference(other).layout != plain
+
+
+@both
+@pytest.mark.parametrize("name", ["qwen3_5_text", "qwen3_next"])
+def test_heads_of_the_delta_rule_that_forget_have_no_state(make: Callable[[Any], Engine], name: str) -> None:
+    model = pico_hybrid(name)
+    whole = make(model).state_size
+    with torch.no_grad():
+        for layer, heads in ((0, [1, 2]), (2, [0])):
+            model.model.layers[layer].linear_attn.A_log[heads] = 38.0
+    ids, engine = ids_of(LENGTH), make(model)
+    expected = stock(model, ids)
+    assert near(engine.prompt(ids, begun(engine, LENGTH)[0], every=True), expected)
+    assert near(stepped(engine, ids, begun(engine, LENGTH)[0]), expected)
+    assert engine.state_size == whole - (3 * 8 * 5 if isinstance(engine, NativeEngine) else 0)

@@ -43,7 +43,8 @@ def attention(
     """Causal attention of tokens that come after `start` others.
 
     Args:
-        norm: of vectors, by the name of its weight. angles: radians a token of each pair of channels. factor: of what they turn.
+        angles: radians a token of each pair of channels. factor: of what they turn.
+        norm: of vectors, by the name of its weight.
         kept: (tokens, 2, shared, width) keys and values of all tokens, filled in from `start` on.
     """
     q, gate = linear(tensors, told.q, x).unflatten(-1, (told.heads, -1)) * told.q.scale, None
@@ -89,8 +90,8 @@ def delta(tensors: Tensors, told: Delta, x: Tensor, conv: Tensor, rule: Tensor) 
     g = -a * F.softplus(some(told.step) + tensors[f"{told.name}.dt_bias"].flatten())
     beta = told.most * torch.sigmoid(some(told.beta))
     state = rule.view(1, told.heads, told.keys, told.channels)
-    inputs = (q / told.keys**0.5, k, v, g, beta)
-    y, last = kernels.gated_delta(*(part[None] for part in inputs), state)
+    q, k, v, g, beta = (part[None] for part in (q / told.keys**0.5, k, v, g, beta))
+    y, last = kernels.gated_delta(q, k, v, g, beta, state)
     rule.copy_(last.flatten())
     gate = some(told.gate).unflatten(-1, (told.heads, told.channels))
     y = y[0] * torch.rsqrt(y[0].square().mean(-1, keepdim=True) + told.epsilon) * tensors[told.norm]
