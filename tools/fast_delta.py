@@ -21,8 +21,11 @@ from sparsessm.kernels.delta import gated_delta
 LAYERS = 6
 MUON = tuple(
     f"{name}.weight"
-    for name in ("in_proj_qkv", "in_proj_z", *(f"{kind}_proj" for kind in ("q", "k", "v", "o", "gate", "up", "down")))
-)  # fmt: skip
+    for name in (
+        *("in_proj_qkv", "in_proj_z"),
+        *(f"{kind}_proj" for kind in ("q", "k", "v", "o", "gate", "up", "down")),
+    )
+)
 
 
 def new_model(entries: int, layers: int) -> PreTrainedModel:

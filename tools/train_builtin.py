@@ -1,11 +1,12 @@
-"""Trains the built-in models, a small stock Mamba (`builtin:pycode`), a Mamba-2 (`builtin:pycode2`) and a text
-model of the Qwen3.5 type (`builtin:pydelta`) of its size, on the Python standard library, and exports them.
+"""Trains the built-in models, a small stock Mamba (`builtin:pycode`), a Mamba-2 (`builtin:pycode2`) and a
+text model of the Qwen3.5 type (`builtin:pydelta`) of its size, on the Python standard library, and exports
+them.
 
     python tools/train_builtin.py train --compile --hours 2       # resumes from build/train
     python tools/train_builtin.py export src/sparsessm/builtin/pycode
     python tools/train_builtin.py train --architecture mamba2 --compile --hours 2  # in build/train-mamba2
     python tools/train_builtin.py export --architecture mamba2 src/sparsessm/builtin/pycode2
-    python tools/train_builtin.py train --architecture qwen3_5_text --compile --hours 2  # in build/train-delta
+    python tools/train_builtin.py train --architecture qwen3_5_text --compile --hours 2 # in build/train-delta
     python tools/train_builtin.py export --architecture qwen3_5_text src/sparsessm/builtin/pydelta
 
 Text: the training side of `stdlib`, and where this Python carries them the training side of its test modules
