@@ -14,6 +14,7 @@ from torch import Tensor
 from sparsessm import kernels
 from sparsessm.checkpoint import packed
 from sparsessm.checkpoint.encoding import encode
+from sparsessm.kernels.matrix import Decoder
 from sparsessm.runtime import engine as native_engine
 from sparsessm.runtime.base import FIELDS, Engine
 from sparsessm.runtime.engine import NativeEngine
@@ -299,3 +300,62 @@ def test_heads_of_the_delta_rule_that_forget_have_no_state(make: Callable[[Any],
     assert near(engine.prompt(ids, begun(engine, LENGTH)[0], every=True), expected)
     assert near(stepped(engine, ids, begun(engine, LENGTH)[0]), expected)
     assert engine.state_size == whole - (3 * 8 * 5 if isinstance(engine, NativeEngine) else 0)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("name", "kind", "change", "words"),
+    [
+        ("bamba", "attention", {"heads": 3}, "heads must be a multiple of shared"),
+        ("bamba", "attention", {"head_width": 5}, r"q is \(16, 16\), expected \(20, 16\)"),
+        ("bamba", "attention", {"shared": 0}, "shared is out of range"),
+        ("bamba", "attention", {"o": None}, "o is missing"),
+        ("bamba", "attention", {"norm": torch.ones(17)}, "norm has 17 values, expected 16"),
+        ("bamba", "attention", {"reads": "side"}, "a part reads what is beside the stream, and nothing is"),
+        ("bamba", "attention", {"reads": "both", "norm": torch.ones(32)}, r"q is \(16, 16\), expected"),
+        ("bamba", "attention", {"reads": "all"}, "reads is 'all'; allowed: before, stream, both, side, sum"),
+        ("bamba", "attention", {"kind": "gate"}, "kind is 'gate'; allowed: mamba, attention, mlp, experts"),
+        ("bamba", "mlp", {"curve": "tanh"}, "curve is 'tanh'; allowed: silu, gelu, relu2"),
+        ("bamba", "mlp", {"gate": "down"}, r"gate is \(16, 24\), expected \(24, 16\)"),
+        ("bamba", "mamba", {"reads": "before"}, "the first part reads what a part before it read"),
+        ("bamba", "mamba", {"reads": "both", "norm": torch.ones(32)}, "a mixer reads the stream alone"),
+        ("granitemoehybrid", "experts", {"chosen": 5}, "chosen is 5 of 4 experts"),
+        ("granitemoehybrid", "experts", {"choice": "first"}, "choice is 'first'; allowed: softmax,"),
+        ("granitemoehybrid", "experts", {"each": []}, "there are no experts"),
+        ("nemotron_h-latent", "experts", {"before": None}, "before and behind come together"),
+        ("nemotron_h-latent", "experts", {"groups": 3}, "groups do not fit the experts"),
+        ("nemotron_h-latent", "experts", {"favour": torch.ones(3)}, "favour has 3 values, expected 4"),
+        ("nemotron_h", "experts", {"reads": "both", "norm": torch.ones(32)}, "router is"),
+        ("zamba2", "linear", {"linear": None}, "linear is missing"),
+    ],
+)
+def test_the_decoder_refuses_parts_that_do_not_fit(
+    name: str, kind: str, change: dict[str, Any], words: str
+) -> None:
+    engine: Any = native(model_of(name))
+    sizes = {"width": 16, "vocabulary": 64, "epsilon": 1e-5} | native_engine._sizes(engine._plan)
+    rest: dict[str, Any] = {"norm": engine._norm, "embedding": engine._embedding, "head": engine._head}
+    rest["turns"] = engine._plan.angles
+    parts = [part.native() for part in engine._parts]
+    assert Decoder(sizes, parts, rest).state_size == engine.state_size
+    at = next(i for i, part in enumerate(parts) if part.get("kind", "mamba") == kind)
+    parts[at] |= {key: parts[at][new] if new == "down" else new for key, new in change.items()}
+    with pytest.raises(ValueError, match=words):
+        Decoder(sizes, parts, rest)
+
+
+@needs_native
+def test_more_turned_channels_than_a_head_has_and_one_state_twice_are_refused() -> None:
+    engine: Any = native(model_of("bamba"))
+    sizes = {"width": 16, "vocabulary": 64, "epsilon": 1e-5} | native_engine._sizes(engine._plan)
+    rest = {
+        "norm": engine._norm,
+        "embedding": engine._embedding,
+        "head": engine._head,
+        "turns": torch.ones(3),
+    }
+    with pytest.raises(ValueError, match="turns are more than half of a head"):
+        Decoder(sizes, [part.native() for part in engine._parts], rest)
+    state = begun(engine, 1)[0]
+    with pytest.raises(ValueError, match="a state is there twice"):
+        engine.step(ids_of(2), [state, state])

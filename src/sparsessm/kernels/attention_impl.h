@@ -1,5 +1,5 @@
-// Attention of a step: the keys and values of one token for each sequence go behind those that are kept, and its queries
-// meet all of them. Included by step_impl.h.
+// Attention of a step: the keys and values of one token for each sequence go behind those that are kept, and its
+// queries meet all of them. Included by step_impl.h.
 
 // The first channels of a head in pairs (c, c + pairs), turned by the position; the others as they are.
 static void turn(const float *x, const float *turned, int64_t pairs, int64_t width, float scale, float *out) {
@@ -53,7 +53,8 @@ static void take_part(const Attention &a, const Part &part, Own &o) {
     const Step &s = o.s;
     const Network &net = s.net;
     Workspace &w = s.work;
-    const int64_t P = a.width, H = a.heads, G = H / a.shared, pairs = a.rotary ? static_cast<int64_t>(net.turns.size()) : 0;
+    const int64_t P = a.width, H = a.heads, G = H / a.shared;
+    const int64_t pairs = a.rotary ? static_cast<int64_t>(net.turns.size()) : 0;
     float *q = w.u.data(), *k = w.z.data(), *v = k + s.batch * a.shared * P;
     int64_t begin, end;
     o.share(part.share, begin, end);
@@ -92,7 +93,8 @@ static void take_part(const Attention &a, const Part &part, Own &o) {
             values[at % KEPT * P + c] = v[(b * a.shared + g) * P + c];
         }
     };
-    const auto ask = [&](int64_t b, int64_t first, int64_t count) { // queries [first, first + count), of one head of keys
+    // Queries [first, first + count), of one head of keys.
+    const auto ask = [&](int64_t b, int64_t first, int64_t count) {
         const int64_t kept = tokens_of(net, s.states[b]) + 1, g = first / G;
         float *queries = room.data() + P, *sums = queries + G * P;
         std::vector<Seen> seen(count);

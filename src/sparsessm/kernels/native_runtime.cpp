@@ -1,6 +1,8 @@
-// sparsessm.kernels._native, second half: the matrices and the decoder of the runtime; network.h makes the network.
+// sparsessm.kernels._native, second half: the matrices and the decoder of the runtime; native_network.cpp makes the
+// network.
 #include "checksum.h"
 #include "native.h"
+#include "native_network.h"
 #include "network.h"
 
 #include <nanobind/ndarray.h>
@@ -120,19 +122,8 @@ struct Decoder {
     void share(int threads) {
         if (threads == shared_by) return;
         shared_by = 0, shares.clear(); // in this order: what follows may fail
-        for (const Part &part : net.parts)
-            for (const auto &some : matrices_of(part)) shares.push_back(shared(some, threads));
-        shares.push_back(net.head->shares(threads));
+        shares = shares_of(net, threads);
         shared_by = threads;
-    }
-
-    void make_room(int64_t batch) {
-        Room room{net.width, 0, 0, 0, false, false};
-        for (const Part &part : net.parts) room.grow(part);
-        work.hidden.resize(batch * net.width), work.u.resize(batch * room.wide), work.z.resize(batch * room.wide);
-        work.y.resize(batch * room.between), work.dbc.resize(batch * room.narrow);
-        work.embedded.resize(room.embedded ? batch * net.width : 0), work.side.resize(room.side ? batch * net.width : 0);
-        work.turned.resize(batch * 2 * net.turns.size());
     }
 };
 
@@ -203,11 +194,15 @@ void step(Decoder &self, const std::string &level, int threads, Array<const int6
         refuse_full(net, state.data(), state.shape(0));
         rows.push_back(state.data());
     }
+    std::vector<float *> sorted = rows;
+    std::sort(sorted.begin(), sorted.end());
+    if (net.state_size && std::adjacent_find(sorted.begin(), sorted.end()) != sorted.end())
+        refuse("a state is there twice");
     const Level &kernels = find(level);
     nb::gil_scoped_release release;
     const std::lock_guard<std::mutex> lock(self.busy);
     Workspace &w = self.work;
-    self.make_room(batch);
+    make_room(net, batch, w);
     threads = bounded(threads);
     self.share(threads); // here, where it may fail; a smaller team shares anew
     std::atomic<bool> ready{false}, failed{false};
