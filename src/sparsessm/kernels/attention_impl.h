@@ -77,16 +77,20 @@ static void take_part(const Attention &a, const Part &part, Own &o) {
     };
     std::vector<float> room(P + G * P + G * (P + LANES) + P);
     float *normed = room.data() + P + G * P + G * (P + LANES);
-    const auto own = [&](const float *x, const std::vector<float> &norm) { // of a head, normalised where there is a norm
+    // A head of `all` heads of a sequence, normalised where there is a norm.
+    const auto own = [&](const float *all, int64_t count, int64_t head, const std::vector<float> &norm) {
+        const float *x = all + head * P;
         if (norm.empty()) return x;
-        rms_norm(x, norm.data(), net.epsilon, P, normed);
+        const float unit = a.norm_whole ? unit_of(all, net.epsilon, count * P) : unit_of(x, net.epsilon, P);
+        const float *weight = norm.data() + (a.norm_whole ? head * P : 0);
+        for (int64_t c = 0; c < P; ++c) normed[c] = weight[c] * (x[c] * unit);
         return static_cast<const float *>(normed);
     };
     const auto keep = [&](int64_t unit) { // of the token: its keys and values
         const int64_t b = unit / a.shared, g = unit % a.shared, at = tokens_of(net, s.states[b]);
         float *keys = s.states[b] + net.state_size + at / KEPT * net.block + a.place + g * P * KEPT;
         float *values = keys + a.shared * P * KEPT;
-        turn(own(k + (b * a.shared + g) * P, a.k_norm), w.turned.data() + b * 2 * net.turns.size(), pairs, P, 1,
+        turn(own(k + b * a.shared * P, a.shared, g, a.k_norm), w.turned.data() + b * 2 * net.turns.size(), pairs, P, 1,
              room.data());
         for (int64_t c = 0; c < P; ++c) {
             keys[c * KEPT + at % KEPT] = room[c];
@@ -99,7 +103,7 @@ static void take_part(const Attention &a, const Part &part, Own &o) {
         float *queries = room.data() + P, *sums = queries + G * P;
         std::vector<Seen> seen(count);
         for (int64_t h = 0; h < count; ++h)
-            turn(own(q + (b * H + first + h) * P, a.q_norm), w.turned.data() + b * 2 * net.turns.size(), pairs, P,
+            turn(own(q + b * H * P, H, first + h, a.q_norm), w.turned.data() + b * 2 * net.turns.size(), pairs, P,
                  a.scale * LOG2E, queries + h * P);
         std::fill(sums, sums + count * (P + LANES), 0.0f);
         const float *block = s.states[b] + net.state_size + a.place + g * P * KEPT;

@@ -172,7 +172,9 @@ Attention attention(const nb::dict &from, const Network &net, int64_t reads) {
     a.v = linear(from, "v", a.shared * a.width, reads), a.o = linear(from, "o", net.width, a.heads * a.width);
     a.scale = number(from, "score_scale", 1);
     if (has(from, "gate")) a.gate = linear(from, "gate", a.heads * a.width, reads);
-    a.q_norm = floats(from, "q_norm", a.width, true), a.k_norm = floats(from, "k_norm", a.width, true);
+    a.norm_whole = from.contains("norm_whole") && nb::cast<bool>(from["norm_whole"]);
+    a.q_norm = floats(from, "q_norm", (a.norm_whole ? a.heads : 1) * a.width, true);
+    a.k_norm = floats(from, "k_norm", (a.norm_whole ? a.shared : 1) * a.width, true);
     a.rotary = from.contains("rotary") && nb::cast<bool>(from["rotary"]);
     if (a.rotary && 2 * static_cast<int64_t>(net.turns.size()) > a.width) refuse("turns are more than half of a head");
     return a;
@@ -320,8 +322,10 @@ Network network(const nb::dict &sizes, const std::vector<nb::dict> &parts, const
             const bool plain = fields.contains("norm") && fields["norm"].is_none();
             if (!plain) part.norm = floats(fields, "norm", reads);
         }
+        part.after = floats(fields, "after", net.width, true);
         part.beside = fields.contains("beside") && nb::cast<bool>(fields["beside"]);
         part.scale = number(fields, "scale", 1);
+        if (part.beside && !part.after.empty()) refuse("what goes beside the stream has no norm");
         side = side || part.beside;
         const std::string kind = word(fields, "kind", "mamba");
         if (kind == "mamba") {

@@ -16,7 +16,18 @@ std::vector<std::vector<const Matrix *>> matrices_of(const Part &part) {
     };
     if (const auto *m = std::get_if<Mamba>(&part.what))
         return {{m->in_x.get()}, {m->in_z.get()}, {(m->heads ? m->heads->in_dt : m->x_proj).get()}, {m->out_proj.get()}};
-    if (const auto *a = std::get_if<Attention>(&part.what)) return {all(a->q), all(a->k), all(a->v), all(a->o)};
+    if (const auto *m = std::get_if<Delta>(&part.what)) {
+        std::vector<std::vector<const Matrix *>> found;
+        for (const auto &each : m->mixed) found.push_back({each.get()});
+        for (const auto *each : {&m->gate, &m->step, &m->beta}) found.push_back({each->get()});
+        found.push_back(all(m->out));
+        return found;
+    }
+    if (const auto *a = std::get_if<Attention>(&part.what)) {
+        std::vector<std::vector<const Matrix *>> found{all(a->q), all(a->k), all(a->v), all(a->o)};
+        if (a->gate.matrix) found.push_back(all(a->gate));
+        return found;
+    }
     if (const auto *l = std::get_if<Linear>(&part.what)) return {all(*l)};
     const auto inner = [&all](const Mlp &m) {
         auto found = all(m.up);
@@ -47,15 +58,19 @@ std::vector<int64_t> shared(const std::vector<const Matrix *> &together, int thr
 // The most that any part needs of a workspace, for one sequence.
 struct Room {
     int64_t wide = 0, between = 0, narrow = 0; // of Workspace: u and z; y; dbc
-    bool embedded = false, side = false;
+    bool embedded = false, side = false, given = false;
 
     void grow(const Part &part) {
         embedded = embedded || part.source == Source::both, side = side || part.beside;
+        given = given || !part.after.empty();
         if (const auto *m = std::get_if<Mamba>(&part.what)) {
             wide = std::max({wide, m->in_x->rows, m->channels}), between = std::max(between, m->channels);
             narrow = std::max(narrow, m->heads ? m->heads->count : m->x_proj->rows);
+        } else if (const auto *m = std::get_if<Delta>(&part.what)) {
+            wide = std::max(wide, m->mixed_rows), between = std::max(between, m->heads * m->channels);
+            narrow = std::max(narrow, 2 * m->heads);
         } else if (const auto *a = std::get_if<Attention>(&part.what)) {
-            wide = std::max({wide, a->heads * a->width, 2 * a->shared * a->width});
+            wide = std::max({wide, (a->gate.matrix ? 2 : 1) * a->heads * a->width, 2 * a->shared * a->width});
             between = std::max(between, a->heads * a->width);
         } else if (const auto *m = std::get_if<Mlp>(&part.what)) {
             wide = std::max(wide, m->up.matrix->rows);
@@ -85,6 +100,7 @@ void make_room(const Network &net, int64_t batch, Workspace &work) {
     work.hidden.resize(batch * net.width), work.u.resize(batch * room.wide), work.z.resize(batch * room.wide);
     work.y.resize(batch * room.between), work.dbc.resize(batch * room.narrow);
     work.embedded.resize(room.embedded ? batch * net.width : 0), work.side.resize(room.side ? batch * net.width : 0);
+    work.given.resize(room.given ? batch * net.width : 0);
     work.turned.resize(batch * 2 * net.turns.size());
 }
 

@@ -89,7 +89,9 @@ struct Attention {
     float scale;                  // of the scores
     bool rotary;                  // queries and keys are turned by their position
     Linear gate;                  // its sigmoid multiplies what the heads give; without a matrix where there is none
-    std::vector<float> q_norm, k_norm; // (width) weights of norms of each head's queries and keys; or empty
+    // Weights of norms of queries and keys: of each head (width), or of all together (heads, width); empty: there is none.
+    std::vector<float> q_norm, k_norm;
+    bool norm_whole = false;
     int64_t place = 0;            // floats from the beginning of a block
 
     int64_t floats() const { return 2 * shared * width * KEPT; } // of a block
@@ -121,6 +123,7 @@ enum class Source : uint8_t { before, stream, both, side, sum }; // what the las
 struct Part {
     Source source = Source::stream;
     std::vector<float> norm; // of what it reads; empty: as it is
+    std::vector<float> after; // of a norm of what it gives; empty: there is none
     bool beside = false;     // what it gives does not go to the stream, but replaces what is beside it
     float scale = 1;         // of what is added to the stream
     std::variant<Mamba, Delta, Attention, Mlp, Experts, Linear> what;
@@ -179,6 +182,7 @@ class Barrier {
 struct Workspace { // shared by the threads of one step, (batch, ...) each
     std::vector<float> hidden, u, z, dbc, y; // u: what the convolution gives; dbc: R + 2N values, or H step sizes
     std::vector<float> embedded, side;       // what was looked up, and what is beside the stream, where a part reads it
+    std::vector<float> given;                // what a part gives, before its norm
     std::vector<float> turned;               // (turns) cosines, then as many sines
 };
 

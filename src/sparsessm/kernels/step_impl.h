@@ -42,7 +42,8 @@ struct Own {
         for (int64_t b = 0; b < s.batch; ++b)
             for (int64_t i = begin * GROUP; i < std::min(d, end * GROUP); ++i) {
                 const float value = added[b * d + i] + (bias.empty() ? 0.0f : bias[i]);
-                if (part.beside) s.work.side[b * d + i] = value * part.scale;
+                if (!part.after.empty()) s.work.given[b * d + i] = value;
+                else if (part.beside) s.work.side[b * d + i] = value * part.scale;
                 else s.work.hidden[b * d + i] += value * part.scale;
             }
     }
@@ -120,6 +121,18 @@ static void read(const Part &part, Own &o) {
     }
 }
 
+// What a part gave goes to the stream through a norm, each thread some of it.
+static void add_normed(const Part &part, const Own &o) {
+    const Step &s = o.s;
+    const int64_t d = s.net.width;
+    for (int64_t b = 0; b < s.batch; ++b) {
+        const float *given = s.work.given.data() + b * d;
+        const float unit = unit_of(given, s.net.epsilon, d);
+        for (int64_t i = d * o.thread / o.threads; i < d * (o.thread + 1) / o.threads; ++i)
+            s.work.hidden[b * d + i] += part.after[i] * (given[i] * unit) * part.scale;
+    }
+}
+
 // What is looked up of the next tokens, and by what their queries and keys are turned.
 static void look_up(const Step &s) {
     const Network &net = s.net;
@@ -154,6 +167,9 @@ void step(const Step &s, int thread, int threads) {
     for (const Part &part : net.parts) {
         read(part, o);
         std::visit([&](const auto &what) { take_part(what, part, o); }, part.what);
+        o.wait();
+        if (part.after.empty()) continue;
+        add_normed(part, o);
         o.wait();
     }
     if (thread == 0 && net.block)

@@ -52,8 +52,16 @@ class Attention(Part):
         width = self._told.width
         q, k, v = (made(x).unflatten(-1, (-1, width)) for made in (self._q, self._k, self._v))
         if self._q_norm is not None and self._k_norm is not None:
-            q = F.rms_norm(q, (width,), self._q_norm, self._epsilon)
-            k = F.rms_norm(k, (width,), self._k_norm, self._epsilon)
+            q, k = (
+                F.rms_norm(
+                    part.reshape(len(x), *norm.shape) if self._told.norm_whole else part,
+                    norm.shape,
+                    norm,
+                    self._epsilon,
+                )
+                for part, norm in ((q, self._q_norm), (k, self._k_norm))
+            )
+            q, k = (part.view(len(x), -1, width) for part in (q, k))
         if self._told.rotary:
             q, k = kept.turned(q), kept.turned(k)
         keys, values = kept.keep(self.at, k, v)
@@ -76,7 +84,7 @@ class Attention(Part):
         told = self._told
         sizes = {"heads": told.heads, "shared": told.shared, "head_width": told.width}
         how = {"kind": "attention", "score_scale": told.scale, "rotary": told.rotary}
-        norms = {"q_norm": self._q_norm, "k_norm": self._k_norm}
+        norms = {"q_norm": self._q_norm, "k_norm": self._k_norm, "norm_whole": told.norm_whole}
         return self.place.native() | how | sizes | norms | native_of(self._products())
 
     @property

@@ -51,7 +51,7 @@ _DUAL = (
 )
 _DELTA = (
     *("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim"),
-    *("linear_conv_kernel_dim", "layer_types", "head_dim", "hidden_act", "rms_norm_eps", "rope_parameters"),
+    *("linear_conv_kernel_dim", "layer_types", "hidden_act", "rms_norm_eps", "rope_parameters"),
 )
 # By model type what runs, and of its configuration what decides, with the weights, what a model computes.
 FIELDS: Mapping[str, tuple[str, ...]] = {
@@ -79,9 +79,10 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
         *("conv_kernel", "time_step_min", "layer_norm_epsilon", "layers_block_type", "moe_latent_size"),
         *("num_experts_per_tok", "n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor"),
     ),
-    "qwen3_5_text": (*_HYBRID, *_DELTA),
-    "qwen3_5_moe_text": (*_HYBRID, *_DELTA, "num_experts_per_tok"),
-    "qwen3_next": (*_HYBRID, *_DELTA, "num_experts", "num_experts_per_tok", "norm_topk_prob"),
+    "olmo_hybrid": (*_HYBRID, *_DELTA, "linear_allow_neg_eigval"),
+    "qwen3_5_text": (*_HYBRID, *_DELTA, "head_dim"),
+    "qwen3_5_moe_text": (*_HYBRID, *_DELTA, "head_dim", "num_experts_per_tok"),
+    "qwen3_next": (*_HYBRID, *_DELTA, "head_dim", "num_experts", "num_experts_per_tok", "norm_topk_prob"),
     "zamba2": (
         *(*_HYBRID, "hidden_act", "n_mamba_heads", "mamba_headdim", "mamba_ngroups", "mamba_d_state"),
         *("mamba_d_conv", "time_step_min", "rms_norm_eps", "layers_block_type", "num_mem_blocks"),

@@ -167,6 +167,8 @@ class NativeEngine:
                 if place.norm is not None:
                     x = self._normed(x, place.norm)
             out = part.read(x, own, kept)
+            if place.after is not None:
+                out = self._normed(out, place.after)
             if place.scale != 1:
                 out = out * place.scale
             if place.beside:
@@ -194,7 +196,8 @@ def _parts(told: Plan, tensors: Traced) -> Iterator[Part]:
     for planned in told.parts:
         give_back()  # else small things that stay keep the pages of large ones that went
         norm = None if planned.norm is None else told.norm_of(whole.vector(planned.norm))
-        place, what = Place(norm, planned.reads, planned.beside, planned.scale), planned.what
+        after = None if planned.after is None else told.norm_of(whole.vector(planned.after))
+        place, what = Place(norm, planned.reads, planned.beside, planned.scale, after), planned.what
         if isinstance(what, plan.Mamba):
             part: Part = MIXERS[what.dual](what.config, Weights(tensors, f"{what.name}."), place)
         elif isinstance(what, plan.Delta):

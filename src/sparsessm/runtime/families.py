@@ -259,6 +259,39 @@ def _qwen(config: Any) -> Plan:
     return Plan(*names, float(config.rms_norm_eps), parts, **how)
 
 
+def _olmo(config: Any) -> Plan:
+    rotary = config.rope_parameters is not None
+    parts, (angles, turned) = [], frequencies(config) if rotary else (None, 1.0)
+    for layer, kind in enumerate(config.layer_types):
+        name = f"model.layers.{layer}"
+        mlp, middle = _mlp(f"{name}.mlp", config), f"{name}.post_attention_layernorm.weight"
+        if kind == "linear_attention":
+            parts.append(
+                Planned(_olmo_delta(config, f"{name}.linear_attn"), f"{name}.input_layernorm.weight")
+            )
+            parts.append(Planned(mlp, middle))
+            continue
+        inner = f"{name}.self_attn"
+        norms = {"q_norm": f"{inner}.q_norm.weight", "k_norm": f"{inner}.k_norm.weight"}
+        attention = replace(_attention(config, inner, rotary=rotary), norm_whole=True, **norms)
+        parts.append(Planned(attention, None, after=middle))
+        parts.append(Planned(mlp, None, after=f"{name}.post_feedforward_layernorm.weight"))
+    names = "model.embed_tokens.weight", "model.norm.weight"
+    return Plan(*names, float(config.rms_norm_eps), parts, angles=angles, turned=turned)
+
+
+def _olmo_delta(config: Any, name: str) -> Delta:
+    q, k, v, gate, step, beta = (Rows(f"{name}.{kind}_proj") for kind in "qkvgab")
+    sizes = (
+        *(int(config.linear_num_key_heads), int(config.linear_key_head_dim)),
+        *(int(config.linear_num_value_heads), int(config.linear_value_head_dim)),
+        int(config.linear_conv_kernel_dim),
+    )
+    most = 2.0 if config.linear_allow_neg_eigval else 1.0
+    ends = Product(f"{name}.o_proj"), f"{name}.o_norm.weight", 1e-5  # in the stock code
+    return Delta(name, [q, k, v], gate, step, beta, *ends, *sizes, most)
+
+
 def _mixture(config: Any, layer: int) -> bool:
     """Whether a layer of Qwen's has experts."""
     if model_type(config) == "qwen3_next":
@@ -355,6 +388,7 @@ FAMILIES: Mapping[str, Callable[[Any], Plan]] = {
     "granitemoehybrid": _granite,
     "jamba": _jamba,
     "nemotron_h": _nemotron_h,
+    "olmo_hybrid": _olmo,
     "qwen3_5_text": _qwen,
     "qwen3_5_moe_text": _qwen,
     "qwen3_next": _qwen,

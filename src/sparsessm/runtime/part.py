@@ -22,12 +22,13 @@ from sparsessm.runtime.weights import Weights, matrices
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """Where a part stands: `Planned` (plan.py), with the norm's weight (width,) in place of its name."""
+    """Where a part stands: `Planned` (plan.py), with the norms' weights (width,) in place of their names."""
 
     norm: Tensor | None
     reads: str = "stream"
     beside: bool = False
     scale: float = 1.0
+    after: Tensor | None = None
 
     def native(self) -> dict[str, Any]:
         """As the decoder takes it."""

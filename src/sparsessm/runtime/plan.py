@@ -92,6 +92,7 @@ class Attention:
         scale: of the scores. rotary: queries and keys are turned by their position.
         gated: q gives of each head the queries and then a gate, whose sigmoid multiplies what the head gives.
         q_norm, k_norm: names of the weights of norms of each head's queries and keys; "" if there are none.
+        norm_whole: those norms are of all heads together.
     """
 
     q: Product
@@ -106,6 +107,7 @@ class Attention:
     gated: bool = False
     q_norm: str = ""
     k_norm: str = ""
+    norm_whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,7 @@ class Planned:
             behind the other; "side", what a part gave `beside` the stream; "sum" of that and the stream.
         beside: what it gives replaces what is beside the stream, else it is added to the stream.
         scale: of what it gives.
+        after: name of the weight of the norm of what it gives; None: it goes to the stream as it is.
     """
 
     what: Mamba | Delta | Attention | Mlp | Experts | Plain
@@ -177,6 +180,7 @@ class Planned:
     reads: str = "stream"
     beside: bool = False
     scale: float = 1.0
+    after: str | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -172,6 +172,8 @@ class ReferenceEngine:
                 out = parts.experts(self._weights, what, x)
             else:
                 out = parts.linear(self._weights, what.product, x)
+            if part.after is not None:
+                out = self._named(out, part.after)
             out = out * part.scale
             hidden, beside = (hidden, out) if part.beside else (hidden + out, beside)
         if self.keys.block:

@@ -52,7 +52,11 @@ def attention(
         q, gate = q.chunk(2, -1)
     k, v = (linear(tensors, part, x).unflatten(-1, (told.shared, told.width)) for part in (told.k, told.v))
     k, rows = k * told.k.scale, []
-    if told.q_norm:
+    if told.norm_whole:
+        q, k = (
+            norm(part.flatten(1), name).view_as(part) for part, name in ((q, told.q_norm), (k, told.k_norm))
+        )
+    elif told.q_norm:
         q, k = norm(q, told.q_norm), norm(k, told.k_norm)
     for t in range(len(x)):
         now = q[t]
@@ -172,8 +176,7 @@ def needed(told: Plan) -> Iterator[str]:
     """Names of the tensors that a model of this plan must have; biases it may have."""
     yield from (told.embedding, told.norm)
     for part in told.parts:
-        if part.norm is not None:
-            yield part.norm
+        yield from (name for name in (part.norm, part.after) if name is not None)
         yield from _of(part)
 
 
