@@ -12,12 +12,13 @@ from programs import Program
 
 
 def start(count: int, *command: str) -> list[Program]:
-    """As many processes that know of each other."""
+    """As many processes that know of each other; {rank} in an argument is the number of each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     every = {**os.environ, **where, "WORLD_SIZE": str(count)}
-    return [Program([sys.executable, *command], {**every, "RANK": str(rank)}) for rank in range(count)]
+    words = [[word.replace("{rank}", str(rank)) for word in command] for rank in range(count)]
+    return [Program([sys.executable, *own], {**every, "RANK": str(rank)}) for rank, own in enumerate(words)]
 
 
 def ended(programs: Sequence[Program], timeout: float = 120) -> list[tuple[int, str, str]]:

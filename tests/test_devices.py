@@ -3,6 +3,7 @@ give on the CPU."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -16,10 +17,11 @@ from pico import pico_falcon_mamba, pico_mamba, pico_mamba2
 from pico_hybrids import FAMILIES, pico_hybrid
 
 from sparsessm import kernels
-from sparsessm.architectures import MODEL_TYPES, InMemory, adapt
+from sparsessm.architectures import MODEL_TYPES, InMemory, adapt, on_device
 from sparsessm.architectures.on_device import OnDevice, chosen
 from sparsessm.architectures.ranks import Alone
 from sparsessm.calibration.journal import Forgetful
+from sparsessm.calibration.walk import backwards, walk
 from sparsessm.checkpoint.journal_lines import filled, plain
 from sparsessm.evaluation.perplexity import measure, perplexity
 from sparsessm.methods import allocation, entry_methods
@@ -282,3 +284,76 @@ def test_processes_take_turns_in_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {tuple(row[2:]) for row in found} == {("cuda:1", "cpu")}
     with pytest.raises(ValueError, match="device is 'cuda:2'; GPUs here: 2, from cuda:0 on"):
         chosen("cuda:2", ranks)
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of each parameter of a block that the walk had expected, whether its copy was used."""
+    found: list[bool] = []
+    take = on_device._Ahead.take
+
+    def watched(self: Any, parameter: Any) -> Any:
+        copy = take(self, parameter)
+        found.append(copy is not None)
+        return copy
+
+    monkeypatch.setattr(on_device._Ahead, "take", watched)
+    return found
+
+
+def copying() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name == "sparsessm-ahead"]
+
+
+def test_the_next_block_is_copied_while_one_computes(taken: list[bool]) -> None:
+    with elsewhere():
+        there = adapt(pico_mamba(num_hidden_layers=3), residence=OnDevice(InMemory(), DEVICE))
+        assert [stop.block.index for stop in walk(there, TOKENS)] == [0, 1, 2]
+        assert taken == [True] * sum(len(list(block.layer.parameters())) for block in there.blocks[1:])
+        assert [stop.block.index for stop in backwards(there)] == [there.tail.index, 2, 1, 0]
+    assert not copying()
+
+
+def test_what_changes_after_it_was_copied_is_copied_again(taken: list[bool]) -> None:
+    with elsewhere():
+        there = adapt(pico_mamba(num_hidden_layers=3), residence=OnDevice(InMemory(), DEVICE))
+        inside, values = (list(there.blocks[index].layer.parameters()) for index in (1, 2))
+        for stop in walk(there, TOKENS):
+            if stop.block.index == 0:
+                with torch.no_grad():
+                    inside[0] += 1
+                wanted = inside[0].clone()
+            if stop.block.index == 1:
+                assert torch.equal(inside[0].to("cpu"), wanted)
+                values[1].data = values[1] + 1  # a change that torch does not count
+                wanted = values[1].clone()
+            if stop.block.index == 2:
+                assert torch.equal(values[1].to("cpu"), wanted)
+    assert [place for place, used in enumerate(taken) if not used] == [0, len(inside) + 1]
+
+
+@pytest.mark.parametrize("ending", ["left", "an error", "its last block"])
+def test_no_thread_and_no_copy_outlive_a_walk(ending: str) -> None:
+    with elsewhere():
+        residence = OnDevice(InMemory(), DEVICE)
+        there = adapt(pico_mamba(num_hidden_layers=3), residence=residence)
+        going = walk(there, TOKENS)
+        next(going)
+        assert residence._ahead is not None
+        if ending == "left":
+            going.close()
+        elif ending == "an error":
+            with pytest.raises(ZeroDivisionError):
+                going.throw(ZeroDivisionError())
+        else:
+            assert len(list(going)) == 2
+    assert residence._ahead is None and not copying()
+
+
+def test_a_block_for_which_memory_is_scarce_is_copied_when_it_is_opened(taken: list[bool]) -> None:
+    with elsewhere():
+        there = adapt(pico_mamba(num_hidden_layers=3), residence=OnDevice(InMemory(memory=1 << 10), DEVICE))
+        found = measure(there, TOKENS, 1)
+        assert not taken
+        there = adapt(there.model, residence=OnDevice(InMemory(), DEVICE))
+        assert measure(there, TOKENS, 1) == found and all(taken)

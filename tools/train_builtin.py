@@ -35,6 +35,7 @@ import fast_mamba2
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from muon import Muon
 from safetensors.torch import save_file
 from torch import Tensor
 from train_tokenizer import train_tokenizer
@@ -53,7 +54,7 @@ from sparsessm.data.texts import evaluation_windows, stdlib_modules
 LENGTH, ENTRIES, WINDOWS = 1024, 4096, 4  # tokens in a window, vocabulary, windows in a step
 WARMUP_STEPS, DECAY_SHARE, DECAY_START = 40, 0.2, 0.45  # DECAY_SHARE: last part of the run, library text only
 TEST_SHARE = 0.42  # of the windows drawn from test modules before that
-MUON_RATE, ADAM_RATE, WEIGHT_DECAY, EMA = 0.02, 3e-3, 0.05, 0.995
+MUON_RATE, ADAM_RATE, EMA = 0.02, 3e-3, 0.995
 NAMES = {False: "library.pt", True: "tests.pt"}
 MUON = ("in_proj.weight", "x_proj.weight", "out_proj.weight", *fast_delta.MUON, *fast_granite.MUON)
 OTHERS = {"qwen3_5_text": fast_delta, "granitemoehybrid": fast_granite}  # by model_type
@@ -119,39 +120,6 @@ def token_array(tokenizer: object, path: Path, *, tests: bool) -> Tensor:
         pieces = [torch.tensor([0, *tokenizer(texts[i], verbose=False)["input_ids"]]) for i in order]
         torch.save(torch.cat(pieces), path)
     return torch.load(path)
-
-
-class Muon:
-    """Momentum whose matrix update is made orthogonal by five Newton-Schulz steps (Keller Jordan, 2024)."""
-
-    def __init__(self, matrices: list[Tensor]) -> None:
-        self.groups: dict[torch.Size, list[Tensor]] = {}
-        for matrix in matrices:
-            self.groups.setdefault(matrix.shape, []).append(matrix)
-        self.momenta = {shape: torch.zeros(len(group), *shape) for shape, group in self.groups.items()}
-
-    def step(self, rate: float, momentum: float = 0.95) -> None:
-        for shape, group in self.groups.items():
-            grad = torch.stack([matrix.grad for matrix in group])
-            state = self.momenta[shape].lerp_(grad, 1 - momentum)
-            wanted = grad.lerp(state, momentum)
-            rank, ranks = dist.get_rank(), dist.get_world_size()
-            update = torch.zeros_like(wanted)
-            update[rank::ranks] = orthogonal(wanted[rank::ranks])  # each process makes its part
-            dist.all_reduce(update)
-            scale = rate * max(1.0, shape[0] / shape[1]) ** 0.5
-            for matrix, direction in zip(group, update, strict=True):
-                matrix.data.mul_(1 - rate * WEIGHT_DECAY).sub_(scale * direction)
-
-
-def orthogonal(x: Tensor) -> Tensor:
-    """Pushes the singular values of (K, rows, columns) towards one."""
-    wide = x if x.shape[1] <= x.shape[2] else x.transpose(1, 2)
-    wide = (wide / (wide.norm(dim=(1, 2), keepdim=True) + 1e-7)).bfloat16().contiguous()
-    for _ in range(5):
-        gram = wide @ wide.transpose(1, 2)
-        wide = 3.4445 * wide + (-4.7750 * gram + 2.0315 * gram @ gram) @ wide
-    return (wide if x.shape[1] <= x.shape[2] else wide.transpose(1, 2)).float()
 
 
 def muon_matrices(model: PreTrainedModel) -> list[Tensor]:

@@ -12,7 +12,10 @@ from pathlib import Path
 
 import pytest
 import ranks
+import torch
 from command import in_a_process
+
+from sparsessm.cli.ranks import own_gpu
 
 pytestmark = pytest.mark.usefixtures("here")
 
@@ -93,7 +96,57 @@ def test_the_others_end_when_one_has_gone(victim: int) -> None:
     assert time.monotonic() - began < 60
     for rank, (code, _, err) in enumerate(done):
         if rank != victim:
-            assert code == 1 and f"error: process {rank}: another process of this run has gone" in err, err
+            told = f"error: process {rank}: process {victim} of this run has gone without a word (killed, or"
+            assert code == 1 and told in err and err.count("error:") == 1, err
+            assert "what is done is kept in out.unfinished: the same command with --resume goes on" in err
+
+
+def test_the_others_say_who_failed_and_why() -> None:
+    """One of four cannot read its text, and says so; the others wait for it."""
+    for rank in (0, 1, 3):
+        Path(f"text{rank}.txt").write_bytes(Path("text.txt").read_bytes())
+    began = time.monotonic()
+    done = ranks.command(4, "eval", "dense", "--data", "text{rank}.txt", "--length", "64")
+    assert time.monotonic() - began < 60
+    assert [code for code, _, _ in done] == [1] * 4
+    (own,) = done[2][2].splitlines()
+    why = own.removeprefix("error: process 2: ")
+    assert "text2.txt" in why
+    for rank in (0, 1, 3):
+        (told,) = done[rank][2].splitlines()[-1:]
+        assert told.startswith(f"error: process {rank}: process 2 of this run has failed: {why[:40]}"), told
+
+
+def test_who_waits_for_one_that_works_hears_of_a_third(tmp_path: Path) -> None:
+    """The first works for a minute and knows nothing; the last waits for it in native code."""
+    code = """
+import os, sys, time
+sys.argv[1:] = ["eval"]
+import torch
+from sparsessm.cli import ending, ranks
+from sparsessm.architectures.ranks import here
+def work():
+    with ranks.together(ending.at_once):
+        rank = here().number
+        print(f"ready {rank}", file=sys.stderr, flush=True)
+        if rank == 0:
+            time.sleep(60)
+        if rank == 1:
+            time.sleep(60)
+        here().given(None)
+ending.begin()
+ending.finish(ending.run(work))
+"""
+    programs = ranks.start(3, "-c", code)
+    for program in programs:
+        assert program.stderr.readline().startswith("ready")
+    began = time.monotonic()
+    programs[1].send_signal(signal.SIGKILL)
+    done = ranks.ended(programs)
+    assert time.monotonic() - began < 20
+    for rank in (0, 2):
+        code, _, err = done[rank]
+        assert code == 1 and f"process {rank}: process 1 of this run has gone without a word" in err, err
 
 
 def test_a_mistake_is_said_by_who_made_it() -> None:
@@ -130,3 +183,24 @@ def test_who_waits_for_the_others_can_be_ended() -> None:
     began = time.monotonic()
     ranks.ended([waiting, late])
     assert waiting.returncode not in (0, None) and time.monotonic() - began < 20
+
+
+def test_nccl_takes_a_gpu_for_each_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which GPU is a process's own, as torchrun tells; the machine is made up."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for processes, local, own in (
+        ("2", "1", "cuda:1"),
+        ("1", "0", "cuda:0"),
+        ("3", "1", None),
+        ("2", "", None),
+    ):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+        monkeypatch.setenv("LOCAL_RANK", local)
+        assert own_gpu() == (own and torch.device(own))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
+    assert own_gpu() is None

@@ -62,8 +62,10 @@ def assert_close(got: Tensor, want: Tensor, tolerance: float = 1e-5) -> None:
 def assert_scans(x: list[Any], every: int) -> None:
     y, last, *sampled = ssd_scan(*x, every=every)
     want, states = plain(*x)
-    assert last.dtype == torch.float32
-    assert_close(y, want)
+    assert last.dtype == torch.float32 and y.shape == want.shape
+    # y is a sum whose terms may cancel: its error is one of them, which all of one sign show
+    terms, _ = plain(*(z if z is None else z if i in (1, 2) else z.abs() for i, z in enumerate(x)))
+    assert ((y.double() - want).abs() <= 1e-5 * terms).all()
     final = (
         states[:, -1] if states.shape[1] else states.new_zeros(last.shape) if x[6] is None else x[6].double()
     )

@@ -3,12 +3,17 @@
 While a walk stands at a block its weights are on the device; embedding, closed blocks and what is larger than
 a share of the device's memory stay where they were. Who computes with hidden states brings them to the
 block's device (`Block.device`), slab by slab.
+
+The block that comes next is copied meanwhile into memory that the device reads by itself (pinned), where
+there is room for it: then opening a block is no more than telling the device to fetch it.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from threading import Thread
 from typing import Any, final
 
 import torch
@@ -61,12 +66,47 @@ class _Open:
 
 
 @final
+class _Ahead:
+    """Copies of parameters on the CPU, which one thread makes while the caller does something else."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], pinned: bool) -> None:
+        # What a parameter holds now stays in memory as long as this object, so its place tells it apart.
+        self._held = {id(one): (one.detach(), one._version) for one in parameters}
+        self._copies: dict[int, Tensor] = {}
+        self._pinned = pinned
+        self._thread = Thread(target=self._copy, name="sparsessm-ahead")
+        self._thread.start()
+
+    def _copy(self) -> None:
+        try:
+            for key, (held, _) in self._held.items():
+                self._copies[key] = torch.empty_like(held, pin_memory=self._pinned).copy_(held)
+        except RuntimeError:  # no memory: the others are copied when the block is opened
+            pass
+
+    def take(self, parameter: nn.Parameter) -> Tensor | None:
+        """What the parameter holds, if it was copied and not changed since; waits for the thread."""
+        self._thread.join()
+        copy = self._copies.pop(id(parameter), None)
+        if copy is None:
+            return None
+        held, version = self._held[id(parameter)]
+        same = parameter.data_ptr() == held.data_ptr() and parameter._version == version
+        return copy if same else None
+
+    def drop(self) -> None:
+        """Afterwards the thread has ended."""
+        self._thread.join()
+
+
+@final
 class OnDevice(Residence):
     """Of a model that another residence holds."""
 
     def __init__(self, inner: Residence, device: torch.device) -> None:
         self.inner, self.device = inner, device
         self._open: dict[int, _Open] = {}
+        self._ahead: tuple[int, _Ahead] | None = None
 
     def open(self, block: Layer) -> None:
         self.inner.open(block)
@@ -81,9 +121,29 @@ class OnDevice(Residence):
             self.close(block)
             raise
 
+    def expect(self, block: Layer | None) -> bool:
+        self._drop()
+        there = self.inner.expect(block)
+        if block is not None and there and block.index not in self._open:
+            # those that an open block shares are on the device, and may come back as others
+            some = [parameter for parameter in block.layer.parameters() if parameter.device != self.device]
+            if sum(parameter.nbytes for parameter in some) <= self.inner.spare():
+                with torch.inference_mode(False):
+                    self._ahead = block.index, _Ahead(some, pinned=self.device.type == "cuda")
+        return there
+
+    def _drop(self) -> None:
+        if self._ahead is not None:
+            self._ahead[1].drop()
+            self._ahead = None
+
     def _bring(self, here: _Open, block: Layer) -> None:
+        ahead = self._ahead[1] if self._ahead is not None and self._ahead[0] == block.index else None
         for parameter in block.layer.parameters():
-            twin = nn.Parameter(parameter.detach().to(self.device), parameter.requires_grad)
+            values = ahead and ahead.take(parameter)
+            values = parameter.detach() if values is None else values
+            there = values.to(self.device, non_blocking=ahead is not None)
+            twin = nn.Parameter(there, parameter.requires_grad)
             torch.utils.swap_tensors(parameter, twin)
             here.parameters.append((parameter, twin, parameter._version))
         for module in block.layer.modules():
@@ -91,6 +151,8 @@ class OnDevice(Residence):
                 if buffer is not None:
                     here.buffers.append((module, name, buffer))
                     module._buffers[name] = buffer.to(self.device)
+        if ahead is not None:
+            self._drop()
 
     def close(self, block: Layer) -> None:
         here = self._open[block.index]

@@ -12,7 +12,7 @@ loops say who solves what (pruning/entries.py), and the first process alone writ
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, final
 
@@ -102,28 +102,40 @@ class Alone(Ranks):
 
 @final
 class Together(Ranks):
-    """The processes of torch's default group, which send what is on a GPU through the CPU's memory.
+    """The processes of torch's default group. What is on a GPU is sent through the CPU's memory, but where
+    each process has it on a GPU of its own.
 
     Raises (all methods):
         ValueError: another process has gone.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, why: Callable[[], str], own: torch.device | None) -> None:
+        """
+        Args:
+            why: asked when another process seems to have gone; which one, and why, "" if that is not known.
+            own: a device that no other process uses, and that the group can send from; None: the CPU alone.
+                All have one, or none has.
+        """
+        self._why, self._own = why, own
         self.number, self.count = distributed.get_rank(), distributed.get_world_size()
         self.local = distributed.get_node_local_rank(self.number)  # pyright: ignore[reportPrivateImportUsage]
 
     def total(self, sums: Sums, owners: Mapping[str, int] | None = None) -> None:
-        known: dict[tuple[str, str], tuple[tuple[int, ...], torch.dtype]] = {}
-        mine = {
-            (who, name): (tuple(x.shape), x.dtype) for who, own in sums.items() for name, x in own.items()
-        }
-        for other in self.gathered(mine):
-            known |= other
-        for (who, name), (shape, dtype) in sorted(known.items()):
+        forms: dict[tuple[str, str], tuple[tuple[int, ...], torch.dtype]] = {}
+        elsewhere: set[tuple[str, str]] = set()  # not on each one's own device
+        here = [((who, name), x) for who, own in sums.items() for name, x in own.items()]
+        mine = {key: (tuple(x.shape), x.dtype) for key, x in here}
+        for others, not_there in self.gathered((mine, {key for key, x in here if x.device != self._own})):
+            forms |= others
+            elsewhere |= not_there
+        for (who, name), (shape, dtype) in sorted(forms.items()):
             part = sums[who].get(name)
-            sent = torch.zeros(shape, dtype=dtype) if part is None else part.cpu().contiguous()
+            place = self._place((who, name) not in elsewhere)
+            sent = torch.zeros(shape, dtype=dtype, device=place)
+            if part is not None:
+                sent = part.to(place).contiguous()
             owner = None if owners is None else owners[who]
-            with _reporting():
+            with self._reporting():
                 if owner is None:
                     distributed.all_reduce(sent)
                 else:
@@ -135,36 +147,56 @@ class Together(Ranks):
 
     def given(self, value: Any, owner: int = 0) -> Any:
         held = [_on_cpu(value) if owner == self.number else None]
-        with _reporting():
+        with self._reporting():
             distributed.broadcast_object_list(held, owner)
         return value if owner == self.number else held[0]
 
     def gathered(self, value: Any) -> list[Any]:
         found: list[Any] = [None] * self.count
-        with _reporting():
+        with self._reporting():
             distributed.all_gather_object(found, _on_cpu(value))
         return found
 
     def spread(self, tensors: Sequence[Tensor], owner: int = 0) -> None:
+        direct = self._own is not None and all(
+            self.gathered(all(tensor.device == self._own for tensor in tensors))
+        )
         for tensor in tensors:
-            held = tensor.detach().cpu().contiguous()
-            with _reporting():
+            held = tensor.detach().to(self._place(direct)).contiguous()
+            with self._reporting():
                 distributed.broadcast(held, owner)
             if owner != self.number:
                 with torch.no_grad():
                     tensor.copy_(held)
 
     def wait(self) -> None:
-        with _reporting():
+        with self._reporting():
             distributed.barrier()
+
+    def _place(self, direct: bool) -> torch.device:
+        return self._own if direct and self._own is not None else torch.device("cpu")
+
+    @contextmanager
+    def _reporting(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            line = (str(error).strip() or type(error).__name__).splitlines()[0]
+            told = self._why() or f"another process of this run has gone ({line[:200]})"
+            raise ValueError(told) from error
 
 
 _joined: list[Ranks] = []
 
 
-def join() -> None:
-    """From now on the processes of torch's default group work on every model together; it uses gloo."""
-    _joined[:] = [Together()]
+def join(why: Callable[[], str] = str, own: torch.device | None = None) -> None:
+    """From now on the processes of torch's default group work on every model together; it uses gloo for what
+    is on the CPU.
+
+    Args:
+        why, own: as of `Together`.
+    """
+    _joined[:] = [Together(why, own)]
 
 
 def here() -> Ranks:
@@ -181,12 +213,3 @@ def _on_cpu(value: Any) -> Any:
     if type(value) in (list, tuple):
         return type(value)(_on_cpu(part) for part in value)
     return value
-
-
-@contextmanager
-def _reporting() -> Any:
-    try:
-        yield
-    except RuntimeError as error:
-        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"another process of this run has gone ({line[:200]})") from error

@@ -56,6 +56,15 @@ class Residence(ABC):
         """
 
     @abstractmethod
+    def expect(self, block: Layer | None) -> bool:
+        """This block will be opened next, while another one computes; None: no other will, and what was
+        prepared is dropped. It is no promise. What is wrong with the block is said when it is opened.
+
+        Returns:
+            Whether its weights are in memory already.
+        """
+
+    @abstractmethod
     def value(self, parameter: Tensor) -> Tensor:
         """What a tensor of the model holds, whether it is in memory or not; not to be changed."""
 
@@ -109,6 +118,9 @@ class InMemory(Residence):
 
     def close(self, block: Layer) -> None:
         pass
+
+    def expect(self, block: Layer | None) -> bool:
+        return True
 
     def value(self, parameter: Tensor) -> Tensor:
         return parameter.detach()

@@ -339,11 +339,15 @@ def opened(block: Block, streams: Streams, ahead: Sequence[Block], steps: Steps 
     if steps:
         steps.at(block.index)
     try:
+        residence.expect(ahead[0] if ahead else None)
         if streams.dense is not None:
             stop._dense = block.copy()
         if streams.keeping:
             stop._frontier = Frontier(residence.spare())
         yield stop
+    except BaseException:
+        residence.expect(None)
+        raise
     finally:
         stop._closed, stop._dense, stop._frontier = True, None, None
         residence.close(stop.block)

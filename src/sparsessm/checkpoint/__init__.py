@@ -14,6 +14,7 @@ beside it (`docs/checkpoint.md` describes the files).
     apart.py          check them, and leave them in their files
     skeleton.py       a model without the weights of its blocks
     streamed.py       which are read when a block is opened
+    read_ahead.py     and before that by the system
     mapped.py         hidden states in files
     memory.py         how much memory there is
     journal.py        what a run has done: how a killed one goes on

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -35,6 +35,7 @@ class Apart(NamedTuple):
         stored, prefix: as of `Assembled`.
         extra: what stock code leaves out on purpose, by name in the files; each read when it is asked for.
         digest: SHA-256 of all that the files hold.
+        soon: says that a tensor of the model will be asked for; takes no memory.
     """
 
     model: PreTrainedModel
@@ -45,6 +46,7 @@ class Apart(NamedTuple):
     prefix: str
     extra: Mapping[str, Tensor]
     digest: str
+    soon: Callable[[str], None]
 
 
 def one_by_one(opened: Opened) -> Apart:
@@ -62,7 +64,7 @@ def one_by_one(opened: Opened) -> Apart:
         held = {name: in_files(model, name, tensor) for name, tensor in expected.items()}
         names = {part for parts in held.values() for part in parts}
         prefix, digest = packed_prefix(opened, model, names), _digest(header.checksums)
-        return Apart(model, tensors, header.sizes, held, stored, prefix, {}, digest)
+        return Apart(model, tensors, header.sizes, held, stored, prefix, {}, digest, tensors.soon)
     shelf = Shelf(opened.heads, safetensors=opened.folder.stock_files.kind == SAFETENSORS)
     found = checked(opened, shelf)
     places, stored = found.places, most_precise(found)
@@ -70,7 +72,8 @@ def one_by_one(opened: Opened) -> Apart:
     tensors = Stored(shelf, found.empty, parts, stored)
     extra, digest = Later({name: partial(shelf.__getitem__, name) for name in places.extra}), found.checksums
     sizes = {name: math.prod(shape) * stored[name].itemsize for name, shape in tensors.shapes.items()}
-    return Apart(found.empty, tensors, sizes, places.held, stored, places.prefix, extra, _digest(digest))
+    kept = extra, _digest(digest), tensors.soon
+    return Apart(found.empty, tensors, sizes, places.held, stored, places.prefix, *kept)
 
 
 def _digest(checksums: Mapping[str, str]) -> str:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..data.foreign import short
 from ..kernels.checksum import crc32c
-from . import coded
+from . import coded, read_ahead
 from .coded import Coded
 from .encoding import Encoded, bits_of
 from .files import few, parse_json
@@ -100,6 +100,10 @@ class Header:
         for array, span in self.spans.items():
             sizes[array if array in sizes else array.rpartition(".")[0]] += span.nbytes
         return sizes
+
+    def arrays(self, name: str) -> dict[str, str]:
+        """Part -> name in the file, of a stock tensor."""
+        return _arrays(name, self.stock[name][2], self.spans)
 
 
 def read_header(file: Path) -> Header:
@@ -184,6 +188,11 @@ class Tensors(Unread):
             raise ValueError(f"{file}: not readable ({error})") from error
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
+
+    def soon(self, name: str) -> None:
+        """A tensor will be asked for (read_ahead.py)."""
+        spans = [self._header.spans[array] for array in self._header.arrays(name).values()]
+        read_ahead.of_file(self._header.file, [(span.start, span.nbytes) for span in spans])
 
 
 def checksum(parts: Iterable[bytes | NDArray[np.uint8]]) -> str:
@@ -318,7 +327,7 @@ def _encoded(header: Header, name: str, content: FileIO, check: bool) -> PackedT
     shape, dtype, label, removed = header.stock[name]
     arrays: dict[str, Any] = {}
     memories = []
-    for part, array in _arrays(name, label, header.spans).items():
+    for part, array in header.arrays(name).items():
         span = header.spans[array]
         memory = torch.empty(span.nbytes, dtype=torch.uint8)
         content.seek(span.start)

@@ -200,6 +200,19 @@ def read_bin(file: Path) -> Iterator[tuple[str, Tensor]]:
         yield name, tensor
 
 
+def spans(file: Path) -> dict[str, tuple[int, int]]:
+    """Where the tensors of a safetensors file lie that the library has read: (first byte, bytes), by name.
+
+    Raises:
+        OSError, ValueError: it cannot be read any more.
+    """
+    with open(file, "rb") as content:
+        size = int.from_bytes(content.read(8), "little")
+        head = parse_json(content.read(size), str(file))
+    places = {name: entry["data_offsets"] for name, entry in head.items() if name != "__metadata__"}
+    return {name: (8 + size + begin, end - begin) for name, (begin, end) in places.items()}
+
+
 def write_safetensors(folder: Path, forms: Mapping[str, Form], tensor: Callable[[str], Tensor]) -> None:
     """Write tensors as the stock writer does: shards of at most `SHARD_BYTES`, with an index if there are
     several.

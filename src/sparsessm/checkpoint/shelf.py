@@ -10,6 +10,7 @@ import ctypes
 import zipfile
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import final
 
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from . import read_ahead
 from .encoding import Encoded, encode
-from .files import MAPPED, open_safetensors, read_bin
+from .files import MAPPED, open_safetensors, read_bin, spans
 from .packed_tensor import PackedTensor
 from .stock_names import joined
 from .tensor_file import Form
@@ -42,6 +44,7 @@ class Shelf:
         self._open: Path | None = None
         self._content: dict[str, Tensor] = {}
         self._used = 0
+        self._spans: dict[Path, dict[str, tuple[int, int]]] = {}
 
     def __getitem__(self, name: str) -> Tensor:
         """A tensor as it is stored, which may be mapped: the file must not be changed while it is used.
@@ -62,6 +65,18 @@ class Shelf:
         if zipfile.is_zipfile(file):  # others are in memory as a whole, as long as they are read
             self._used += tensor.nbytes
         return tensor
+
+    def soon(self, name: str) -> None:
+        """A tensor will be asked for (read_ahead.py); nothing is read that would take memory."""
+        file = self._files[name]
+        with suppress(ValueError, OSError):  # who asks for it is told
+            if not self._safetensors:
+                if zipfile.is_zipfile(file):
+                    read_ahead.of_mapped(self[name])
+            elif _state(file) == self._states[file]:
+                if file not in self._spans:
+                    self._spans[file] = spans(file)
+                read_ahead.of_file(file, [self._spans[file][name]])
 
 
 class Unread(Mapping[str, PackedTensor]):
@@ -123,6 +138,11 @@ class Stored(Unread):
         parts, form = self._parts[name], Form(self._stored[name], self._shapes[name])
         whole = joined(self._model, name, form, parts, lambda part: self._shelf[parts[part]])
         return encode(name, whole, kind="dense")
+
+    def soon(self, name: str) -> None:
+        """A tensor will be asked for."""
+        for part in self._parts[name].values():
+            self._shelf.soon(part)
 
 
 @final

@@ -7,8 +7,8 @@ those outside of blocks.
 from __future__ import annotations
 
 from collections import Counter
-from functools import partial
 from pathlib import Path
+from typing import final
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,8 @@ from ..architectures import adapt
 from .apart import Apart, one_by_one
 from .assembly import Assembled, build
 from .opened import Opened
-from .shelf import Unread, give_back
-from .streamed import Read, Streamed, nowhere
+from .shelf import give_back
+from .streamed import Source, Streamed, nowhere
 
 
 def skeleton(
@@ -35,23 +35,32 @@ def skeleton(
     """
     found = one_by_one(opened)
     model = _without_weights(opened, found)
-    reads = {name: partial(_read, found.tensors, name) for name in found.held}
+    sources = {name: _Stored(found, name) for name in found.held}
     coming = _of_one_block(model)
-    homes: dict[nn.Parameter, Read] = {}
+    homes: dict[nn.Parameter, Source] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) in coming and name in reads:
-            homes[tensor] = reads[name]
-        elif name in reads:
-            tensor.data = reads[name]()
+        if id(tensor) in coming and name in sources:
+            homes[tensor] = sources[name]
+        elif name in sources:
+            tensor.data = sources[name].read()
     give_back()
     staying = [parameter for parameter in model.parameters() if parameter not in homes]
     assembled = Assembled(model, found.stored, found.extra, found.prefix, found.digest)
     return assembled, Streamed(homes, staying, folder, keep=keep, limit=limit)
 
 
-def _read(tensors: Unread, name: str) -> Tensor:
-    """A tensor of the model in float32, a new one."""
-    return tensors[name].decode(torch.float32)
+@final
+class _Stored(Source):
+    """A tensor of the model in the source's files."""
+
+    def __init__(self, found: Apart, name: str) -> None:
+        self._found, self._name = found, name
+
+    def read(self) -> Tensor:
+        return self._found.tensors[self._name].decode(torch.float32)
+
+    def soon(self) -> None:
+        self._found.soon(self._name)
 
 
 def _without_weights(opened: Opened, found: Apart) -> PreTrainedModel:

@@ -13,9 +13,10 @@ import math
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, final
 
@@ -25,21 +26,37 @@ from torch import Tensor, nn
 from ..architectures import InMemory, Residence
 from ..architectures.ranks import here
 from ..architectures.residence import KEEPING, SHARE, Layer
-from .files import open_safetensors, write_one
+from . import read_ahead
+from .files import open_safetensors, spans, write_one
 from .mapped import Mapped
 from .shelf import give_back
 
 EXACT = (torch.bfloat16, torch.float16, torch.float32)
 """Tried in this order for a tensor of a changed block: the first that holds all its values."""
 _NAN = torch.full((), math.nan)
-Read = Callable[[], Tensor]  # the values of a parameter, a new float32 tensor
+
+
+class Source(ABC):
+    """What has the values of a closed parameter."""
+
+    @abstractmethod
+    def read(self) -> Tensor:
+        """They, a new float32 tensor.
+
+        Raises:
+            ValueError: they cannot be read any more.
+        """
+
+    @abstractmethod
+    def soon(self) -> None:
+        """They will be read; what can be done for it without memory is done now."""
 
 
 class _Home(NamedTuple):
     """Where the values of a closed parameter are."""
 
     parameter: nn.Parameter
-    read: Read
+    source: Source
 
 
 @dataclass
@@ -67,7 +84,7 @@ class Streamed(Residence):
 
     def __init__(
         self,
-        homes: Mapping[nn.Parameter, Read],
+        homes: Mapping[nn.Parameter, Source],
         staying: Iterable[nn.Parameter],
         folder: Path | None = None,
         *,
@@ -77,13 +94,13 @@ class Streamed(Residence):
     ) -> None:
         """
         Args:
-            homes: the parameters that come and go, with what reads their values. staying: all others.
+            homes: the parameters that come and go, with what has their values. staying: all others.
             folder: the working directory; None: a temporary one, which goes with this object.
             keep: what was read stays in memory, as there is enough.
             limit: bytes of hidden states that one tensor may have in memory; larger ones are in a file.
             beside: where a temporary working directory is made; None: where the system has them.
         """
-        self._homes = {id(parameter): _Home(parameter, read) for parameter, read in homes.items()}
+        self._homes = {id(parameter): _Home(parameter, source) for parameter, source in homes.items()}
         self._staying = {id(parameter): parameter for parameter in staying}
         self._open: dict[int, _Open] = {}
         self._keep, self._limit, self._given, self._beside = keep, limit, folder, beside
@@ -112,9 +129,15 @@ class Streamed(Residence):
         with torch.inference_mode(False):
             for home in homes:
                 if _is_empty(home.parameter):
-                    home.parameter.data = home.read()
+                    home.parameter.data = home.source.read()
         versions = {id(parameter): parameter._version for parameter in parameters}
         self._open[block.index] = _Open(1, homes, versions)
+
+    def expect(self, block: Layer | None) -> bool:
+        closed = [home for home in self._of(block) if _is_empty(home.parameter)] if block else []
+        for home in closed:
+            home.source.soon()
+        return not closed
 
     def close(self, block: Layer) -> None:
         was = self._open[block.index]
@@ -140,12 +163,12 @@ class Streamed(Residence):
         """
         file = self.file(block)
         for name, parameter in block.layer.named_parameters():
-            read = partial(_read_kept, file, name, tuple(parameter.shape))
+            source = _Kept(file, name, tuple(parameter.shape))
             if id(parameter) in self._staying:
                 with torch.no_grad():
-                    parameter.copy_(read())
+                    parameter.copy_(source.read())
             else:
-                self._homes[id(parameter)] = _Home(parameter, read)
+                self._homes[id(parameter)] = _Home(parameter, source)
                 _empty(parameter)
         self._written.add(block.index)
 
@@ -159,7 +182,15 @@ class Streamed(Residence):
 
     def value(self, parameter: Tensor) -> Tensor:
         home = self._homes.get(id(parameter))
-        return home.read() if home is not None and _is_empty(home.parameter) else parameter.detach()
+        if home is None or not _is_empty(home.parameter):
+            return parameter.detach()
+        return home.source.read()
+
+    def expect_value(self, parameter: Tensor) -> None:
+        """`value` will be asked for it."""
+        home = self._homes.get(id(parameter))
+        if home is not None and _is_empty(home.parameter):
+            home.source.soon()
 
     def room(self, like: Tensor, *shape: int) -> Tensor:
         if self.stays(4 * math.prod(shape)) or like.device.type != "cpu" or like.dtype != torch.float32:
@@ -183,10 +214,10 @@ class Streamed(Residence):
         if self._keep:
             return copy.deepcopy(model), InMemory(SHARE * self._limit)
         memo: dict[int, Any] = {}
-        homes: dict[nn.Parameter, Read] = {}
+        homes: dict[nn.Parameter, Source] = {}
         for home in self._homes.values():
             other = nn.Parameter(nowhere(tuple(home.parameter.shape)), home.parameter.requires_grad)
-            memo[id(home.parameter)], homes[other] = other, partial(self.value, home.parameter)
+            memo[id(home.parameter)], homes[other] = other, _Original(self, home.parameter)
         copied = copy.deepcopy(model, memo)
         staying = [parameter for parameter in copied.parameters() if parameter not in homes]
         return copied, Streamed(homes, staying, limit=self._limit, beside=self.folder)
@@ -203,8 +234,41 @@ class Streamed(Residence):
         self._written.add(block.index)
         for name, parameter in named.items():
             if id(parameter) not in self._staying:
-                read = partial(_read_kept, file, name, tuple(parameter.shape))
-                self._homes[id(parameter)] = _Home(parameter, read)
+                self._homes[id(parameter)] = _Home(parameter, _Kept(file, name, tuple(parameter.shape)))
+
+
+@final
+class _Kept(Source):
+    """A tensor of a block that was changed, in the block's file."""
+
+    def __init__(self, file: Path, name: str, shape: tuple[int, ...]) -> None:
+        self._file, self._name, self._shape = file, name, shape
+
+    def read(self) -> Tensor:
+        with open_safetensors(self._file) as content:
+            found = content.get_tensor(self._name)
+        if tuple(found.shape) != self._shape:
+            told = f"{self._name} has shape {tuple(found.shape)}, expected {self._shape}"
+            raise ValueError(f"{self._file}: {told}")
+        return found.to(torch.float32, copy=True)
+
+    def soon(self) -> None:
+        with suppress(ValueError, OSError):
+            read_ahead.of_file(self._file, [spans(self._file)[self._name]])
+
+
+@final
+class _Original(Source):
+    """A parameter of the model that another one is a copy of."""
+
+    def __init__(self, residence: Streamed, parameter: nn.Parameter) -> None:
+        self._residence, self._parameter = residence, parameter
+
+    def read(self) -> Tensor:
+        return self._residence.value(self._parameter)
+
+    def soon(self) -> None:
+        self._residence.expect_value(self._parameter)
 
 
 def nowhere(shape: tuple[int, ...]) -> Tensor:
@@ -228,11 +292,3 @@ def _exact(values: Tensor) -> Tensor:
         if torch.equal(held.float(), values):
             return held.contiguous()
     return values.contiguous()
-
-
-def _read_kept(file: Path, name: str, shape: tuple[int, ...]) -> Tensor:
-    with open_safetensors(file) as content:
-        found = content.get_tensor(name)
-    if tuple(found.shape) != shape:
-        raise ValueError(f"{file}: {name} has shape {tuple(found.shape)}, expected {shape}")
-    return found.to(torch.float32, copy=True)

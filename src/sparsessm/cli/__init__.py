@@ -6,6 +6,7 @@ transformers are imported, which takes seconds in which people press Ctrl-C.
     ending.py      signals, exit codes, what is said of failures
     streams.py     stdout and stderr that cannot end the work
     ranks.py       several processes that share the work
+    ring.py        which of them has gone, and why
     commands.py    the app with all of its commands
     answering.py   the app, options in common, what is printed where
     pruning.py     prune, demo, analyze

@@ -190,7 +190,7 @@ def answering(
         if not kernels.NATIVE:
             notes.note("note: the native kernels are not installed; the slow reference is used")
         with ending.writing(*writes, grown=grown, nothing=nothing, kept=kept, events=events):
-            with ranks.together(), ending.restoring(progress.restored), progress:
+            with ranks.together(ending.at_once), ending.restoring(progress.restored), progress:
                 yield progress
     except (BrokenPipeError, SystemExit):
         raise  # whoever read stdout has gone (rich exits then): the program ends without a word

@@ -21,6 +21,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Timer
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ from ..data.inert import is_text, visible
 from ..runtime.threads import MOST_THREADS
 from . import ranks, streams
 
+GRACE = 5.0  # seconds, for what libraries do at the end
 TRACEBACK = "SPARSESSM_TRACEBACK"  # set to 1: how a bug came about is printed
 # Numbers of threads that libraries read from the environment, and whether 0 means "as many as there are".
 THREADS = {
@@ -302,6 +304,19 @@ def _stop(number: int, frame: FrameType | None) -> None:
         os.write(2, before + line.encode(errors="backslashreplace"))
     finally:
         os._exit(128 + number)
+
+
+def at_once(error: BaseException) -> None:
+    """End the process with an error, from a thread beside the one that works, which may never come back."""
+    try:
+        unfinished.clear()
+        os.write(2, b"".join(restored() for restored in _restored))
+        late = Timer(GRACE, os._exit, [1])  # where a library waits for the work to end
+        late.daemon = True
+        late.start()
+        finish(said(error))
+    finally:
+        os._exit(1)
 
 
 def finish(code: int) -> None:

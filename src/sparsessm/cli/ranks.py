@@ -9,9 +9,13 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 SHARED = ("prune", "eval", "analyze")
 """Commands whose work several processes share."""
@@ -50,9 +54,28 @@ def refuse_unshared() -> None:
         raise ValueError(f"{command} runs in one process, and {told}")
 
 
+def own_gpu() -> torch.device | None:
+    """The GPU that no other process of this machine uses, unless a user names one; nccl demands that.
+
+    None: there is none, or this PyTorch has no nccl.
+    """
+    import torch
+    from torch import distributed
+
+    if not (distributed.is_nccl_available() and torch.cuda.is_available()):
+        return None
+    local = os.environ.get("LOCAL_RANK", "")
+    if not local.isdecimal() or here() > torch.cuda.device_count():
+        return None
+    return torch.device("cuda", int(local))
+
+
 @contextmanager
-def together() -> Iterator[None]:
+def together(end: Callable[[BaseException], None]) -> Iterator[None]:
     """The processes find each other, where there are several.
+
+    Args:
+        end: ends this process where another one has gone; called from another thread.
 
     Raises:
         ValueError: they do not find each other.
@@ -64,16 +87,23 @@ def together() -> Iterator[None]:
     from torch.distributed.rendezvous import rendezvous
 
     from ..architectures.ranks import join
+    from .ring import Ring
 
     # Python's handlers do not run while native code waits: a signal ends the process then. The others have
     # nothing to clear up; when they have gone, the first one's wait ends too.
     handlers = {each: signal.signal(each, signal.SIG_DFL) for each in (signal.SIGINT, signal.SIGTERM)}
     try:
         store, rank, size = next(rendezvous("env://", timeout=MEETING))
-        distributed.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=PATIENCE)
+        own = own_gpu()
+        store.set(f"gpu/{rank}", "none" if own is None else "own")
+        if any(store.get(f"gpu/{one}") != b"own" for one in range(size)):
+            own = None
+        how = "gloo" if own is None else "cpu:gloo,cuda:nccl"
+        distributed.init_process_group(how, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+        ring = Ring(store, rank, size, end)
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"the {count()} processes do not find each other ({error})") from None
-    join()
+    join(ring.why, own)
     if number() == 0:
         for each, handler in handlers.items():
             signal.signal(each, handler)
@@ -84,5 +114,10 @@ def together() -> Iterator[None]:
         os.close(silent)
     try:
         yield
+    except BaseException as error:
+        ring.leave(error)
+        raise
+    else:
+        ring.leave(None)
     finally:
         distributed.destroy_process_group()

@@ -117,7 +117,12 @@ class Observer(ABC):
 
 
 class Adding(Observer):
-    """An observer whose sums are sums of what each lane gave."""
+    """An observer whose sums are sums of what each lane gave.
+
+    Of a float32 model that has 24 binary digits (`_short`). The 53 of float64 hold the sum exactly, unless
+    some are millions of times larger than others, and an exact sum does not depend on the order of adding, in
+    which processes that share the lanes differ.
+    """
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
@@ -127,10 +132,19 @@ class Adding(Observer):
         return self._sums
 
     @final
-    def _plus(self, **parts: Tensor | float | int) -> None:
+    def _plus(self, **parts: Tensor | int) -> None:
         for name, part in parts.items():
-            new = torch.tensor(part) if isinstance(part, int) else torch.as_tensor(part, dtype=torch.float64)
+            new = torch.tensor(part) if isinstance(part, int) else part.double()
             self._sums[name] = self._sums[name].add_(new) if name in self._sums else new
+
+
+def _short(part: Tensor, source: Tensor) -> Tensor:
+    """The first 24 binary digits of each number, in float64 and in its range (Veltkamp's splitting); all of
+    them where what it was made of is float64."""
+    if part.dtype != torch.float64 or source.dtype == torch.float64:
+        return part
+    wide = part * (2.0**29 + 1)
+    return wide - (wide - part)
 
 
 class InputNorm(Adding):
@@ -210,7 +224,8 @@ class StateError(Adding):
             sums |= {"cross": stats.cross * output_energy[:, None], "power": stats.power * output_energy}
         if self._rows and self._rows < len(output_energy):  # an entry of A_log is of all its head's channels
             sums = {name: x.unflatten(0, (self._rows, -1)).sum(1) for name, x in sums.items()}
-        self._plus(**sums, signal=output.square().sum((0, 1)).double() @ output_energy)
+        sums["signal"] = output.square().sum((0, 1)).double() @ output_energy
+        self._plus(**{name: _short(part, output) for name, part in sums.items()})
 
     def result(self) -> ErrorSums:
         sums = self._sums
@@ -269,7 +284,7 @@ class StateMoments(Adding):
         if states <= self.MOST_FULL:
             steps = (part.movedim(1, 0).flatten(2) for part in (readouts, pairs))  # (G, S, N N)
             left, right = (part.double() for part in steps)
-            self._plus(full=left.mT @ right)
+            self._plus(full=_short(left.mT @ right, h))
 
     def result(self) -> StateSums:
         """Raises ValueError: sums that are not finite, of states whose squares float32 cannot hold."""
@@ -291,7 +306,7 @@ class StateReadout(Adding):
         """As `StateMoments.add`."""
         heads = h.unflatten(2, (C.shape[2], -1))
         norms = torch.linalg.vector_norm(heads, dim=3, dtype=torch.float64)  # (W, S, G, N)
-        self._plus(energy=(C * norms).square().sum((0, 1)))
+        self._plus(energy=_short((C * norms).square().sum((0, 1)), h))
 
     def result(self) -> Tensor:
         """(G, N) float64, one row for each group of heads."""
