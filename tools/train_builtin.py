@@ -1,11 +1,9 @@
-"""Trains the built-in models, a small stock Mamba (`builtin:pycode`), a Mamba-2 (`builtin:pycode2`) and a
-text model of the Qwen3.5 type (`builtin:pydelta`) of its size, on the Python standard library, and exports
-them.
+"""Trains the built-in models and exports them: a small stock Mamba (`builtin:pycode`), a Mamba-2 (`:pycode2`)
+and a text model of the Qwen3.5 type (`:pydelta`) of its size, on the Python standard library.
 
     python tools/train_builtin.py train --compile --hours 2       # resumes from build/train
     python tools/train_builtin.py export src/sparsessm/builtin/pycode
     python tools/train_builtin.py train --architecture mamba2 --compile --hours 2  # in build/train-mamba2
-    python tools/train_builtin.py export --architecture mamba2 src/sparsessm/builtin/pycode2
     python tools/train_builtin.py train --architecture qwen3_5_text --compile --hours 2 # in build/train-delta
     python tools/train_builtin.py export --architecture qwen3_5_text src/sparsessm/builtin/pydelta
 
@@ -13,9 +11,9 @@ Text: the training side of `stdlib`, and where this Python carries them the trai
 as extra text, which the last part of the run leaves out. Held-out modules are only ever evaluated.
 
 Optimiser: Muon for the projections, AdamW for the rest; the learning rate is constant, then falls linearly to
-zero at the end of the time. The windows of a step are shared between single-threaded processes that meet once
-a step: on a busy machine twice as fast as one process whose threads meet after every operation. Random
-choices depend on the seed and the step alone, so a resumed run draws what it would have.
+zero at the end of the time. Single-threaded processes share the windows of a step and meet once a step: on a
+busy machine twice as fast as threads that meet after every operation. Random choices depend on the seed and
+the step alone, so a resumed run draws what it would have.
 """
 
 from __future__ import annotations
