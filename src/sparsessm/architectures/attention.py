@@ -49,12 +49,12 @@ def positions(start: int, slab: Tensor) -> Tensor:
     return torch.arange(start, start + slab.shape[1], device=slab.device)[None]
 
 
-def frequencies(config: Any) -> tuple[Tensor, float]:
+def frequencies(config: Any, width: int) -> tuple[Tensor, float]:
     """By what rotary attention turns: radians a token of each pair of channels (pairs,), and a factor of what
     is turned.
 
     Args:
-        config: of a stock model whose attention is rotary.
+        config: of a stock model whose attention is rotary. width: channels of a head.
 
     Raises:
         ValueError: a kind of positions whose frequencies depend on the text.
@@ -66,6 +66,5 @@ def frequencies(config: Any) -> tuple[Tensor, float]:
         return found.float(), float(factor)
     if kind != "default":
         raise ValueError(f"rope_type is {kind!r}; supported: default, {', '.join(STATIC)}")
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     width = int(width * told.get("partial_rotary_factor", 1.0))
     return 1.0 / told["rope_theta"] ** (torch.arange(0, width, 2).float() / width), 1.0

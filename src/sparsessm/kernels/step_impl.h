@@ -145,7 +145,7 @@ static void look_up(const Step &s) {
             for (int64_t i = 0; i < d; ++i) to[i] *= net.embedding_scale;
         if (!w.embedded.empty()) std::copy(to, to + d, w.embedded.data() + b * d);
         float *turned = w.turned.data() + b * 2 * pairs;
-        const float at = pairs ? static_cast<float>(tokens_of(net, s.states[b])) : 0;
+        const float at = pairs && net.block ? static_cast<float>(tokens_of(net, s.states[b])) : 0;
         for (int64_t i = 0; i < pairs; ++i) {
             const float angle = at * net.turns[i];
             turned[i] = std::cos(angle) * net.turned, turned[pairs + i] = std::sin(angle) * net.turned;

@@ -42,7 +42,7 @@ def _pure(config: Any) -> Plan:
 
 
 def _bamba(config: Any) -> Plan:
-    mixer, (angles, turned), parts = _dual(config), frequencies(config), []
+    mixer, (angles, turned), parts = _dual(config), frequencies(config, _width(config)), []
     for layer, kind in enumerate(config.layers_block_type):
         name = f"model.layers.{layer}"
         if kind == "full_attention":
@@ -75,7 +75,7 @@ def _granite(config: Any) -> Plan:
         wide = Product(f"{name}.shared_mlp.input_linear")
         shared = Mlp(wide, wide, Product(f"{name}.shared_mlp.output_linear"), _curve(config.hidden_act))
         parts.append(Planned(shared, norm, reads, scale=scale))
-    angles, turned = frequencies(config) if rotary else (None, 1.0)
+    angles, turned = frequencies(config, _width(config)) if rotary else (None, 1.0)
     names = "model.embed_tokens.weight", "model.norm.weight"
     scales = float(config.embedding_multiplier), 1.0 / float(config.logits_scaling)
     return Plan(*names, float(config.rms_norm_eps), parts, *scales, angles, turned)
@@ -97,7 +97,7 @@ def _falcon_h1(config: Any) -> Plan:
         parts.append(Planned(attention, None, "before", scale=scale))
         mlp = _mlp(f"{name}.feed_forward", config, gate=gate)
         parts.append(Planned(mlp, f"{name}.pre_ff_layernorm.weight", scale=down))
-    angles, turned = frequencies(config)
+    angles, turned = frequencies(config, _width(config))
     names = "model.embed_tokens.weight", "model.final_layernorm.weight"
     scales = float(config.embedding_multiplier), float(config.lm_head_multiplier)
     return Plan(*names, float(config.rms_norm_eps), parts, *scales, angles, turned)
@@ -209,7 +209,9 @@ def _zamba2(config: Any) -> Plan:
         parts.append(Planned(Plain(Product(f"{name}.linear")), None, "side", beside=True))
         inner = f"{name}.mamba_decoder"
         parts.append(Planned(Mamba(f"{inner}.mamba", True, mixer), f"{inner}.input_layernorm.weight", "sum"))
-    angles, turned = frequencies(config) if config.use_mem_rope else (None, 1.0)
+    angles, turned = (None, 1.0)
+    if config.use_mem_rope:
+        angles, turned = frequencies(config, int(config.attention_head_dim))
     names = "model.embed_tokens.weight", "model.final_layernorm.weight"
     return Plan(*names, float(config.rms_norm_eps), parts, angles=angles, turned=turned)
 
@@ -346,12 +348,16 @@ def _attention(
     keys: float = 1.0,
 ) -> Attention:
     """Attention under the usual names; `inputs` multiplies what it reads, `keys` the keys."""
-    heads = int(config.num_attention_heads)
-    width = int(optional(config, "head_dim") or config.hidden_size // heads)
+    heads, width = int(config.num_attention_heads), _width(config)
     q, v = (Product(f"{name}.{kind}_proj", inputs=inputs) for kind in "qv")
     k, o = Product(f"{name}.k_proj", keys, inputs), Product(f"{name}.o_proj")
     by = width**-0.5 if scale is None else scale
     return Attention(q, k, v, o, heads, int(config.num_key_value_heads), width, by, rotary)
+
+
+def _width(config: Any) -> int:
+    """Channels of a head of attention."""
+    return int(optional(config, "head_dim") or config.hidden_size // config.num_attention_heads)
 
 
 def _mlp(name: str, config: Any, gate: float = 1.0) -> Mlp:
