@@ -115,7 +115,12 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
         "rope_parameters": DELTA["rope_parameters"] | {"mrope_interleaved": True, "mrope_section": [1, 1, 0]},
     },
     "qwen3_next": DELTA | EXPERTS | {"mlp_only_layers": [1]},
-    "olmo_hybrid": DELTA | {"linear_num_value_heads": 2, "linear_value_head_dim": 6, "rope_parameters": None},
+    "olmo_hybrid": DELTA
+    | {
+        "linear_num_value_heads": 2,
+        "linear_value_head_dim": 6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": None},
+    },
     "kimi_linear": {
         "num_hidden_layers": 3,
         "layer_types": ["linear_attention", "full_attention", "linear_attention"],

@@ -9,7 +9,7 @@
 //
 // With clang++, -fsanitize=fuzzer and -DLIBFUZZER in place of main() it is a libFuzzer target. With
 // -fsanitize=thread in place of the others it looks for races between the threads of a step.
-#include "runtime.h"
+#include "network.h"
 #include "scan.h"
 
 #include <sys/mman.h>
@@ -50,9 +50,9 @@ constexpr int64_t SLACK = 256; // what kernels may read beyond the last value (m
     } while (0)
 
 // Decisions come from the bytes, and from numbers seeded by them where there are no more.
-class Source {
+class Draws {
   public:
-    Source(const uint8_t *data, size_t size) : data_(data), end_(data + size) {
+    Draws(const uint8_t *data, size_t size) : data_(data), end_(data + size) {
         uint64_t seed = 1469598103934665603u;
         for (size_t i = 0; i < size; ++i) seed = (seed ^ data[i]) * 1099511628211u;
         random.seed(seed);
@@ -101,7 +101,7 @@ struct Weights { // what is stored, row by row, and what it stands for
 };
 
 // Appends a random value to `to`; returns it.
-double append(Source &s, Value value, std::vector<uint8_t> &to) {
+double append(Draws &s, Value value, std::vector<uint8_t> &to) {
     if (value == Value::i8) {
         const auto number = static_cast<int8_t>(static_cast<int>(s.random() % 256) - 128);
         to.push_back(static_cast<uint8_t>(number));
@@ -117,7 +117,7 @@ double append(Source &s, Value value, std::vector<uint8_t> &to) {
     return rounded;
 }
 
-Weights weights(Source &s, bool sparse) {
+Weights weights(Draws &s, bool sparse) {
     Weights w;
     const bool large = s.below(40) == 39; // enough work for threads
     w.rows = large ? 150 + s.below(100) : 1 + s.below(12);
@@ -197,7 +197,7 @@ bool same(const std::vector<float> &a, const std::vector<float> &b) {
     return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0);
 }
 
-void products(Source &s, const Matrix &m, const std::vector<double> &dense) {
+void products(Draws &s, const Matrix &m, const std::vector<double> &dense) {
     const int64_t length = s.pick<int64_t>({1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 64, 65, 130});
     const int64_t x_stride = m.cols + s.pick<int64_t>({0, 0, 3}), stride = m.rows + s.pick<int64_t>({0, 0, 5});
     const bool with_bias = s.below(2), softplus = s.below(3) == 0;
@@ -275,7 +275,7 @@ struct Integers {
     int64_t group = 0;
 };
 
-Integers integers(Source &s, int64_t rows, int64_t cols) {
+Integers integers(Draws &s, int64_t rows, int64_t cols) {
     Integers found;
     found.group = s.pick<int64_t>({0, 0, 32, 64, 96});
     const int64_t groups = found.group ? (cols + found.group - 1) / found.group : 1;
@@ -308,7 +308,7 @@ Matrix of(const Integers &w, int64_t rows, int64_t cols, const std::vector<int64
                          order.empty() ? nullptr : order.data(), static_cast<int64_t>(order.size()), true, w.group}, 2);
 }
 
-template <typename CheckRows> void codes(Source &s, std::vector<std::unique_ptr<Guarded>> &keep, const CheckRows &check) {
+template <typename CheckRows> void codes(Draws &s, std::vector<std::unique_ptr<Guarded>> &keep, const CheckRows &check) {
     const int64_t rows = 1 + s.below(250), cols = s.pick<int64_t>({1, 2, 3, 16, 31, 63, 64, 65, 127, 128, 130, 200, 769});
     const Integers w = integers(s, rows, cols);
     std::vector<int64_t> order(s.below(2) ? 1 + s.below(40) : 0);
@@ -327,7 +327,7 @@ template <typename CheckRows> void codes(Source &s, std::vector<std::unique_ptr<
     }
 }
 
-void matrices(Source &s) {
+void matrices(Draws &s) {
     const int kind = s.below(5);
     const bool sparse = kind > 1;
     std::vector<std::unique_ptr<Guarded>> keep;
@@ -395,7 +395,7 @@ void matrices(Source &s) {
     }
 }
 
-std::shared_ptr<const Matrix> random_matrix(Source &s, int64_t rows, int64_t cols,
+std::shared_ptr<const Matrix> random_matrix(Draws &s, int64_t rows, int64_t cols,
                                             std::vector<std::unique_ptr<Guarded>> &keep) {
     if (s.below(3) == 0) {
         Integers w = integers(s, rows, cols);
@@ -419,8 +419,75 @@ std::shared_ptr<const Matrix> random_matrix(Source &s, int64_t rows, int64_t col
         exposed(sparse_matrix({rows, cols, mask.data(), values.data(), nonzero, value, scale, nullptr, 0}), keep));
 }
 
+// Attention, MLPs, experts and plain matrices behind the mixers.
+template <typename Numbers>
+void others(Draws &s, Network &net, std::vector<std::unique_ptr<Guarded>> &keep, const Numbers &numbers) {
+    const int64_t d = net.width;
+    const auto linear = [&](int64_t rows, int64_t cols) {
+        Linear l;
+        l.matrix = random_matrix(s, rows, cols, keep);
+        if (s.below(2)) l.bias = numbers(rows);
+        if (s.below(3) == 0) l.scale = 0.5f;
+        if (s.below(4) == 0) {
+            const int64_t rank = 1 + s.below(6);
+            l.narrow = random_matrix(s, rank, cols, keep), l.wide = random_matrix(s, rows, rank, keep);
+        }
+        return l;
+    };
+    const auto mlp = [&](int64_t inner, bool gated, int64_t reads, int64_t gives) {
+        Mlp m;
+        m.up = linear(inner, reads), m.down = linear(gives, inner);
+        if (gated) m.gate = linear(inner, reads);
+        m.curve = s.pick<Curve>({Curve::silu, Curve::gelu, Curve::relu2});
+        return m;
+    };
+    const int64_t width = s.pick<int64_t>({1, 2, 5, 16, 20, 40});
+    net.turns = numbers(s.below(static_cast<int>(width / 2 + 1)));
+    bool side = false;
+    int64_t reads = 0;
+    for (int count = s.below(4); count > 0; --count) {
+        Part part;
+        part.source = s.pick<Source>({Source::before, Source::stream, Source::both, Source::side, Source::sum});
+        if ((part.source == Source::before && !reads) || (part.source >= Source::side && !side)) part.source = Source::stream;
+        if (part.source != Source::before) {
+            reads = part.source == Source::both ? 2 * d : d;
+            if (s.below(3)) part.norm = numbers(reads);
+        }
+        part.beside = s.below(3) == 0, part.scale = 0.5f;
+        side = side || part.beside;
+        const int kind = s.below(4);
+        if (kind == 0) {
+            Attention a;
+            a.shared = 1 + s.below(3), a.heads = a.shared * (1 + s.below(3)), a.width = width, a.scale = 0.3f;
+            a.q = linear(a.heads * width, reads), a.k = linear(a.shared * width, reads);
+            a.v = linear(a.shared * width, reads), a.o = linear(d, a.heads * width);
+            a.rotary = s.below(2), a.place = net.block, net.block += a.floats();
+            part.what = std::move(a);
+        } else if (kind == 1) {
+            part.what = mlp(1 + s.below(70), s.below(2), reads, d);
+        } else if (kind == 2) {
+            Experts e;
+            const int64_t groups = 1 + s.below(3), many = groups * (1 + s.below(3)), inner = 1 + s.below(40);
+            const bool gated = s.below(2), latent = s.below(2);
+            const int64_t within = latent ? 1 + s.below(20) : reads;
+            if (latent) e.before = linear(within, reads), e.behind = linear(d, within);
+            for (int64_t i = 0; i < many; ++i) e.each.push_back(mlp(inner, gated, within, latent ? within : d));
+            e.router = linear(many, reads), e.favour = numbers(many);
+            e.choice = s.pick<Choice>({Choice::softmax, Choice::softmax_of_chosen, Choice::sigmoid});
+            e.groups = groups, e.chosen_groups = 1 + s.below(static_cast<int>(groups));
+            e.chosen = 1 + s.below(static_cast<int>(many / groups * e.chosen_groups)), e.normalised = s.below(2);
+            if (!latent && reads != d) continue; // what experts read and give has one width
+            part.what = std::move(e);
+        } else {
+            part.what = linear(d, reads);
+        }
+        net.parts.push_back(std::move(part));
+    }
+    if (net.block) ++net.state_size;
+}
+
 // A whole step: bounds, the same bits for every team and every batch.
-void steps(Source &s) {
+void steps(Draws &s) {
     std::vector<std::unique_ptr<Guarded>> keep;
     const auto numbers = [&](int64_t count) {
         std::vector<float> out(count);
@@ -440,13 +507,16 @@ void steps(Source &s) {
         net.mixer_epsilon = 1e-6f; // FalconMamba
     }
     for (int layers = s.below(3); dual && layers > 0; --layers) {
-        Layer l;
+        Part part;
+        Mamba l;
         auto m = std::make_shared<Heads>(shape);
         const int64_t inner = net.channels, mixed = inner + 2 * m->groups * net.states;
         const int64_t room = (m->count + SCAN_LANES - 1) / SCAN_LANES * SCAN_LANES;
         l.in_x = random_matrix(s, mixed, net.width, keep), l.in_z = random_matrix(s, inner, net.width, keep);
         m->in_dt = random_matrix(s, m->count, net.width, keep), l.out_proj = random_matrix(s, net.width, inner, keep);
-        l.norm = numbers(net.width), l.conv = numbers(net.taps * mixed), m->norm = numbers(inner);
+        part.norm = numbers(net.width), l.conv = numbers(net.taps * mixed);
+        if (s.below(3)) m->norm = numbers(inner), m->epsilon = net.epsilon, m->gate_first = s.below(2);
+        if (s.below(2)) l.in_scale = 0.5f, l.gate_scale = 0.25f, m->step_scale = 0.125f, part.scale = 2;
         if (s.below(2)) l.conv_bias = numbers(mixed);
         if (s.below(2)) l.in_bias = numbers(mixed + inner), l.out_bias = numbers(net.width);
         m->dt_bias = numbers(room), m->skip = numbers(room);
@@ -455,15 +525,18 @@ void steps(Source &s) {
         l.channels = inner, l.conv_state = net.state_size, l.scan_state = l.conv_state + (net.taps - 1) * mixed;
         net.state_size = l.scan_state + static_cast<int64_t>(m->kept.size()) * inner / m->count * net.states;
         l.heads = std::move(m);
-        net.layers.push_back(std::move(l));
+        part.what = std::move(l);
+        net.parts.push_back(std::move(part));
     }
     const int64_t D = net.channels, padded = (D + SCAN_LANES - 1) / SCAN_LANES * SCAN_LANES;
     for (int layers = s.below(3); !dual && layers > 0; --layers) {
-        Layer l;
+        Part part;
+        Mamba l;
         l.in_x = random_matrix(s, D, net.width, keep), l.in_z = random_matrix(s, D, net.width, keep);
         l.x_proj = random_matrix(s, net.rank + 2 * net.states, D, keep);
         l.dt_proj = random_matrix(s, D, net.rank, keep), l.out_proj = random_matrix(s, net.width, D, keep);
-        l.norm = numbers(net.width), l.conv = numbers(net.taps * D);
+        part.norm = numbers(net.width), l.conv = numbers(net.taps * D);
+        if (net.mixer_epsilon > 0 && s.below(2)) l.readings = numbers(net.rank + 2 * net.states);
         if (s.below(2)) l.conv_bias = numbers(D);
         if (s.below(2)) l.in_bias = numbers(2 * D), l.out_bias = numbers(net.width);
         l.dt_bias = numbers(padded), l.skip = numbers(padded);
@@ -485,34 +558,45 @@ void steps(Source &s) {
         l.index.resize(entries + SCAN_LANES);
         l.channels = D, l.conv_state = net.state_size, l.scan_state = l.conv_state + (net.taps - 1) * D;
         net.state_size = l.scan_state + entries;
-        net.layers.push_back(std::move(l));
+        part.what = std::move(l);
+        net.parts.push_back(std::move(part));
     }
+    others(s, net, keep, numbers);
+    size_t share = 0;
+    for (Part &part : net.parts) part.share = share, share += shares_of(part);
     net.norm = numbers(net.width);
     net.embedding = random_matrix(s, net.vocabulary, net.width, keep);
     net.head = random_matrix(s, net.vocabulary, net.width, keep);
     const int64_t batch = 1 + s.below(6);
     for (const Level *level : supported()) {
         const auto run = [&](const std::vector<int64_t> &tokens, std::vector<float> &state, int threads) {
-            const auto count = static_cast<int64_t>(tokens.size());
+            const auto count = static_cast<int64_t>(tokens.size()), size = static_cast<int64_t>(state.size()) / count;
             std::vector<float> logits(count * net.vocabulary);
-            const int64_t mixed = dual ? D + 2 * shape.groups * net.states : D;
-            Workspace w{std::vector<float>(count * net.width), std::vector<float>(count * mixed), std::vector<float>(count * D),
-                        std::vector<float>(count * (dual ? shape.count : net.rank + 2 * net.states)),
-                        std::vector<float>(count * D)};
+            std::vector<std::unique_ptr<Guarded>> rows; // each ends where its memory does
+            std::vector<float *> states;
+            for (int64_t b = 0; b < count; ++b) {
+                rows.push_back(std::make_unique<Guarded>(state.data() + b * size, size * 4));
+                states.push_back(reinterpret_cast<float *>(rows.back()->data));
+            }
+            Workspace w;
+            make_room(net, count, w);
             Barrier barrier;
-            std::vector<std::vector<int64_t>> shares;
-            for (const Layer &layer : net.layers)
-                for (const auto &m : {layer.in_x, layer.in_z, dual ? layer.heads->in_dt : layer.x_proj, layer.out_proj})
-                    shares.push_back(m->shares(threads));
-            shares.push_back(net.head->shares(threads));
-            Step step{net, tokens.data(), state.data(), logits.data(), count, w, barrier, shares};
+            const auto shares = shares_of(net, threads);
+            Step step{net, tokens.data(), states.data(), logits.data(), count, w, barrier, shares};
             std::vector<std::thread> team;
             for (int t = 1; t < threads; ++t) team.emplace_back([&, t] { level->step(step, t, threads); });
             level->step(step, 0, threads);
             for (auto &thread : team) thread.join();
+            for (int64_t b = 0; b < count; ++b) std::copy(states[b], states[b] + size, state.begin() + b * size);
             return logits;
         };
-        std::vector<float> one(batch * net.state_size), many = one, alone = one;
+        const int64_t size = net.state_size + 2 * net.block;
+        std::vector<float> one(batch * size);
+        for (int64_t b = 0; b < batch && net.block; ++b) { // some rows are about to begin another block
+            one[b * size + net.state_size - 1] = s.pick<float>({0, 5, KEPT - 2, KEPT - 1, KEPT});
+            for (int64_t i = net.state_size; i < size; ++i) one[b * size + i] = s.normal();
+        }
+        std::vector<float> many = one, alone = one;
         for (int turn = 0; turn < 3; ++turn) {
             std::vector<int64_t> tokens(batch);
             for (int64_t &token : tokens) token = s.below(static_cast<int>(net.vocabulary));
@@ -521,11 +605,11 @@ void steps(Source &s) {
             CHECK(same(run(tokens, many, 2 + turn), logits), "%s: threads change a logit", level->name);
             CHECK(same(one, many), "%s: threads change a state", level->name);
             for (int64_t b = 0; b < batch; ++b) {
-                std::vector<float> state(alone.begin() + b * net.state_size, alone.begin() + (b + 1) * net.state_size);
+                std::vector<float> state(alone.begin() + b * size, alone.begin() + (b + 1) * size);
                 const std::vector<float> own = run({tokens[b]}, state, 1);
                 CHECK(std::memcmp(own.data(), &logits[b * net.vocabulary], own.size() * 4) == 0,
                       "%s: a sequence of %ld is another alone", level->name, static_cast<long>(batch));
-                std::copy(state.begin(), state.end(), alone.begin() + b * net.state_size);
+                std::copy(state.begin(), state.end(), alone.begin() + b * size);
             }
             CHECK(same(one, alone), "%s: a state is another alone", level->name);
         }
@@ -535,7 +619,7 @@ void steps(Source &s) {
 } // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
-    Source source(data, size);
+    Draws source(data, size);
     if (source.below(6)) matrices(source);
     else steps(source);
     return 0;

@@ -18,7 +18,7 @@ else
 fi
 mkdir -p "$out"
 objects=()
-for part in matrix few_bits levels level_portable; do # portable code first, as CMakeLists.txt has it
+for part in matrix network few_bits levels level_portable; do # portable code first, as CMakeLists.txt has it
     objects+=("$out/$part.o")
     "$compiler" "${flags[@]}" -c "$kernels/$part.cpp" -o "$out/$part.o"
 done

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from sparsessm.architectures import MODEL_TYPES
 from sparsessm.methods.patterns import AXES
-from sparsessm.runtime.engine import MIXERS
+from sparsessm.runtime.base import FIELDS
 
 
 def table() -> str:
@@ -17,7 +17,7 @@ def table() -> str:
     for name, kind in MODEL_TYPES.items():
         marks = ["yes" if axis in kind.structure else "" for axis in AXES]
         about = str(kind.__doc__).splitlines()[0].partition(" (`")[0].rstrip(".")
-        lines.append([f"`{name}`", about, "yes", *marks, "yes" if name in MIXERS else ""])
+        lines.append([f"`{name}`", about, "yes", *marks, "yes" if name in FIELDS else ""])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 

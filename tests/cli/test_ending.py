@@ -347,11 +347,11 @@ def test_one_thread_that_finds_no_memory_ends_a_step_and_not_the_process() -> No
 import os, resource, torch
 from sparsessm import kernels, runtime
 engine = runtime.load("builtin:pycode").engine
-many, few = engine.new_state(4000), engine.new_state(2)
+many, few = list(engine.new_state(4000)), engine.new_state(2)
 tokens, logits = torch.zeros(4000, dtype=torch.int64), torch.empty(4000, engine.vocabulary)
 step = engine._decoder._native.step
 step(kernels.LEVEL, 1, tokens, many, logits)  # what all threads share is there
-step(kernels.LEVEL, 4, tokens[:2], few.clone(), right := logits[:2].clone())  # and the threads are
+step(kernels.LEVEL, 4, tokens[:2], list(few.clone()), right := logits[:2].clone())  # and the threads are
 size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (size, resource.RLIM_INFINITY))
 try:
@@ -361,7 +361,7 @@ except MemoryError:
     print("short", flush=True)
 resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
 for threads in (4, 10**6):
-    step(kernels.LEVEL, threads, tokens[:2], few.clone(), again := logits[:2].clone())
+    step(kernels.LEVEL, threads, tokens[:2], list(few.clone()), again := logits[:2].clone())
     assert torch.equal(right, again)
 os._exit(0)  # Triton, where it is installed, says what its bindings leak when Python ends
 """

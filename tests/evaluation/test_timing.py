@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sparsessm.evaluation import timing
 from sparsessm.evaluation.timing import Phase, Segment, Spread, clean, settled
+from sparsessm.runtime.keys import Keys
 
 GOOD, STOLEN = Segment(1.0, 0.01), Segment(1.0, 0.1)
 
@@ -22,7 +23,7 @@ GOOD, STOLEN = Segment(1.0, 0.01), Segment(1.0, 0.1)
 class Recorder:
     """An engine that does nothing but say that it was called."""
 
-    vocabulary, state_size, layout, nbytes, resident = 64, 5, "", 1, 2
+    vocabulary, state_size, layout, nbytes, resident, keys = 64, 5, "", 1, 2, Keys(5, 0)
 
     def __init__(self, name: str, log: list[tuple[str, str, list[int]]], vocabulary: int = 64) -> None:
         self.name, self.log, self.vocabulary = name, log, vocabulary

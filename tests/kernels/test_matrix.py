@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from sparsessm import kernels
 from sparsessm.checkpoint.encoding import encode
 from sparsessm.kernels.matrix import BLOCK, Matrix, rounded
-from sparsessm.runtime.mixer import matrices, matrix
+from sparsessm.runtime.weights import matrices, matrix
 
 pytestmark = pytest.mark.skipif(not kernels.NATIVE, reason="the native extension is not built")
 VALUES = [torch.float32, torch.bfloat16, torch.int8]

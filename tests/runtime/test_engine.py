@@ -21,8 +21,8 @@ from sparsessm.checkpoint.encoding import Encoded, encode
 from sparsessm.pruning import entries
 from sparsessm.runtime.engine import NativeEngine
 from sparsessm.runtime.mamba1 import Slots
-from sparsessm.runtime.mixer import LANES
 from sparsessm.runtime.reference import ReferenceEngine
+from sparsessm.runtime.weights import LANES
 
 pytestmark = pytest.mark.skipif(kernels.LEVEL == "reference", reason="no native kernels run")
 LINEAR = ("in_proj.weight", "x_proj.weight", "dt_proj.weight", "out_proj.weight")

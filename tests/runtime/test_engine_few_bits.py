@@ -20,6 +20,7 @@ from sparsessm.checkpoint.packed_tensor import PackedTensor
 from sparsessm.kernels import entropy
 from sparsessm.kernels.matrix import rounded
 from sparsessm.runtime.engine import NativeEngine
+from sparsessm.runtime.plan import Mamba
 from sparsessm.runtime.reference import ReferenceEngine
 
 pytestmark = needs_native
@@ -82,11 +83,11 @@ class Rounding(ReferenceEngine):
         pairs = zip(codes.split(parts), weights.split(parts), strict=True)
         return torch.cat([seen(x, some, columns) @ weight.T for some, weight in pairs], dim=-1)
 
-    def _linear(self, layer: int, name: str, x: Tensor) -> Tensor:
-        prefix = f"backbone.layers.{layer}.mixer.{name}"
+    def _linear(self, mixer: Mamba, name: str, x: Tensor) -> Tensor:
+        prefix = f"{mixer.name}.{name}"
         rows, parts = self._tensors[f"{prefix}.weight"].shape[0], []
-        if name == "in_proj" and hasattr(self._config, "num_heads"):  # gate, convolution, step sizes
-            inner, steps = self._config.num_heads * self._config.head_dim, self._config.num_heads
+        if name == "in_proj" and mixer.dual:  # gate, convolution, step sizes
+            inner, steps = mixer.config.num_heads * mixer.config.head_dim, mixer.config.num_heads
             parts = [inner, rows - inner - steps, steps]
         elif name == "in_proj":
             parts = [rows // 2, rows // 2]

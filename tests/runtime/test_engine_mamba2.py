@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mamba2_cases import CASES, MAMBA2, PACKED, SHELVED, encoded, made, mixers, near, stock, thin, tokens
 from pico import pico_falcon_mamba, pico_mamba, pico_mamba2, pico_tokenizer
-from pico_hybrids import pico_hybrid
 from torch import Tensor
 
 from sparsessm import architectures, kernels, runtime
 from sparsessm.checkpoint import packed
 from sparsessm.evaluation.speed import Subject, measure, storage
 from sparsessm.kernels.matrix import Decoder
+from sparsessm.runtime import base
 from sparsessm.runtime.base import described
 from sparsessm.runtime.causal_lm import causal_lm
 from sparsessm.runtime.engine import NativeEngine
@@ -268,20 +268,21 @@ def test_the_shapes_are_those_of_the_stock_model() -> None:
 
 
 def test_what_does_not_run_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = SimpleNamespace(model_type="jamba", hidden_act="silu")
-    words = "the runtime does not run model type 'jamba'; supported: falcon_mamba, mamba, mamba2"
+    monkeypatch.setattr(base, "FIELDS", {kind: base.FIELDS[kind] for kind in ("mamba", "bamba")})
+    config = SimpleNamespace(model_type="mamba2", hidden_act="silu")
+    words = "the runtime does not run model type 'mamba2'; supported: bamba, mamba"
     with pytest.raises(ValueError, match=words):
         runtime.engine_of(config, {}, None)
-    monkeypatch.setattr(packed, "of", None)  # refused before any weight is encoded
-    with pytest.raises(ValueError, match=words):
-        runtime.of(held(pico_hybrid("jamba")))
-    monkeypatch.undo()
     with pytest.raises(ValueError, match=words):
         ReferenceEngine(config, {})
-    (tmp_path / "config.json").write_text('{"model_type": "jamba"}')  # and before any is read
-    monkeypatch.setattr(architectures, "MODEL_TYPES", dict(architectures.MODEL_TYPES) | {"jamba": None})
-    with pytest.raises(ValueError, match=words):
+    with monkeypatch.context() as refused, pytest.raises(ValueError, match=words):
+        refused.setattr(packed, "of", None)  # before any weight is encoded
+        runtime.of(held(pico_mamba2()))
+    (tmp_path / "config.json").write_text('{"model_type": "mamba2"}')  # and before any is read
+    with monkeypatch.context() as refused, pytest.raises(ValueError, match=words):
+        refused.setattr(architectures, "MODEL_TYPES", dict(architectures.MODEL_TYPES) | {"mamba2": None})
         runtime.load(tmp_path)
+    monkeypatch.undo()
     with pytest.raises(ValueError, match="hidden_act is 'gelu'"):
         native_or_reference(pico_mamba2(hidden_act="gelu"))
 
@@ -294,7 +295,7 @@ def native_or_reference(model: Any) -> Any:
 def test_heads_that_do_not_fit_are_refused() -> None:
     engine: Any = native(pico_mamba2())
     layer, rest = (
-        engine._layers[0],
+        engine._parts[0],
         {"norm": engine._norm, "embedding": engine._embedding, "head": engine._head},
     )
     sizes = {"width": 16, "states": 8, "taps": 4, "vocabulary": 64, "epsilon": 1e-5}

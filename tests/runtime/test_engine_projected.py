@@ -157,9 +157,9 @@ def test_directions_that_there_cannot_be_are_refused_by_the_decoder(directions: 
 
     model = made("two groups, 3 and 5 of 8")
     engine: Any = native(model)
-    layers = [layer.native() for layer in engine._layers]
+    layers = [layer.native() for layer in engine._parts]
     sizes = {"width": 16, "states": 8, "taps": 4, "vocabulary": 64, "epsilon": 1e-5}
-    sizes |= type(engine._layers[0]).sizes(model.config)
+    sizes |= type(engine._parts[0]).sizes(model.config)
     rest = {"norm": engine._norm, "embedding": engine._embedding, "head": engine._head}
     Decoder(sizes, layers, rest)
     with pytest.raises(ValueError, match="directions must be between 1 and the number of states"):

@@ -15,8 +15,9 @@ from sparsessm import kernels, runtime
 from sparsessm.checkpoint.encoding import Encoded, encode
 from sparsessm.kernels.matrix import Decoder, rounded
 from sparsessm.runtime.engine import NativeEngine
-from sparsessm.runtime.mixer import LANES
+from sparsessm.runtime.plan import Mamba
 from sparsessm.runtime.reference import ReferenceEngine, expected_shapes
+from sparsessm.runtime.weights import LANES
 
 LINEAR = ("in_proj.weight", "x_proj.weight", "dt_proj.weight", "out_proj.weight")
 # kind, channels by layer, fields, whether half of the states forget
@@ -168,9 +169,9 @@ class Rounding(ReferenceEngine):
         super().__init__(config, decoded(tensors))
         self._narrow = {name for name, tensor in tensors.items() if tensor.scale is not None}
 
-    def _linear(self, layer: int, name: str, x: Tensor) -> Tensor:
-        int8 = f"backbone.layers.{layer}.mixer.{name}.weight" in self._narrow
-        return super()._linear(layer, name, rounded(x) if int8 else x)
+    def _linear(self, mixer: Mamba, name: str, x: Tensor) -> Tensor:
+        int8 = f"{mixer.name}.{name}.weight" in self._narrow
+        return super()._linear(mixer, name, rounded(x) if int8 else x)
 
 
 @needs_native
@@ -296,7 +297,7 @@ def test_a_skip_that_tells_no_width_is_refused_by_name() -> None:
 def test_the_decoder_checks_each_layer_against_its_own_width() -> None:
     model = made("one, odd, biases")
     engine: Any = NativeEngine(model.config, encoded(model))
-    layers = [layer.native() for layer in engine._layers]
+    layers = [layer.native() for layer in engine._parts]
     rest = {"norm": engine._norm, "embedding": engine._embedding, "head": engine._head}
     sizes = {"width": 16, "states": 8, "taps": 4, "vocabulary": 64, "rank": 1, "epsilon": 1e-5}
     assert Decoder(sizes, layers, rest).state_size == engine.state_size

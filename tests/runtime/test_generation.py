@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from sparsessm.runtime.generation import Generated, Model
+from sparsessm.runtime.keys import Keys
 from sparsessm.runtime.text import Pieces, Stream
 
 PROMPT = [5, 9, 30, 2, 41, 17]
@@ -39,7 +40,7 @@ BYTES = bytes_tokenizer()
 class Script:
     """An engine that continues a given sequence of tokens, whatever it is fed; its state counts tokens."""
 
-    vocabulary, state_size, layout = 257, 1, "script"
+    vocabulary, state_size, layout, keys = 257, 1, "script", Keys(1, 0)
 
     def __init__(self, ids: list[int]) -> None:
         self.ids = ids
@@ -47,11 +48,11 @@ class Script:
     def new_state(self, batch: int) -> Tensor:
         return torch.zeros(batch, 1)
 
-    def step(self, tokens: Tensor, state: Tensor) -> Tensor:
-        state += 1
+    def step(self, tokens: Tensor, states: Tensor | list[Tensor]) -> Tensor:
         logits = torch.zeros(len(tokens), self.vocabulary)
-        for row, read in zip(logits, state[:, 0].tolist(), strict=True):
-            row[self.ids[int(read)] if read < len(self.ids) else 0] = 1
+        for row, state in zip(logits, states, strict=True):
+            state += 1
+            row[self.ids[int(state)] if state < len(self.ids) else 0] = 1
         return logits
 
     def prompt(self, tokens: Tensor, state: Tensor, every: bool = False) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,54 +11,19 @@ from typing import Any
 import pytest
 import torch
 from engines import both, native, reference
+from heard import Heard
 from pico import pico_falcon_mamba, pico_mamba, pico_mamba2, pico_tokenizer
 from torch import Tensor
 
 from sparsessm.runtime.engine import SLAB
 from sparsessm.runtime.generation import Model
+from sparsessm.runtime.keys import Keys
 from sparsessm.runtime.sampling import Sampling
-from sparsessm.serving.events import Asked, Event, Failed, Full, Piece, Read
+from sparsessm.serving.events import Asked, Failed, Full, Piece, Read
 from sparsessm.serving.scheduler import Scheduler
 
 FAMILIES = {"mamba": pico_mamba, "mamba2": pico_mamba2, "falcon_mamba": pico_falcon_mamba}
 WARM = Sampling(0.9, 20)
-
-
-class Heard:
-    """What is told of a request."""
-
-    def __init__(self) -> None:
-        self.events: list[Event] = []
-        self._changed = threading.Condition()
-
-    def __call__(self, event: Event) -> None:
-        with self._changed:
-            self.events.append(event)
-            self._changed.notify_all()
-
-    def until(self, wanted: Callable[[list[Event]], bool], seconds: float = 30.0) -> list[Event]:
-        with self._changed:
-            assert self._changed.wait_for(lambda: wanted(self.events), seconds), self.events
-            return list(self.events)
-
-    def done(self, count: int = 1) -> list[Event]:
-        def ended(events: list[Event]) -> bool:
-            ends = sum(isinstance(event, Piece) and event.finish is not None for event in events)
-            return ends == count or any(isinstance(event, Failed) for event in events)
-
-        return self.until(ended)
-
-    def ids(self, index: int = 0) -> list[int]:
-        pieces = [event for event in self.events if isinstance(event, Piece) and event.index == index]
-        return [told.token for piece in pieces for told in piece.tokens]
-
-    def text(self, index: int = 0) -> str:
-        pieces = [event for event in self.events if isinstance(event, Piece) and event.index == index]
-        return "".join(piece.text for piece in pieces)
-
-    @property
-    def cached(self) -> int:
-        return next(event.cached for event in self.events if isinstance(event, Read))
 
 
 @pytest.fixture
@@ -237,12 +201,12 @@ def test_time_and_the_queue_have_limits(closing: list[Scheduler]) -> None:
 class Sick:
     """An engine that has NaN for one token, and fails whole for another."""
 
-    vocabulary, state_size, layout = 16, 1, "sick"
+    vocabulary, state_size, layout, keys = 16, 1, "sick", Keys(1, 0)
 
     def new_state(self, batch: int) -> Tensor:
         return torch.zeros(batch, 1)
 
-    def step(self, tokens: Tensor, state: Tensor) -> Tensor:
+    def step(self, tokens: Tensor, states: list[Tensor]) -> Tensor:
         if (tokens == 13).any():
             raise RuntimeError("out of order")
         logits = torch.zeros(len(tokens), self.vocabulary)

@@ -262,7 +262,7 @@ def settled(phase: Phase) -> Phase:
 
 
 def _reader(engine: Engine, text: torch.Tensor) -> Callable[[], None]:
-    state = engine.new_state(1)[0]
+    state = engine.keys.room(engine.new_state(1)[0], len(text))
 
     def read() -> None:
         state.zero_()
@@ -272,11 +272,15 @@ def _reader(engine: Engine, text: torch.Tensor) -> Callable[[], None]:
 
 
 def _stepper(engine: Engine, tokens: torch.Tensor) -> Callable[[], None]:
-    """Decoding of `tokens` (steps, batch), again from the first behind the last."""
-    state, columns, at = engine.new_state(tokens.shape[1]), tokens.unbind(), 0
+    """Decoding of `tokens` (steps, batch), again from the first behind the last; keys and values of attention
+    are then written over."""
+    columns, at, keys = tokens.unbind(), 0, engine.keys
+    state = keys.room(engine.new_state(tokens.shape[1]), len(columns))
 
     def step() -> None:
         nonlocal at
+        if keys.block and at == 0:
+            state[:, keys.fixed - 1] = 0
         engine.step(columns[at], state)
         at = (at + 1) % len(columns)
 

@@ -1,5 +1,5 @@
 // The recurrence of Mamba-2 for one token. Lanes are a head's channels and its states lie as (N, P): decay, B_n and C_n
-// are one number for all lanes, and nothing is summed across lanes. Included by step_impl.h.
+// are one number for all lanes, and nothing is summed across lanes. Included by mamba_impl.h.
 //
 //   h_n = a h_n + delta u B_n      y = (sum_n C_n h_n + D u) silu(z)      a = exp(delta A)
 
@@ -35,6 +35,7 @@ struct HeadStep {
     const float *B, *C;
     int64_t states, channels; // N, P
     float delta, decay, skip, meeting;
+    bool gated;
     const float *u, *z; // (P)
     float *h, *y;       // (N, P), (P)
 
@@ -60,6 +61,10 @@ struct HeadStep {
             for (int v = 0; v < V; ++v) out[v] += du[v] * splat(meeting);
         }
         for (int v = 0; v < V; ++v) {
+            if (!gated) {
+                lanes.put(y + c + v * LANES, out[v]);
+                continue;
+            }
             const vec gate = lanes.get(z + c + v * LANES);
             lanes.put(y + c + v * LANES, out[v] * gate * sigmoid(gate));
         }
@@ -85,15 +90,15 @@ static void project_states(const float *projection, const float *from, int64_t s
 
 // This thread's share of the heads of one sequence: raw step sizes, the convolution's output (u, B, C) and the gate ->
 // y, gated. Heads with a state and heads without are shared out apart, as the latter cost next to nothing.
-static void turn_heads(const Heads &m, const Network &net, int thread, int threads, const float *raw, const float *mixed,
-                       const float *z, float *state, float *y) {
-    const int64_t N = net.states, R = m.directions, P = net.channels / m.count;
+static void turn_heads(const Heads &m, const Network &net, int64_t channels, int thread, int threads, const float *raw,
+                       const float *mixed, const float *z, float *state, float *y) {
+    const int64_t N = net.states, R = m.directions, P = channels / m.count;
     const int64_t padded = (m.count + LANES - 1) / LANES * LANES;
     const int64_t wide = m.B_projection.empty() ? 0 : (R + SCAN_LANES - 1) / SCAN_LANES * SCAN_LANES;
     std::vector<float> room(2 * padded + 2 * m.groups * wide);
     float *delta = room.data(), *decay = delta + padded;
     // B of every group, then C: as the convolution gave them, or projected, which every thread does for itself.
-    const float *B = mixed + net.channels, *C = B + m.groups * N;
+    const float *B = mixed + channels, *C = B + m.groups * N;
     const int64_t apart = wide ? wide : N;
     if (wide) {
         float *projected = decay + padded;
@@ -104,7 +109,7 @@ static void turn_heads(const Heads &m, const Network &net, int thread, int threa
         B = projected, C = B + m.groups * wide;
     }
     for (int64_t h = 0; h < m.count; h += LANES) {
-        vec size = softplus(load(raw + h, static_cast<int>(std::min<int64_t>(LANES, m.count - h))) +
+        vec size = softplus(load(raw + h, static_cast<int>(std::min<int64_t>(LANES, m.count - h))) * splat(m.step_scale) +
                             load(m.dt_bias.data() + h));
         size = size < splat(m.least) ? splat(m.least) : size;
         size = size > splat(m.most) ? splat(m.most) : size;
@@ -122,6 +127,7 @@ static void turn_heads(const Heads &m, const Network &net, int thread, int threa
             const int64_t group = h / (m.count / m.groups);
             head.B = B + group * apart, head.C = C + group * apart;
             head.states = R, head.channels = P, head.delta = delta[h], head.decay = decay[h], head.skip = m.skip[h];
+            head.gated = m.gate_first;
             head.u = mixed + h * P, head.z = z + h * P, head.y = y + h * P;
             head.h = list == &m.kept ? state + unit / parts * R * P : nullptr;
             head.meeting = 0;

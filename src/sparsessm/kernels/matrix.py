@@ -172,33 +172,55 @@ class Decoder:
     """A whole network, natively: `step` takes every sequence of a batch one token further in one call."""
 
     def __init__(
-        self, sizes: Mapping[str, Any], layers: Sequence[Mapping[str, Any]], rest: Mapping[str, Any]
+        self, sizes: Mapping[str, Any], parts: Sequence[Mapping[str, Any]], rest: Mapping[str, Any]
     ) -> None:
-        """Take matrices and vectors as native_runtime.cpp names them (runtime/mixer.py makes them).
+        """Take matrices and vectors as native_network.cpp names them (runtime/part.py makes them).
 
         Raises:
             ValueError: one that is missing or does not fit the sizes.
         """
+        made = kernels.extension().decoder(dict(sizes), [_native(part) for part in parts], _native(rest))
+        self._native, self.vocabulary = made, int(sizes["vocabulary"])
+        self.state_size, self.block = int(made.state_size), int(made.block)
 
-        def plain(fields: Mapping[str, Any]) -> dict[str, Any]:
-            return {name: part.native if isinstance(part, Matrix) else part for name, part in fields.items()}
+    def step(self, tokens: Tensor, states: Tensor | list[Tensor], threads: int) -> Tensor:
+        """Read one token of each sequence.
 
-        self._native = kernels.extension().decoder(
-            dict(sizes), [plain(layer) for layer in layers], plain(rest)
-        )
-        self.vocabulary, self.state_size = int(sizes["vocabulary"]), int(self._native.state_size)
+        Args:
+            tokens: (B,) int64.
+            states: of each sequence float32 (state_size,), with attention (state_size + n block,), advanced
+                in place; a tensor where all have one length.
 
-    def step(self, tokens: Tensor, state: Tensor, threads: int) -> Tensor:
-        """tokens (B,) int64, state (B, state_size) float32, advanced in place -> logits (B, V).
+        Returns:
+            logits (B, V).
 
         Raises:
-            ValueError: shapes that do not fit, a token outside the vocabulary.
+            ValueError: shapes that do not fit, a token outside the vocabulary, a state without room for the
+                token's keys and values.
         """
         _expect("tokens", tokens, (torch.int64,), -1)
-        _expect("state", state, (torch.float32,), len(tokens), self.state_size)
+        if isinstance(states, list):
+            for state in states:
+                _expect("state", state, (torch.float32,), -1)
+        else:
+            _expect("state", states, (torch.float32,), len(tokens), -1)
+            if not states.is_contiguous():
+                raise ValueError("state is not contiguous, and it is advanced in place")
+            states = list(states.unbind())
         logits = kernels.empty(len(tokens), self.vocabulary)
-        self._native.step(kernels.LEVEL, threads, tokens.contiguous(), state, logits)
+        self._native.step(kernels.LEVEL, threads, tokens.contiguous(), states, logits)
         return logits
+
+
+def _native(fields: Any) -> Any:
+    """Fields with the extension's matrices in place of ours, however deep they lie."""
+    if isinstance(fields, Matrix):
+        return fields.native
+    if isinstance(fields, Mapping):
+        return {name: _native(part) for name, part in fields.items()}
+    if isinstance(fields, list):
+        return [_native(part) for part in fields]
+    return fields
 
 
 def rounded(x: Tensor) -> Tensor:

@@ -1,7 +1,9 @@
-// sparsessm.kernels._native, second half: the matrices and the decoder of the runtime.
+// sparsessm.kernels._native, second half: the matrices and the decoder of the runtime; native_network.cpp makes the
+// network.
 #include "checksum.h"
 #include "native.h"
-#include "runtime.h"
+#include "native_network.h"
+#include "network.h"
 
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
@@ -10,6 +12,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <cmath>
 #include <exception>
 #include <mutex>
 #include <optional>
@@ -38,10 +41,7 @@ void Barrier::pause(int spins) {
 
 namespace {
 
-template <typename T, int DIMS> using Array = nb::ndarray<T, nb::ndim<DIMS>, nb::device::cpu, nb::c_contig>;
 using Raw = nb::ndarray<nb::device::cpu, nb::c_contig>;
-
-[[noreturn]] void refuse(const std::string &what) { throw std::invalid_argument(what); }
 
 Value value_of(const Raw &values) {
     const auto type = values.dtype();
@@ -122,161 +122,10 @@ struct Decoder {
     void share(int threads) {
         if (threads == shared_by) return;
         shared_by = 0, shares.clear(); // in this order: what follows may fail
-        for (const Layer &layer : net.layers)
-            for (const auto &m : {layer.in_x, layer.in_z, layer.heads ? layer.heads->in_dt : layer.x_proj, layer.out_proj})
-                shares.push_back(m->shares(threads));
-        shares.push_back(net.head->shares(threads));
+        shares = shares_of(net, threads);
         shared_by = threads;
     }
 };
-
-std::vector<float> floats(const nb::dict &from, const char *name, int64_t count, bool optional = false) {
-    nb::object value = from.contains(name) ? from[name] : nb::none();
-    if (value.is_none()) {
-        if (optional) return {};
-        refuse(std::string(name) + " is missing");
-    }
-    const auto array = nb::cast<Array<const float, 1>>(value);
-    if (static_cast<int64_t>(array.shape(0)) != count)
-        refuse(std::string(name) + " has " + std::to_string(array.shape(0)) + " values, expected " + std::to_string(count));
-    return {array.data(), array.data() + count};
-}
-
-std::shared_ptr<const Matrix> matrix(const nb::dict &from, const char *name) {
-    if (!from.contains(name) || from[name].is_none()) refuse(std::string(name) + " is missing");
-    return nb::cast<std::shared_ptr<Matrix>>(from[name]);
-}
-
-std::shared_ptr<const Matrix> matrix(const nb::dict &from, const char *name, int64_t rows, int64_t cols) {
-    const auto m = matrix(from, name);
-    if (m->rows != rows || m->cols != cols)
-        refuse(std::string(name) + " is (" + std::to_string(m->rows) + ", " + std::to_string(m->cols) + "), expected (" +
-               std::to_string(rows) + ", " + std::to_string(cols) + ")");
-    return m;
-}
-
-// What every layer has; D channels go through the scan and `mixed` through the convolution.
-Layer outer(const nb::dict &from, const Network &net, int64_t D, int64_t mixed) {
-    const int64_t d = net.width;
-    Layer l;
-    l.channels = D;
-    l.in_x = matrix(from, "in_x", mixed, d), l.in_z = matrix(from, "in_z", D, d);
-    l.out_proj = matrix(from, "out_proj", d, D);
-    l.norm = floats(from, "norm", d), l.conv = floats(from, "conv", net.taps * mixed);
-    l.conv_bias = floats(from, "conv_bias", mixed, true);
-    l.in_bias = floats(from, "in_bias", mixed + D, true), l.out_bias = floats(from, "out_bias", d, true);
-    return l;
-}
-
-// A layer of Mamba-2, `shape` gives the sizes of its heads; what it says of them holds for all layers.
-Layer dual_layer(const nb::dict &from, const Network &net, const Heads &shape) {
-    auto made = std::make_shared<Heads>(shape);
-    Heads &m = *made;
-    Layer l = outer(from, net, net.channels, net.channels + 2 * m.groups * net.states);
-    const int64_t padded = (m.count + SCAN_LANES - 1) / SCAN_LANES * SCAN_LANES; // enough for every level's lanes
-    m.in_dt = matrix(from, "in_dt", m.count, net.width);
-    m.dt_bias = floats(from, "dt_bias", padded), m.A = floats(from, "A", padded), m.skip = floats(from, "skip", padded);
-    m.norm = floats(from, "gated_norm", net.channels);
-    if (!from.contains("keeps")) refuse("keeps is missing");
-    const auto keeps = nb::cast<Array<const uint8_t, 1>>(from["keeps"]);
-    if (static_cast<int64_t>(keeps.shape(0)) != m.count) refuse("keeps does not have one entry a head");
-    m.directions = net.states;
-    if (from.contains("B_projection") && !from.contains("directions")) refuse("directions is missing");
-    if (from.contains("directions")) {
-        m.directions = nb::cast<int64_t>(from["directions"]);
-        if (m.directions < 1 || m.directions > net.states) refuse("directions must be between 1 and the number of states");
-        const int64_t wide = (m.directions + SCAN_LANES - 1) / SCAN_LANES * SCAN_LANES;
-        m.B_projection = floats(from, "B_projection", m.groups * net.states * wide);
-        m.C_projection = floats(from, "C_projection", m.groups * net.states * wide);
-    }
-    for (int64_t h = 0; h < m.count; ++h) (keeps.data()[h] ? m.kept : m.memoryless).push_back(h);
-    l.heads = std::move(made);
-    return l;
-}
-
-Layer layer(const nb::dict &from, const Network &net) {
-    const int64_t D = matrix(from, "in_z")->rows; // all else is checked against it
-    if (D > (int64_t{1} << 31)) refuse("in_z has a number of channels that is out of range");
-    const int64_t padded = (D + SCAN_LANES - 1) / SCAN_LANES * SCAN_LANES;
-    Layer l = outer(from, net, D, D);
-    l.x_proj = matrix(from, "x_proj", net.rank + 2 * net.states, D);
-    l.dt_proj = matrix(from, "dt_proj", D, net.rank);
-    l.dt_bias = floats(from, "dt_bias", padded), l.skip = floats(from, "skip", padded);
-    for (const char *name : {"channel", "slots", "index"})
-        if (!from.contains(name)) refuse(std::string(name) + " is missing");
-    const auto channel = nb::cast<Array<const int32_t, 1>>(from["channel"]);
-    if (static_cast<int64_t>(channel.shape(0)) != padded) refuse("channel does not have one entry a padded channel");
-    std::vector<bool> seen(D, false);
-    for (int64_t i = 0; i < padded; ++i) {
-        const int32_t c = channel.data()[i];
-        if (i < D ? (c < 0 || c >= D || seen[c]) : c != -1) refuse("channel is not an order of the channels");
-        if (i < D) seen[c] = true;
-        l.channel.push_back(c);
-    }
-    const auto slots = nb::cast<std::vector<int64_t>>(from["slots"]);
-    if (static_cast<int64_t>(slots.size()) != padded / SCAN_LANES) refuse("slots does not have one entry a group");
-    int64_t entries = 0;
-    for (const int64_t count : slots) {
-        if (count < 0 || count > net.states) refuse("a group has more slots than there are states");
-        const int32_t *own = l.channel.data() + l.groups.size() * SCAN_LANES;
-        bool consecutive = true;
-        for (int lane = 0; lane < SCAN_LANES; ++lane) consecutive = consecutive && own[lane] == own[0] + lane;
-        l.groups.push_back({entries, entries, static_cast<int32_t>(count), true, consecutive});
-        entries += count * SCAN_LANES;
-    }
-    l.A = floats(from, "A", entries);
-    const auto index = nb::cast<Array<const uint8_t, 1>>(from["index"]);
-    if (static_cast<int64_t>(index.shape(0)) != entries) refuse("index does not have as many entries as A");
-    l.index.assign(index.data(), index.data() + entries);
-    for (const uint8_t n : l.index)
-        if (n >= net.states) refuse("index names a state that does not exist");
-    for (ScanGroup &group : l.groups) {
-        group.ordered = group.slots == net.states || group.slots == 0;
-        for (int64_t i = 0; i < int64_t{group.slots} * SCAN_LANES; ++i)
-            group.ordered = group.ordered && l.index[group.entries + i] == i / SCAN_LANES;
-    }
-    l.index.resize(entries + SCAN_LANES);
-    return l;
-}
-
-std::shared_ptr<Decoder> decoder(const nb::dict &sizes, const std::vector<nb::dict> &layers, const nb::dict &rest) {
-    auto made = std::make_shared<Decoder>();
-    Network &net = made->net;
-    const auto size = [&](const char *name) {
-        const auto value = nb::cast<int64_t>(sizes[name]);
-        if (value < 1 || value > (int64_t{1} << 31)) refuse(std::string(name) + " is out of range");
-        return value;
-    };
-    net.width = size("width"), net.states = size("states");
-    net.taps = size("taps"), net.vocabulary = size("vocabulary");
-    net.epsilon = nb::cast<float>(sizes["epsilon"]);
-    Heads shape{};
-    if (sizes.contains("heads")) { // Mamba-2
-        net.channels = size("channels");
-        shape.count = size("heads"), shape.groups = size("groups");
-        shape.least = nb::cast<float>(sizes["least"]), shape.most = nb::cast<float>(sizes["most"]);
-        if (net.channels % shape.count || shape.count % shape.groups)
-            refuse("channels must be the same number for every head, and heads for every group");
-    } else {
-        net.rank = size("rank");
-        if (net.states > 256) refuse("more than 256 states");
-        if (sizes.contains("mixer_epsilon")) net.mixer_epsilon = nb::cast<float>(sizes["mixer_epsilon"]);
-    }
-    for (const nb::dict &fields : layers) {
-        Layer l = shape.count ? dual_layer(fields, net, shape) : layer(fields, net);
-        l.conv_state = net.state_size;
-        l.scan_state = l.conv_state + (net.taps - 1) * l.in_x->rows;
-        const int64_t kept = shape.count ? static_cast<int64_t>(l.heads->kept.size()) * net.channels / shape.count * l.heads->directions
-                                         : static_cast<int64_t>(l.A.size());
-        net.state_size = l.scan_state + kept;
-        net.channels = std::max(net.channels, l.channels);
-        net.layers.push_back(std::move(l));
-    }
-    net.norm = floats(rest, "norm", net.width);
-    net.embedding = matrix(rest, "embedding", net.vocabulary, net.width);
-    net.head = matrix(rest, "head", net.vocabulary, net.width);
-    return made;
-}
 
 // Runs `body` on a team of up to `threads`; the team may be smaller, and all of it runs at once. `body` throws nothing.
 template <typename Body> void team(int threads, const Body &body) {
@@ -311,34 +160,54 @@ template <typename Body> void team(int threads, const Body &body) {
     for (auto &thread : others) thread.join();
 }
 
-void step(Decoder &self, const std::string &level, int threads, Array<const int64_t, 1> tokens, Array<float, 2> state,
-          Array<float, 2> logits) {
+// How many tokens' keys and values are in a state. Throws where there is no room for one more.
+void refuse_full(const Network &net, const float *state, int64_t size) {
+    if (size < net.state_size || (!net.block && size != net.state_size))
+        refuse("a state has " + std::to_string(size) + " values, expected " + std::to_string(net.state_size));
+    if (!net.block) return;
+    const float tokens = state[net.state_size - 1];
+    if (!(tokens >= 0 && tokens < Network::MOST && tokens == std::floor(tokens)))
+        refuse("a state says that it has seen " + std::to_string(tokens) + " tokens");
+    if ((size - net.state_size) / net.block <= static_cast<int64_t>(tokens) / KEPT)
+        refuse("a state has no room for the keys and values of one more token");
+}
+
+std::shared_ptr<Decoder> decoder(const nb::dict &sizes, const std::vector<nb::dict> &parts, const nb::dict &rest) {
+    auto made = std::make_shared<Decoder>();
+    made->net = network(sizes, parts, rest);
+    return made;
+}
+
+void step(Decoder &self, const std::string &level, int threads, Array<const int64_t, 1> tokens,
+          const std::vector<Array<float, 1>> &states, Array<float, 2> logits) {
     const Network &net = self.net;
     const int64_t batch = tokens.shape(0);
-    if (batch < 1 || static_cast<int64_t>(state.shape(0)) != batch || static_cast<int64_t>(logits.shape(0)) != batch ||
-        static_cast<int64_t>(state.shape(1)) != net.state_size ||
+    if (batch < 1 || static_cast<int64_t>(states.size()) != batch || static_cast<int64_t>(logits.shape(0)) != batch ||
         static_cast<int64_t>(logits.shape(1)) != net.vocabulary)
         refuse("tokens, state and logits do not fit each other and the model");
     for (int64_t b = 0; b < batch; ++b)
         if (tokens.data()[b] < 0 || tokens.data()[b] >= net.vocabulary)
             refuse("token " + std::to_string(tokens.data()[b]) + " is not in a vocabulary of " +
                    std::to_string(net.vocabulary));
+    std::vector<float *> rows;
+    for (const auto &state : states) {
+        refuse_full(net, state.data(), state.shape(0));
+        rows.push_back(state.data());
+    }
+    std::vector<float *> sorted = rows;
+    std::sort(sorted.begin(), sorted.end());
+    if (net.state_size && std::adjacent_find(sorted.begin(), sorted.end()) != sorted.end())
+        refuse("a state is there twice");
     const Level &kernels = find(level);
     nb::gil_scoped_release release;
     const std::lock_guard<std::mutex> lock(self.busy);
     Workspace &w = self.work;
-    int64_t mixed = 0, narrow = net.rank + 2 * net.states;
-    for (const Layer &layer : net.layers) {
-        mixed = std::max(mixed, layer.in_x->rows);
-        if (layer.heads) narrow = std::max(narrow, layer.heads->count);
-    }
-    w.hidden.resize(batch * net.width), w.u.resize(batch * mixed), w.z.resize(batch * net.channels);
-    w.y.resize(batch * net.channels), w.dbc.resize(batch * narrow);
+    make_room(net, batch, w);
     threads = bounded(threads);
     self.share(threads); // here, where it may fail; a smaller team shares anew
     std::atomic<bool> ready{false}, failed{false};
     std::exception_ptr failure;
-    Step s{net, tokens.data(), state.data(), logits.data(), batch, w, self.barrier, self.shares};
+    Step s{net, tokens.data(), rows.data(), logits.data(), batch, w, self.barrier, self.shares};
     std::atomic<int> first{0};
     team(threads, [&](int thread, int count) {
         try {
@@ -411,13 +280,14 @@ void bind_runtime(nb::module_ &m) {
     m.def("dense", &dense, nb::arg("threads"), array("values"), maybe("scale"));
     nb::class_<Decoder>(m, "Decoder")
         .def_prop_ro("state_size", [](const Decoder &d) { return d.net.state_size; })
-        .def("step", &step, nb::arg("level"), nb::arg("threads"), array("tokens"), array("state"), array("logits"));
+        .def_prop_ro("block", [](const Decoder &d) { return d.net.block; })
+        .def("step", &step, nb::arg("level"), nb::arg("threads"), array("tokens"), nb::arg("states"), array("logits"));
     m.def("crc32c",
           [](Array<const uint8_t, 1> bytes, uint32_t before, bool portable) {
               nb::gil_scoped_release release;
               return crc32c(before, bytes.data(), bytes.size(), portable);
           }, array("bytes"), nb::arg("before"), nb::arg("portable"));
-    m.def("decoder", &decoder, nb::arg("sizes"), nb::arg("layers"), nb::arg("rest"));
+    m.def("decoder", &decoder, nb::arg("sizes"), nb::arg("parts"), nb::arg("rest"));
 }
 
 } // namespace sparsessm

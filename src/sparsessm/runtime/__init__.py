@@ -3,9 +3,11 @@
 Place in the flow: after everything that prunes, above `checkpoint/` and `kernels/`.
 
     base.py         the Engine protocol: tokens in, logits out, a state between
-    reference.py    the definition, in plain PyTorch
-    engine.py       the same in native code, from encoded tensors
-    mixer.py        a layer of it, with a file for each kind: mamba1.py, mamba2.py
+    reference.py    the definition, in plain PyTorch, with reference_parts.py
+    families.py     what a stock model consists of: plan.py
+    engine.py       the same in native code, from encoded tensors (weights.py)
+    part.py         a part of a layer of it; kinds: mamba1.py and mamba2.py (mixer.py), attention.py, mlp.py
+    keys.py         where keys and values lie in a state, and how it grows
     sampling.py     logits -> the next token
     text.py         tokens -> text, piece by piece
     state.py        what a sequence carries, to keep and to continue from
@@ -49,8 +51,8 @@ def load(
 
     Raises:
         TypeError: `path` or `tokenizer` is neither text nor a path.
-        ValueError: `threads` below 1 or far above the machine's processors, a model that does not run here
-            (hybrids), or as `sparsessm.load`.
+        ValueError: `threads` below 1 or far above the machine's processors, a model that does not run here,
+            or as `sparsessm.load`.
     """
     threads = checked_threads(threads)
     from sparsessm.checkpoint.given import checked_path, undisturbed

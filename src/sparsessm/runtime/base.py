@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sparsessm.architectures.mamba2 import Sizes
 from sparsessm.checkpoint.known_fields import optional
+from sparsessm.runtime.keys import Keys
 
 _MAMBA = (
     "vocab_size",
@@ -43,19 +44,62 @@ _MAMBA2 = (
     "use_bias",
     "use_conv_bias",
 )
+_HYBRID = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+_DUAL = (
+    *("mamba_n_heads", "mamba_d_head", "mamba_n_groups", "mamba_d_state", "mamba_d_conv"),
+    *("time_step_limit", "rms_norm_eps"),
+)
+_DELTA = (
+    *("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim"),
+    *("linear_conv_kernel_dim", "layer_types", "hidden_act", "rms_norm_eps", "rope_parameters"),
+)
 # By model type what runs, and of its configuration what decides, with the weights, what a model computes.
 FIELDS: Mapping[str, tuple[str, ...]] = {
     "mamba": _MAMBA,
     "falcon_mamba": (*_MAMBA, "mixer_rms_eps"),
     "mamba2": _MAMBA2,
+    "bamba": (*_HYBRID, *_DUAL, "hidden_act", "rope_parameters", "layers_block_type"),
+    "falcon_h1": (
+        *(*_HYBRID, *_DUAL, "hidden_act", "rope_parameters", "embedding_multiplier", "lm_head_multiplier"),
+        *("mlp_multipliers", "ssm_multipliers", "ssm_in_multiplier", "ssm_out_multiplier", "key_multiplier"),
+        *("attention_in_multiplier", "attention_out_multiplier", "mamba_rms_norm", "mamba_norm_before_gate"),
+    ),
+    "granitemoehybrid": (
+        *(*_HYBRID, *_DUAL, "hidden_act", "rope_parameters", "layers_block_type", "position_embedding_type"),
+        *("embedding_multiplier", "logits_scaling", "residual_multiplier", "attention_multiplier"),
+        *("num_local_experts", "num_experts_per_tok"),
+    ),
+    "jamba": (
+        *(*_HYBRID, "hidden_act", "mamba_d_state", "mamba_d_conv", "mamba_expand", "mamba_dt_rank"),
+        *("mamba_proj_bias", "mamba_conv_bias", "layers_block_type", "layers_num_experts"),
+        *("num_experts_per_tok", "rms_norm_eps"),
+    ),
+    "nemotron_h": (
+        *(*_HYBRID, "mlp_hidden_act", "mamba_num_heads", "mamba_head_dim", "n_groups", "ssm_state_size"),
+        *("conv_kernel", "time_step_min", "layer_norm_epsilon", "layers_block_type", "moe_latent_size"),
+        *("num_experts_per_tok", "n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor"),
+    ),
+    "olmo_hybrid": (*_HYBRID, *_DELTA, "linear_allow_neg_eigval"),
+    "qwen3_5_text": (*_HYBRID, *_DELTA, "head_dim"),
+    "qwen3_5_moe_text": (*_HYBRID, *_DELTA, "head_dim", "num_experts_per_tok"),
+    "qwen3_next": (*_HYBRID, *_DELTA, "head_dim", "num_experts", "num_experts_per_tok", "norm_topk_prob"),
+    "zamba2": (
+        *(*_HYBRID, "hidden_act", "n_mamba_heads", "mamba_headdim", "mamba_ngroups", "mamba_d_state"),
+        *("mamba_d_conv", "time_step_min", "rms_norm_eps", "layers_block_type", "num_mem_blocks"),
+        *("use_mem_rope", "rope_parameters", "use_shared_attention_adapter"),
+    ),
 }
+PURE = ("mamba", "falcon_mamba", "mamba2")  # which consist of mixers alone
 _SAMPLES = 64  # values of a tensor that go into a fingerprint as they are
 _PART = 1 << 20  # values that are added up at once
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Engine(Protocol):
-    """A model that reads tokens and carries a state of fixed size from one to the next.
+    """A model that reads tokens and carries a state from one to the next.
+
+    A state is a row of floats. A model without attention has rows of `state_size`; with attention rows grow:
+    whoever holds one gives it room (`keys.room`) before tokens are read.
 
     What a sequence gets must not depend on the others in the batch: row i of `step` is bit for bit what
     `step` gives for that row alone. Tokens and shapes are the caller's responsibility (`generation.py`).
@@ -68,12 +112,17 @@ class Engine(Protocol):
 
     @property
     def state_size(self) -> int:
-        """float32 values that a sequence carries."""
+        """float32 values that a sequence carries at its beginning."""
+        ...
+
+    @property
+    def keys(self) -> Keys:
+        """How a state grows."""
         ...
 
     @property
     def sections(self) -> Sequence[tuple[int, int]]:
-        """Of each layer, in the order of the state: values that are inputs of its convolution, and others."""
+        """Of each mixer, in the order of the state: values that are inputs of its convolution, and others."""
         ...
 
     @property
@@ -93,7 +142,7 @@ class Engine(Protocol):
         ...
 
     def new_state(self, batch: int) -> Tensor:
-        """The beginning of `batch` sequences: float32 zeros (batch, state_size)."""
+        """The beginning of `batch` sequences: float32 zeros (batch, state_size), without room to grow."""
         ...
 
     def prompt(self, tokens: Tensor, state: Tensor, every: bool = False) -> Tensor:
@@ -101,7 +150,7 @@ class Engine(Protocol):
 
         Args:
             tokens: int64 (L,), L >= 1.
-            state: float32 (state_size,), contiguous; advanced in place.
+            state: float32 (state_size,) or longer, contiguous; advanced in place.
             every: logits after every token, not only after the last.
 
         Returns:
@@ -109,12 +158,12 @@ class Engine(Protocol):
         """
         ...
 
-    def step(self, tokens: Tensor, state: Tensor) -> Tensor:
+    def step(self, tokens: Tensor, states: Tensor | list[Tensor]) -> Tensor:
         """Read one token of each sequence.
 
         Args:
             tokens: int64 (B,).
-            state: float32 (B, state_size), contiguous; advanced in place.
+            states: float32 (B, state_size) or wider, contiguous, or B rows of any length; advanced in place.
 
         Returns:
             float32 (B, V), logits after the token.
@@ -133,7 +182,9 @@ def refuse_unsupported(config: Any) -> None:
     Raises:
         ValueError: a model type that is not among `FIELDS`, an activation other than SiLU.
     """
-    refuse_type(model_type(config))
+    refuse_type(kind := model_type(config))
+    if kind not in PURE:
+        return  # a hybrid's plan refuses what it does not know (families.py)
     if (activation := optional(config, "hidden_act", "silu")) not in ("silu", "swish"):
         raise ValueError(f"hidden_act is {activation!r}; supported: 'silu'")
 
@@ -170,8 +221,8 @@ def limits(config: Any) -> tuple[float, float]:
 
 
 def mixer_epsilon(config: Any) -> float | None:
-    """Of FalconMamba's norms inside the mixer; None where there are none."""
-    return float(config.mixer_rms_eps) if model_type(config) == "falcon_mamba" else None
+    """Of FalconMamba's and Jamba's norms inside the mixer; None where there are none."""
+    return float(config.mixer_rms_eps) if model_type(config) in ("falcon_mamba", "jamba") else None
 
 
 def channels_of(config: Any, shape: Callable[[str], tuple[int, ...] | None]) -> int:
@@ -181,10 +232,10 @@ def channels_of(config: Any, shape: Callable[[str], tuple[int, ...] | None]) -> 
     refused by its own name.
 
     Args:
-        config: of the model. shape: name in the layer -> the tensor's shape, None if there is none.
+        config: of the model. shape: name in the mixer -> the tensor's shape, None if there is none.
     """
-    number, skip = int(config.intermediate_size), shape("mixer.D") or ()
-    stock = (shape("mixer.in_proj.weight") or ())[:1] == (2 * number,)
+    number, skip = int(config.intermediate_size), shape("D") or ()
+    stock = (shape("in_proj.weight") or ())[:1] == (2 * number,)
     return number if stock or len(skip) != 1 or not skip[0] else skip[0]
 
 

@@ -26,7 +26,7 @@ class Carried:
     """What `forward` hands from call to call: the states of a batch, and how many tokens made them.
 
     Attributes:
-        states: float32 (B, state_size).
+        states: float32 (B, state_size), wider with attention.
         length: tokens read so far, padding included.
     """
 
@@ -63,6 +63,7 @@ class RuntimeForCausalLM(PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     _is_stateful = True  # a state cannot be rolled back: transformers then refuses assisted generation
     _supports_cache_class = False
+    _supports_sdpa = True  # a hybrid's configuration may ask for it; attention is the engine's in any case
 
     def __init__(self, model: Model) -> None:
         super().__init__(copy.deepcopy(model.config))
@@ -166,6 +167,7 @@ class RuntimeForCausalLM(PreTrainedModel, GenerationMixin):
             cache_params = Carried(self._engine.new_state(batch))
         if len(cache_params.states) != batch:
             raise ValueError(f"cache_params holds {len(cache_params.states)} sequences, input_ids {batch}")
+        cache_params.states = self._engine.keys.room(cache_params.states, length)
         kept = torch.ones(batch, length, dtype=torch.bool)
         if attention_mask is not None:
             if (

@@ -195,7 +195,7 @@ class Model:
         tokens = self.encode(ids)
         if not tokens:
             raise ValueError("no tokens were given; logits need at least one")
-        state = self.engine.new_state(1)[0]
+        state = self.engine.keys.room(self.engine.new_state(1)[0], len(tokens))
         return self.engine.prompt(torch.tensor(tokens), state, every=True)
 
     def encode(self, prompt: Prompt, *, name: str = "prompt", special: bool = True) -> list[int]:
@@ -256,8 +256,8 @@ class Model:
                 f"state: it belongs to another model (layout {state.layout}, this one has {own})"
             )
         state.refuse_damaged("state")
-        if len(state.array) != self.engine.state_size:
-            raise ValueError(f"state: it has {len(state.array)} values, this model {self.engine.state_size}")
+        if wrong := self.engine.keys.misfit(state.array):
+            raise ValueError(f"state: {wrong}")
         self.encode(state.pending, name="state.pending")
 
     def _run(self, sequences: list[Growing], sampling: Sampling) -> float:
@@ -268,6 +268,7 @@ class Model:
             # without a token to choose, the last one of the prompt waits until the sequence goes on
             ids = sequence.prompt if most else sequence.prompt[:-1]
             if ids:
+                sequence.array = self.engine.keys.room(sequence.array, len(ids))
                 rows.append(self.engine.prompt(torch.tensor(ids), sequence.array))
             sequence.prompt_seconds = time.perf_counter() - begun
         begun = time.perf_counter()
@@ -276,20 +277,20 @@ class Model:
                 sequence.finish, sequence.ended = "length", begun
             return begun
         active, logits = sequences, torch.stack(rows) if rows else torch.empty(0)
-        states = torch.stack([sequence.array for sequence in active]) if active else torch.empty(0)
         while active:
             tokens = choose(logits, sampling, [sequence.generator for sequence in active])
             for sequence, token in zip(active, tokens.tolist(), strict=True):
                 sequence.take(token)
             going = [i for i, sequence in enumerate(active) if sequence.finish is None]
             if len(going) < len(active):
-                for i, sequence in enumerate(active):
+                for sequence in active:
                     if sequence.finish is not None:
-                        sequence.array, sequence.ended = states[i].clone(), time.perf_counter()
-                active = [active[i] for i in going]
-                states, tokens = states[going], tokens[going]
+                        sequence.ended = time.perf_counter()
+                active, tokens = [active[i] for i in going], tokens[going]
             if active:
-                logits = self.engine.step(tokens, states)
+                for sequence in active:
+                    sequence.array = self.engine.keys.room(sequence.array, 1)
+                logits = self.engine.step(tokens, [sequence.array for sequence in active])
         return begun
 
     def _generated(self, sequence: Growing, begun: float) -> Generated:
@@ -298,7 +299,7 @@ class Model:
             text=sequence.stream.text if sequence.stream else self.decode(sequence.words),
             ids=sequence.ids,
             finish=sequence.finish or "length",
-            state=State(sequence.array, self.engine.layout, tuple(last)),
+            state=State(self.engine.keys.trimmed(sequence.array), self.engine.layout, tuple(last)),
             prompt_ids=sequence.prompt,
             seconds=Seconds(sequence.prompt_seconds, sequence.ended - begun),
         )

@@ -20,7 +20,7 @@ class Growing:
 
     Attributes:
         prompt: its tokens.
-        array: the state, float32 (state_size,); of its owner while the sequence is in a batch.
+        array: the state, float32 (state_size,) or longer; of its owner while the sequence is in a batch.
         most: at most so many new tokens.
         eos: tokens that end it.
         stream: the text of it; None where nobody looks at the text before it is complete.

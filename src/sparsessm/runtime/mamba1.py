@@ -21,7 +21,10 @@ from sparsessm import kernels
 from sparsessm.architectures import REMOVED_A_LOG, removed_a_log
 from sparsessm.kernels.matrix import Matrix
 from sparsessm.runtime.base import channels_of, mixer_epsilon, scan_shapes
-from sparsessm.runtime.mixer import LANES, Mixer, Weights, matrices, matrix, padded
+from sparsessm.runtime.keys import Reading
+from sparsessm.runtime.mixer import Mixer
+from sparsessm.runtime.part import Place
+from sparsessm.runtime.weights import LANES, Weights, matrices, matrix, padded
 
 
 @dataclass(frozen=True)
@@ -84,27 +87,29 @@ class Slots:
 
 
 class Mamba1(Mixer):
-    """Of Mamba and of FalconMamba, which normalises the inputs of dt_proj, B and C."""
+    """Of Mamba; of FalconMamba and Jamba, which normalise the inputs of dt_proj, B and C."""
 
     ORDER = "layer, [inputs of the convolution (K-1, D); kept states by group (slots, 16)]"
 
-    def __init__(self, config: Any, weights: Weights) -> None:
+    def __init__(self, config: Any, weights: Weights, place: Place) -> None:
         inner = channels_of(config, weights.shape)
-        weights.check({f"mixer.{name}": shape for name, shape in scan_shapes(config, inner).items()})
-        super().__init__(weights)
-        stored = weights.stored("mixer.A_log")
+        weights.check(scan_shapes(config, inner))
+        super().__init__(weights, place)
+        stored = weights.stored("A_log")
         a_log, forgets = stored.decode(torch.float32), removed_a_log(stored.dtype)["memoryless"]
         self.slots, self.a = Slots.of(a_log, forgets), -torch.exp(a_log)
-        self.in_bias = weights.optional("mixer.in_proj.bias")
-        self.dt_bias = weights.vector("mixer.dt_proj.bias")
-        every, projection = torch.arange(2 * inner), weights.stored("mixer.in_proj.weight")
+        self.in_bias = weights.optional("in_proj.bias")
+        self.dt_bias = weights.vector("dt_proj.bias")
+        every, projection = torch.arange(2 * inner), weights.stored("in_proj.weight")
         self.in_x, self.in_z = matrices(projection, [every[:inner], every[inner:]])
-        self.x_proj = matrix(weights.stored("mixer.x_proj.weight"))
-        step = weights.stored("mixer.dt_proj.weight")
+        self.x_proj = matrix(weights.stored("x_proj.weight"))
+        step = weights.stored("dt_proj.weight")
         # twice, as it is small: in the order of the slots for decoding, as it came for prompts
         self.dt_proj, self.dt_rows = matrices(step, [self.slots.order, None])
         self.state_size = (int(config.conv_kernel) - 1) * inner + len(self.slots.entry)
         self._epsilon = mixer_epsilon(config)
+        names = [f"{name}_layernorm.weight" for name in ("dt", "b", "c")]
+        self._readings = [weights.vector(name) for name in names] if weights.shape(names[0]) else None
 
     @staticmethod
     def sizes(config: Any) -> dict[str, Any]:
@@ -120,7 +125,7 @@ class Mamba1(Mixer):
 
     def vectors(self) -> list[Tensor | None]:
         """As `Mixer.vectors`."""
-        return [self.a, self.dt_bias]
+        return [self.a, self.dt_bias, *(self._readings or [])]
 
     def of_kind(self) -> dict[str, Any]:
         """As `Mixer.of_kind`."""
@@ -129,6 +134,7 @@ class Mamba1(Mixer):
         return {
             "dt_bias": self.slots.sorted(self.dt_bias),
             "skip": self.slots.sorted(self.skip),
+            "readings": None if self._readings is None else torch.cat(self._readings),
             "channel": self.slots.channel,
             "slots": self.slots.slots,
             "A": torch.where(entry < 0, 0.0, self.a.flatten()[known] / math.log(2)),
@@ -137,16 +143,20 @@ class Mamba1(Mixer):
 
     def beside(self) -> Sequence[Tensor]:
         """As `Mixer.beside`."""
-        return self.slots.order, self.slots.entry, self.slots.place
+        return self.slots.order, self.slots.entry, self.slots.place, *(self._readings or [])
 
-    def read(self, x: Tensor, state: Tensor) -> Tensor:
-        """As `Mixer.read`."""
+    def read(self, x: Tensor, state: Tensor, kept: Reading | None = None) -> Tensor:
+        """As `Part.read`."""
         channels, states = self.a.shape
         u, z = self.project(x)  # (L, D)
         u, scan = self.convolve(u, state)
         parts = self.x_proj.linear(u).split([self.dt_rows.cols, states, states], dim=-1)
         if self._epsilon is not None:
-            parts = tuple(F.rms_norm(part, part.shape[-1:], None, self._epsilon) for part in parts)
+            norms = self._readings or [None] * 3
+            parts = tuple(
+                F.rms_norm(part, part.shape[-1:], norm, self._epsilon)
+                for part, norm in zip(parts, norms, strict=True)
+            )
         raw, b, c = parts
         delta = self.dt_rows.linear(raw, self.dt_bias, softplus=True)
         start = self.slots.unpack(scan, (channels, states))

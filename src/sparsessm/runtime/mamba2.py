@@ -16,37 +16,64 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsessm.architectures import removed_a_log
+from sparsessm.checkpoint.known_fields import optional
 from sparsessm.kernels.matrix import Matrix
 from sparsessm.kernels.ssd import ssd_scan
 from sparsessm.runtime.base import heads, limits
-from sparsessm.runtime.mixer import LANES, Mixer, Weights, matrices, padded
+from sparsessm.runtime.keys import Reading
+from sparsessm.runtime.mixer import Mixer
+from sparsessm.runtime.part import Place, scaled
+from sparsessm.runtime.weights import LANES, Weights, matrices, padded
 
 
 class Mamba2(Mixer):
-    """Of Mamba-2."""
+    """Of Mamba-2 and hybrids; FalconH1 has multipliers, and its norm may be missing or before the gate."""
 
     ORDER = "layer, [inputs of the convolution (K-1, D + 2GN); states of heads with memory (N, P)]"
 
-    def __init__(self, config: Any, weights: Weights) -> None:
-        super().__init__(weights)
+    def __init__(self, config: Any, weights: Weights, place: Place) -> None:
+        super().__init__(weights, place)
         self.size, self._epsilon = heads(config), float(config.layer_norm_epsilon)
         self._limit = limits(config)
-        stored = weights.stored("mixer.A_log")
+        stored = weights.stored("A_log")
         a_log, forgets = stored.decode(torch.float32), removed_a_log(stored.dtype)["memoryless"]
         self.keeps, self.a = a_log < forgets, -torch.exp(a_log)
-        self.gated_norm, self.dt_bias = weights.vector("mixer.norm.weight"), weights.vector("mixer.dt_bias")
-        widths, self.in_bias = [self.size.inner, self.size.mixed, self.size.heads], None
-        if (bias := weights.optional("mixer.in_proj.bias")) is not None:
-            of_gate, of_conv, of_step = bias.split(widths)
-            self.in_bias, self.dt_bias = torch.cat([of_conv, of_gate]), self.dt_bias + of_step
-        projection = weights.stored("mixer.in_proj.weight")
-        self.in_z, self.in_x, self.in_dt = matrices(projection, torch.arange(sum(widths)).split(widths))
-        self.B_projection, self.C_projection = map(
-            weights.optional, ("mixer.B_projection", "mixer.C_projection")
+        normed = optional(config, "gated_norm", True)
+        self.gated_norm, self.dt_bias = (
+            weights.vector("norm.weight") if normed else None,
+            weights.vector("dt_bias"),
         )
+        self._norm_first = bool(optional(config, "norm_before_gate", False))
+        widths, self.in_bias = [self.size.inner, self.size.mixed, self.size.heads], None
+        gates, steps = self._multiplied(optional(config, "multipliers"))
+        if (bias := weights.optional("in_proj.bias")) is not None:
+            of_gate, of_conv, of_step = bias.split(widths)
+            self.in_bias = torch.cat([of_conv, of_gate * gates])
+            self.dt_bias = self.dt_bias + of_step * steps
+        projection = weights.stored("in_proj.weight")
+        self.in_z, self.in_x, self.in_dt = matrices(projection, torch.arange(sum(widths)).split(widths))
+        self.B_projection, self.C_projection = map(weights.optional, ("B_projection", "C_projection"))
         directions = self.size.states if self.B_projection is None else self.B_projection.shape[1]
         self._kept = (int(self.keeps.sum()), directions, self.size.channels)
         self.state_size = (int(config.conv_kernel) - 1) * self.size.mixed + math.prod(self._kept)
+
+    def _multiplied(self, factors: Sequence[float] | None) -> tuple[float, float]:
+        """Take FalconH1's multipliers: of the input, of the gate, of x, B and C, of the step size.
+
+        Those of x, B and C go into the convolution, whose weights are float32, the others stay factors of
+        products: packed weights are what they were.
+
+        Returns:
+            those of the gate and of the step size, which their biases get too.
+        """
+        self._step_scale = 1.0
+        if factors is None:
+            return 1.0, 1.0
+        whole, gates, *mixed, steps = map(float, factors)
+        widths = torch.tensor([self.size.inner, *[self.size.groups * self.size.states] * 2])
+        self.conv = self.conv * torch.tensor(mixed).repeat_interleave(widths)[:, None]
+        self.in_scale, self.gate_scale, self._step_scale = whole, whole * gates, whole * steps
+        return gates, steps
 
     @staticmethod
     def sizes(config: Any) -> dict[str, Any]:
@@ -82,6 +109,9 @@ class Mamba2(Mixer):
             "skip": padded(self.skip),
             "A": padded(self.a / math.log(2)),
             "gated_norm": self.gated_norm,
+            "gated_epsilon": self._epsilon,
+            "norm_first": self._norm_first,
+            "step_scale": self._step_scale,
             "keeps": self.keeps.to(torch.uint8),
         }
 
@@ -89,11 +119,15 @@ class Mamba2(Mixer):
         """As `Mixer.beside`."""
         return ()
 
-    def read(self, x: Tensor, state: Tensor) -> Tensor:
-        """As `Mixer.read`."""
+    def read(self, x: Tensor, state: Tensor, kept: Reading | None = None) -> Tensor:
+        """As `Part.read`."""
         size = self.size
         mixed, z = self.project(x)
-        delta = self.in_dt.linear(x, self.dt_bias, softplus=True).clamp(*self._limit)  # (L, H)
+        if self._step_scale == 1:
+            delta = self.in_dt.linear(x, self.dt_bias, softplus=True)
+        else:
+            delta = F.softplus(scaled(self.in_dt, x, self.dt_bias, self._step_scale))
+        delta = delta.clamp(*self._limit)  # (L, H)
         mixed, scan = self.convolve(mixed, state)
         widths = [size.inner, size.groups * size.states, size.groups * size.states]
         u, b, c = (part[None] for part in mixed.split(widths, dim=-1))
@@ -102,14 +136,22 @@ class Mamba2(Mixer):
         if self.B_projection is not None and self.C_projection is not None:
             b = torch.einsum("wtgn,grn->wtgr", b, self.B_projection)
             c = torch.einsum("wtgn,grn->wtgr", c, self.C_projection)
-        kept = scan.view(self._kept)
+        own = scan.view(self._kept)
         start = torch.zeros(1, size.heads, size.channels, self._kept[1])
-        start[0, self.keeps] = kept.mT
+        start[0, self.keeps] = own.mT
         y, last = ssd_scan(u, delta[None], self.a, b, c, self.skip, start)
-        kept.copy_(last[0, self.keeps].mT)
-        gated = (y[0].flatten(-2) * F.silu(z)).unflatten(-1, (size.groups, -1))
-        y = F.rms_norm(gated, gated.shape[-1:], None, self._epsilon).flatten(-2) * self.gated_norm
-        return self.out_proj.linear(y, self.out_bias)
+        own.copy_(last[0, self.keeps].mT)
+        return self.out_proj.linear(self._gated(y[0].flatten(-2), z), self.out_bias)
+
+    def _gated(self, y: Tensor, z: Tensor) -> Tensor:
+        """(L, D), what the scan gives, and the gate -> (L, D), gated and normalised."""
+        if self.gated_norm is None:
+            return y * F.silu(z)
+        if not self._norm_first:
+            y = y * F.silu(z)
+        y = y.unflatten(-1, (self.size.groups, -1))
+        y = F.rms_norm(y, y.shape[-1:], None, self._epsilon).flatten(-2) * self.gated_norm
+        return y * F.silu(z) if self._norm_first else y
 
 
 def _by_state(projection: Tensor) -> Tensor:

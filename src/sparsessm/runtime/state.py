@@ -1,7 +1,8 @@
 """A sequence's state as a thing of its own: kept, copied, written to a file, continued from.
 
 Place in the flow: `generation.py` hands one out with every answer and takes one to go on from. A Mamba's
-state has the same size after ten tokens and after a million, so keeping one costs little.
+state has the same size after ten tokens and after a million, so keeping one costs little; a hybrid's grows
+with the text by what its attention keeps (keys.py).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ class State:
     """What a sequence carries after its first tokens.
 
     Attributes:
-        array: float32 (state_size,), after the last token that was fed.
+        array: float32 (state_size,), of a model with attention longer, after the last token that was fed.
         layout: `Engine.layout` of the model it belongs to.
         pending: tokens that follow and were not fed yet, usually one: the last that was generated, or the
             last of a prompt. They are fed first when the sequence goes on.

@@ -1,7 +1,8 @@
 """States of prompts that were read before, so that a common beginning is read once.
 
 Place in the flow: `scheduler.py` asks it before it reads a prompt. A state space model's state has one size
-however long the text is, so a prefix of any length costs the same few megabytes. What is kept: the state at
+however long the text is, so a prefix of any length costs the same few megabytes; a hybrid's has the keys and
+values of its tokens beside them. What is kept: the state at
 the end of each prompt, at the end of each answer (where the next turn of a chat goes on), and where a prompt
 left the path of an earlier one. States at branches are how Marconi (Pan et al., 2024, arXiv 2411.19379) makes
 prefix caching work for recurrent models, which cannot be cut back to an earlier token.

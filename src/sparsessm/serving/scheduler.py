@@ -48,7 +48,7 @@ class Ticket:
 
 
 class _Row:
-    """A continuation: in the batch it is row `place` of the states."""
+    """A continuation; in the batch its state is that of the same place."""
 
     def __init__(
         self, model: Model, ticket: Ticket, index: int, state: Tensor, generator: torch.Generator
@@ -138,7 +138,7 @@ class Scheduler:
         """
         self.model, self.batch, self.waiting, self.watcher = model, batch, waiting, watcher
         self.counts, self.prefixes = Counts(), Prefixes(cache)
-        self._states = model.engine.new_state(batch)
+        self._states: list[Tensor] = []  # of the rows
         self._rows: list[_Row | _Reading] = []
         self._reading: deque[_Reading] = deque()
         self._queue: deque[Ticket] = deque()
@@ -232,6 +232,7 @@ class Scheduler:
         tickets = {*waiting, *(one.ticket for one in (*self._reading, *self._rows))}
         self._reading.clear()
         self._rows.clear()
+        self._states.clear()
         for ticket in tickets:
             ticket.tell(failed)
 
@@ -285,6 +286,7 @@ class Scheduler:
         if begin < len(asked.ids):
             end = reading.until
             tokens = torch.tensor(asked.ids[begin:end])
+            reading.state = self.model.engine.keys.room(reading.state, len(tokens))
             found = self.model.engine.prompt(tokens, reading.state, every=asked.echo)
             if asked.echo:
                 following = asked.ids[begin + 1 : end + 1]
@@ -293,7 +295,7 @@ class Scheduler:
                 found = found[-1]
             reading.at, reading.logits = end, found
             if end == reading.branch:
-                self.prefixes.keep(asked.ids[:end], reading.state)
+                self._keep(asked.ids[:end], reading.state)
         if reading.at == len(asked.ids):
             self._reading.popleft()
             self._begin(reading)
@@ -307,7 +309,7 @@ class Scheduler:
             return
         self.counts.prompt_tokens += len(asked.ids)
         self.counts.cached_tokens += reading.cached
-        self.prefixes.keep(asked.ids, reading.state, logits)
+        self._keep(asked.ids, reading.state, logits)
         if self.watcher is not None:
             self.watcher.prompt(asked.ids, reading.state, logits)
         ticket.tell(Read(reading.cached, tuple(reading.told) if asked.echo else ()))
@@ -323,14 +325,17 @@ class Scheduler:
             if row.growing.finish is None:
                 self._join(row, reading.state)
 
+    def _keep(self, ids: list[int], state: Tensor, logits: Tensor | None = None) -> None:
+        self.prefixes.keep(ids, self.model.engine.keys.trimmed(state), logits)
+
     def _join(self, row: _Row | _Reading, state: Tensor) -> None:
-        self._states[len(self._rows)].copy_(state)
+        self._states.append(state.clone())
         self._rows.append(row)
 
     def _step(self) -> None:
         """One token for every sequence."""
         rows, read = self._rows, list[_Reading]()
-        states = self._states[: len(rows)]
+        states = self._states = [self.model.engine.keys.room(state, 1) for state in self._states]
         logits = self.model.engine.step(torch.tensor([row.next for row in rows]), states)
         tokens = self._choose(logits)
         self.counts.steps += 1
@@ -340,7 +345,7 @@ class Scheduler:
                 row.at += 1
                 if row.at == len(row.ticket.asked.ids):
                     row.logits = logits[place].clone()
-                    row.state.copy_(states[place])
+                    row.state = states[place]
                     read.append(row)
                     self._leave(place)
                 continue
@@ -351,7 +356,7 @@ class Scheduler:
             row.take(tokens[place], logits[place])
             if row.growing.finish:
                 known = [*row.growing.prompt, *row.growing.ids[:-1]]  # the last one was not fed
-                self.prefixes.keep(known, states[place])
+                self._keep(known, states[place])
                 self._leave(place)
         for reading in reversed(read):
             self._begin(reading)
@@ -380,10 +385,9 @@ class Scheduler:
     def _leave(self, place: int) -> None:
         """Take a sequence out of the batch; the last one takes its place."""
         last = len(self._rows) - 1
-        if place != last:
-            self._states[place].copy_(self._states[last])
-            self._rows[place] = self._rows[last]
+        self._rows[place], self._states[place] = self._rows[last], self._states[last]
         self._rows.pop()
+        self._states.pop()
 
 
 def _told(token: int, logits: Tensor, top: int | None) -> Told:

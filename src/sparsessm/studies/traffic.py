@@ -39,7 +39,7 @@ class Snapshots:
     """Takes snapshots of one model's states.
 
     Attributes:
-        names: of the features, in their order.
+        names: of the features, in their order; a layer is one with a mixer.
     """
 
     def __init__(self, model: Model, directions: Sequence[np.ndarray] | None = None) -> None:
@@ -68,12 +68,16 @@ class Snapshots:
 
     def inputs(self, state: Tensor) -> list[Tensor]:
         """Of each layer the last inputs of the convolution."""
-        return list(state.split(self._sizes)[::2])
+        return list(self._split(state)[::2])
+
+    def _split(self, state: Tensor) -> tuple[Tensor, ...]:
+        """What the mixers have of a state; that of a model with attention goes on behind it."""
+        return state[: sum(self._sizes)].split(self._sizes)
 
     def take(self, state: Tensor, logits: Tensor, surprise: float = 0.0) -> np.ndarray:
-        """(F,) float32 of a state (state_size,) and the logits (V,) after it."""
+        """(F,) float32 of a state (n,) and the logits (V,) after it."""
         assert self.directions is not None
-        parts = state.split(self._sizes)
+        parts = self._split(state)
         sizes = torch.stack([part.norm() if part.numel() else torch.tensor(0.0) for part in parts])
         counts = torch.tensor([max(size, 1) for size in self._sizes]).sqrt()
         logged = torch.log(sizes / counts + 1e-6)
@@ -87,7 +91,7 @@ class Snapshots:
 
 def read(model: Model, ids: Tensor) -> tuple[Tensor, Tensor, float]:
     """Read a prompt (L,) from the beginning: the state, the logits (V,) after it, mean surprise in nats."""
-    state = model.engine.new_state(1)[0]
+    state = model.engine.keys.room(model.engine.new_state(1)[0], len(ids))
     logits = model.engine.prompt(ids, state, every=True)
     logprobs = torch.log_softmax(logits[:-1], -1).gather(1, ids[1:, None])
     return state, logits[-1], -float(logprobs.mean())

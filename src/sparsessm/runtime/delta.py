@@ -1,0 +1,126 @@
+"""A mixer of the gated delta rule in the native engine (arXiv 2412.06464).
+
+Place in the flow: a `Part` (part.py). A prompt goes through the chunked rule (kernels/delta.py), decoding
+through kernels/delta_impl.h. A head whose decay is zero answers with beta (q.k) v at once and has no place in
+the state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, final
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparsessm import kernels
+from sparsessm.architectures import removed_a_log
+from sparsessm.kernels.delta import gated_delta
+from sparsessm.kernels.matrix import Matrix
+from sparsessm.runtime import plan
+from sparsessm.runtime.keys import Reading
+from sparsessm.runtime.part import Part, Place, Products
+from sparsessm.runtime.weights import Weights, matrices
+
+
+@final
+class Delta(Part):
+    """Of Qwen3.5 and Qwen3-Next."""
+
+    ORDER = "layer, [inputs of the convolution (K-1, 2GK + HP); states of heads with memory (K, P)]"
+
+    def __init__(self, told: plan.Delta, products: Products, weights: Weights, place: Place) -> None:
+        """weights: by full names."""
+        super().__init__(place)
+        self._told = told
+        stored = weights.stored(f"{told.name}.A_log")
+        a_log, forgets = stored.decode(torch.float32).flatten(), removed_a_log(stored.dtype)["memoryless"]
+        self._keeps, self._a = a_log < forgets, -torch.exp(a_log)
+        self._dt_bias = weights.vector(f"{told.name}.dt_bias").flatten()
+        self._norm = weights.vector(told.norm)
+        self._conv = weights.vector(f"{told.name}.conv1d.weight")[:, 0]
+        made = _rows(weights, [*told.mixed, told.gate, told.step, told.beta])
+        *self._mixed, self._gate, self._step, self._beta = made
+        self._out = products.one(told.out)
+        self.inputs = (told.taps - 1) * len(self._conv)
+        self._kept = (int(self._keeps.sum()), told.keys, told.channels)
+        self.state_size = self.inputs + self._kept[0] * told.keys * told.channels
+
+    def read(self, x: Tensor, state: Tensor, kept: Reading | None = None) -> Tensor:
+        """As `Part.read`."""
+        told = self._told
+        before, rule = state[: self.inputs].view(told.taps - 1, -1), state[self.inputs :].view(self._kept)
+        entering = torch.cat([matrix.linear(x) for matrix in self._mixed], -1)
+        mixed = kernels.causal_conv1d(entering[None], self._conv, None, before[None], silu=True)
+        if told.taps > 1:
+            before.copy_(torch.cat([before, entering])[-(told.taps - 1) :])
+        share = told.groups * told.keys
+        q, k, v = mixed.split([share, share, told.heads * told.channels], -1)
+        q, k = (_unit(part.unflatten(-1, (told.groups, told.keys))) for part in (q, k))
+        v = v.unflatten(-1, (told.heads, told.channels))
+        g = self._a * F.softplus(self._step.linear(x) + self._dt_bias)
+        beta = told.most * torch.sigmoid(self._beta.linear(x))
+        start = torch.zeros(1, told.heads, told.keys, told.channels)
+        start[0, self._keeps] = rule
+        y, last = gated_delta(q * told.keys**-0.5, k, v, g[None], beta[None], start)
+        rule.copy_(last[0, self._keeps])
+        gate = self._gate.linear(x).unflatten(-1, (told.heads, told.channels))
+        y = F.rms_norm(y[0], (told.channels,), self._norm, told.epsilon) * F.silu(gate)
+        return self._out(y.flatten(1))
+
+    def native(self) -> dict[str, Any]:
+        """As `Part.native`."""
+        told = self._told
+        return self.place.native() | {
+            "kind": "delta",
+            "mixed": list(self._mixed),
+            "gate": self._gate,
+            "step": self._step,
+            "beta": self._beta,
+            "out": self._out.native(),
+            "conv": self._conv.T.contiguous().flatten(),
+            "taps": told.taps,
+            "A": self._a,
+            "dt_bias": self._dt_bias,
+            "head_norm": self._norm,
+            "head_epsilon": told.epsilon,
+            "groups": told.groups,
+            "keys": told.keys,
+            "heads": told.heads,
+            "head_width": told.channels,
+            "most": told.most,
+            "keeps": self._keeps.to(torch.uint8),
+        }
+
+    def _matrices(self) -> list[Matrix]:
+        return [*self._mixed, self._gate, self._step, self._beta]
+
+    def _vectors(self) -> list[Tensor | None]:
+        return [self.place.norm, self._conv, self._a, self._dt_bias, self._norm]
+
+    @property
+    def nbytes(self) -> int:
+        """As `Part.nbytes`."""
+        parts = (*self._matrices(), *self._vectors())
+        return self._out.nbytes + sum(part.nbytes for part in parts if part is not None)
+
+    def held(self) -> Iterator[Any]:
+        """As `Part.held`; vectors are held twice, for prompts and for decoding."""
+        yield from (*self._matrices(), *self._vectors(), *self._vectors())
+        yield from self._out.held()
+
+
+def _rows(weights: Weights, wanted: list[plan.Rows]) -> list[Matrix]:
+    """A matrix for each, of tensors that are asked for once."""
+    found: dict[int, Matrix] = {}
+    for name in dict.fromkeys(each.name for each in wanted):
+        places = [i for i, each in enumerate(wanted) if each.name == name]
+        made = matrices(weights.stored(f"{name}.weight"), [wanted[i].rows for i in places])
+        found |= dict(zip(places, made, strict=True))
+    return [found[i] for i in range(len(wanted))]
+
+
+def _unit(x: Tensor) -> Tensor:
+    """x (..., K) with length one, as stock code normalises queries and keys."""
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)

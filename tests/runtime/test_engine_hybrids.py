@@ -1,0 +1,370 @@
+"""Hybrids in both engines against stock models: logits, greedy tokens, growing states, rows of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from engines import both, held, native, needs_native, reference
+from pico_hybrids import FAMILIES, NEW, VARIANTS, pico_hybrid
+from torch import Tensor
+
+from sparsessm import kernels
+from sparsessm.checkpoint import packed
+from sparsessm.checkpoint.encoding import encode
+from sparsessm.kernels.matrix import Decoder
+from sparsessm.runtime import engine as native_engine
+from sparsessm.runtime.base import FIELDS, Engine
+from sparsessm.runtime.engine import NativeEngine
+from sparsessm.runtime.keys import BLOCK, MOST, Keys
+from sparsessm.runtime.reference import ReferenceEngine
+
+pytestmark = pytest.mark.skipif(not NEW, reason="hybrids need transformers 5")
+MODELS = [name for name in (*FAMILIES, *VARIANTS) if VARIANTS.get(name, (name,))[0] in FIELDS]
+OTHER: dict[str, tuple[str, dict[str, Any]]] = {  # sizes that fit no vector, and groups that are left out
+    "heads of 5 channels": (
+        "nemotron_h",
+        {"head_dim": 5, "num_attention_heads": 6, "num_key_value_heads": 1, "intermediate_size": 23},
+    ),
+    "heads of 20 channels": ("nemotron_h", {"head_dim": 20, "num_key_value_heads": 4, "hidden_size": 18}),
+    "groups of experts": (
+        "nemotron_h",
+        {"n_routed_experts": 6, "n_group": 3, "topk_group": 2, "num_experts_per_tok": 3},
+    ),
+    "all experts": ("granitemoehybrid", {"num_experts_per_tok": 4, "intermediate_size": 21}),
+    "values of 70 channels": (
+        "qwen3_5_text",
+        {"linear_value_head_dim": 70, "linear_key_head_dim": 3, "linear_num_value_heads": 6, "head_dim": 10},
+    ),
+    "one head of values": (
+        "qwen3_next",
+        {"linear_num_key_heads": 1, "linear_num_value_heads": 1, "linear_conv_kernel_dim": 2},
+    ),
+    "turned linearly": (
+        "bamba",
+        {"rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 9.0}},
+    ),
+    "turned by yarn": (
+        "falcon_h1",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "rope_theta": 100.0,
+                "original_max_position_embeddings": 16,
+            },
+            "max_position_embeddings": 64,
+        },
+    ),
+}
+LENGTH = 2 * BLOCK + 9
+
+
+def model_of(name: str) -> Any:
+    family, fields = OTHER.get(name, (name, {}))
+    if name in OTHER:  # torch's grouped product, the stock default, takes multiples of 16 bytes alone
+        fields = fields | {"experts_implementation": "eager"}
+    return pico_hybrid(family, **fields)
+
+
+def ids_of(count: int, seed: int = 0) -> Tensor:
+    return torch.randint(0, 64, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+def stock(model: Any, ids: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return model(ids[None], use_cache=False).logits[0]
+
+
+def near(found: Tensor, expected: Tensor, bound: float = 2e-5) -> bool:
+    return float((found - expected).abs().max() / expected.abs().max()) < bound
+
+
+def begun(engine: Engine, tokens: int, rows: int = 1) -> Tensor:
+    return engine.keys.room(engine.new_state(rows), tokens)
+
+
+def stepped(engine: Engine, ids: Tensor, state: Tensor) -> Tensor:
+    return torch.cat([engine.step(token[None], [state]) for token in ids])
+
+
+@pytest.mark.parametrize("name", [*MODELS, *OTHER])
+@both
+def test_prompts_steps_and_both_are_the_stock_model(make: Callable[[Any], Engine], name: str) -> None:
+    """A prompt at once, token by token, and cut where a block of keys ends, one before and one behind."""
+    model = model_of(name)
+    ids = ids_of(LENGTH)
+    expected, engine = stock(model, ids), make(model)
+    assert near(engine.prompt(ids, begun(engine, LENGTH)[0], every=True), expected)
+    assert near(stepped(engine, ids, begun(engine, LENGTH)[0]), expected)
+    for cut in (BLOCK - 1, BLOCK, BLOCK + 1):
+        state = begun(engine, cut)[0]
+        last = engine.prompt(ids[:cut], state)
+        assert near(last, expected[cut - 1])
+        state = engine.keys.room(state, LENGTH - cut)
+        assert near(stepped(engine, ids[cut : cut + 3], state), expected[cut : cut + 3])
+        assert near(engine.prompt(ids[cut + 3 :], state, every=True), expected[cut + 3 :])
+        assert engine.keys.tokens(state) == LENGTH
+
+
+@needs_native
+@pytest.mark.parametrize("name", MODELS)
+def test_64_greedy_tokens_are_those_of_the_stock_model(name: str) -> None:
+    model = model_of(name)
+    for level in kernels.LEVELS[1:]:
+        kernels.LEVEL = level
+        engine = native(model)
+        state, chosen, rows = begun(engine, 64)[0], [7], []
+        for _ in range(64):
+            rows.append(engine.step(torch.tensor(chosen[-1:]), [state])[0])
+            chosen.append(int(rows[-1].argmax()))
+        expected = stock(model, torch.tensor(chosen[:-1]))
+        assert torch.equal(torch.stack(rows).argmax(1), expected.argmax(1)), level
+        assert near(torch.stack(rows), expected), level
+
+
+@needs_native
+@pytest.mark.parametrize("name", [*MODELS, "heads of 5 channels", "groups of experts"])
+def test_rows_of_a_batch_are_alone_whatever_the_threads(name: str) -> None:
+    """Rows of different lengths; three and five threads are more than there are heads of keys, or as many."""
+    engine = native(model_of(name))
+    assert isinstance(engine, NativeEngine)
+    rows = [begun(engine, BLOCK + 40)[0] for _ in range(3)]
+    for i, row in enumerate(rows):
+        engine.prompt(ids_of((1, 30, BLOCK - 1)[i], i), row)
+    alone = [row.clone() for row in rows]
+    for turn in range(4):
+        ids = ids_of(3, turn)
+        engine._threads = (1, 2, 3, 5)[turn]
+        together = engine.step(ids, rows)
+        for i, row in enumerate(alone):
+            engine._threads = (1, 5)[turn % 2]
+            assert torch.equal(engine.step(ids[i : i + 1], [row])[0], together[i])
+            assert torch.equal(row, rows[i])
+
+
+@needs_native
+@pytest.mark.parametrize("name", ["bamba", "jamba", "zamba2-two-blocks", "falcon_h1"])
+def test_slabs_of_a_prompt_are_the_prompt(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of(name)
+    ids = ids_of(LENGTH)
+    expected, engine = stock(model, ids), native(model)
+    for slab in (23, BLOCK, 10):  # the last of 137 tokens are 22, 9 and 7, one by one
+        monkeypatch.setattr(native_engine, "SLAB", slab)
+        assert near(engine.prompt(ids, begun(engine, LENGTH)[0], every=True), expected)
+
+
+def encoded(model: Any, int8: bool) -> dict[str, Any]:
+    """Every matrix pruned by half and stored as packed; experts in tensors of three axes stay dense."""
+    made = {}
+    for name, tensor in packed.of(held(model)).tensors.items():
+        whole = tensor.decode()
+        if whole.ndim == 2 and "A_log" not in name:
+            whole = torch.where(whole.abs() < whole.abs().median(), 0.0, whole)
+            made[name] = encode(name, whole, int8=int8)
+        else:
+            made[name] = tensor
+    return made
+
+
+@needs_native
+@pytest.mark.parametrize("name", [*FAMILIES, "nemotron_h-latent", "falcon_h1-normed"])
+def test_packed_weights_work_in_every_matrix(name: str) -> None:
+    model = model_of(name)
+    ids = ids_of(40)
+    for int8, bound in ((False, 2e-5), (True, 0.05)):  # int8 rounds its inputs too
+        tensors = encoded(model, int8)
+        engine = NativeEngine(model.config, tensors)
+        plain = {key: found.decode(torch.float32) for key, found in tensors.items()}
+        truth = ReferenceEngine(model.config, plain)
+        expected = truth.prompt(ids, begun(truth, 40)[0], every=True)
+        read = engine.prompt(ids, begun(engine, 40)[0], every=True)
+        assert float((read - expected).norm() / expected.norm()) < bound
+        one = stepped(engine, ids, begun(engine, 40)[0])
+        assert float((one - expected).norm() / expected.norm()) < bound
+        dense = native(model)
+        assert engine.nbytes < dense.nbytes and engine.resident < dense.resident
+
+
+@needs_native
+def test_what_layers_share_is_held_once_and_read_by_each() -> None:
+    def engine(uses: int) -> Engine:
+        kinds = ["linear_attention"] * (3 - uses) + ["hybrid"] * uses
+        fields = {"num_hidden_layers": 3, "layers_block_type": kinds}
+        return native(pico_hybrid("zamba2", **fields, use_shared_attention_adapter=False))
+
+    one, two, three = (engine(uses) for uses in (1, 2, 3))
+    attention, mlp = 4 * 32 * 32 * 3 + 4 * 16 * 32, 4 * (48 * 16 + 16 * 24)
+    assert two.nbytes - one.nbytes == three.nbytes - two.nbytes > attention + mlp
+    assert two.resident - one.resident == three.resident - two.resident < attention
+
+
+@both
+def test_a_state_says_how_it_grows(make: Callable[[Any], Engine]) -> None:
+    """Of Bamba's one attention layer with 2 heads of 4 channels: 64 floats a token and kind."""
+    engine = make(model_of("bamba"))
+    keys = engine.keys
+    assert keys.block == 2 * 2 * 4 * BLOCK and keys.fixed == engine.state_size
+    assert sum(map(sum, engine.sections)) == engine.state_size - 1
+    state = engine.new_state(2)
+    assert state.shape == (2, engine.state_size) and keys.room(state, 0) is state
+    wide = keys.room(state, BLOCK + 1)
+    assert wide.shape == (2, engine.state_size + 2 * keys.block)
+    assert keys.room(wide, 2 * BLOCK) is wide
+    row = wide[0].contiguous()
+    engine.prompt(ids_of(3), row)
+    assert keys.tokens(row) == 3 and len(keys.trimmed(row)) == engine.state_size + keys.block
+    full = keys.trimmed(row)
+    for read in (lambda: engine.prompt(ids_of(BLOCK), full), lambda: engine.prompt(ids_of(3), state[0])):
+        with pytest.raises(ValueError, match="no room for the keys and values of .* token"):
+            read()
+    with pytest.raises(ValueError, match="no room for the keys and values of"):
+        engine.step(ids_of(1), [state[0]])
+    assert keys.tokens(full) == 3
+
+
+def test_a_model_without_attention_does_not_grow() -> None:
+    keys, state = Keys(5, 0), torch.zeros(2, 5)
+    assert keys.room(state, 1000) is state and keys.tokens(state[0]) == 0
+    assert keys.trimmed(state[0]).data_ptr() == state.data_ptr() and not keys.misfit(state[0])
+    assert keys.misfit(torch.zeros(4)) == "it has 4 values, this model 5"
+
+
+def test_rows_grow_by_more_the_longer_they_are() -> None:
+    keys = Keys(3, 10)
+    state = torch.zeros(3 + 160 * 10)
+    state[2] = 160 * BLOCK
+    assert keys.room(state, 1).shape == (3 + 180 * 10,)
+    state[2] = MOST - 1
+    with pytest.raises(ValueError, match=f"a text of {MOST} tokens; allowed: fewer than {MOST}"):
+        keys.room(state, 1)
+
+
+@pytest.mark.parametrize("count", [-1.0, 0.5, float(MOST), 3 * BLOCK + 1.0, float("nan")])
+@needs_native
+def test_a_state_that_lies_about_its_tokens_is_refused(count: float) -> None:
+    engine = native(model_of("bamba"))
+    state = begun(engine, 3 * BLOCK)[0]
+    state[engine.keys.fixed - 1] = count
+    before = state.clone()
+    with pytest.raises(ValueError, match="a state (says that it has seen|has no room)"):
+        engine.step(ids_of(1), [state])
+    if count == count:
+        assert engine.keys.misfit(state)
+    assert torch.equal(state.nan_to_num(), before.nan_to_num())
+
+
+def test_a_kind_of_positions_that_depends_on_the_text_is_refused() -> None:
+    config = model_of("bamba").config
+    config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    with pytest.raises(ValueError, match="rope_type is 'dynamic'; supported: default, linear"):
+        ReferenceEngine(config, {})
+
+
+def test_an_activation_that_is_not_known_is_refused() -> None:
+    config = model_of("jamba").config
+    config.hidden_act = "tanh"
+    with pytest.raises(ValueError, match="the activation of an MLP is 'tanh'; supported: silu"):
+        ReferenceEngine(config, {})
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name in FIELDS])
+def test_a_tensor_that_is_missing_is_named(name: str) -> None:
+    model = model_of(name)
+    weights = model.state_dict()
+    some = [key for key in weights if key.endswith(("o_proj.weight", "A_log", "norm.weight"))]
+    del weights[some[-1]]
+    with pytest.raises(ValueError, match=f"the weights have no {some[-1]}"):
+        ReferenceEngine(model.config, weights)
+
+
+def test_a_fingerprint_tells_hybrids_apart() -> None:
+    plain = reference(model_of("granitemoehybrid")).layout
+    assert plain == reference(model_of("granitemoehybrid")).layout
+    other = pico_hybrid("granitemoehybrid", attention_multiplier=0.5)
+    assert reference(other).layout != plain
+
+
+@both
+@pytest.mark.parametrize("name", ["qwen3_5_text", "qwen3_next"])
+def test_heads_of_the_delta_rule_that_forget_have_no_state(make: Callable[[Any], Engine], name: str) -> None:
+    model = pico_hybrid(name)
+    whole = make(model).state_size
+    with torch.no_grad():
+        for layer, heads in ((0, [1, 2]), (2, [0])):
+            model.model.layers[layer].linear_attn.A_log[heads] = 38.0
+    ids, engine = ids_of(LENGTH), make(model)
+    expected = stock(model, ids)
+    assert near(engine.prompt(ids, begun(engine, LENGTH)[0], every=True), expected)
+    assert near(stepped(engine, ids, begun(engine, LENGTH)[0]), expected)
+    assert engine.state_size == whole - (3 * 8 * 5 if isinstance(engine, NativeEngine) else 0)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("name", "kind", "change", "words"),
+    [
+        ("bamba", "attention", {"heads": 3}, "heads must be a multiple of shared"),
+        ("bamba", "attention", {"head_width": 5}, r"q is \(16, 16\), expected \(20, 16\)"),
+        ("bamba", "attention", {"shared": 0}, "shared is out of range"),
+        ("bamba", "attention", {"o": None}, "o is missing"),
+        ("bamba", "attention", {"norm": torch.ones(17)}, "norm has 17 values, expected 16"),
+        ("bamba", "attention", {"reads": "side"}, "a part reads what is beside the stream, and nothing is"),
+        ("bamba", "attention", {"reads": "both", "norm": torch.ones(32)}, r"q is \(16, 16\), expected"),
+        ("bamba", "attention", {"reads": "all"}, "reads is 'all'; allowed: before, stream, both, side, sum"),
+        ("bamba", "attention", {"kind": "gate"}, "kind is 'gate'; allowed: mamba, delta, attention, mlp"),
+        ("bamba", "mlp", {"curve": "tanh"}, "curve is 'tanh'; allowed: silu, gelu, relu2"),
+        ("bamba", "mlp", {"gate": "down"}, r"gate is \(16, 24\), expected \(24, 16\)"),
+        ("bamba", "mamba", {"reads": "before"}, "the first part reads what a part before it read"),
+        ("bamba", "mamba", {"reads": "both", "norm": torch.ones(32)}, "a mixer reads the stream alone"),
+        ("granitemoehybrid", "experts", {"chosen": 5}, "chosen is 5 of 4 experts"),
+        ("granitemoehybrid", "experts", {"choice": "first"}, "choice is 'first'; allowed: softmax,"),
+        ("granitemoehybrid", "experts", {"each": []}, "there are no experts"),
+        ("nemotron_h-latent", "experts", {"before": None}, "before and behind come together"),
+        ("nemotron_h-latent", "experts", {"groups": 3}, "groups do not fit the experts"),
+        ("nemotron_h-latent", "experts", {"favour": torch.ones(3)}, "favour has 3 values, expected 4"),
+        ("nemotron_h", "experts", {"reads": "both", "norm": torch.ones(32)}, "router is"),
+        ("zamba2", "linear", {"linear": None}, "linear is missing"),
+        ("qwen3_5_text", "delta", {"groups": 3}, "heads must be a multiple of groups"),
+        ("qwen3_5_text", "delta", {"keys": 7}, "mixed has 52 rows, expected 48"),
+        ("qwen3_5_text", "delta", {"mixed": []}, "mixed has 0 rows, expected 52"),
+        ("qwen3_5_text", "delta", {"keeps": torch.ones(3, dtype=torch.uint8)}, "one entry a head"),
+        ("qwen3_5_text", "delta", {"A": torch.ones(3)}, "A has 3 values, expected 4"),
+        ("qwen3_5_text", "attention", {"k_norm": torch.ones(7)}, "k_norm has 7 values, expected 8"),
+        ("qwen3_5_text", "attention", {"gate": "q", "heads": 2}, r"q is \\(32, 16\\), expected \\(16, 16\\)"),
+        ("olmo_hybrid", "mlp", {"after": torch.ones(3)}, "after has 3 values, expected 16"),
+        ("olmo_hybrid", "attention", {"beside": True}, "what goes beside the stream has no norm"),
+    ],
+)
+def test_the_decoder_refuses_parts_that_do_not_fit(
+    name: str, kind: str, change: dict[str, Any], words: str
+) -> None:
+    engine: Any = native(model_of(name))
+    sizes = {"width": 16, "vocabulary": 64, "epsilon": 1e-5} | native_engine._sizes(engine._plan)
+    rest: dict[str, Any] = {"norm": engine._norm, "embedding": engine._embedding, "head": engine._head}
+    rest["turns"] = engine._plan.angles
+    parts = [part.native() for part in engine._parts]
+    assert Decoder(sizes, parts, rest).state_size == engine.state_size
+    at = next(i for i, part in enumerate(parts) if part.get("kind", "mamba") == kind)
+    parts[at] |= {key: parts[at][new] if new == "down" else new for key, new in change.items()}
+    with pytest.raises(ValueError, match=words):
+        Decoder(sizes, parts, rest)
+
+
+@needs_native
+def test_more_turned_channels_than_a_head_has_and_one_state_twice_are_refused() -> None:
+    engine: Any = native(model_of("bamba"))
+    sizes = {"width": 16, "vocabulary": 64, "epsilon": 1e-5} | native_engine._sizes(engine._plan)
+    rest = {
+        "norm": engine._norm,
+        "embedding": engine._embedding,
+        "head": engine._head,
+        "turns": torch.ones(3),
+    }
+    with pytest.raises(ValueError, match="turns are more than half of a head"):
+        Decoder(sizes, [part.native() for part in engine._parts], rest)
+    state = begun(engine, 1)[0]
+    with pytest.raises(ValueError, match="a state is there twice"):
+        engine.step(ids_of(2), [state, state])
