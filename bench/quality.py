@@ -26,7 +26,7 @@ from sparsessm.data.texts import evaluation_windows, fingerprint
 from sparsessm.evaluation.perplexity import difference, perplexity
 from sparsessm.recipe.recipe import Recipe
 
-MODEL, MODEL2 = "builtin:pycode", "builtin:pycode2"
+MODEL, MODEL2, MODEL3 = "builtin:pycode", "builtin:pycode2", "builtin:pydelta"
 SEEDS = (0, 1, 2)
 Fields = dict[str, Any]
 
@@ -82,6 +82,9 @@ BLOCKS |= {"exact": {"repair": "none"}, "exact, repaired (default)": {}}
 MIXES: dict[str, Fields] = {
     f"{share} % of all parameters": {"pattern": "structured", "sparsity": share / 100} for share in (25, 50)
 }
+# Of a model with attention and MLPs: what the method does to each kind of layer, the others dense.
+WHERE = {"delta rule": "re:.*linear_attn.*_proj.*", "attention": "re:.*self_attn.*", "MLP": "re:.*mlp.*"}
+STORED: dict[str, Fields] = {"4.25": {"bits": 4.25}, "3.25": {"bits": 3.25}, "2.25": {"bits": 2.25}}
 
 # Rows (a label and what it adds to the recipe) and columns of each table, and its model.
 TABLES: dict[str, tuple[dict[str, Fields], dict[str, Fields], str]] = {
@@ -132,6 +135,30 @@ TABLES: dict[str, tuple[dict[str, Fields], dict[str, Fields], str]] = {
     "blocks": (BLOCKS, units("block", 14, 29), MODEL),
     "blocks of Mamba-2": (BLOCKS, units("block", 14, 29), MODEL2),
     "mix": ({"exact, repaired (default)": {}}, MIXES, MODEL),
+    "methods of the delta rule": (
+        {name: {"method": name} for name in ("magnitude", "wanda", "sparsegpt")} | {"absorb (default)": {}},
+        {name: DENSITIES[name] for name in ("50 %", "70 %", "2:4")},
+        MODEL3,
+    ),
+    "decays of the delta rule": (
+        {"exact (default)": {"target": "ssm"}, "sparsessm": {"target": "ssm", "method": "sparsessm"}},
+        {name: DENSITIES[name] for name in ("30 %", "50 %")},
+        MODEL3,
+    ),
+    **{
+        f"parts of the delta rule, {where}": (
+            {"sparsegpt": {"target": target, "method": "sparsegpt"}, "absorb": {"target": target}},
+            {name: DENSITIES[name] for name in ("50 %", "70 %")},
+            MODEL3,
+        )
+        for where, target in WHERE.items()
+    },
+    "bits of the delta rule": ({"one dial": {"target": "projections"}}, STORED, MODEL3),
+    "grids of the delta rule": (
+        {name: {**LINEAR, "method": name, "sparsity": 0} for name in ("rtn", "gptq")},
+        {f"{width}.25": {"grid": f"int{width}:64"} for width in (4, 3, 2)},
+        MODEL3,
+    ),
     "mix of Mamba-2": ({"exact, repaired (default)": {}}, MIXES, MODEL2),
 }  # fmt: skip
 

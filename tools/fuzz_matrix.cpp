@@ -438,6 +438,7 @@ void others(Draws &s, Network &net, std::vector<std::unique_ptr<Guarded>> &keep,
         Mlp m;
         m.up = linear(inner, reads), m.down = linear(gives, inner);
         if (gated) m.gate = linear(inner, reads);
+        if (s.below(4) == 0) m.share = linear(1, reads);
         m.curve = s.pick<Curve>({Curve::silu, Curve::gelu, Curve::relu2});
         return m;
     };
@@ -454,13 +455,18 @@ void others(Draws &s, Network &net, std::vector<std::unique_ptr<Guarded>> &keep,
             if (s.below(3)) part.norm = numbers(reads);
         }
         part.beside = s.below(3) == 0, part.scale = 0.5f;
+        if (!part.beside && s.below(4) == 0) part.after = numbers(d);
         side = side || part.beside;
-        const int kind = s.below(4);
+        const int kind = s.below(5);
         if (kind == 0) {
             Attention a;
             a.shared = 1 + s.below(3), a.heads = a.shared * (1 + s.below(3)), a.width = width, a.scale = 0.3f;
             a.q = linear(a.heads * width, reads), a.k = linear(a.shared * width, reads);
             a.v = linear(a.shared * width, reads), a.o = linear(d, a.heads * width);
+            if (s.below(2)) a.gate = linear(a.heads * width, reads);
+            a.norm_whole = s.below(2);
+            if (s.below(2)) a.q_norm = numbers((a.norm_whole ? a.heads : 1) * width);
+            if (s.below(2)) a.k_norm = numbers((a.norm_whole ? a.shared : 1) * width);
             a.rotary = s.below(2), a.place = net.block, net.block += a.floats();
             part.what = std::move(a);
         } else if (kind == 1) {
@@ -478,6 +484,23 @@ void others(Draws &s, Network &net, std::vector<std::unique_ptr<Guarded>> &keep,
             e.chosen = 1 + s.below(static_cast<int>(many / groups * e.chosen_groups)), e.normalised = s.below(2);
             if (!latent && reads != d) continue; // what experts read and give has one width
             part.what = std::move(e);
+        } else if (kind == 3 && reads == d) {
+            Delta m;
+            m.groups = 1 + s.below(3), m.heads = m.groups * (1 + s.below(3)), m.keys = 1 + s.below(20);
+            m.channels = s.pick<int64_t>({1, 3, 8, 16, 17, 40, 64, 70, 131}), m.taps = 1 + s.below(4);
+            const int64_t of_keys = m.groups * m.keys, of_values = m.heads * m.channels;
+            m.mixed_rows = 2 * of_keys + of_values;
+            std::vector<int64_t> apart{m.mixed_rows};
+            if (s.below(2)) apart = {of_keys, of_keys, of_values};
+            for (const int64_t count : apart) m.mixed.push_back(random_matrix(s, count, d, keep));
+            m.gate = random_matrix(s, of_values, d, keep), m.out = linear(d, of_values);
+            m.step = random_matrix(s, m.heads, d, keep), m.beta = random_matrix(s, m.heads, d, keep);
+            m.conv = numbers(m.taps * m.mixed_rows), m.dt_bias = numbers(m.heads), m.norm = numbers(m.channels);
+            m.A.assign(m.heads, -0.5f), m.epsilon = net.epsilon, m.most = s.below(2) ? 1.0f : 2.0f;
+            for (int64_t h = 0; h < m.heads; ++h) m.places.push_back(s.below(4) ? m.kept++ : -1);
+            m.conv_state = net.state_size, m.rule_state = m.conv_state + (m.taps - 1) * m.mixed_rows;
+            net.state_size = m.rule_state + m.kept * m.keys * m.channels;
+            part.what = std::move(m);
         } else {
             part.what = linear(d, reads);
         }
