@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from directories import write_mixed, write_original
 from pico import pico_falcon_mamba, pico_mamba, pico_mamba2, pico_tokenizer
-from pico_hybrids import FAMILIES, VARIANTS, pico_hybrid
+from pico_hybrids import DISTINCT, FAMILIES, VARIANTS, pico_hybrid
 from projections import write_projected
 from safetensors.torch import load_file, save_file
 
@@ -82,7 +82,7 @@ SOURCES: dict[str, Callable[[Path], Any]] = {
     **{name: lambda f, n=name: stock(f, pico_hybrid(n).bfloat16()) for name in [*FAMILIES, *VARIANTS]},
     **{
         f"{name} sharded": lambda f, n=name: stock(f, pico_hybrid(n), max_shard_size="20KB")
-        for name in FAMILIES
+        for name in DISTINCT
     },
     "jamba mixed": lambda f: edited(stock(f, pico_hybrid("jamba")), mixed_dtypes),
     "jamba bin": lambda f: edited(stock(f, pico_hybrid("jamba")), mixed_dtypes, form="bin"),

@@ -14,7 +14,7 @@ import pytest
 import torch
 from elsewhere import DEVICE, Remote, elsewhere, moved
 from pico import pico_falcon_mamba, pico_mamba, pico_mamba2
-from pico_hybrids import FAMILIES, pico_hybrid
+from pico_hybrids import DISTINCT, pico_hybrid
 
 from sparsessm import kernels
 from sparsessm.architectures import MODEL_TYPES, InMemory, adapt, on_device
@@ -37,7 +37,7 @@ MODELS: Mapping[str, Callable[[], Any]] = {
     "falcon_mamba": pico_falcon_mamba,
     "mamba2": pico_mamba2,
     # Stock code groups tokens of experts by an operation that the CPU has for floats alone.
-    **{name: partial(pico_hybrid, name, experts_implementation="eager") for name in FAMILIES},
+    **{name: partial(pico_hybrid, name, experts_implementation="eager") for name in DISTINCT},
 }
 
 
@@ -127,7 +127,7 @@ def test_whole_units(name: str, asked: Mapping[str, Any]) -> None:
     assert_same_there(name, **asked)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", DISTINCT)
 def test_hybrids(name: str) -> None:
     assert_same_there(name, target="projections", method="wanda")
     if "state" in MODEL_TYPES[name].structure:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from pico import pico_mamba, pico_mamba2
+from pico_hybrids import NEW, pico_hybrid
 
 from sparsessm.data.texts import stdlib_modules
 
@@ -24,11 +28,22 @@ def tools(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return train_builtin
 
 
-@pytest.mark.parametrize("kind", ["mamba", "mamba2"])
+MODELS: dict[str, Callable[[], Any]] = {
+    "mamba": pico_mamba,
+    "mamba2": lambda: pico_mamba2(tie_word_embeddings=True),
+    "qwen3_5_text": lambda: pico_hybrid("qwen3_5-tied", attention_bias=False),
+    "granitemoehybrid": lambda: pico_hybrid("granite-dense", **PLAIN),
+}
+# The multipliers that the trained model has none of.
+PLAIN = {"embedding_multiplier": 1.0, "logits_scaling": 1.0, "residual_multiplier": 1.0}
+
+
+@pytest.mark.parametrize("kind", MODELS)
 def test_loss_and_gradients_are_those_of_the_stock_model(tools: ModuleType, kind: str) -> None:
     tokens = torch.randint(64, (2, 33), generator=torch.Generator().manual_seed(0))
-    make = {"mamba": pico_mamba, "mamba2": lambda: pico_mamba2(tie_word_embeddings=True)}[kind]
-    loss = {"mamba": tools.fast_mamba, "mamba2": tools.fast_mamba2}[kind].loss
+    if kind not in ("mamba", "mamba2") and not NEW:
+        pytest.skip("hybrids need transformers 5")
+    loss, make = tools.FAST[kind].loss, MODELS[kind]
     stock, fast = make(), make()
     logits = stock(tokens[:, :-1]).logits.flatten(0, 1)
     expected = torch.nn.functional.cross_entropy(logits, tokens[:, 1:].flatten())
@@ -38,13 +53,15 @@ def test_loss_and_gradients_are_those_of_the_stock_model(tools: ModuleType, kind
     assert float(value.detach()) == pytest.approx(float(expected.detach()), rel=1e-3)
     for (name, slow), quick in zip(stock.named_parameters(), fast.parameters(), strict=True):
         error = (quick.grad - slow.grad).norm() / slow.grad.norm()
-        assert error < (0.03 if kind == "mamba" else 0.06), name  # bfloat16 products, of the scan too
+        # bfloat16 products; of Mamba-2's scan too; behind a softmax and norms without centre more comes of them
+        assert error < {"mamba": 0.03, "mamba2": 0.06}.get(kind, 0.15), name
 
 
 def test_muon_steps_are_orthogonal(tools: ModuleType) -> None:
+    muon = sys.modules[tools.Muon.__module__]
     x = torch.randn(3, 24, 40, generator=torch.Generator().manual_seed(0))
     for matrix in (x, x.transpose(1, 2)):
-        values = torch.linalg.svdvals(tools.orthogonal(matrix))
+        values = torch.linalg.svdvals(muon.orthogonal(matrix))
         assert values.min() > 0.5 and values.max() < 1.3
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from pico import pico_falcon_mamba, pico_mamba, pico_mamba2, pico_tokenizer
-from pico_hybrids import FAMILIES, NEW, pico_hybrid
+from pico_hybrids import DISTINCT, NEW, pico_hybrid
 from torch import Tensor
 
 from sparsessm import Run
@@ -21,7 +21,7 @@ MODELS: Mapping[str, Callable[..., Any]] = {
     "mamba": pico_mamba,
     "falcon_mamba": pico_falcon_mamba,
     "mamba2": pico_mamba2,
-    **({name: lambda name=name: pico_hybrid(name) for name in FAMILIES} if NEW else {}),
+    **({name: lambda name=name: pico_hybrid(name) for name in DISTINCT} if NEW else {}),
 }
 NOTHING = Streaming(1)  # no byte may stay: every block and all hidden states are on the disk
 PLENTY = 1 << 40

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from pico import pico_falcon_mamba, pico_mamba, pico_mamba2
-from pico_hybrids import FAMILIES, pico_hybrid
+from pico_hybrids import DISTINCT, pico_hybrid
 from torch import Tensor, nn
 
 from sparsessm.architectures import Architecture, adapt
@@ -23,7 +23,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "mamba": pico_mamba,
     "falcon_mamba": pico_falcon_mamba,
     "mamba2": pico_mamba2,
-    **{name: lambda name=name: pico_hybrid(name) for name in FAMILIES},
+    **{name: lambda name=name: pico_hybrid(name) for name in DISTINCT},
 }
 TOKENS = torch.randint(0, 64, (4, 24), generator=torch.Generator().manual_seed(0))
 

@@ -24,7 +24,7 @@ from sparsessm.checkpoint import known_fields, opened, tokenizing
 
 MAKERS = {"mamba": pico_mamba, "falcon_mamba": pico_falcon_mamba, "mamba2": pico_mamba2}
 HYBRIDS = ("bamba", "falcon_h1", "granitemoehybrid", "jamba", "nemotron_h", "zamba2")
-DELTA = ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "olmo_hybrid", "kimi_linear")
+DELTA = ("qwen3_5_moe_text", "qwen3_next", "kimi_linear")
 KINDS = (*MAKERS, *((*HYBRIDS, *DELTA) if NEW else ()))
 NUMBERS = st.one_of(
     st.integers(-3, 9),

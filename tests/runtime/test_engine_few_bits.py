@@ -98,7 +98,7 @@ class Rounding(ReferenceEngine):
     def _logits(self, hidden: Tensor) -> Tensor:
         tied = "lm_head.weight" not in self._tensors
         name = "backbone.embeddings.weight" if tied else "lm_head.weight"
-        normed = self._norm(hidden, self._weights["backbone.norm_f.weight"])
+        normed = self._named(hidden, "backbone.norm_f.weight")
         return self._product(name, normed, [self._tensors[name].shape[0]])
 
 
