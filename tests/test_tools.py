@@ -39,10 +39,14 @@ PLAIN = {"embedding_multiplier": 1.0, "logits_scaling": 1.0, "residual_multiplie
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_loss_and_gradients_are_those_of_the_stock_model(tools: ModuleType, kind: str) -> None:
+def test_loss_and_gradients_are_those_of_the_stock_model(
+    tools: ModuleType, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tokens = torch.randint(64, (2, 33), generator=torch.Generator().manual_seed(0))
     if kind not in ("mamba", "mamba2") and not NEW:
         pytest.skip("hybrids need transformers 5")
+    if kind not in ("mamba", "mamba2"):  # whose small random models make much of rounded products
+        monkeypatch.setattr(tools.fast_mamba, "linear", torch.nn.functional.linear)
     loss, make = tools.FAST[kind].loss, MODELS[kind]
     stock, fast = make(), make()
     logits = stock(tokens[:, :-1]).logits.flatten(0, 1)
@@ -53,8 +57,8 @@ def test_loss_and_gradients_are_those_of_the_stock_model(tools: ModuleType, kind
     assert float(value.detach()) == pytest.approx(float(expected.detach()), rel=1e-3)
     for (name, slow), quick in zip(stock.named_parameters(), fast.parameters(), strict=True):
         error = (quick.grad - slow.grad).norm() / slow.grad.norm()
-        # bfloat16 products; of Mamba-2's scan too; behind a softmax and norms without centre more comes of them
-        assert error < {"mamba": 0.03, "mamba2": 0.06}.get(kind, 0.15), name
+        # bfloat16 products, of Mamba-2's scan too; in hybrids those of the head (and of that scan) alone
+        assert error < {"mamba": 0.03, "qwen3_5_text": 0.03}.get(kind, 0.06), name
 
 
 def test_muon_steps_are_orthogonal(tools: ModuleType) -> None:
