@@ -4,10 +4,10 @@
     python bench/hybrids.py --shape qwen3.5-0.8b --batches 1 16
 
 A model has one and two periods of its layers (three of the delta rule and one of attention; nine of Mamba-2
-and one of attention; one layer that has both). What more periods would cost follows from the two: tokens per
-second of the whole depth are extrapolated, and every line says so. All engines run in turn, round by round;
-printed are medians. Shapes are as near to the published ones as their public descriptions say; sizes are in
-`SHAPES`.
+and one of attention; nine layers that have both). What more periods would cost follows from the two: tokens
+per second of the whole depth are extrapolated, and every line says so. All engines run in turn, round by
+round; printed are medians. A period is large enough for its weights not to stay in a cache from step to step.
+Shapes are as near to the published ones as their public descriptions say; sizes are in `SHAPES`.
 Options: --shape NAME..., --threads N (2), --batches N... (1), --rounds N (7), --context N tokens before (64),
 --json FILE.
 """
@@ -67,7 +67,7 @@ SHAPES: dict[str, tuple[str, int, list[str], dict[str, Any]]] = {  # model type,
     "falcon-h1-0.5b": (
         "falcon_h1",
         36,
-        [""],
+        [""] * 9,
         {
             **{"hidden_size": 1024, "intermediate_size": 2048, "num_attention_heads": 8},
             **{"num_key_value_heads": 2, "head_dim": 64, "mamba_d_ssm": 1536, "mamba_n_heads": 24},
@@ -81,7 +81,7 @@ def configuration(shape: str, periods: int) -> Any:
     """Of a shape with so many periods of layers."""
     kind, _, period, fields = SHAPES[shape]
     told = copy.deepcopy(fields) | {"num_hidden_layers": periods * len(period)}
-    if period != [""]:
+    if all(period):
         told["layer_types"] = period * periods
     return AutoConfig.for_model(kind, **told, pad_token_id=0, bos_token_id=0, eos_token_id=0)
 
