@@ -39,9 +39,8 @@ def new_model(entries: int, layers: int) -> PreTrainedModel:
             parameter.data.zero_()
         elif name.endswith(("_proj.weight", "input_linear.weight")):
             nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
-        elif name.endswith("dt_bias"):  # steps between 0.001 and 0.1, as the authors of Mamba start them
-            step = torch.exp(torch.rand_like(parameter) * math.log(100) + math.log(0.001))
-            parameter.data.copy_(step + torch.log(-torch.expm1(-step)))
+        elif name.endswith("dt_bias"):
+            fast_mamba.start_steps(parameter)
         elif name.endswith("A_log"):
             parameter.data.uniform_(1, 16).log_()
     return model

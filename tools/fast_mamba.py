@@ -7,6 +7,7 @@ because autograd would keep and touch several times more memory; elementwise wor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -99,6 +100,12 @@ class Loss(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, Tensor, None]:
         dhidden, dembedding = ctx.saved_tensors
         return dhidden * dloss, dembedding * dloss, None
+
+
+def start_steps(bias: nn.Parameter) -> None:
+    """Biases behind which softplus gives steps between 0.001 and 0.1, as the authors of Mamba start them."""
+    step = torch.exp(torch.rand_like(bias) * math.log(100) + math.log(0.001))
+    bias.data.copy_(step + torch.log(-torch.expm1(-step)))
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:

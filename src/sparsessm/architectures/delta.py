@@ -205,7 +205,7 @@ class Qwen35Delta(DeltaKind):
     norm, out = "norm", "out_proj"
 
     def sizes(self, mixer: Any) -> Sizes:
-        return Sizes(mixer.num_k_heads, mixer.head_k_dim, mixer.num_v_heads, mixer.head_v_dim)
+        return _grouped(mixer)
 
     def entering(self, mixer: Any, x: Tensor, fed: Fed) -> Entered | None:
         if any(fed(kind, x) for kind in self.inputs):
@@ -224,7 +224,7 @@ class Qwen3NextDelta(DeltaKind):
     norm, out = "norm", "out_proj"
 
     def sizes(self, mixer: Any) -> Sizes:
-        return Sizes(mixer.num_k_heads, mixer.head_k_dim, mixer.num_v_heads, mixer.head_v_dim)
+        return _grouped(mixer)
 
     def entering(self, mixer: Any, x: Tensor, fed: Fed) -> Entered | None:
         if any(fed(kind, x) for kind in self.inputs):
@@ -248,7 +248,7 @@ class OlmoDelta(DeltaKind):
     inputs = ("q_proj", "k_proj", "v_proj", "g_proj", "b_proj", "a_proj")
 
     def sizes(self, mixer: Any) -> Sizes:
-        return Sizes(mixer.num_k_heads, mixer.head_k_dim, mixer.num_v_heads, mixer.head_v_dim)
+        return _grouped(mixer)
 
     def entering(self, mixer: Any, x: Tensor, fed: Fed) -> Entered | None:
         if any(fed(kind, x) for kind in self.inputs):
@@ -331,6 +331,11 @@ def _energy(inputs: tuple[Tensor, ...], g: Tensor, state: Tensor | None) -> tupl
     decay = torch.exp(g)
     decay = decay.mean(-1) if decay.ndim == 4 else decay
     return energy.sum(0)[..., None], decay.sum(0)[..., None]
+
+
+def _grouped(mixer: Any) -> Sizes:
+    """Of a mixer whose heads share queries and keys in groups."""
+    return Sizes(mixer.num_k_heads, mixer.head_k_dim, mixer.num_v_heads, mixer.head_v_dim)
 
 
 def _unit(x: Tensor) -> Tensor:
