@@ -7,7 +7,7 @@ A model has one and two periods of its layers (three of the delta rule and one o
 and one of attention; nine layers that have both). What more periods would cost follows from the two: tokens
 per second of the whole depth are extrapolated, and every line says so. All engines run in turn, round by
 round; printed are medians. A period is large enough for its weights not to stay in a cache from step to step.
-Shapes are as near to the published ones as their public descriptions say; sizes are in `SHAPES`.
+Shapes are near the published ones; not every size could be checked here (`SHAPES` has them).
 Options: --shape NAME..., --threads N (2), --batches N... (1), --rounds N (7), --context N tokens before (64),
 --json FILE.
 """

@@ -83,7 +83,10 @@ MIXES: dict[str, Fields] = {
     f"{share} % of all parameters": {"pattern": "structured", "sparsity": share / 100} for share in (25, 50)
 }
 # Of a model with attention and MLPs: what the method does to each kind of layer, the others dense.
-WHERE = {"delta rule": "re:.*linear_attn.*_proj.*", "attention": "re:.*self_attn.*", "MLP": "re:.*mlp.*"}
+KINDS = {"delta rule": "re:.*linear_attn.*", "attention": "re:.*self_attn.*", "MLP": "re:.*mlp.*"}
+WHERE: dict[str, Fields] = {
+    kind: {**LINEAR, "ignore": [other for name, other in KINDS.items() if name != kind]} for kind in KINDS
+}
 STORED: dict[str, Fields] = {"4.25": {"bits": 4.25}, "3.25": {"bits": 3.25}, "2.25": {"bits": 2.25}}
 
 # Rows (a label and what it adds to the recipe) and columns of each table, and its model.
@@ -147,11 +150,11 @@ TABLES: dict[str, tuple[dict[str, Fields], dict[str, Fields], str]] = {
     ),
     **{
         f"parts of the delta rule, {where}": (
-            {"sparsegpt": {"target": target, "method": "sparsegpt"}, "absorb": {"target": target}},
+            {"sparsegpt": {**alone, "method": "sparsegpt"}, "absorb": alone},
             {name: DENSITIES[name] for name in ("50 %", "70 %")},
             MODEL3,
         )
-        for where, target in WHERE.items()
+        for where, alone in WHERE.items()
     },
     "bits of the delta rule": ({"one dial": {"target": "projections"}}, STORED, MODEL3),
     "grids of the delta rule": (

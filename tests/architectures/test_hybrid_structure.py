@@ -150,6 +150,15 @@ def test_units_that_do_nothing_can_be_taken_out(name: str, axis: str) -> None:
     assert_same(logits_of(architecture, TOKENS), want)
 
 
+def test_no_layer_goes_where_every_second_one_has_experts() -> None:
+    """Those behind it would change their kind."""
+    assert hybrid("qwen3_next").structure == ("block",)
+    architecture = hybrid("qwen3_next", decoder_sparse_step=2)
+    assert architecture.structure == ()
+    with pytest.raises(ValueError, match="no layer of a Qwen3Next model can be left out"):
+        architecture.drop(0)
+
+
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in ("jamba", "zamba2")])
 def test_a_layer_less_is_a_stock_model(name: str, tmp_path: Path) -> None:
     architecture = hybrid(name)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from command import run
 from pico import pico_tokenizer
 from pico_hybrids import COMMON, FAMILIES, pico_hybrid
 from safetensors.torch import load_file, save_file
@@ -17,7 +18,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 import sparsessm
-from sparsessm import checkpoint
+from sparsessm import checkpoint, runtime
 
 VISION = {
     "depth": 1,
@@ -86,6 +87,34 @@ def test_a_pruned_language_model_is_still_inside(pattern: str, tmp_path: Path) -
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("in", "out"))
     beside = [name for name in before if "language_model" not in name and name != "lm_head.weight"]
     assert len(beside) > 10 and all(torch.equal(before[name], after[name]) for name in beside)
+
+
+def test_a_packed_directory_has_the_language_model_alone(tmp_path: Path) -> None:
+    folder = with_pictures(tmp_path / "in", "qwen3_5", tied=True)
+    notes = checkpoint.pack(folder, tmp_path / "packed").notes
+    assert any("transformers does not load them: model.visual." in note for note in notes)
+    assert json.loads((tmp_path / "packed/config.json").read_text())["model_type"] == "qwen3_5_text"
+    want = logits(checkpoint.load(folder).model)
+    assert torch.equal(logits(checkpoint.load(tmp_path / "packed").model), want)
+    assert len(runtime.load(tmp_path / "packed").generate([5, 9], 3).ids) == 3
+    checkpoint.unpack(tmp_path / "packed", tmp_path / "out")
+    told: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    model, found = told
+    assert not any(found.values()), found
+    assert torch.equal(logits(model), want)
+
+
+def test_few_bits_are_of_the_language_model_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with_pictures(tmp_path / "in", "qwen3_5")
+    (tmp_path / "text.txt").write_text(" ".join(f"a state {n} is kept" for n in range(400)))
+    words = "prune in -o out --bits 4 --data text.txt --samples 4 --length 20 --no-eval"
+    done = run(*words.split())
+    assert (
+        "note: not in the packed file, because transformers does not load them: model.visual." in done.stderr
+    )
+    told = json.loads((tmp_path / "out/config.json").read_text())
+    assert (told["model_type"], told["architectures"]) == ("qwen3_5_text", ["Qwen3_5ForCausalLM"])
 
 
 def test_a_quantised_language_model_inside_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ import torch
 from engines import both, held, native, needs_native, reference
 from pico_hybrids import FAMILIES, NEW, VARIANTS, pico_hybrid
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
+import sparsessm
 from sparsessm import kernels
 from sparsessm.checkpoint import packed
 from sparsessm.checkpoint.encoding import encode
@@ -370,3 +373,19 @@ def test_more_turned_channels_than_a_head_has_and_one_state_twice_are_refused() 
     state = begun(engine, 1)[0]
     with pytest.raises(ValueError, match="a state is there twice"):
         engine.step(ids_of(2), [state, state])
+
+
+@needs_native
+def test_the_trained_model_of_the_delta_rule_says_what_transformers_says() -> None:
+    """512 greedy tokens."""
+    folder = Path(sparsessm.__file__).parent / "builtin/pydelta"
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    engine, ids, rows = native(model), list(range(3, 20)), []
+    state = begun(engine, len(ids) + 512)[0]
+    rows.append(engine.prompt(torch.tensor(ids), state))
+    for _ in range(511):
+        ids.append(int(rows[-1].argmax()))
+        rows.append(engine.step(torch.tensor(ids[-1:]), [state])[0])
+    expected, found = stock(model, torch.tensor(ids))[16:], torch.stack(rows)
+    assert torch.equal(found.argmax(1), expected.argmax(1))
+    assert near(found, expected)

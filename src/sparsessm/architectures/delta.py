@@ -5,7 +5,7 @@ by channel.
 What the families do alike is in `DeltaKind`: one convolution over queries, keys and values, queries and keys
 of length one, the rule (kernels/delta.py), a norm for each head and a gate. They differ in the linear layers
 in front, and that is what a subclass says. Letters: H heads with values of P channels, G groups of heads that
-share queries and keys of K channels (G = H but for Qwen's); the state of a head is (K, P).
+share queries and keys of K channels (G = H in Kimi's); the state of a head is (K, P).
 
 `A_log` has an entry for each head, as in Mamba-2, and a removed one makes the head memoryless: with a decay
 of zero nothing is left of S, so the rule corrects nothing, S_t = beta_t k_t v_t' and y_t = beta_t (q_t . k_t)
@@ -30,7 +30,7 @@ from sparsessm.architectures.base import Tap
 from sparsessm.architectures.kept import Kept, asking
 from sparsessm.architectures.mixer import MixerKind, convolve, feeding, precise, windows
 from sparsessm.architectures.target import Target, removed_a_log
-from sparsessm.kernels.delta import energies, gated_delta
+from sparsessm.kernels.delta import energies, gated_delta, unit
 
 Fed = Callable[[str, Tensor], bool]
 
@@ -180,7 +180,7 @@ class DeltaKind(MixerKind):
         size = self.sizes(mixer)
         share = size.groups * size.keys
         q, k, v = mixed.split([share, share, size.heads * size.channels], dim=-1)
-        q, k = (_unit(part.unflatten(-1, (size.groups, size.keys))) for part in (q, k))
+        q, k = (unit(part.unflatten(-1, (size.groups, size.keys))) for part in (q, k))
         return q * size.keys**-0.5, k, v.unflatten(-1, (size.heads, size.channels))
 
     def _gated(self, mixer: Any, y: Tensor, gate: Tensor) -> Tensor:
@@ -336,8 +336,3 @@ def _energy(inputs: tuple[Tensor, ...], g: Tensor, state: Tensor | None) -> tupl
 def _grouped(mixer: Any) -> Sizes:
     """Of a mixer whose heads share queries and keys in groups."""
     return Sizes(mixer.num_k_heads, mixer.head_k_dim, mixer.num_v_heads, mixer.head_v_dim)
-
-
-def _unit(x: Tensor) -> Tensor:
-    """x (..., K) with length one, as stock code normalises queries and keys: no division by zero."""
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)

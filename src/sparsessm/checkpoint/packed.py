@@ -8,9 +8,10 @@ what was removed comes out, and `unpack` gives the stock checkpoint back. `encod
 from __future__ import annotations
 
 import copy
+import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -29,13 +30,14 @@ from .at_rest import at_rest
 from .coded import OnGrid, code
 from .container import PACKED, Format
 from .encoding import TRIED, Encoded, encode
-from .files import few
+from .files import CONFIG, few, parse_json
 from .opened import Opened, open_checkpoint, quiet
 from .packed_file import Outline
 from .packed_tensor import PackedTensor
 from .reading import Checkpoint
 from .shelf import Unread
 from .values import stored_forms, stored_tensor
+from .wrapped import alone_fields, is_wrapped
 from .writing import refuse_existing, write
 
 DTYPES = ("fp32", "bf16", "int8")
@@ -207,15 +209,12 @@ def pack(
         if any(name.endswith(".scale") for name in opened.packed.spans):
             raise ValueError(f"{source!r} is already in int8; pack the model it was made from")
     found = at_rest(opened, tokenizer)
-    checkpoint = found.checkpoint
+    checkpoint = _alone(found.checkpoint)
     tensors = _Smallest(found.tensors.shapes, found.stored, opened.record or {}, dtype, head)
     outline = packed_file.outline(checkpoint.format, tensors)
     weights = partial(_write, checkpoint.format, tensors, outline)
     write(checkpoint, out, weights, outline.nbytes, opened.ours, force)
-    notes = checkpoint.notes
-    if found.extra:  # the format has the tensors of the model and no others
-        names = few([ascii(name)[1:-1] for name in found.extra])
-        notes = (*notes, f"not in the packed file, because transformers does not load them: {names}")
+    notes = (*checkpoint.notes, *left_out(found.extra))
     sizes = {name: form.nbytes for name, form in stored_forms(checkpoint).items()}
     return Packing(Path(out) / PACKED, sizes, outline, notes)
 
@@ -242,9 +241,25 @@ def save(
     whole = _Smallest(shapes, partial(stored_tensor, checkpoint), record or {})
     tensors = _OnGrid(whole, partial(stored_tensor, checkpoint), levels or {})
     outline = packed_file.outline(checkpoint.format, tensors)
-    ours = writing.beside(record, card)
+    checkpoint, ours = _alone(checkpoint), writing.beside(record, card)
     weights = partial(_write, checkpoint.format, tensors, outline)
     return write(checkpoint, path, weights, outline.nbytes, ours, force)
+
+
+def left_out(extra: Iterable[str]) -> tuple[str, ...]:
+    """What to say of tensors that stock code leaves out: the format has those of the model and no others."""
+    if not (names := [ascii(name)[1:-1] for name in extra]):
+        return ()
+    return (f"not in the packed file, because transformers does not load them: {few(sorted(names))}",)
+
+
+def _alone(checkpoint: Checkpoint) -> Checkpoint:
+    """With the configuration of the model that a packed file holds: of a larger one the language model."""
+    fields = parse_json(checkpoint.files.get(CONFIG, b"{}"), CONFIG)
+    if not is_wrapped(fields):
+        return checkpoint
+    own = alone_fields(fields, type(checkpoint.model).__name__)
+    return replace(checkpoint, files=checkpoint.files | {CONFIG: (json.dumps(own, indent=2) + "\n").encode()})
 
 
 def _write(format: Format, tensors: Mapping[str, PackedTensor], outline: Outline, folder: Path) -> None:

@@ -16,6 +16,7 @@ WRAPPERS: Mapping[str, str] = {"qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_
 """Model type of the whole -> of its language model."""
 _INSIDE, _ALONE = "model.language_model.", "model."
 _SHARED = ("tie_word_embeddings", "quantization_config")  # of the whole, where the inner part is silent
+_OF_FILES = ("dtype", "torch_dtype", "transformers_version")
 
 
 def is_wrapped(fields: Mapping[str, Any]) -> bool:
@@ -30,6 +31,16 @@ def text_fields(fields: Mapping[str, Any]) -> Mapping[str, Any]:
         return fields
     outer = {name: fields[name] for name in _SHARED if name in fields}
     return outer | fields[TEXT] | {"model_type": WRAPPERS[fields["model_type"]]}
+
+
+def alone_fields(fields: Mapping[str, Any], model_class: str) -> dict[str, Any]:
+    """A `config.json` of the language model by itself, of that of the whole.
+
+    Args:
+        model_class: name of the stock class of the language model.
+    """
+    outer = {name: fields[name] for name in _OF_FILES if name in fields}
+    return {"architectures": [model_class], **outer, **text_fields(fields)}
 
 
 def with_changes(fields: Mapping[str, Any], changed: Mapping[str, Any]) -> dict[str, Any]:

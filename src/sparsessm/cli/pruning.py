@@ -41,6 +41,7 @@ from .answering import (
     option,
     print_json,
     takes_recipe,
+    tell,
 )
 from .progress import Progress
 
@@ -194,7 +195,7 @@ def _pruned(
     Args:
         out: where the result goes. recipe: the file that the run's recipe came from, if it did.
     """
-    from ..checkpoint import refuse_full
+    from ..checkpoint import packed, refuse_full
 
     share = run.plan.share_left(run.architecture)
     refuse_full(out, run.checkpoint, share)
@@ -215,6 +216,8 @@ def _pruned(
     report = run.prune(tokens, measure=measure)
     if run.architecture.ranks.first:
         run.save(out, force=force)
+        if (out / packed.PACKED).is_file():
+            tell(packed.left_out(run.checkpoint.extra), progress)
     journal.clear()
     return report
 

@@ -75,6 +75,11 @@ def gated_delta(
     return y[:, : v.shape[1]].to(v.dtype), state
 
 
+def unit(x: Tensor) -> Tensor:
+    """Queries and keys x (..., K) with length one, as stock code makes them: no division by zero."""
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+
+
 @torch.no_grad()
 def energies(
     k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor | None = None

@@ -80,23 +80,6 @@ static void turn_rule(const Delta &m, int64_t h, int64_t place, const float *mix
     gate(rule.y, z, P);
 }
 
-// Rows [begin, end) of the convolution's window move on by x; u = silu(conv). x and u may be the same.
-static void convolve(const Delta &m, float *state, int64_t begin, int64_t end, const float *x, float *u) {
-    const int64_t M = m.mixed_rows, past = m.taps - 1;
-    for (int64_t c = begin; c < end; c += LANES) {
-        const int lanes = static_cast<int>(std::min<int64_t>(LANES, end - c));
-        const vec now = load(x + c, lanes);
-        vec y = load(m.conv.data() + past * M + c, lanes) * now;
-        for (int64_t k = 0; k < past; ++k) {
-            const vec then = load(state + k * M + c, lanes);
-            y += load(m.conv.data() + k * M + c, lanes) * then;
-            if (k) store(state + (k - 1) * M + c, then, lanes);
-        }
-        if (past) store(state + (past - 1) * M + c, now, lanes);
-        store(u + c, y * sigmoid(y), lanes);
-    }
-}
-
 static void take_part(const Delta &m, const Part &part, Own &o) {
     const Step &s = o.s;
     Workspace &w = s.work;
@@ -108,7 +91,8 @@ static void take_part(const Delta &m, const Part &part, Own &o) {
         const int64_t c0 = first + begin * GROUP, c1 = first + std::min(matrix->rows, end * GROUP);
         project(*matrix, o.x, d, s.batch, begin, end, w.u.data() + first, M);
         for (int64_t b = 0; b < s.batch && c0 < c1; ++b)
-            convolve(m, s.states[b] + m.conv_state, c0, c1, w.u.data() + b * M, w.u.data() + b * M);
+            convolve(m.conv, nullptr, M, m.taps - 1, s.states[b] + m.conv_state, c0, c1, w.u.data() + b * M,
+                     w.u.data() + b * M);
         first += matrix->rows;
     }
     o.share(share++, begin, end);

@@ -42,21 +42,21 @@ static inline void put(float *to, const int32_t *channel, bool consecutive, int 
     for (int lane = 0; lane < lanes; ++lane) to[channel[lane]] = out[lane];
 }
 
-// The convolution's window of channels [begin, end) moves on by x; u = silu(conv). x and u may be the same.
-static void convolve(const Mamba &layer, const Network &net, float *state, int64_t begin, int64_t end, const float *x,
-                     float *u) {
-    const int64_t D = layer.in_x->rows, past = net.taps - 1;
+// The convolution's window of channels [begin, end) of M moves on by x; u = silu(conv). `weights` (past + 1, M), `bias`
+// (M) or null, `state` (past, M). x and u may be the same.
+static void convolve(const std::vector<float> &weights, const float *bias, int64_t M, int64_t past, float *state,
+                     int64_t begin, int64_t end, const float *x, float *u) {
     for (int64_t c = begin; c < end; c += LANES) {
         const int lanes = static_cast<int>(std::min<int64_t>(LANES, end - c));
         const vec now = load(x + c, lanes);
-        vec y = load(layer.conv.data() + past * D + c, lanes) * now;
-        if (!layer.conv_bias.empty()) y += load(layer.conv_bias.data() + c, lanes);
+        vec y = load(weights.data() + past * M + c, lanes) * now;
+        if (bias) y += load(bias + c, lanes);
         for (int64_t k = 0; k < past; ++k) {
-            const vec then = load(state + k * D + c, lanes);
-            y += load(layer.conv.data() + k * D + c, lanes) * then;
-            if (k) store(state + (k - 1) * D + c, then, lanes);
+            const vec then = load(state + k * M + c, lanes);
+            y += load(weights.data() + k * M + c, lanes) * then;
+            if (k) store(state + (k - 1) * M + c, then, lanes);
         }
-        if (past) store(state + (past - 1) * D + c, now, lanes);
+        if (past) store(state + (past - 1) * M + c, now, lanes);
         store(u + c, y * sigmoid(y), lanes);
     }
 }
@@ -118,7 +118,8 @@ static void take_part(const Mamba &layer, const Part &part, Own &o) {
             for (int64_t c = c0; c < c1; ++c) u[c] *= layer.in_scale;
         if (!layer.in_bias.empty())
             for (int64_t c = c0; c < c1; ++c) u[c] += layer.in_bias[c];
-        convolve(layer, net, s.states[b] + layer.conv_state, c0, c1, u, u);
+        convolve(layer.conv, layer.conv_bias.empty() ? nullptr : layer.conv_bias.data(), M, net.taps - 1,
+                 s.states[b] + layer.conv_state, c0, c1, u, u);
     }
     o.share(part.share + 1, begin, end);
     project(*layer.in_z, o.x, d, s.batch, begin, end, w.z.data(), D);

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsessm import kernels
 from sparsessm.architectures import removed_a_log
-from sparsessm.kernels.delta import gated_delta
+from sparsessm.kernels.delta import gated_delta, unit
 from sparsessm.kernels.matrix import Matrix
 from sparsessm.runtime import plan
 from sparsessm.runtime.keys import Reading
+from sparsessm.runtime.mixer import convolved
 from sparsessm.runtime.part import Part, Place, Products
 from sparsessm.runtime.weights import Weights, matrices
 
@@ -50,14 +50,12 @@ class Delta(Part):
     def read(self, x: Tensor, state: Tensor, kept: Reading | None = None) -> Tensor:
         """As `Part.read`."""
         told = self._told
-        before, rule = state[: self.inputs].view(told.taps - 1, -1), state[self.inputs :].view(self._kept)
         entering = torch.cat([matrix.linear(x) for matrix in self._mixed], -1)
-        mixed = kernels.causal_conv1d(entering[None], self._conv, None, before[None], silu=True)
-        if told.taps > 1:
-            before.copy_(torch.cat([before, entering])[-(told.taps - 1) :])
+        mixed, rule = convolved(self._conv, None, entering, state)
+        rule = rule.view(self._kept)
         share = told.groups * told.keys
-        q, k, v = mixed.split([share, share, told.heads * told.channels], -1)
-        q, k = (_unit(part.unflatten(-1, (told.groups, told.keys))) for part in (q, k))
+        q, k, v = mixed[None].split([share, share, told.heads * told.channels], -1)
+        q, k = (unit(part.unflatten(-1, (told.groups, told.keys))) for part in (q, k))
         v = v.unflatten(-1, (told.heads, told.channels))
         g = self._a * F.softplus(self._step.linear(x) + self._dt_bias)
         beta = told.most * torch.sigmoid(self._beta.linear(x))
@@ -119,8 +117,3 @@ def _rows(weights: Weights, wanted: list[plan.Rows]) -> list[Matrix]:
         made = matrices(weights.stored(f"{name}.weight"), [wanted[i].rows for i in places])
         found |= dict(zip(places, made, strict=True))
     return [found[i] for i in range(len(wanted))]
-
-
-def _unit(x: Tensor) -> Tensor:
-    """x (..., K) with length one, as stock code normalises queries and keys."""
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)

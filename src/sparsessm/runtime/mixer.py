@@ -96,12 +96,21 @@ class Mixer(Part):
         return scaled(self.in_x, x, of_x, self.in_scale), scaled(self.in_z, x, of_z, self.gate_scale)
 
     def convolve(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """(L, M) -> (L, M) after convolution and SiLU, and what follows its inputs in the layer's state."""
-        channels, taps = self.conv.shape
-        past = taps - 1
-        conv, rest = state.split([past * channels, len(state) - past * channels])
-        before = conv.view(past, channels)
-        next_before = torch.cat([before, x[-past:] if past else x[:0]])[-past:][:past]
-        x = kernels.causal_conv1d(x[None], self.conv, self.conv_bias, before[None], silu=True)[0]
-        conv.copy_(next_before.flatten())
-        return x, rest
+        """As `convolved`."""
+        return convolved(self.conv, self.conv_bias, x, state)
+
+
+def convolved(conv: Tensor, bias: Tensor | None, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """x (L, M) after convolution and SiLU, and what follows the last inputs in a mixer's state.
+
+    Args:
+        conv: (M, K). state: (n,), begins with the K - 1 inputs before x, which are replaced by the last ones.
+    """
+    channels, taps = conv.shape
+    past = taps - 1
+    last, rest = state.split([past * channels, len(state) - past * channels])
+    before = last.view(past, channels)
+    next_before = torch.cat([before, x[-past:] if past else x[:0]])[-past:][:past]
+    x = kernels.causal_conv1d(x[None], conv, bias, before[None], silu=True)[0]
+    last.copy_(next_before.flatten())
+    return x, rest
