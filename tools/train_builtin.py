@@ -135,7 +135,9 @@ def muon_matrices(model: PreTrainedModel) -> list[Tensor]:
                 sizes = OTHERS[config.model_type].rows(name, config) or [len(parameter)]
             else:
                 sizes = rows if "in_proj" in name else [len(parameter)]
-            for part, grad in zip(parameter.data.split(sizes), parameter.grad.split(sizes), strict=True):
+            # experts lie one below another
+            data, grads = (t.flatten(0, -2) for t in (parameter.data, parameter.grad))
+            for part, grad in zip(data.split(sizes), grads.split(sizes), strict=True):
                 part.grad = grad
                 found.append(part)
     return found
