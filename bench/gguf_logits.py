@@ -68,7 +68,12 @@ def random_model(kind: str, **fields: Any) -> Callable[[Path], None]:
             for name, parameter in model.named_parameters():
                 if name.endswith((".D", "norm.weight", "norm_f.weight", "bias")):
                     parameter.add_(0.1 * torch.randn_like(parameter))
-                elif kind in HYBRIDS and parameter.ndim > 1 and "conv1d" not in name and "A_log" not in name:
+                elif (
+                    kind in (*HYBRIDS, *DELTAS)
+                    and parameter.ndim > 1
+                    and "conv1d" not in name
+                    and "A_log" not in name
+                ):
                     parameter.copy_(torch.randn_like(parameter) / parameter.shape[-1] ** 0.5)
         model.bfloat16().save_pretrained(folder)
         sparsessm.load("builtin:pycode").tokenizer.save_pretrained(folder)
@@ -117,6 +122,17 @@ HYBRIDS: Mapping[str, Mapping[str, Any]] = {  # as `random_model` takes them
         "layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp", "linear_attention"],
     },
 }
+DELTA = {  # of the delta rule; two value heads share a key head
+    **{**SHAPE, **ENDS, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64},
+    **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 64},
+    **{"linear_value_head_dim": 64, "intermediate_size": 384},
+    **{"layer_types": ["linear_attention", "full_attention"] * 2},
+}
+DELTAS = ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next")
+ROUTED = {
+    **{"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128},
+    "shared_expert_intermediate_size": 192,
+}
 DENSE = {"num_local_experts": 0, "num_experts_per_tok": 0, "tie_word_embeddings": True}
 EXPERTS = {
     **{"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128},
@@ -127,10 +143,14 @@ HEADS = {"num_heads": 16, "head_dim": 32, "n_groups": 4, "state_size": 64}
 MODELS: Mapping[str, str | Callable[[Path], None]] = {
     "builtin:pycode": "builtin:pycode",
     "builtin:pycode2": "builtin:pycode2",
+    "builtin:pydelta": "builtin:pydelta",
     "half of A_log": memoryless,
     "falcon_mamba": random_model("falcon_mamba", **SHAPE, mixer_rms_eps=1e-5),
     "mamba2, 4 groups": random_model("mamba2", **SHAPE, **HEADS),
     **{kind: random_model(kind, **fields) for kind, fields in HYBRIDS.items()},
+    "qwen3_5_text": random_model("qwen3_5_text", **DELTA),
+    "qwen3_5_moe_text": random_model("qwen3_5_moe_text", **DELTA, **ROUTED),
+    "qwen3_next": random_model("qwen3_next", **DELTA, **ROUTED),
     "granitemoehybrid, no experts": random_model(
         "granitemoehybrid", **{**HYBRIDS["granitemoehybrid"], **DENSE}
     ),

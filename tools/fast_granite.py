@@ -1,5 +1,6 @@
 """The model of `builtin:pyhybrid` and the forward that trains it: a small Granite 4 (GraniteMoeHybrid):
-Mamba-2 and attention without positions, each followed by a shared MLP beside experts; on fast_mamba2's pieces.
+Mamba-2 and attention without positions, each followed by a shared MLP beside experts; on the pieces of
+fast_mamba2.
 
 Its multipliers are one, and attention's is the usual root, so that nothing but the layers is particular.
 """
@@ -17,7 +18,7 @@ from torch import Tensor
 from transformers import GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM, PreTrainedModel
 
 LAYERS = 6
-BALANCE = 0.01  # weight of the term that keeps experts equally busy (Switch Transformer, eq. 4)
+BALANCE = 0.05  # weight of the term that keeps experts equally busy (Switch Transformer, eq. 4)
 _LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "shared_mlp.input_linear", "shared_mlp.output_linear")
 _EXPERTS = ("experts.gate_up_proj", "experts.down_proj")  # (experts, out, in)
 MUON = (*(f"{name}.weight" for name in _LINEAR), *_EXPERTS)
@@ -102,6 +103,8 @@ def _experts(block: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     shares = F.one_hot(chosen, count).sum((0, 1)) / chosen.numel()
     for expert in range(count):
         token, place = torch.where(chosen == expert)
+        if not len(token):
+            continue
         gate, up = fast_mamba.linear(x[token], block.experts.gate_up_proj[expert]).chunk(2, -1)
         inside = F.silu(gate) * up * weights[token, place, None]
         out = out.index_add(0, token, fast_mamba.linear(inside, block.experts.down_proj[expert]))

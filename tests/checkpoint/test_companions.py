@@ -222,7 +222,7 @@ def test_tensors_that_stock_code_leaves_out_are_carried_over(
     assert len(list((tmp_path / "out").glob("model*.safetensors"))) > 1 or not sharded
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     packing = checkpoint.pack(folder, tmp_path / "packed")
-    assert [note for note in packing.notes if "not in the packed file" in note and "mtp.steps" in note]
+    assert [note for note in packing.notes if "not in the file" in note and "mtp.steps" in note]
 
 
 def bare(model: PreTrainedModel, folder: Path) -> dict[str, Tensor]:

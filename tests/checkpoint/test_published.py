@@ -110,9 +110,7 @@ def test_few_bits_are_of_the_language_model_alone(tmp_path: Path, monkeypatch: p
     (tmp_path / "text.txt").write_text(" ".join(f"a state {n} is kept" for n in range(400)))
     words = "prune in -o out --bits 4 --data text.txt --samples 4 --length 20 --no-eval"
     done = run(*words.split())
-    assert (
-        "note: not in the packed file, because transformers does not load them: model.visual." in done.stderr
-    )
+    assert "note: not in the file, because transformers does not load them: model.visual." in done.stderr
     told = json.loads((tmp_path / "out/config.json").read_text())
     assert (told["model_type"], told["architectures"]) == ("qwen3_5_text", ["Qwen3_5ForCausalLM"])
 

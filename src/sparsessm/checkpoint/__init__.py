@@ -31,7 +31,7 @@ beside it (`docs/checkpoint.md` describes the files).
     unpacking.py      and back to a stock checkpoint
     exporting.py      one GGUF file, for llama.cpp
     gguf_blocks.py    its quantised matrices
-    gguf_hybrids.py   the tensors and metadata of hybrids in it
+    gguf_hybrids.py   the tensors and metadata of hybrids in it, and in gguf_delta.py of the delta rule
     gguf_words.py     the tokenizer in it
     packed_tensor.py  what every tensor of them is
     encoding.py       one of them: dense, bitmask, N:M, int8

@@ -7,7 +7,7 @@ large the model is, one of its tensors is in memory.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from ..architectures import InMemory
 from .apart import one_by_one
 from .assembly import Assembled
+from .files import few
 from .opened import Opened, quiet
 from .reading import Checkpoint, described
 from .shelf import Unread
@@ -67,3 +68,11 @@ def at_rest(opened: Opened, tokenizer: str | os.PathLike[str] | None = None) -> 
         assembled = Assembled(found.model, found.stored, {}, found.prefix, found.digest)
         checkpoint = described(opened, assembled, InMemory(), tokenizer)
     return AtRest(checkpoint, found.tensors, found.sizes, tuple(sorted(found.extra)))
+
+
+def left_out(extra: Iterable[str]) -> tuple[str, ...]:
+    """What to say of tensors that stock code leaves out: a packed file and a GGUF file have
+    the model's and no others."""
+    if not (names := [ascii(name)[1:-1] for name in extra]):
+        return ()
+    return (f"not in the file, because transformers does not load them: {few(sorted(names))}",)

@@ -15,6 +15,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -22,15 +23,15 @@ import torch
 from torch import Tensor
 
 from ..architectures.own import Own
-from . import atomic, gguf_blocks, gguf_hybrids, gguf_words
-from .at_rest import AtRest, at_rest
+from . import atomic, gguf_blocks, gguf_delta, gguf_hybrids, gguf_words
+from .at_rest import AtRest, at_rest, left_out
 from .encoding import finite
-from .gguf_hybrids import Part
+from .gguf_part import Part
 from .opened import local_folder, open_checkpoint
 
 TYPES = ("bf16", "f16", "f32", "q8_0", "q4_0")
 PURE = {"mamba": "mamba", "falcon_mamba": "mamba", "mamba2": "mamba2"}  # model type -> architecture in GGUF
-NAMES = {**PURE, **gguf_hybrids.NAMES}
+NAMES = {**PURE, **gguf_hybrids.NAMES, **gguf_delta.NAMES}
 CONTEXT = 1 << 20  # tokens, as the converter says: a state space model has no bound
 _STOCK = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 _MATRIX = re.compile(r".*\.(in_proj|x_proj|dt_proj|out_proj|embeddings)\.weight|lm_head\.weight")
@@ -113,7 +114,7 @@ def export(
         kind=kind,
         nbytes=target.stat().st_size,
         tensors={piece.part.name: (piece.kind, piece.nbytes) for piece in pieces},
-        notes=(*checkpoint.notes, *words.notes, *_notes(checkpoint.model.config)),
+        notes=(*checkpoint.notes, *left_out(found.extra), *words.notes, *_notes(checkpoint.model.config)),
     )
 
 
@@ -160,7 +161,7 @@ def _refuse_misfit(found: AtRest) -> None:
         what = "projected states" if own.directions else "layers of different widths"
         raise ValueError(f"{source!r} has {what}, which no GGUF file can hold; our runtime runs it")
     if config.model_type not in PURE:
-        for misfit in gguf_hybrids.misfits(config, iter(found.tensors.shapes)):
+        for misfit in _form(config).misfits(config, iter(found.tensors.shapes)):
             raise ValueError(f"{source!r} {misfit}")
         return
     inner, allowed = _inner(config), 2 * config.hidden_size
@@ -180,7 +181,7 @@ def _refuse_misfit(found: AtRest) -> None:
 
 def _notes(config: Any) -> Iterator[str]:
     if config.model_type not in PURE:
-        yield from gguf_hybrids.notes(config)
+        yield from _form(config).notes(config)
         return
     if config.model_type == "falcon_mamba" and config.mixer_rms_eps != config.layer_norm_epsilon:
         yield (
@@ -193,6 +194,11 @@ def _notes(config: Any) -> Iterator[str]:
             f"older versions of llama.cpp (b9190) do not run a mamba2 of {inner} channels, width "
             f"{config.hidden_size} and {config.state_size} states; newer ones (b11549) do"
         )
+
+
+def _form(config: Any) -> ModuleType:
+    """What knows how a model with attention is written."""
+    return gguf_delta if config.model_type in gguf_delta.NAMES else gguf_hybrids
 
 
 def _config(found: AtRest) -> Any:
@@ -214,7 +220,7 @@ def _parts(found: AtRest, library: Any) -> Iterator[tuple[str | None, Part]]:
     shapes = found.tensors.shapes
     for source, shape in shapes.items():
         made = list(
-            (_pure if config.model_type in PURE else gguf_hybrids.parts)(config, source, shape, named)
+            (_pure if config.model_type in PURE else _form(config).parts)(config, source, shape, named)
         )
         if not made:
             raise ValueError(
@@ -222,7 +228,8 @@ def _parts(found: AtRest, library: Any) -> Iterator[tuple[str | None, Part]]:
             )
         yield from ((source, part) for part in made)
         bias = source.replace(".weight", ".bias")
-        if source.endswith("conv1d.weight") and bias not in shapes:  # llama.cpp wants one
+        wanted = config.model_type not in gguf_delta.NAMES  # llama.cpp wants one there
+        if wanted and source.endswith("conv1d.weight") and bias not in shapes:
             name = made[0].name.replace(".weight", ".bias")
             yield None, Part(name, shape[:1], torch.zeros_like, False)
 
@@ -257,7 +264,7 @@ def _pieces(parts: Iterable[tuple[str | None, Part]], kind: str, head: str, libr
 
 
 def _architecture(config: Any) -> str:
-    return PURE.get(config.model_type) or gguf_hybrids.architecture(config)
+    return PURE.get(config.model_type) or _form(config).architecture(config)
 
 
 def _blocks(library: Any, kind: str) -> tuple[int, int]:
@@ -293,7 +300,7 @@ def _describe(writer: Any, found: AtRest, kind: str, library: Any) -> None:
     writer.add_file_type(library.LlamaFileType[whole])
     writer.add_quantization_version(library.GGML_QUANT_VERSION)
     if config.model_type not in PURE:
-        gguf_hybrids.describe(writer, config)
+        _form(config).describe(writer, config)
         return
     writer.add_context_length(CONTEXT)
     writer.add_embedding_length(config.hidden_size)

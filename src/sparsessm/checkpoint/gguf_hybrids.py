@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .gguf_part import FLOATS, Part
 from .known_fields import optional
 
 NAMES = {  # model type -> architecture in GGUF; NemotronH with experts has one of its own
@@ -49,24 +49,6 @@ _OTHERS = {  # endings of names that gguf's own table lacks
     "experts.down_proj": ("ffn_down_exps.weight",),
     "router.weight": ("ffn_gate_inp.weight",),
 }
-_FLOATS = re.compile(r".*(\.ssm_conv1d\.|\.ssm_[ad]$|norm|\.ffn_gate_inp\.|bias$).*")  # always float32
-
-
-@dataclass(frozen=True)
-class Part:
-    """A tensor of the file.
-
-    Attributes:
-        name: in GGUF. shape: there.
-        make: of the stock tensor in float32, which `A_log` goes through first. typed: it takes the type of
-            matrices. outer: it is embedding or head.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    make: Callable[[Tensor], Tensor]
-    typed: bool
-    outer: bool = False
 
 
 def architecture(config: Any) -> str:
@@ -192,7 +174,7 @@ def parts(config: Any, source: str, shape: tuple[int, ...], named: Any) -> Itera
             heads = config.num_attention_heads if match[1] == "q" else config.num_key_value_heads
             take = partial(_in_pairs, heads=heads, rotated=_rotated(config))
         outer = name.startswith(("token_embd", "output."))
-        yield Part(name, new, take, not _FLOATS.fullmatch(name), outer)
+        yield Part(name, new, take, not FLOATS.fullmatch(name), outer)
     if config.model_type == "falcon_h1" and config.tie_word_embeddings and "embed_tokens" in source:
         scale = torch.tensor(config.lm_head_multiplier)  # the head reads other multiples of the same rows
         yield Part("output.weight", shape, partial(_take, place=0, count=1, factor=scale), True, True)

@@ -11,7 +11,7 @@ import copy
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -26,11 +26,11 @@ from ..architectures.own import Own
 from . import container, packed_file, reading, writing
 from .apart import one_by_one
 from .assembly import stock_model
-from .at_rest import at_rest
+from .at_rest import at_rest, left_out
 from .coded import OnGrid, code
 from .container import PACKED, Format
 from .encoding import TRIED, Encoded, encode
-from .files import CONFIG, few, parse_json
+from .files import CONFIG, parse_json
 from .opened import Opened, open_checkpoint, quiet
 from .packed_file import Outline
 from .packed_tensor import PackedTensor
@@ -244,13 +244,6 @@ def save(
     checkpoint, ours = _alone(checkpoint), writing.beside(record, card)
     weights = partial(_write, checkpoint.format, tensors, outline)
     return write(checkpoint, path, weights, outline.nbytes, ours, force)
-
-
-def left_out(extra: Iterable[str]) -> tuple[str, ...]:
-    """What to say of tensors that stock code leaves out: the format has those of the model and no others."""
-    if not (names := [ascii(name)[1:-1] for name in extra]):
-        return ()
-    return (f"not in the packed file, because transformers does not load them: {few(sorted(names))}",)
 
 
 def _alone(checkpoint: Checkpoint) -> Checkpoint:

@@ -30,6 +30,7 @@ from .answering import (
     loaded,
     option,
     print_json,
+    tell,
 )
 from .progress import Progress, to_stderr
 
@@ -109,6 +110,7 @@ def fit(
     Several sizes are tried. The one that is chosen is verified on text that the search did not see.
     """
     from ..checkpoint import folder_of, refuse_existing, unfinished
+    from ..checkpoint.at_rest import left_out
     from ..checkpoint.given import checked_path
     from ..report.page.pictures import refuse_without_matplotlib
     from ..studies.limits import Limits
@@ -129,7 +131,10 @@ def fit(
 
         def opened(source: str, folder: Path | None) -> Checkpoint:
             torch.manual_seed(recipe.seed)
-            return loaded(source, tokenizer, memory, notes.pop() if notes else silent, folder)
+            told = notes.pop() if notes else silent
+            found = loaded(source, tokenizer, memory, told, folder)
+            tell(left_out(found.extra), told)
+            return found
 
         with unfinished(out, resume=resume, force=force) as journal:
             if journal.resumed:

@@ -195,7 +195,9 @@ def _pruned(
     Args:
         out: where the result goes. recipe: the file that the run's recipe came from, if it did.
     """
-    from ..checkpoint import packed, refuse_full
+    from ..checkpoint import refuse_full
+    from ..checkpoint.at_rest import left_out
+    from ..checkpoint.container import PACKED
 
     share = run.plan.share_left(run.architecture)
     refuse_full(out, run.checkpoint, share)
@@ -216,8 +218,8 @@ def _pruned(
     report = run.prune(tokens, measure=measure)
     if run.architecture.ranks.first:
         run.save(out, force=force)
-        if (out / packed.PACKED).is_file():
-            tell(packed.left_out(run.checkpoint.extra), progress)
+        if (out / PACKED).is_file():
+            tell(left_out(run.checkpoint.extra), progress)
     journal.clear()
     return report
 
