@@ -1,211 +1,145 @@
-"""Decoding of hybrids at real shapes, random weights, beside stock transformers in bfloat16.
+"""Hybrids at real shapes, random weights: our runtime, llama.cpp and transformers, in turn in one run.
 
-    python bench/hybrids.py --threads 2 --json bench/results/hybrids.json
-    python bench/hybrids.py --shape qwen3.5-0.8b --batches 1 16
+    python bench/hybrids.py --models FOLDER --llama FOLDER --json bench/results/hybrids.json
+    python bench/hybrids.py --models FOLDER --llama FOLDER --shape qwen3.5-0.8b --alone
 
 A model has one and two periods of its layers (three of the delta rule and one of attention; nine of Mamba-2
-and one of attention; nine layers that have both). What more periods would cost follows from the two: tokens
-per second of the whole depth are extrapolated, and every line says so. All engines run in turn, round by
-round; printed are medians. A period is large enough for its weights not to stay in a cache from step to step.
-Shapes are near the published ones; not every size could be checked here (`SHAPES` has them).
-Options: --shape NAME..., --threads N (2), --batches N... (1), --rounds N (7), --context N tokens before (64),
---json FILE.
+and one of attention; six layers that have both). What more periods would cost follows from the two: figures of
+the whole depth are extrapolated, for weights, states and time alike, and every table says so. With --alone also
+models whose layers of attention are recurrent ones too: what of the time is theirs.
+
+A prompt of 512 tokens, then decoding of one sequence and of 16 at once, from an empty state; every measurement
+in a process of its own, round by round (peers_processes.py); printed are medians. bench/peers.md says how
+llama.cpp is built. Options: --shape NAME..., --threads N (2), --rounds N (3), --steps N of decoding (16),
+--only PATTERN of variants, --keep the files of a shape (else they are removed behind it), --json FILE.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import gc
+import fnmatch
 import json
+import shutil
 import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from bench import cpu
-from transformers import AutoConfig, AutoModelForCausalLM
+from hybrids_files import ALONE, FULL, SHAPES, made, shape_of
+from peers_files import weights
+from peers_processes import Failed, Processes, version
 
-from sparsessm.checkpoint.encoding import encode
-from sparsessm.runtime.engine import NativeEngine
+from sparsessm import kernels
 
-LINEAR, FULL = "linear_attention", "full_attention"
-SHAPES: dict[str, tuple[str, int, list[str], dict[str, Any]]] = {  # model type, layers, a period, fields
-    "qwen3.5-0.8b": (
-        "qwen3_5_text",
-        24,
-        [LINEAR, LINEAR, LINEAR, FULL],
-        {
-            **{"hidden_size": 1024, "intermediate_size": 3584, "num_attention_heads": 8, "head_dim": 256},
-            **{"num_key_value_heads": 2, "linear_num_key_heads": 16, "linear_num_value_heads": 16},
-            **{"vocab_size": 248320, "tie_word_embeddings": True},
-        },
-    ),
-    "qwen3.5-2b": (
-        "qwen3_5_text",
-        24,
-        [LINEAR, LINEAR, LINEAR, FULL],
-        {
-            **{"hidden_size": 2048, "intermediate_size": 6144, "num_attention_heads": 8, "head_dim": 256},
-            **{"num_key_value_heads": 2, "linear_num_key_heads": 16, "linear_num_value_heads": 16},
-            **{"vocab_size": 248320, "tie_word_embeddings": True},
-        },
-    ),
-    "granite-4.0-h-micro": (
-        "granitemoehybrid",
-        40,
-        [*[LINEAR] * 5, FULL, *[LINEAR] * 4],
-        {
-            **{"hidden_size": 2048, "shared_intermediate_size": 8192, "num_attention_heads": 32},
-            **{"num_key_value_heads": 8, "mamba_n_heads": 64, "mamba_d_state": 128, "num_local_experts": 0},
-            **{"vocab_size": 100352, "tie_word_embeddings": True, "num_experts_per_tok": 0},
-        },
-    ),
-    "falcon-h1-0.5b": (
-        "falcon_h1",
-        36,
-        [""] * 9,
-        {
-            **{"hidden_size": 1024, "intermediate_size": 2048, "num_attention_heads": 8},
-            **{"num_key_value_heads": 2, "head_dim": 64, "mamba_d_ssm": 1536, "mamba_n_heads": 24},
-            **{"mamba_d_head": 64, "mamba_d_state": 128, "mamba_n_groups": 1, "vocab_size": 32784},
-        },
-    ),
+VARIANTS = {  # what measures it, and the file; bits that are compared stand beside each other
+    "transformers bf16": ("bf16", "stock-bf16"),
+    "llama.cpp BF16": ("llama", "BF16.gguf"),
+    "ours bf16": ("ours", "stock-bf16"),
+    "llama.cpp Q8_0": ("llama", "Q8_0.gguf"),
+    "ours int8": ("ours", "int8"),
+    "llama.cpp Q4_0": ("llama", "Q4_0.gguf"),
+    "ours 4.25 bits": ("ours", "bits-4.25"),
 }
+MEASURES = {"decode": "decode", "batch": "16 at once", "prompt": "prompt of 512"}
 
 
-def configuration(shape: str, periods: int) -> Any:
-    """Of a shape with so many periods of layers."""
-    kind, _, period, fields = SHAPES[shape]
-    told = copy.deepcopy(fields) | {"num_hidden_layers": periods * len(period)}
-    if all(period):
-        told["layer_types"] = period * periods
-    return AutoConfig.for_model(kind, **told, pad_token_id=0, bos_token_id=0, eos_token_id=0)
-
-
-def ours(model: Any, int8: bool) -> NativeEngine:
-    """The native engine with the weights of a stock model in bfloat16, or its large matrices in int8."""
-    tensors, seen = {}, set[int]()
-    for name, value in model.state_dict(keep_vars=True).items():
-        if id(value) in seen:
-            continue
-        seen.add(id(value))
-        held, large = value.detach(), value.ndim == 2 and value.numel() > 1 << 16
-        tensors[name] = encode(
-            name, held if value.ndim == 2 else held.float(), int8=int8 and large, kind="dense"
-        )
-    return NativeEngine(model.config, tensors)
-
-
-def stepping(engine: NativeEngine, batch: int, context: int) -> Callable[[], object]:
-    """A function that decodes one token of each sequence behind `context` tokens."""
-    states = engine.keys.room(engine.new_state(batch), context + 512)
-    tokens = torch.zeros(batch, dtype=torch.int64)
-    for _ in range(context):
-        engine.step(tokens, states)
-    return lambda: engine.step(tokens, states)
-
-
-def stock(model: Any, batch: int, context: int) -> Callable[[], object]:
-    """The same by transformers."""
-    with torch.inference_mode():
-        out = model(torch.zeros(batch, context, dtype=torch.int64), use_cache=True)
-    cache, tokens = out.past_key_values, torch.zeros(batch, 1, dtype=torch.int64)
-
-    def step() -> object:
-        with torch.inference_mode():
-            return model(tokens, past_key_values=cache, use_cache=True)
-
-    return step
-
-
-def seconds(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median time of a step of each, taken in turn."""
-    found: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(rounds + 1):
-        for name, step in steps.items():
-            began = time.perf_counter()
-            for _ in range(4):
-                step()
-            if number:  # the first is for caches
-                found[name].append((time.perf_counter() - began) / 4)
-    return {name: statistics.median(times) for name, times in found.items()}
-
-
-def measured(shape: str, batch: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Milliseconds a step with one and with two periods, and extrapolated to all layers."""
-    kind, layers, period, _ = SHAPES[shape]
-    times, read = [], []
+def measured(shape: str, options: argparse.Namespace) -> dict[str, Any]:
+    """What each variant took: medians of the rounds, with one and with two periods."""
+    chosen = {name: how for name, how in VARIANTS.items() if fnmatch.fnmatch(name, options.only)}
+    if shape.endswith(ALONE):
+        chosen.pop("transformers bf16", None)
+    found: dict[str, Any] = {name: [] for name in chosen}
     for periods in (1, 2):
-        config = configuration(shape, periods)
-        torch.manual_seed(0)
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-        engines = {"ours bf16": ours(model, False), "ours int8": ours(model, True)}
-        steps = {name: stepping(engine, batch, options.context) for name, engine in engines.items()}
-        steps["transformers bf16"] = stock(model, batch, options.context)
-        times.append(seconds(steps, options.rounds))
-        read.append({name: engine.nbytes for name, engine in engines.items()})
-        state = engines["ours bf16"].new_state(1).nbytes
-        del engines, steps, model
-        gc.collect()
-    whole = layers / len(period)
-
-    def extrapolated(first: float, second: float) -> float:
-        return first + (whole - 1) * (second - first)
-
-    found: dict[str, Any] = {
-        "model_type": kind,
-        "layers": layers,
-        "batch": batch,
-        "state of two periods": state,
-    }
-    for name in times[0]:
-        step = extrapolated(times[0][name], times[1][name])
-        found[name] = {
-            "ms of one period": 1e3 * times[0][name],
-            "ms of two": 1e3 * times[1][name],
-            "tokens/s, extrapolated": batch / step,
+        paths = {
+            name: made(options.models, shape, periods, file, options.llama)
+            for name, (_, file) in chosen.items()
         }
-        if name in read[0]:
-            nbytes = extrapolated(read[0][name], read[1][name])
-            found[name] |= {"bytes a step": nbytes, "GB/s": nbytes / step / 1e9}
+        rounds: dict[str, list[dict[str, float]]] = {name: [] for name in chosen}
+        with Processes(options.llama, options.threads, options.steps) as processes:
+            for _ in range(options.rounds):
+                for name, (kind, _) in chosen.items():
+                    try:
+                        rounds[name].append(processes.measured(name, kind, paths[name]))
+                    except Failed as failed:
+                        print(f"{shape}, {name}: {failed}", flush=True)
+        for name, seen in rounds.items():
+            if seen:
+                medians = {key: statistics.median(one[key] for one in seen) for key in seen[0]}
+                found[name].append(medians | {"disk": weights(paths[name])})
     return found
+
+
+def extrapolated(shape: str, cells: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Of the whole depth, by variant: tokens a second of each measure, bytes of weights and of a state."""
+    _, layers, period, _ = shape_of(shape)
+    whole = layers / len(period)
+    rows = {}
+    for name, both in cells.items():
+        if len(both) < 2:
+            continue
+        values = {key: both[0][key] + (whole - 1) * (both[1][key] - both[0][key]) for key in both[0]}
+        row = {measure: 1 / values[measure] for measure in MEASURES}
+        rows[name] = row | {"MB": values["disk"] / 1e6, "GB/s": values["disk"] / values["decode"] / 1e9}
+        if values.get("state"):
+            rows[name]["state MB"] = values["state"] / 1e6
+    return rows
+
+
+def of_a_layer(shape: str, cells: dict[str, Any]) -> dict[str, float]:
+    """Microseconds of decoding that a period's layers take, by variant."""
+    return {name: 1e6 * (both[1]["decode"] - both[0]["decode"]) for name, both in cells.items() if both[1:]}
+
+
+def shown(shape: str, cells: dict[str, Any]) -> None:
+    rows, layers = extrapolated(shape, cells), shape_of(shape)[1]
+    print(f"\n{shape}, tokens per second, extrapolated to {layers} layers:\n")
+    print("| | MB | " + " | ".join(MEASURES.values()) + " | GB/s of decode | state, MB |")
+    print("|---" * (len(MEASURES) + 4) + "|")
+    for name, row in rows.items():
+        speeds = " | ".join(f"{row[measure]:.4g}" for measure in MEASURES)
+        state = f"{row['state MB']:.1f}" if "state MB" in row else "-"
+        print(f"| {name} | {row['MB']:,.0f} | {speeds} | {row['GB/s']:.1f} | {state} |", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--models", type=Path, required=True)
+    parser.add_argument("--llama", type=Path)
     parser.add_argument("--shape", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--alone", action="store_true")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--batches", nargs="+", type=int, default=[1])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--context", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--only", default="*")
+    parser.add_argument("--keep", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    transformers.utils.logging.set_verbosity_error()
     found: dict[str, Any] = {
         "cpu": cpu(),
+        "kernels": kernels.LEVEL,
         "threads": options.threads,
         "transformers": transformers.__version__,
+        "llama.cpp": version(options.llama) if options.llama else None,
+        "cells": {},
     }
+    if options.json and options.json.exists():
+        found["cells"] = json.loads(options.json.read_text()).get("cells", {})
     for shape in options.shape:
-        for batch in options.batches:
-            found[f"{shape}, batch {batch}"] = told = measured(shape, batch, options)
-            base = told["transformers bf16"]["tokens/s, extrapolated"]
-            for name, row in told.items():
-                if isinstance(row, dict):
-                    speed = row["tokens/s, extrapolated"]
-                    more = f", {row['GB/s']:.1f} GB/s" if "GB/s" in row else ""
-                    whole = f"{speed:.1f} tokens/s (extrapolated to {told['layers']} layers)"
-                    times = f"{speed / base:.2f} times transformers"
-                    print(f"{shape}, batch {batch}, {name}: {whole}, {times}{more}", flush=True)
+        both = options.alone and FULL in shape_of(shape)[2]
+        for which in (shape, *([shape + ALONE] if both else [])):
+            cells = found["cells"][which] = measured(which, options)
+            shown(which, cells)
             if options.json:
                 options.json.write_text(json.dumps(found, indent=1) + "\n")
+            if not options.keep:
+                shutil.rmtree(options.models / which.replace(" ", "-"))
+        if both:
+            theirs = of_a_layer(shape + ALONE, found["cells"][shape + ALONE])
+            for name, spent in theirs.items():
+                print(f"{shape}, {name}: {spent:.0f} us for a period of recurrent layers alone", flush=True)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import inspect
 import json
 import sys
 import time
@@ -33,8 +34,10 @@ Step = Callable[[torch.Tensor], Any]
 
 class Running(NamedTuple):
     """A model: `prompt` reads (L,) tokens from an empty state up to the last one's logits; `begin` makes the
-    empty states of a batch and returns what takes (batch,) tokens one further."""
+    empty states of a batch and returns what takes (batch,) tokens one further. `state`: bytes of one behind a
+    prompt, as far as we know them."""
 
+    state: int
     vocabulary: int
     prompt: Callable[[torch.Tensor], Any]
     begin: Callable[[int], Step]
@@ -47,20 +50,24 @@ def ours(path: Path, threads: int) -> Running:
         state = engine.new_state(batch)
         return lambda tokens: engine.step(tokens, state)
 
-    return Running(engine.vocabulary, lambda text: engine.prompt(text, engine.new_state(1)[0]), begin)
+    state = engine.keys.room(engine.new_state(1), PROMPT).nbytes
+    return Running(state, engine.vocabulary, lambda text: engine.prompt(text, engine.new_state(1)[0]), begin)
 
 
 def stock(path: Path, dtype: torch.dtype) -> Running:
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
 
+    pure = "cache_params" in inspect.signature(model.forward).parameters
+    cache = "cache_params" if pure else "past_key_values"
+
     def begin(batch: int) -> Step:
-        state = model(torch.ones(batch, 1, dtype=torch.int64), use_cache=True).cache_params
-        return lambda tokens: model(tokens[:, None], cache_params=state, use_cache=True)
+        state = {cache: model(torch.ones(batch, 1, dtype=torch.int64), use_cache=True)[cache]}
+        return lambda tokens: model(tokens[:, None], **state, use_cache=True)
 
     def prompt(text: torch.Tensor) -> Any:
         return model(text[None], use_cache=True, logits_to_keep=1)
 
-    return Running(model.config.vocab_size, prompt, begin)
+    return Running(0, model.config.vocab_size, prompt, begin)
 
 
 def loaded(kind: str, path: Path, threads: int) -> Running:
@@ -112,7 +119,7 @@ def main() -> None:
         for _ in sys.stdin:
             found: dict[str, float] = dict(seconds(running, options.steps))
             sizes = {"loaded": weights, "grown": status("VmRSS") - before, "peak": status("VmHWM") - before}
-            print(json.dumps(found | sizes), flush=True)
+            print(json.dumps(found | sizes | {"state": running.state}), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,183 @@
+"""The files that bench/hybrids.py measures: models of random weights, with one or two periods of their layers.
+
+A stock directory in bfloat16; packed ones of int8 (`sparsessm pack`) and of codes that take so many bits as those
+of the dial; GGUF in BF16 (`sparsessm export`), and of that by llama-quantize its other types. Shapes are the
+published ones as far as we know them (`SHAPES`); no published configuration could be looked at here.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+from peers_files import BESIDE, WORDS, Missing
+from runtime import coded  # bench/runtime.py
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from sparsessm import checkpoint
+from sparsessm.checkpoint import packed, packed_file
+from sparsessm.checkpoint.container import PACKED
+
+LINEAR, FULL, MLP = "linear_attention", "full_attention", "mlp"
+ALONE = " (recurrent layers alone)"
+Shape = tuple[str, int, list[str], dict[str, Any]]
+SHAPES: dict[str, Shape] = {  # model type, layers, a period, fields
+    "qwen3.5-0.8b": (
+        "qwen3_5_text",
+        24,
+        [LINEAR, LINEAR, LINEAR, FULL],
+        {
+            **{"hidden_size": 1024, "intermediate_size": 3584, "num_attention_heads": 8, "head_dim": 256},
+            **{"num_key_value_heads": 2, "linear_num_key_heads": 16, "linear_num_value_heads": 16},
+            **{"vocab_size": 248320, "tie_word_embeddings": True},
+        },
+    ),
+    "qwen3.5-2b": (
+        "qwen3_5_text",
+        24,
+        [LINEAR, LINEAR, LINEAR, FULL],
+        {
+            **{"hidden_size": 2048, "intermediate_size": 6144, "num_attention_heads": 8, "head_dim": 256},
+            **{"num_key_value_heads": 2, "linear_num_key_heads": 16, "linear_num_value_heads": 16},
+            **{"vocab_size": 248320, "tie_word_embeddings": True},
+        },
+    ),
+    "granite-4.0-h-micro": (
+        "granitemoehybrid",
+        40,
+        [*[LINEAR] * 5, FULL, *[LINEAR] * 4],
+        {
+            **{"hidden_size": 2048, "shared_intermediate_size": 8192, "num_attention_heads": 32},
+            **{"num_key_value_heads": 8, "mamba_n_heads": 64, "mamba_d_state": 128, "num_local_experts": 0},
+            **{"vocab_size": 100352, "tie_word_embeddings": True, "num_experts_per_tok": 0},
+        },
+    ),
+    "granite-4.0-h-tiny": (
+        "granitemoehybrid",
+        40,
+        [*[LINEAR] * 5, FULL, *[LINEAR] * 4],
+        {
+            **{"hidden_size": 1536, "shared_intermediate_size": 1024, "num_attention_heads": 12},
+            **{"num_key_value_heads": 4, "mamba_n_heads": 48, "mamba_d_state": 128, "num_local_experts": 64},
+            **{"intermediate_size": 512, "num_experts_per_tok": 6},
+            **{"vocab_size": 100352, "tie_word_embeddings": True},
+        },
+    ),
+    "falcon-h1-0.5b": (
+        "falcon_h1",
+        36,
+        [""] * 6,
+        {
+            **{"hidden_size": 1024, "intermediate_size": 2048, "num_attention_heads": 8},
+            **{"num_key_value_heads": 2, "head_dim": 64, "mamba_d_ssm": 1536, "mamba_n_heads": 24},
+            **{"mamba_d_head": 64, "mamba_d_state": 128, "mamba_n_groups": 1, "vocab_size": 32784},
+        },
+    ),
+    "falcon-h1-1.5b": (
+        "falcon_h1",
+        24,
+        [""] * 6,
+        {
+            **{"hidden_size": 2048, "intermediate_size": 4096, "num_attention_heads": 8},
+            **{"num_key_value_heads": 2, "head_dim": 128, "mamba_d_ssm": 3072, "mamba_n_heads": 48},
+            **{"mamba_d_head": 64, "mamba_d_state": 256, "mamba_n_groups": 1, "vocab_size": 65536},
+        },
+    ),
+    "nemotron-nano-4b": (
+        "nemotron_h",
+        52,
+        [LINEAR, MLP, LINEAR, MLP, LINEAR, MLP, LINEAR, FULL, MLP, LINEAR, MLP, LINEAR, MLP],
+        {
+            **{"hidden_size": 3072, "intermediate_size": 12288, "num_attention_heads": 32, "head_dim": 128},
+            **{"num_key_value_heads": 8, "mamba_num_heads": 112, "mamba_head_dim": 64, "ssm_state_size": 128},
+            **{"n_groups": 8, "vocab_size": 131072, "tie_word_embeddings": False},
+        },
+    ),
+}
+NAMES = ("stock-bf16", "int8", "bits-4.25", "BF16.gguf", "Q8_0.gguf", "Q4_0.gguf")
+
+
+def shape_of(name: str) -> Shape:
+    """One of `SHAPES`; with `ALONE` behind its name, one with recurrent layers in place of attention's."""
+    kind, layers, period, fields = SHAPES[name.removesuffix(ALONE)]
+    if name.endswith(ALONE):
+        period = [LINEAR if one == FULL else one for one in period]
+    return kind, layers, period, fields
+
+
+def configuration(shape: str, periods: int) -> Any:
+    """Of a shape with so many periods of layers."""
+    kind, _, period, fields = shape_of(shape)
+    told = copy.deepcopy(fields)
+    if kind == "nemotron_h":
+        told["layers_block_type"] = period * periods
+    else:
+        told["num_hidden_layers"] = periods * len(period)
+        if all(period):
+            told["layer_types"] = period * periods
+    return AutoConfig.for_model(kind, **told, pad_token_id=0, bos_token_id=0, eos_token_id=0)
+
+
+def made(folder: Path, shape: str, periods: int, name: str, llama: Path | None) -> Path:
+    """A file or directory of a shape, one of `NAMES`; made if it is not there.
+
+    Args:
+        folder: of all shapes. llama: where llama.cpp's programs are.
+    """
+    target = folder / shape.replace(" ", "-") / str(periods) / name
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f"partial-{name}")
+    if partial.is_dir():
+        shutil.rmtree(partial)
+    print(f"making {target.relative_to(folder)}", flush=True)
+    if name == "stock-bf16":
+        torch.manual_seed(0)
+        model: Any = AutoModelForCausalLM.from_config(configuration(shape, periods), dtype=torch.bfloat16)
+        model.save_pretrained(partial)
+        for file in BESIDE[2:]:
+            shutil.copy(WORDS / file, partial)
+    else:
+        stock = made(folder, shape, periods, "stock-bf16", llama)
+        if name == "int8":
+            checkpoint.pack(stock, partial, dtype="int8", head="int8")
+        elif name.startswith("bits-"):
+            _codes(stock, partial, float(name.removeprefix("bits-")))
+        elif name == "BF16.gguf":
+            checkpoint.export(stock, partial, type="bf16", force=True)
+        else:
+            _quantised(made(folder, shape, periods, "BF16.gguf", llama), partial, name, llama)
+    partial.rename(target)
+    return target
+
+
+def _codes(stock: Path, target: Path, bits: float) -> None:
+    """A packed directory, every large matrix random codes."""
+    target.mkdir()
+    for name in BESIDE:
+        if (stock / name).exists():
+            shutil.copy(stock / name, target)
+    read = packed.stream(stock)
+    held = {
+        name: coded(name, tensor.shape, bits) if len(tensor.shape) == 2 and min(tensor.shape) > 64 else tensor
+        for name, tensor in read.tensors.items()
+    }
+    packed_file.write(target / PACKED, "transformers", held)
+
+
+def _quantised(whole: Path, target: Path, name: str, llama: Path | None) -> None:
+    if llama is None:
+        raise Missing("--llama not given")
+    kind = name.removesuffix(".gguf")
+    done = subprocess.run(
+        [str(llama / "llama-quantize"), str(whole), str(target), kind, "2"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    if done.returncode:
+        raise Missing(f"llama-quantize to {kind} failed: {done.stdout.decode(errors='replace')[-300:]}")
