@@ -4,14 +4,14 @@
     python bench/hybrids.py --models FOLDER --llama FOLDER --shape qwen3.5-0.8b --alone
 
 A model has one and two periods of its layers (three of the delta rule and one of attention; nine of Mamba-2
-and one of attention; six layers that have both). What more periods would cost follows from the two: figures of
-the whole depth are extrapolated, for weights, states and time alike, and every table says so. With --alone also
-models whose layers of attention are recurrent ones too: what of the time is theirs.
+and one of attention; six layers that have both). What more periods would cost follows from the two: figures
+of the whole depth are extrapolated, for weights, states and time alike, and every table says so. With --alone
+also models whose layers of attention are recurrent ones too: what of the time is theirs.
 
-A prompt of 512 tokens, then decoding of one sequence and of 16 at once, from an empty state; every measurement
-in a process of its own, round by round (peers_processes.py); printed are medians. bench/peers.md says how
-llama.cpp is built. Options: --shape NAME..., --threads N (2), --rounds N (3), --steps N of decoding (16),
---only PATTERN of variants, --keep the files of a shape (else they are removed behind it), --json FILE.
+A prompt of 512 tokens, then decoding of one sequence and of 16 at once, from an empty state; every
+measurement in a process of its own, round by round (peers_processes.py); printed are medians. bench/peers.md
+says how llama.cpp is built. Options: --shape NAME..., --threads N (2), --rounds N (3), --steps N of decoding
+(16), --only PATTERN of variants, --keep the files of a shape (else they are removed behind it), --json FILE.
 """
 
 from __future__ import annotations

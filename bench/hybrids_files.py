@@ -1,8 +1,8 @@
-"""The files that bench/hybrids.py measures: models of random weights, with one or two periods of their layers.
+"""The files that bench/hybrids.py measures: models of random weights, one or two periods of their layers.
 
-A stock directory in bfloat16; packed ones of int8 (`sparsessm pack`) and of codes that take so many bits as those
-of the dial; GGUF in BF16 (`sparsessm export`), and of that by llama-quantize its other types. Shapes are the
-published ones as far as we know them (`SHAPES`); no published configuration could be looked at here.
+A stock directory in bfloat16; packed ones of int8 (`sparsessm pack`) and of codes that take so many bits as
+those of the dial; GGUF in BF16 (`sparsessm export`), and of that by llama-quantize its other types. Shapes are
+the published ones as far as we know them (`SHAPES`); no published configuration could be looked at here.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from sparsessm import checkpoint
 from sparsessm.checkpoint import packed, packed_file
 from sparsessm.checkpoint.container import PACKED
+from sparsessm.checkpoint.packed_tensor import PackedTensor
+from sparsessm.checkpoint.stacked import stacked
 
 LINEAR, FULL, MLP = "linear_attention", "full_attention", "mlp"
 ALONE = " (recurrent layers alone)"
@@ -163,10 +165,13 @@ def _codes(stock: Path, target: Path, bits: float) -> None:
         if (stock / name).exists():
             shutil.copy(stock / name, target)
     read = packed.stream(stock)
-    held = {
-        name: coded(name, tensor.shape, bits) if len(tensor.shape) == 2 and min(tensor.shape) > 64 else tensor
-        for name, tensor in read.tensors.items()
-    }
+    held: dict[str, PackedTensor] = {}
+    for name, tensor in read.tensors.items():
+        if ".experts." in name:
+            held[name] = stacked(name, tensor.decode(), lambda one, value: coded(one, value.shape, bits))
+        else:
+            large = len(tensor.shape) == 2 and min(tensor.shape) > 64
+            held[name] = coded(name, tensor.shape, bits) if large else tensor
     packed_file.write(target / PACKED, "transformers", held)
 
 

@@ -26,6 +26,7 @@ from sparsessm import checkpoint
 from sparsessm.checkpoint import PackedTensor, container, packed_file
 from sparsessm.checkpoint.coded import ans, fixed
 from sparsessm.checkpoint.encoding import bits_of, encode
+from sparsessm.checkpoint.stacked import stacked
 from sparsessm.kernels import entropy
 
 HERE = Path(__file__).parent
@@ -91,7 +92,8 @@ def golden_tensors() -> dict[str, Tensor]:
 
 
 def golden_coded(version: str) -> dict[str, PackedTensor]:
-    """The same model, its four matrices on grids of every kind; in version 2 every form of a row is there."""
+    """The same model, its four matrices on grids of every kind; in version 2 every form of a row is there, in
+    version 4 the 16 matrices (1, 4) of the convolution have a form each."""
     tensors = {name: encode(name, tensor) for name, tensor in golden_tensors().items()}
     found: dict[str, PackedTensor] = {**tensors}
 
@@ -117,7 +119,36 @@ def golden_coded(version: str) -> dict[str, PackedTensor]:
         found[X] = nested(X, tensors[X].dtype, wide, scales(9), scales(16), forms)
     else:
         found[X] = ans(X, tensors[X].dtype, streams(wide), scales(9), scales(16))
+    if version == "4":
+        found[CONV] = golden_stack(golden_tensors()[CONV])
     return found
+
+
+def golden_stack(whole: Tensor) -> PackedTensor:
+    """(16, 1, 4) as matrices of every kind."""
+    some = torch.tensor([[3, 0, -2, 1]])
+    factors = torch.full((1,), 1 / 8).half(), torch.full((4,), 1 / 8).half()
+    half = torch.where(some != 0, whole, 0.0)
+
+    def fixed_form(name: str, codes: Tensor, masked: bool) -> PackedTensor:
+        scales = torch.full((1, 2), 1 / 32, dtype=torch.float16)
+        return fixed(name, whole.dtype, codes, scales, width=3, group=2, masked=masked)
+
+    def one(name: str, matrix: Tensor) -> PackedTensor:
+        number = int(name.rpartition(".")[2])
+        forms = (
+            lambda: encode(name, matrix, kind="dense"),
+            lambda: encode(name, half[number], kind="bitmask"),
+            lambda: encode(name, half[number], kind="3:4"),
+            lambda: encode(name, matrix, int8=True),
+            lambda: fixed_form(name, some, True),
+            lambda: fixed_form(name, 2 * some + 1, False),
+            lambda: fixed_form(name, some - 1, False),
+            lambda: ans(name, whole.dtype, streams(some * number), *factors),
+        )
+        return forms[number % len(forms)]()
+
+    return stacked(CONV, whole, one)
 
 
 def write_golden_source(folder: Path) -> dict[str, Tensor]:
@@ -152,7 +183,7 @@ def write_golden() -> None:
 
 
 GOLDENS: dict[str, dict[str, str]] = {"lossless": {}, "int8": {"dtype": "int8", "head": "int8"}}
-CODED = {"coded": "2", "ans": "3"}
+CODED = {"coded": "2", "ans": "3", "stack": "4"}
 """Of a later version."""
 LABELS = {IN: "2:4", X: "bitmask", OUT: "1:4", A: "bitmask", DT: "dense", CONV: "dense", EMBEDDING: "dense"}
 

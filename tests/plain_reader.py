@@ -24,24 +24,37 @@ def read(file: Path) -> dict[str, tuple[list[int], str, list[float]]]:
     (length,) = struct.unpack_from("<Q", content)
     header = json.loads(content[8 : 8 + length])
     metadata = header.pop("__metadata__")
-    assert metadata["format"] == "sparsessm-packed" and metadata["version"] in ("1", "2", "3")
+    assert metadata["format"] == "sparsessm-packed" and metadata["version"] in ("1", "2", "3", "4")
     assert crc32c(metadata["tensors"].encode()) == metadata["checksum"], "the header is damaged"
     described = json.loads(metadata["tensors"])
-    kinds = {entry["kind"][:3] for entry in described.values()}
+    single = {}  # the tensors with arrays of their own: of a stack its matrices
+    for name, entry in described.items():
+        if entry["kind"] == "stack":
+            assert len(entry["each"]) == entry["shape"][0]
+            single |= {
+                f"{name}.{e}": {"shape": entry["shape"][1:], **of} for e, of in enumerate(entry["each"])
+            }
+        else:
+            single[name] = entry
+    kinds = {entry["kind"][:3] for entry in single.values()}
     coded = bool(kinds & {"int", "odd", "mas", "nes"})
-    assert metadata["version"] == ("3" if "ans" in kinds else "2" if coded else "1")
+    least = "3" if "ans" in kinds else "2" if coded else "1"
+    assert metadata["version"] == ("4" if single.keys() != described.keys() else least)
     arrays, raw = {}, {}
     for name, entry in header.items():
         begin, end = (8 + length + offset for offset in entry["data_offsets"])
         raw[name] = content[begin:end]
         arrays[name] = numbers(raw[name], entry["dtype"])
-    for name, entry in described.items():
+    for name, entry in single.items():
         parts = (name, *(f"{name}.{part}" for part in PARTS))
         assert crc32c(b"".join(raw.get(part, b"") for part in parts)) == entry["checksum"], name
-    return {
-        name: (entry["shape"], entry["dtype"], tensor(name, entry, arrays))
-        for name, entry in described.items()
-    }
+    values = {name: tensor(name, entry, arrays) for name, entry in single.items()}
+    found = {}
+    for name, entry in described.items():
+        matrices = [f"{name}.{e}" for e in range(entry["shape"][0])] if entry["kind"] == "stack" else [name]
+        entries = [value for matrix in matrices for value in values[matrix]]
+        found[name] = entry["shape"], entry["dtype"], entries
+    return found
 
 
 def crc32c(content: bytes) -> str:

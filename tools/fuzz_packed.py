@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sparsessm.checkpoint import assembly, coded, container, encoding, opened, packed_file
+from sparsessm.checkpoint import assembly, coded, container, encoding, opened, packed_file, stacked
 from sparsessm.checkpoint.encoding import bits_of
 
 GOLDEN = Path(__file__).parents[1] / "tests/golden"
@@ -69,11 +69,13 @@ VALUES += [
     "masked8:9",
     "nested",
     "ans",
+    "stack",
     "state-spaces",
     "transformers",
     "1",
     "2",
     "3",
+    "4",
 ]
 
 
@@ -128,9 +130,16 @@ def sealed(header: Any, arrays: bytes) -> None:
     except (ValueError, RecursionError):
         tensors = None
     for name, entry in tensors.items() if isinstance(tensors, dict) else ():
-        if isinstance(entry, dict):
-            names = (name, *(f"{name}.{part}" for part in PARTS))
-            entry["checksum"] = container.checksum([_array(header.get(array), arrays) for array in names])
+        each = entry.get("each") if isinstance(entry, dict) else None
+        single = (
+            {f"{name}.{place}": one for place, one in enumerate(each)}
+            if isinstance(each, list)
+            else {name: entry}
+        )
+        for one, told in single.items():
+            if isinstance(told, dict):
+                names = (one, *(f"{one}.{part}" for part in PARTS))
+                told["checksum"] = container.checksum([_array(header.get(array), arrays) for array in names])
     if isinstance(tensors, dict) and len(tensors) == metadata["tensors"].count('"shape"'):  # no name twice
         metadata["tensors"] = json.dumps(tensors)
     text = metadata["tensors"].encode("utf-8", "surrogatepass")
@@ -194,9 +203,9 @@ def _places(value: Any) -> list[tuple[Any, Any]]:
 def main() -> None:
     import atheris  # pyright: ignore[reportMissingImports]
 
-    for name in ("container", "encoding", "coded", "nested"):
+    for name in ("container", "described", "encoding", "coded", "nested", "stacked"):
         module = sys.modules[f"sparsessm.checkpoint.{name}"]
-        kinds = (encoding.Encoded, coded.Coded)
+        kinds = (encoding.Encoded, coded.Coded, stacked.Stacked)
         for function in [*vars(module).values(), *(part for kind in kinds for part in vars(kind).values())]:
             if getattr(function, "__module__", "") == module.__name__ and hasattr(function, "__code__"):
                 atheris.instrument_func(function)

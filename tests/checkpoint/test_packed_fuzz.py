@@ -14,7 +14,7 @@ from golden_files import CODED, CONV, CORPUS, GOLDEN, GOLDENS, expected, fuzz, o
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sparsessm.checkpoint import container, packed_file
+from sparsessm.checkpoint import container, described, packed_file
 from sparsessm.checkpoint.encoding import Encoded
 
 
@@ -31,7 +31,7 @@ def test_the_check_of_the_fuzzer_can_fail(
     assert tool.one(content, expected(), tmp_path) is None
     assert "the file ends at" in tool.one(content[:-1], expected(), tmp_path)
     monkeypatch.setattr(Encoded, "check", lambda self, contents=True: None)
-    for module in (container, packed_file):
+    for module in (container, described, packed_file):
         monkeypatch.setattr(module, "checksum", lambda parts: "0" * 8)
     header, start, _ = opened(content)
     at = start + header[CONV]["data_offsets"][0]

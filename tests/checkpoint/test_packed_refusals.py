@@ -164,7 +164,7 @@ HUGE = 10**30
         (set_metadata(format="pt"), "not a packed checkpoint"),
         (lambda h, b: h.pop("__metadata__") and None, "not a packed checkpoint"),
         (lambda h, b: h.update({"__metadata__": [1]}), "not a packed checkpoint"),
-        (set_metadata(version="4"), "version '4' of the format; known: '1', '2', '3'"),
+        (set_metadata(version="5"), "version '5' of the format; known: '1', '2', '3', '4'"),
         (set_metadata(version=1), "version 1 of the format; known: '1', '2'"),
         (set_metadata(version=None), "version None of the format"),
         (set_metadata(more="x"), "must have format, version, layout, tensors and checksum, and nothing else"),

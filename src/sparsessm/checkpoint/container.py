@@ -8,13 +8,12 @@ tensors have to give the same bytes.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from io import FileIO
 from math import prod
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,23 +21,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..data.foreign import short
-from ..kernels.checksum import crc32c
-from . import coded, read_ahead
+from . import coded, read_ahead, stacked
 from .coded import Coded
+from .described import MOST_AXES, Form, Format, checksum, described, is_whole
 from .encoding import Encoded, bits_of
 from .files import few, parse_json
-from .packed_tensor import STOCK, PackedTensor
+from .packed_tensor import PackedTensor
 from .shelf import Unread
+from .stacked import Stacked
 
 PACKED = "packed.safetensors"
-PACKING = "sparsessm-packed"
-FORMATS = ("transformers", "state-spaces")
-Format = Literal["transformers", "state-spaces"]
-"""Of a stock checkpoint: whose names its `config.json` and tensors have. In the head it is called layout."""
-
 HEADER_BYTES = 1 << 24
 """Largest header: room for a hundred thousand tensors."""
-MOST_AXES = 8
 _DTYPES = {
     "F32": torch.float32,
     "BF16": torch.bfloat16,
@@ -48,17 +42,6 @@ _DTYPES = {
     "I64": torch.int64,
 }
 CODES = {dtype: code for code, dtype in _DTYPES.items()}
-NAMES = {dtype: name for name, dtype in STOCK.items()}
-_CHECKSUM = re.compile(r"[0-9a-f]{8}", re.ASCII)
-_PLAIN, _PLAIN_WORDS = r"dense|bitmask|[1-9]\d{0,2}:[1-9]\d{0,2}", "'dense', 'bitmask', 'N:M'"
-_KINDS = {  # of a version, each with all of those before it
-    "1": (re.compile(_PLAIN, re.ASCII), _PLAIN_WORDS),
-    "2": (re.compile(f"{_PLAIN}|{coded.OLDER.pattern}", re.ASCII), f"{_PLAIN_WORDS}, {coded.OLDER_WORDS}"),
-    "3": (re.compile(f"{_PLAIN}|{coded.KIND.pattern}", re.ASCII), f"{_PLAIN_WORDS}, {coded.WORDS}"),
-}
-VERSIONS = tuple(_KINDS)
-"""The second has coded tensors, the third entropy coded ones."""
-_Stock = tuple[tuple[int, ...], torch.dtype, str, float]  # shape, dtype, label of the kind, removed value
 _PARTS = {"dense": (), "bitmask": ("mask", "offsets"), "n:m": ("index",)}
 
 
@@ -79,14 +62,16 @@ class Header:
     Attributes:
         format: of the stock checkpoint.
         stock: stock tensor -> (shape, dtype, label of its kind, removed value).
-        checksums: stock tensor -> CRC32C of its arrays.
+        single: the same of the tensors that have arrays of their own: of a stack its matrices.
+        checksums: of each of these the CRC32C of its arrays.
     """
 
     file: Path
     format: Format
-    stock: Mapping[str, _Stock]
-    spans: Mapping[str, _Span]
+    stock: Mapping[str, Form]
+    single: Mapping[str, Form]
     checksums: Mapping[str, str]
+    spans: Mapping[str, _Span]
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -96,14 +81,21 @@ class Header:
     @property
     def sizes(self) -> dict[str, int]:
         """Stock tensor -> bytes of its arrays."""
-        sizes = dict.fromkeys(self.stock, 0)
-        for array, span in self.spans.items():
-            sizes[array if array in sizes else array.rpartition(".")[0]] += span.nbytes
-        return sizes
+        return {
+            name: sum(
+                self.spans[array].nbytes for one in self.singles(name) for array in self.arrays(one).values()
+            )
+            for name in self.stock
+        }
+
+    def singles(self, name: str) -> list[str]:
+        """The names in `single` that a stock tensor consists of."""
+        shape, _, label, _ = self.stock[name]
+        return [f"{name}.{place}" for place in range(shape[0])] if label == stacked.LABEL else [name]
 
     def arrays(self, name: str) -> dict[str, str]:
-        """Part -> name in the file, of a stock tensor."""
-        return _arrays(name, self.stock[name][2], self.spans)
+        """Part -> name in the file, of a tensor of `single`."""
+        return _arrays(name, self.single[name][2], self.spans)
 
 
 def read_header(file: Path) -> Header:
@@ -122,10 +114,10 @@ def read_header(file: Path) -> Header:
                 raise ValueError(f"truncated or not safetensors: header of {length} bytes, at most {most}")
             header = parse_json(content.read(length), "the header", strict=True)
         metadata = header.pop("__metadata__", None)
-        format, stock, checksums = _metadata(metadata)  # first: another version may have other arrays
+        told = described(metadata)  # first: another version may have other arrays
         spans = _spans(header, 8 + length, size)
-        _compare(stock, spans)
-        return Header(file, format, stock, spans, checksums)
+        _compare(told.single, spans)
+        return Header(file, *told, spans)
     except OSError as error:
         raise ValueError(f"{file}: not readable ({error})") from error
     except ValueError as error:
@@ -181,7 +173,7 @@ class Tensors(Unread):
         file = self._header.file
         try:
             with open(file, "rb", buffering=0) as content:
-                tensor = _encoded(self._header, name, content, self._check)
+                tensor = _read(self._header, name, content, self._check)
             tensor.check(contents=self._check)
             return tensor
         except OSError as error:
@@ -191,31 +183,14 @@ class Tensors(Unread):
 
     def soon(self, name: str) -> None:
         """A tensor will be asked for (read_ahead.py)."""
-        spans = [self._header.spans[array] for array in self._header.arrays(name).values()]
+        header = self._header
+        arrays = [array for one in header.singles(name) for array in header.arrays(one).values()]
+        spans = [header.spans[array] for array in arrays]
         read_ahead.of_file(self._header.file, [(span.start, span.nbytes) for span in spans])
-
-
-def checksum(parts: Iterable[bytes | NDArray[np.uint8]]) -> str:
-    """CRC32C of bytes that follow each other, in 8 hexadecimal digits."""
-    total = 0
-    for part in parts:
-        if len(part):  # of nothing NumPy makes no array
-            total = crc32c(np.frombuffer(part, np.uint8), total)
-    return f"{total:08x}"
 
 
 def array_bytes(array: Tensor) -> NDArray[np.uint8]:
     return np.ascontiguousarray(bits_of(array)).reshape(-1).view(np.uint8)
-
-
-def version_of(labels: Iterable[str]) -> str:
-    """The version of a file whose tensors are of these kinds: the first that has them all."""
-    labels = list(labels)
-    return next(one for one, (kinds, _) in _KINDS.items() if all(map(kinds.fullmatch, labels)))
-
-
-def _whole(value: Any) -> bool:
-    return type(value) is int and value >= 0
 
 
 def _spans(header: dict[str, Any], start: int, size: int) -> dict[str, _Span]:
@@ -228,10 +203,10 @@ def _spans(header: dict[str, Any], start: int, size: int) -> dict[str, _Span]:
         code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not isinstance(code, str) or code not in _DTYPES:
             raise ValueError(f"{name!r}: dtype {short(code)}; allowed: {', '.join(_DTYPES)}")
-        if not isinstance(shape, list) or len(shape) > MOST_AXES or not all(map(_whole, shape)):
+        if not isinstance(shape, list) or len(shape) > MOST_AXES or not all(map(is_whole, shape)):
             allowed = f"at most {MOST_AXES} whole numbers >= 0"
             raise ValueError(f"{name!r}: shape {short(shape)}; allowed: {allowed}")
-        if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_whole, offsets)):
+        if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(is_whole, offsets)):
             raise ValueError(f"{name!r}: data_offsets {short(offsets)}; allowed: two whole numbers >= 0")
         (begin, end), dtype = offsets, _DTYPES[code]
         if not begin <= end <= size - start:
@@ -250,57 +225,10 @@ def _spans(header: dict[str, Any], start: int, size: int) -> dict[str, _Span]:
     return spans
 
 
-def _metadata(metadata: Any) -> tuple[Format, dict[str, _Stock], dict[str, str]]:
-    """(format, description and checksum of each stock tensor) of a `__metadata__`, in allowed forms."""
-    if not isinstance(metadata, dict) or metadata.get("format") != PACKING:
-        raise ValueError(f"not a packed checkpoint: its __metadata__ does not say format {PACKING!r}")
-    if (version := metadata.get("version")) not in VERSIONS:
-        raise ValueError(f"version {short(version)} of the format; known: {', '.join(map(repr, VERSIONS))}")
-    if metadata.keys() != {"format", "version", "layout", "tensors", "checksum"}:
-        raise ValueError(
-            "__metadata__ must have format, version, layout, tensors and checksum, and nothing else"
-        )
-    format, text = metadata["layout"], metadata["tensors"]
-    if not isinstance(format, str) or format not in FORMATS:
-        raise ValueError(f"layout {short(format)}; allowed: {', '.join(FORMATS)}")
-    if not isinstance(text, str):
-        raise ValueError("__metadata__ tensors must be a string that holds a JSON object")
-    if (found := checksum([text.encode("utf-8", "surrogatepass")])) != metadata["checksum"]:
-        told = f"its checksum is {found}, the file says {short(metadata['checksum'])}"
-        raise ValueError(f"the header is damaged: {told} of __metadata__ tensors")
-    stock, checksums = {}, {}
-    for name, entry in parse_json(text, "__metadata__ tensors", strict=True).items():
-        needed = {"shape", "dtype", "kind", "checksum"}
-        if not isinstance(entry, dict) or not needed <= entry.keys() <= needed | {"fill"}:
-            raise ValueError(
-                f"{name!r}: expected an object of shape, dtype, kind, checksum and, if need be, fill"
-            )
-        if not isinstance(entry["checksum"], str) or not _CHECKSUM.fullmatch(entry["checksum"]):
-            allowed = "8 hexadecimal digits"
-            raise ValueError(f"{name!r}: checksum {short(entry['checksum'])}; allowed: {allowed}")
-        shape, dtype, kind = entry["shape"], entry["dtype"], entry["kind"]
-        removed = entry.get("fill", 0.0)
-        if not isinstance(shape, list) or len(shape) > MOST_AXES or not all(map(_whole, shape)):
-            allowed = f"at most {MOST_AXES} whole numbers"
-            raise ValueError(f"{name!r}: shape {short(shape)}; allowed: {allowed}")
-        if not isinstance(dtype, str) or dtype not in STOCK:
-            raise ValueError(f"{name!r}: dtype {short(dtype)}; allowed: {', '.join(STOCK)}")
-        pattern, allowed = _KINDS[version]
-        if not isinstance(kind, str) or not pattern.fullmatch(kind):
-            raise ValueError(f"{name!r}: kind {short(kind)}; allowed: {allowed}")
-        if "fill" in entry and coded.KIND.fullmatch(kind):
-            raise ValueError(f"{name!r}: kind {kind} has no fill")
-        if type(removed) not in (int, float) or abs(removed) > 1e39:
-            raise ValueError(f"{name!r}: fill {short(removed)}; allowed: a finite number of its dtype")
-        stock[name] = tuple(shape), STOCK[dtype], kind, float(removed)
-        checksums[name] = entry["checksum"]
-    return cast(Format, format), stock, checksums
-
-
-def _compare(stock: Mapping[str, _Stock], spans: Mapping[str, _Span]) -> None:
-    """Every array belongs to a stock tensor, and every stock tensor has the arrays of its kind."""
+def _compare(single: Mapping[str, Form], spans: Mapping[str, _Span]) -> None:
+    """Every array belongs to a tensor, and every tensor has the arrays of its kind."""
     owned: set[str] = set()
-    for name, (_, _, label, _) in stock.items():
+    for name, (_, _, label, _) in single.items():
         names = _arrays(name, label, spans)
         if missing := [array for array in names.values() if array not in spans]:
             raise ValueError(f"{name!r} is of kind {label}, but there is no {few(missing)!r}")
@@ -312,7 +240,7 @@ def _compare(stock: Mapping[str, _Stock], spans: Mapping[str, _Span]) -> None:
 
 
 def _arrays(name: str, label: str, spans: Mapping[str, _Span]) -> dict[str, str]:
-    """Part -> name in the file, of a stock tensor of a kind; int8 is recognised by its scale."""
+    """Part -> name in the file, of a tensor of a kind; int8 is recognised by its scale."""
     scaled = f"{name}.scale" in spans
     if label == "dense" and not scaled:
         return {"values": name}
@@ -323,8 +251,18 @@ def _arrays(name: str, label: str, spans: Mapping[str, _Span]) -> dict[str, str]
     return {part: f"{name}.{part}" for part in parts}
 
 
+def _read(header: Header, name: str, content: FileIO, check: bool) -> PackedTensor:
+    """A stock tensor."""
+    shape, dtype, label, _ = header.stock[name]
+    if label != stacked.LABEL:
+        return _encoded(header, name, content, check)
+    each = tuple(_encoded(header, one, content, check) for one in header.singles(name))
+    return Stacked(name, shape, dtype, each)
+
+
 def _encoded(header: Header, name: str, content: FileIO, check: bool) -> PackedTensor:
-    shape, dtype, label, removed = header.stock[name]
+    """A tensor of `single`."""
+    shape, dtype, label, removed = header.single[name]
     arrays: dict[str, Any] = {}
     memories = []
     for part, array in header.arrays(name).items():

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -29,23 +30,29 @@ from .assembly import stock_model
 from .at_rest import at_rest, left_out
 from .coded import OnGrid, code
 from .container import PACKED, Format
-from .encoding import TRIED, Encoded, encode
+from .encoding import TRIED, encode
 from .files import CONFIG, parse_json
 from .opened import Opened, open_checkpoint, quiet
 from .packed_file import Outline
 from .packed_tensor import PackedTensor
 from .reading import Checkpoint
 from .shelf import Unread
+from .stacked import stacked
 from .values import stored_forms, stored_tensor
 from .wrapped import alone_fields, is_wrapped
 from .writing import refuse_existing, write
 
 DTYPES = ("fp32", "bf16", "int8")
 _FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_LINEAR = re.compile(r".*\.(in_proj|x_proj|dt_proj|out_proj)\.weight")
-# dt_proj is small (a rank of d_model / 16) and sets the step sizes, which the state multiplies up.
-_INT8 = re.compile(r".*\.(in_proj|x_proj|out_proj)\.weight")
-_HEAD = re.compile(r"backbone\.embeddings\.weight|lm_head\.weight")
+_MIXERS = "in_proj|x_proj|out_proj|in_proj_qkvz?|in_proj_z"
+_OTHERS = "[qkvo]_proj|gate_proj|up_proj|gate_up_proj|down_proj|input_linear|output_linear"  # attention, MLPs
+# The matrices of all experts of a layer: the one kind of tensor that has several.
+_EXPERTS = re.compile(r".*\.experts\.(gate_up_proj|up_proj|down_proj)")
+# Routers and gates are small and decide; dt_proj is small (a rank of d_model / 16) and sets the step sizes,
+# which the state multiplies up.
+_INT8 = re.compile(rf".*\.({_MIXERS}|{_OTHERS})\.weight|{_EXPERTS.pattern}(\.\d+)?")
+_LINEAR = re.compile(rf".*\.dt_proj\.weight|{_INT8.pattern}")
+_HEAD = re.compile(r"(backbone|model)\.(embeddings|embed_tokens)\.weight|lm_head\.weight")
 
 # of A_log; a float16 file that was made float32 keeps the value that it had
 _REMOVED = tuple(dict.fromkeys((*REMOVED_A_LOG.values(), *REMOVED_A_LOG_FLOAT16.values())))
@@ -183,8 +190,9 @@ def pack(
     Args:
         source: whatever `load` takes and is not packed yet, or a model that no stock checkpoint can hold.
         out: the directory to make.
-        dtype: None keeps every value as it is. "fp32" and "bf16": of the linear layers' matrices, embedding
-            and head. "int8": of in_proj, x_proj and out_proj, one scale a row. All else keeps its dtype.
+        dtype: None keeps every value as it is. "fp32" and "bf16": of the linear layers' matrices, those of
+            experts among them, embedding and head. "int8": the same, one scale a row, without dt_proj,
+            embedding and head. All else keeps its dtype.
         head: "int8" also for the embedding and the head.
         force: replace a checkpoint that is already there.
         tokenizer: as for `load`.
@@ -238,8 +246,7 @@ def save(
     refuse_existing(path, force, checkpoint.source)  # before the work
     forms = stored_forms(checkpoint)
     shapes = {name: form.shape for name, form in forms.items()}
-    whole = _Smallest(shapes, partial(stored_tensor, checkpoint), record or {})
-    tensors = _OnGrid(whole, partial(stored_tensor, checkpoint), levels or {})
+    tensors = _Smallest(shapes, partial(stored_tensor, checkpoint), record or {}, levels=levels or {})
     outline = packed_file.outline(checkpoint.format, tensors)
     checkpoint, ours = _alone(checkpoint), writing.beside(record, card)
     weights = partial(_write, checkpoint.format, tensors, outline)
@@ -269,15 +276,17 @@ class _Smallest(Unread):
         record: Mapping[str, Any],
         dtype: str | None = None,
         head: str | None = None,
+        levels: Mapping[str, OnGrid] = MappingProxyType({}),
     ) -> None:
         """Of a checkpoint.
 
         Args:
             shapes: by name. stored: the tensor of a name in the dtype it is stored in.
             record: of the run that it came from. dtype, head: as of `pack`.
+            levels: of the matrices that are on a grid, by name, of an expert with its number.
         """
         self._shapes, self._stored, self._dtype, self._head = shapes, stored, dtype, head
-        self._patterns = _patterns(record)
+        self._patterns, self._levels = _patterns(record), levels
         # Kind and removed value of what was made before: the second time nothing is tried.
         self._found: dict[str, tuple[str, float]] = {}
 
@@ -286,12 +295,20 @@ class _Smallest(Unread):
         """As `Unread.shapes`."""
         return self._shapes
 
-    def __getitem__(self, name: str) -> Encoded:
+    def __getitem__(self, name: str) -> PackedTensor:
         tensor = self._stored(name)
-        quantised = self._dtype == "int8" and bool(_INT8.fullmatch(name))
-        quantised |= self._head == "int8" and bool(_HEAD.fullmatch(name))
         if self._dtype in _FLOATS and (_LINEAR.fullmatch(name) or _HEAD.fullmatch(name)):
             tensor = tensor.to(_FLOATS[self._dtype])
+        return stacked(name, tensor, self._one) if _EXPERTS.fullmatch(name) else self._one(name, tensor)
+
+    def _one(self, name: str, tensor: Tensor) -> PackedTensor:
+        if name in self._levels:
+            found = code(name, tensor.dtype, self._levels[name])
+            if not torch.equal(found.decode(), tensor):
+                raise ValueError(f"{name} was changed since it was put on its grid; prune it again")
+            return found
+        quantised = self._dtype == "int8" and bool(_INT8.fullmatch(name))
+        quantised |= self._head == "int8" and bool(_HEAD.fullmatch(name))
         if name in self._found:
             kind, value = self._found[name]
             return encode(name, tensor, int8=quantised, patterns=(), removed=(value,), kind=kind)
@@ -299,28 +316,6 @@ class _Smallest(Unread):
         tried = (self._patterns[name],) if name in self._patterns else TRIED
         found = encode(name, tensor, int8=quantised, patterns=tried, removed=removed)
         self._found[name] = found.label, found.removed
-        return found
-
-
-class _OnGrid(Unread):
-    """Tensors, some of which are on a grid."""
-
-    def __init__(self, others: Unread, stored: Callable[[str], Tensor], levels: Mapping[str, OnGrid]) -> None:
-        """stored: the tensor of a name in the dtype it is stored in. levels: by name."""
-        self._others, self._stored, self._levels = others, stored, levels
-
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """As `Unread.shapes`."""
-        return self._others.shapes
-
-    def __getitem__(self, name: str) -> PackedTensor:
-        if name not in self._levels:
-            return self._others[name]
-        now = self._stored(name)
-        found = code(name, now.dtype, self._levels[name])
-        if not torch.equal(found.decode(), now):
-            raise ValueError(f"{name} was changed since it was put on its grid; prune it again")
         return found
 
 

@@ -13,18 +13,10 @@ from typing import Any
 
 import torch
 
-from .container import (
-    CODES,
-    HEADER_BYTES,
-    NAMES,
-    PACKED,
-    PACKING,
-    Format,
-    array_bytes,
-    checksum,
-    version_of,
-)
+from .container import CODES, HEADER_BYTES, PACKED, array_bytes
+from .described import NAMES, PACKING, Format, checksum, version_of
 from .packed_tensor import PackedTensor
+from .stacked import Stacked
 
 
 @dataclass(frozen=True)
@@ -63,9 +55,11 @@ def outline(format: Format, tensors: Mapping[str, PackedTensor]) -> Outline:
     sizes: dict[str, int] = {}
     arrays: dict[str, tuple[torch.dtype, list[int], int]] = {}
     for name, tensor in tensors.items():
-        entry = {"shape": list(tensor.shape), "dtype": NAMES[tensor.dtype], "kind": tensor.label}
-        entry |= {} if tensor.fill is None else {"fill": tensor.fill}
-        described[name] = entry | {"checksum": checksum(map(array_bytes, tensor.parts.values()))}
+        entry: dict[str, Any] = {"shape": list(tensor.shape), "dtype": NAMES[tensor.dtype]}
+        if isinstance(tensor, Stacked):
+            described[name] = entry | {"kind": tensor.label, "each": [_told(one) for one in tensor.each]}
+        else:
+            described[name] = entry | _told(tensor)
         forms[name], sizes[name] = (tensor.label, tensor.held), tensor.nbytes
         for part, array in tensor.parts.items():
             arrays[part] = array.dtype, list(array.shape), array.nbytes
@@ -88,6 +82,12 @@ def outline(format: Format, tensors: Mapping[str, PackedTensor]) -> Outline:
         raise ValueError(f"{PACKED}: a header of {len(head)} bytes; at most {HEADER_BYTES}")
     head = len(head).to_bytes(8, "little") + head
     return Outline(head, {name: len(head) + start for name, start in starts.items()}, forms, sizes)
+
+
+def _told(tensor: PackedTensor) -> dict[str, Any]:
+    """What the head of a file says of a tensor beside its form."""
+    fill = {} if tensor.fill is None else {"fill": tensor.fill}
+    return {"kind": tensor.label, **fill, "checksum": checksum(map(array_bytes, tensor.parts.values()))}
 
 
 def write(

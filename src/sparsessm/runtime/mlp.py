@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsessm.checkpoint.coded import plain
-from sparsessm.checkpoint.encoding import encode
+from sparsessm.checkpoint.stacked import matrices_of
 from sparsessm.runtime import plan
 from sparsessm.runtime.keys import Reading
 from sparsessm.runtime.part import Linear, Part, Place, Products, native_of
-from sparsessm.runtime.weights import Weights, matrices
+from sparsessm.runtime.weights import Weights, matrices, matrix
 
 CURVES: Mapping[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -87,7 +86,7 @@ class Mlp(Part):
 
 @final
 class Experts(Part):
-    """Of which each token goes through some, chosen by the router."""
+    """Of which each token goes through some, chosen by the router; all are held as they are stored."""
 
     def __init__(self, told: plan.Experts, products: Products, weights: Weights, place: Place) -> None:
         """weights: by full names."""
@@ -97,17 +96,14 @@ class Experts(Part):
         self._before, self._behind = (
             None if product is None else products.one(product) for product in (told.before, told.behind)
         )
-        wide, narrow = plain(weights.stored(told.wide)), plain(weights.stored(told.down))
-        cuts: list[Tensor | None] = [None]
-        if told.gated:
-            cuts = list(torch.arange(wide.shape[1]).chunk(2))
-        self._each = []
-        for e in range(wide.shape[0]):
-            own = (encode(f"{told.wide}.{e}", wide.values[e], kind="dense"), cuts)
-            made = [Linear(matrix) for matrix in matrices(*own)]
-            down = encode(f"{told.down}.{e}", narrow.values[e], kind="dense")
-            gate = made[0] if told.gated else None
-            self._each.append(_One(gate, made[-1], Linear(matrices(down, [None])[0]), told.curve))
+        shape = weights.shape(told.wide) or (0, 0)
+        cuts = list(torch.arange(shape[1]).chunk(2)) if told.gated else [None]
+        wide = [matrices(one, cuts) for one in matrices_of(weights.stored(told.wide))]
+        down = [matrix(one) for one in matrices_of(weights.stored(told.down))]
+        self._each = [
+            _One(Linear(first[0]) if told.gated else None, Linear(first[-1]), Linear(second), told.curve)
+            for first, second in zip(wide, down, strict=True)
+        ]
 
     def read(self, x: Tensor, state: Tensor, kept: Reading | None = None) -> Tensor:
         """As `Part.read`."""
