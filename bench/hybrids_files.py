@@ -1,8 +1,8 @@
 """The files that bench/hybrids.py measures: models of random weights, one or two periods of their layers.
 
 A stock directory in bfloat16; packed ones of int8 (`sparsessm pack`) and of codes that take so many bits as
-those of the dial; GGUF in BF16 (`sparsessm export`), and of that by llama-quantize its other types. Shapes are
-the published ones as far as we know them (`SHAPES`); no published configuration could be looked at here.
+those of the dial; GGUF in BF16 (`sparsessm export`), and of that by llama-quantize its other types. The
+shapes are the published ones as far as we know them; no published configuration could be looked at here.
 """
 
 from __future__ import annotations

@@ -46,12 +46,18 @@ class Running(NamedTuple):
 def ours(path: Path, threads: int) -> Running:
     engine = runtime.load(path, threads=threads).engine
 
+    def room(batch: int, tokens: int) -> Any:
+        """Empty states with room for the keys and values of so many tokens."""
+        return engine.keys.room(engine.new_state(batch), tokens)
+
     def begin(batch: int) -> Step:
-        state = engine.new_state(batch)
+        state = room(batch, PROMPT)
         return lambda tokens: engine.step(tokens, state)
 
-    state = engine.keys.room(engine.new_state(1), PROMPT).nbytes
-    return Running(state, engine.vocabulary, lambda text: engine.prompt(text, engine.new_state(1)[0]), begin)
+    def prompt(text: torch.Tensor) -> Any:
+        return engine.prompt(text, room(1, len(text))[0])
+
+    return Running(room(1, PROMPT).nbytes, engine.vocabulary, prompt, begin)
 
 
 def stock(path: Path, dtype: torch.dtype) -> Running:

@@ -85,21 +85,10 @@ def version(folder: Path) -> str:
 def llama(folder: Path, path: Path, threads: int, steps: int) -> dict[str, float]:
     """As peers_inside.py prints it: seconds of each token, and the bytes of the whole process."""
     bench = folder / "llama-batched-bench"
-    # A context of so few tokens that 16 prompts of 512 are left out, as it says nothing for a prompt of 1.
-    sizes = [
-        "-c",
-        1024,
-        "-b",
-        2048,
-        "-ub",
-        PROMPT,
-        "-npp",
-        f"1,{PROMPT}",
-        "-ntg",
-        steps,
-        "-npl",
-        f"1,{BATCH}",
-    ]
+    # A context of so few tokens that 16 prompts of 512 are left out, as it says nothing for a prompt of 1;
+    # its room for keys and values is for all sequences together.
+    sizes = ["-c", 1024, "-kvu", "-b", 2048, "-ub", PROMPT]
+    sizes += ["-npp", f"1,{PROMPT}", "-ntg", steps, "-npl", f"1,{BATCH}"]
     form = ["--output-format", "jsonl", "-t", threads, "-tb", threads, "-m", path]
     said, most = program([bench, *sizes, *form], threads)
     rows = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
