@@ -26,7 +26,7 @@ from typing import Any
 
 import transformers
 from bench import cpu
-from hybrids_files import ALONE, FULL, SHAPES, made, shape_of
+from hybrids_files import ALONE, FULL, SHAPES, directory, made, shape_of
 from peers_files import weights
 from peers_processes import Failed, Processes, version
 
@@ -135,7 +135,7 @@ def main() -> None:
             if options.json:
                 options.json.write_text(json.dumps(found, indent=1) + "\n")
             if not options.keep:
-                shutil.rmtree(options.models / which.replace(" ", "-"))
+                shutil.rmtree(options.models / directory(which))
         if both:
             theirs = of_a_layer(shape + ALONE, found["cells"][shape + ALONE])
             for name, spent in theirs.items():

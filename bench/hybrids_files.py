@@ -100,15 +100,28 @@ SHAPES: dict[str, Shape] = {  # model type, layers, a period, fields
         },
     ),
 }
+_OF_130M = {
+    **{"hidden_size": 768, "num_heads": 24, "head_dim": 64, "n_groups": 1, "vocab_size": 50288},
+    "tie_word_embeddings": True,
+}
+PURE: dict[str, Shape] = {  # beside them in bench/long_context.py
+    "mamba2-130m": ("mamba2", 24, [""] * 6, _OF_130M | {"state_size": 128}),
+    "mamba2-130m, 64 states": ("mamba2", 24, [""] * 6, _OF_130M | {"state_size": 64}),
+}
 NAMES = ("stock-bf16", "int8", "bits-4.25", "BF16.gguf", "Q8_0.gguf", "Q4_0.gguf")
 
 
 def shape_of(name: str) -> Shape:
-    """One of `SHAPES`; with `ALONE` behind its name, one with recurrent layers in place of attention's."""
-    kind, layers, period, fields = SHAPES[name.removesuffix(ALONE)]
+    """One of `SHAPES` or `PURE`; with `ALONE` behind its name, one with recurrent layers in place of attention's."""
+    kind, layers, period, fields = (SHAPES | PURE)[name.removesuffix(ALONE)]
     if name.endswith(ALONE):
         period = [LINEAR if one == FULL else one for one in period]
     return kind, layers, period, fields
+
+
+def directory(shape: str) -> str:
+    """Of its files."""
+    return shape.replace(" ", "-").replace(",", "")
 
 
 def configuration(shape: str, periods: int) -> Any:
@@ -130,7 +143,7 @@ def made(folder: Path, shape: str, periods: int, name: str, llama: Path | None) 
     Args:
         folder: of all shapes. llama: where llama.cpp's programs are.
     """
-    target = folder / shape.replace(" ", "-") / str(periods) / name
+    target = folder / directory(shape) / str(periods) / name
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
