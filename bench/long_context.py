@@ -6,7 +6,7 @@
 A pure model, with all its states and with half of them; a hybrid with attention in every layer, one with
 attention in every tenth, and one of the delta rule; keys and values in float32 and in int8. Random weights in
 int8, one and two periods of layers, extrapolated to the whole depth as in bench/hybrids.py. The keys of the
-context are zeros: a step takes the same time, and no prompt has to be read. All lengths and models in turn,
+context are zeros: a step takes the same time, and no prompt has to be read. All lengths and both forms in turn,
 medians. Options: --threads N (2), --rounds N (5), --shape NAME..., --plot FOLDER (long-context.png).
 """
 
@@ -52,13 +52,12 @@ def measured(shape: str, options: argparse.Namespace) -> dict[str, Any]:
     token = torch.zeros(1, dtype=torch.int64)
     for periods in (1, 2):
         path = made(options.models, shape, periods, "int8", None)
+        both = engines(path, shape, options.threads)
         times: dict[tuple[str, int], list[float]] = {}
-        nbytes = {}
         for number in range(options.rounds + 1):  # the first is for caches
-            for form, engine in engines(path, shape, options.threads).items():
+            for form, engine in both.items():
                 for length in LENGTHS:
                     states = behind(engine, length)
-                    nbytes[form, length] = engine.keys.size(length) * 4
                     engine.step(token, states)
                     begun = time.perf_counter()
                     for _ in range(STEPS):
@@ -66,12 +65,12 @@ def measured(shape: str, options: argparse.Namespace) -> dict[str, Any]:
                     if number:
                         times.setdefault((form, length), []).append((time.perf_counter() - begun) / STEPS)
                     del states
-                del engine
-                gc.collect()
         for (form, length), seen in times.items():
             row = found.setdefault(form, {}).setdefault(str(length), {"bytes": [], "ms": []})
-            row["bytes"].append(nbytes[form, length])
+            row["bytes"].append(both[form].keys.size(length) * 4)
             row["ms"].append(1e3 * statistics.median(seen))
+        del both, engine
+        gc.collect()
     return found
 
 
