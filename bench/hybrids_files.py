@@ -112,7 +112,7 @@ NAMES = ("stock-bf16", "int8", "bits-4.25", "BF16.gguf", "Q8_0.gguf", "Q4_0.gguf
 
 
 def shape_of(name: str) -> Shape:
-    """One of `SHAPES` or `PURE`; with `ALONE` behind its name, recurrent layers take the place of attention's."""
+    """One of `SHAPES` or `PURE`; with `ALONE` behind its name, all its layers are recurrent."""
     kind, layers, period, fields = (SHAPES | PURE)[name.removesuffix(ALONE)]
     if name.endswith(ALONE):
         period = [LINEAR if one == FULL else one for one in period]

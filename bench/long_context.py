@@ -4,10 +4,10 @@
     python bench/long_context.py --table                        # prints what was measured
 
 A pure model, with all its states and with half of them; a hybrid with attention in every layer, one with
-attention in every tenth, and one of the delta rule; keys and values in float32 and in int8. Random weights in
-int8, one and two periods of layers, extrapolated to the whole depth as in bench/hybrids.py. The keys of the
-context are zeros: a step takes the same time, and no prompt has to be read. All lengths and both forms in turn,
-medians. Options: --threads N (2), --rounds N (5), --shape NAME..., --plot FOLDER (long-context.png).
+attention in every tenth, and one of the delta rule; keys and values in float32 and in int8. Random weights
+in int8, one and two periods of layers, extrapolated to the whole depth as in bench/hybrids.py. The keys of
+the context are zeros: a step takes the same time, and no prompt has to be read. All lengths and both forms
+in turn, medians. Options: --threads N (2), --rounds N (5), --shape NAME..., --plot FOLDER (long-context.png).
 """
 
 from __future__ import annotations

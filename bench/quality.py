@@ -26,7 +26,7 @@ from sparsessm.data.texts import evaluation_windows, fingerprint
 from sparsessm.evaluation.perplexity import difference, perplexity
 from sparsessm.recipe.recipe import Recipe
 
-MODEL, MODEL2, MODEL3 = "builtin:pycode", "builtin:pycode2", "builtin:pydelta"
+MODEL, MODEL2 = "builtin:pycode", "builtin:pycode2"
 SEEDS = (0, 1, 2)
 Fields = dict[str, Any]
 
@@ -82,11 +82,46 @@ BLOCKS |= {"exact": {"repair": "none"}, "exact, repaired (default)": {}}
 MIXES: dict[str, Fields] = {
     f"{share} % of all parameters": {"pattern": "structured", "sparsity": share / 100} for share in (25, 50)
 }
-# Of a model with attention and MLPs: what the method does to each kind of layer, the others dense.
-KINDS = {"delta rule": "re:.*linear_attn.*", "attention": "re:.*self_attn.*", "MLP": "re:.*mlp.*"}
-WHERE: dict[str, Fields] = {
-    kind: {**LINEAR, "ignore": [other for name, other in KINDS.items() if name != kind]} for kind in KINDS
+# Models with attention and MLPs, each with its kinds of layers: what a method does to one, the others dense.
+BOTH = {"attention": "re:.*self_attn.*"}
+HYBRIDS: dict[str, tuple[str, dict[str, str]]] = {
+    "delta rule": (
+        "builtin:pydelta",
+        {"delta rule": "re:.*linear_attn.*", **BOTH, "MLP": "re:.*[.]mlp[.].*"},
+    ),
+    "hybrid": (
+        "builtin:pyhybrid",
+        {
+            **{"Mamba-2": "re:.*[.]mamba[.].*", **BOTH, "MLP": "re:.*shared_mlp.*"},
+            "experts": "re:.*block_sparse_moe.*",
+        },
+    ),
 }
+
+
+def hybrid_tables(name: str) -> dict[str, tuple[dict[str, Fields], dict[str, Fields], str]]:
+    """Of one of `HYBRIDS`."""
+    model, kinds = HYBRIDS[name]
+    shares = {share: DENSITIES[share] for share in ("50 %", "70 %")}
+    methods = {method: {"method": method} for method in ("magnitude", "wanda", "sparsegpt")}
+    decays = {"exact (default)": {"target": "ssm"}, "sparsessm": {"target": "ssm", "method": "sparsessm"}}
+    grids = {method: {**LINEAR, "method": method, "sparsity": 0} for method in ("rtn", "gptq")}
+    found: dict[str, tuple[dict[str, Fields], dict[str, Fields], str]] = {
+        f"methods of the {name}": (methods | {"absorb (default)": {}}, shares, model),
+        f"patterns of the {name}": (methods | {"absorb (default)": {}}, {"2:4": DENSITIES["2:4"]}, model),
+        f"decays of the {name}": (decays, {share: DENSITIES[share] for share in ("30 %", "50 %")}, model),
+        f"bits of the {name}": ({"one dial": LINEAR}, STORED, model),
+        f"grids of the {name}": (
+            grids, {f"{width}.25": {"grid": f"int{width}:64"} for width in (4, 3, 2)}, model
+        ),
+    }  # fmt: skip
+    for where in kinds:
+        alone = {**LINEAR, "ignore": [other for kind, other in kinds.items() if kind != where]}
+        rows = {"sparsegpt": {**alone, "method": "sparsegpt"}, "absorb": alone}
+        found[f"parts of the {name}, {where}"] = rows, shares, model
+    return found
+
+
 STORED: dict[str, Fields] = {"4.25": {"bits": 4.25}, "3.25": {"bits": 3.25}, "2.25": {"bits": 2.25}}
 
 # Rows (a label and what it adds to the recipe) and columns of each table, and its model.
@@ -138,30 +173,7 @@ TABLES: dict[str, tuple[dict[str, Fields], dict[str, Fields], str]] = {
     "blocks": (BLOCKS, units("block", 14, 29), MODEL),
     "blocks of Mamba-2": (BLOCKS, units("block", 14, 29), MODEL2),
     "mix": ({"exact, repaired (default)": {}}, MIXES, MODEL),
-    "methods of the delta rule": (
-        {name: {"method": name} for name in ("magnitude", "wanda", "sparsegpt")} | {"absorb (default)": {}},
-        {name: DENSITIES[name] for name in ("50 %", "70 %", "2:4")},
-        MODEL3,
-    ),
-    "decays of the delta rule": (
-        {"exact (default)": {"target": "ssm"}, "sparsessm": {"target": "ssm", "method": "sparsessm"}},
-        {name: DENSITIES[name] for name in ("30 %", "50 %")},
-        MODEL3,
-    ),
-    **{
-        f"parts of the delta rule, {where}": (
-            {"sparsegpt": {**alone, "method": "sparsegpt"}, "absorb": alone},
-            {name: DENSITIES[name] for name in ("50 %", "70 %")},
-            MODEL3,
-        )
-        for where, alone in WHERE.items()
-    },
-    "bits of the delta rule": ({"one dial": {"target": "projections"}}, STORED, MODEL3),
-    "grids of the delta rule": (
-        {name: {**LINEAR, "method": name, "sparsity": 0} for name in ("rtn", "gptq")},
-        {f"{width}.25": {"grid": f"int{width}:64"} for width in (4, 3, 2)},
-        MODEL3,
-    ),
+    **{title: table for name in HYBRIDS for title, table in hybrid_tables(name).items()},
     "mix of Mamba-2": ({"exact, repaired (default)": {}}, MIXES, MODEL2),
 }  # fmt: skip
 
