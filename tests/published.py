@@ -12,6 +12,21 @@ from collections.abc import Mapping
 from typing import Any
 
 PUBLISHED: Mapping[str, Mapping[str, Any]] = {
+    # The copy of it that plant-dnamamba quotes; layers and the vocabulary from its pages. The fields of the
+    # original format stand beside those of transformers.
+    "state-spaces/mamba-130m-hf": json.loads(
+        """
+        {"architectures": ["MambaForCausalLM"], "bos_token_id": 0, "conv_kernel": 4, "d_inner": 1536,
+        "d_model": 768, "eos_token_id": 0, "expand": 2, "fused_add_norm": true, "hidden_act": "silu",
+        "hidden_size": 768, "initializer_range": 0.1, "intermediate_size": 1536, "layer_norm_epsilon":
+        1e-05, "model_type": "mamba", "n_layer": 24, "numb_hidden_layers": 24, "num_hidden_layers": 24,
+        "pad_token_id": 0, "pad_vocab_size_multiple": 8, "rescale_prenorm_residual": false,
+        "residual_in_fp32": true, "rms_norm": true, "ssm_cfg": {}, "state_size": 16, "time_step_floor":
+        0.0001, "time_step_init_scheme": "random", "time_step_max": 0.1, "time_step_min": 0.001,
+        "time_step_rank": 48, "time_step_scale": 1.0, "torch_dtype": "float32", "use_bias": false,
+        "use_cache": true, "use_conv_bias": true, "vocab_size": 50280}
+        """
+    ),
     # mlstm_kernels (NX-AI), its benchmark of models on the hub.
     "tiiuae/falcon-mamba-7b": json.loads(
         """
@@ -275,6 +290,7 @@ PUBLISHED: Mapping[str, Mapping[str, Any]] = {
 """By hub id."""
 
 BILLIONS: Mapping[str, float] = {
+    "state-spaces/mamba-130m-hf": 0.13,
     "tiiuae/falcon-mamba-7b": 7.27,
     "mistralai/Mamba-Codestral-7B-v0.1": 7.29,
     "nvidia/Nemotron-H-8B-Base-8K": 8.1,
@@ -291,3 +307,8 @@ BILLIONS: Mapping[str, float] = {
     "ai21labs/AI21-Jamba2-3B": 3,
 }
 """Parameters, as the publishers count them on their pages."""
+
+WRAPPED = {"qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}
+OLDER = ("qwen3_next", "kimi_linear")
+"""The published forms of the delta rule (tests/checkpoint/test_published.py): inside a model for pictures, by
+the type of the whole; and types with older names of fields."""

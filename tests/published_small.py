@@ -60,6 +60,13 @@ _JAMBA = _HEADS | {
     "mamba_dt_rank": 4,
 }
 SMALL: Mapping[str, Mapping[str, Any]] = {
+    "state-spaces/mamba-130m-hf": {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 3,
+        "state_size": 8,
+        "time_step_rank": 4,
+    },
     "tiiuae/falcon-mamba-7b": {
         "hidden_size": 16,
         "intermediate_size": 32,
