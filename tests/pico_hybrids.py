@@ -213,18 +213,22 @@ def pico_hybrid(name: str, **overrides: Any) -> PreTrainedModel:
     config = AutoConfig.for_model(family, **fields)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, **how)
-        with torch.no_grad():
-            for name_, parameter in model.named_parameters():
-                if parameter.ndim < 2 or name_.endswith("A_log"):  # norms, biases, A_log, D
-                    parameter.add_(0.1 * torch.randn_like(parameter))  # away from their regular start values
-                else:  # large enough for every part of a layer to reach the logits
-                    parameter.mul_(4 if "conv1d" in name_ else 8)
-                if name_.endswith("dt_bias"):  # middling steps and slow decay: states that remember
-                    parameter.copy_(0.3 * torch.randn_like(parameter) - 1)
-                elif name_.endswith("A_log") and parameter.ndim == 1:
-                    parameter.sub_(2)
-            for buffer_name, buffer in model.named_buffers():
-                if buffer_name.endswith("e_score_correction_bias"):
-                    buffer.copy_(0.05 * torch.randn_like(buffer))
+        return louder(AutoModelForCausalLM.from_config(config, **how))
+
+
+@torch.no_grad()
+def louder(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model with weights at which every part of a layer reaches the logits, ready to run."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2 or name.endswith("A_log"):  # norms, biases, A_log, D
+            parameter.add_(0.1 * torch.randn_like(parameter))  # away from their regular start values
+        else:
+            parameter.mul_(4 if "conv1d" in name else 8)
+        if name.endswith("dt_bias"):  # middling steps and slow decay: states that remember
+            parameter.copy_(0.3 * torch.randn_like(parameter) - 1)
+        elif name.endswith("A_log") and parameter.ndim == 1:
+            parameter.sub_(2)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.copy_(0.05 * torch.randn_like(buffer))
     return model.eval()

@@ -29,7 +29,7 @@ from sparsessm.pruning import mixes
 from sparsessm.recipe.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 README = PAGES[0].read_text(encoding="utf-8")
 BLOCK = re.compile(r"^```(\w*)\n([\s\S]*?)^```$|((?:^    .*\n)+)", flags=re.MULTILINE)
 HUB = re.compile(r"[\w-]+/[\w.-]+")
@@ -145,10 +145,21 @@ def test_the_tree_names_every_room() -> None:
     assert len(tree.splitlines()) <= 18
 
 
-def test_the_table_of_what_is_supported_is_the_code_s(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tables_of_what_is_supported_are_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`python tools/support_table.py` would change no page."""
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    page = (ROOT / "docs/architectures.md").read_text(encoding="utf-8")
-    assert importlib.import_module("support_table").table() in page
+    tool = importlib.import_module("support_table")
+    pages = dict(tool.pages())
+    families = {*(ROOT / "docs/families").glob("*.md")}
+    assert pages.keys() == families | {ROOT / "README.md", ROOT / "docs/architectures.md"}
+    for page, text in pages.items():
+        assert page.read_text(encoding="utf-8") == text, page
+    assert tool.put("a <!-- x -->old<!-- end of x --> b", "x", "new") == (
+        "a <!-- x -->\nnew\n<!-- end of x --> b"
+    )
+    for wrong in ("no place", "<!-- x --> without an end", "<!-- x --><!-- end of x --><!-- x -->"):
+        with pytest.raises(ValueError, match="must stand on the page once each"):
+            tool.put(wrong, "x", "new")
 
 
 def test_the_recipes_of_the_page_fit_the_built_in_model(tmp_path: Path) -> None:

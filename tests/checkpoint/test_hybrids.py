@@ -111,6 +111,21 @@ def test_there_and_back(tmp_path: Path, name: str, size: str) -> None:
     assert_same_model(stock(tmp_path / "out"), model)
 
 
+@pytest.mark.parametrize("name", ["olmo_hybrid", "kimi_linear"])
+def test_a_convolution_in_parts_may_have_more_channels_than_there_are_tensors(
+    tmp_path: Path, name: str
+) -> None:
+    """Files have one for queries, keys and values each; published models have thousands of channels."""
+    field = {"olmo_hybrid": "linear_key_head_dim", "kimi_linear": "linear_head_dim"}[name]
+    model = pico_hybrid(name, **{field: 64})
+    write(tmp_path / "in", model)
+    assert max(map(len, model.state_dict().values())) > 2 * len(tensors(tmp_path / "in"))
+    came = checkpoint.load(tmp_path / "in")
+    assert_same_model(came.model, model)
+    checkpoint.save(came, tmp_path / "out")
+    assert_same_files(tmp_path / "in", tmp_path / "out")
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_our_shards(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "SHARD_BYTES", 5000)

@@ -109,7 +109,10 @@ def test_more_damping_than_usual_is_said() -> None:
         ("a.mixer.A_log", "A_log"),
         ("a.in_proj.weight", "in_proj"),
         ("a.conv1d.bias", "conv1d"),
+        ("a.experts.down_proj.3", "down_proj"),
+        ("a.shared.q_adapter_list.0.1.weight", "q_adapter_list"),
         ("price", "price"),
+        ("7", "7"),
     ],
 )
 def test_kinds(name: str, kind: str) -> None:

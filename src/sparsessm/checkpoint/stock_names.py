@@ -17,6 +17,10 @@ from transformers import PreTrainedModel
 
 from .tensor_file import Form
 
+_SOME = 9
+"""Rows that tell whether each is a part by itself (an expert), or all together are a few parts: OLMo-Hybrid's
+and Kimi Linear's convolutions have one for queries, keys and values each, however many channels there are."""
+
 
 def in_files(model: PreTrainedModel, name: str, tensor: Tensor) -> dict[str, Tensor]:
     """What the stock writer makes of one tensor of `model.state_dict()`: the parts by their names in a file.
@@ -50,7 +54,7 @@ def held_as(
     room = 2 * len(present)  # more parts than this are not looked for: a config may ask for any number
     for name, tensor in wanted.items():
         small = tensor.ndim < 3 or len(tensor) <= room
-        if name not in present and (small or len(_names(model, name, tensor)) < 2):
+        if name not in present and (small or len(_names(model, name, tensor)) < min(_SOME, len(tensor))):
             found[name] = in_files(model, name, tensor)
             room -= len(found[name])
         else:
@@ -94,5 +98,5 @@ def joined(
 
 
 def _names(model: PreTrainedModel, name: str, tensor: Tensor) -> set[str]:
-    """Names of a tensor's first parts: of a thousand experts two tell enough."""
-    return set(in_files(model, name, tensor[:2] if tensor.ndim else tensor))
+    """Names of a tensor's first parts: of a thousand experts a few tell enough."""
+    return set(in_files(model, name, tensor[:_SOME] if tensor.ndim else tensor))

@@ -368,9 +368,8 @@ def finite(value: Any) -> Any:
 
 def kind_of(parameter: str) -> str:
     """The kind of a tensor by its name: "A_log" of "...mixer.A_log", "in_proj" of "...in_proj.weight",
-    "down_proj" of an expert's "...experts.down_proj.3"."""
-    parts = parameter.split(".")
-    parts = parts[:-1] if parts[-1].isdigit() and len(parts) > 1 else parts
+    "down_proj" of "...experts.down_proj.3", "q_adapter_list" of "...q_adapter_list.0.1.weight"."""
+    parts = [part for part in parameter.split(".") if not part.isdigit()] or [parameter]
     return parts[-2] if parts[-1] in ("weight", "bias") and len(parts) > 1 else parts[-1]
 
 
