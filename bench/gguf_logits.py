@@ -144,6 +144,7 @@ MODELS: Mapping[str, str | Callable[[Path], None]] = {
     "builtin:pycode": "builtin:pycode",
     "builtin:pycode2": "builtin:pycode2",
     "builtin:pydelta": "builtin:pydelta",
+    "builtin:pyhybrid": "builtin:pyhybrid",
     "half of A_log": memoryless,
     "falcon_mamba": random_model("falcon_mamba", **SHAPE, mixer_rms_eps=1e-5),
     "mamba2, 4 groups": random_model("mamba2", **SHAPE, **HEADS),
