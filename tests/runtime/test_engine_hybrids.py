@@ -376,9 +376,10 @@ def test_more_turned_channels_than_a_head_has_and_one_state_twice_are_refused() 
 
 
 @needs_native
-def test_the_trained_model_of_the_delta_rule_says_what_transformers_says() -> None:
+@pytest.mark.parametrize("name", ["pydelta", "pyhybrid"])
+def test_a_trained_model_says_what_transformers_says(name: str) -> None:
     """512 greedy tokens."""
-    folder = Path(sparsessm.__file__).parent / "builtin/pydelta"
+    folder = Path(sparsessm.__file__).parent / "builtin" / name
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     engine, ids, rows = native(model), list(range(3, 20)), []
     state = begun(engine, len(ids) + 512)[0]
