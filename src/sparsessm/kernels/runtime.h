@@ -63,15 +63,25 @@ struct Mamba {
     int64_t conv_state, scan_state; // floats from the beginning of a sequence's state
 };
 
+// A matrix that reads what a narrow one makes of the stream, or without that the stream.
+struct Narrowed {
+    std::shared_ptr<const Matrix> matrix, narrow;
+
+    int64_t low() const { return narrow ? narrow->rows : 0; }
+};
+
 // A mixer of the gated delta rule: G groups of queries and keys of K channels, H heads with values of P channels, whose
 // states (K, P) follow each other. A head whose decay is zero has none.
 struct Delta {
     std::vector<std::shared_ptr<const Matrix>> mixed; // queries, keys and values, one behind the other
-    std::shared_ptr<const Matrix> gate, step, beta;   // (H P), (H), (H)
+    Narrowed gate, step;                              // (H P), (H) or (H K)
+    std::shared_ptr<const Matrix> beta;               // (H)
     Linear out;
     int64_t groups, keys, heads, channels, taps, mixed_rows; // mixed_rows: 2 G K + H P
     std::vector<float> conv;       // (taps, mixed_rows)
-    std::vector<float> A, dt_bias; // (H)
+    std::vector<float> A, dt_bias; // (H), (step's rows)
+    bool by_channel = false;       // each channel of a key has a step of its own, and so a decay (Kimi, arXiv 2510.26692)
+    bool sigmoid = false;          // what the norm gives is multiplied by sigmoid(gate), else by silu(gate)
     std::vector<float> norm;       // (P), of each head
     float epsilon, most;           // of it; the largest share of a correction that is written
     std::vector<int64_t> places;   // of each head among those with a state, -1 without
@@ -79,9 +89,9 @@ struct Delta {
     int64_t conv_state = 0, rule_state = 0; // floats from the beginning of a sequence's state
 };
 
-// Keys and values of KEPT tokens lie together: for each head of keys (width, KEPT), then for each (KEPT, width) of
-// values. So a query meets KEPT keys lane by lane, and nothing is summed across lanes. Where they lie in a block of a
-// sequence's state says `place`; another way to store them is another block.
+// What KEPT tokens leave lies together, channel by channel: for each head of keys (width, KEPT), then the same of values.
+// So a query meets KEPT keys lane by lane, and nothing is summed across lanes before its end. Where they lie in a block
+// of a sequence's state says `place`.
 constexpr int KEPT = 64;
 struct Attention {
     Linear q, k, v, o;
@@ -95,6 +105,21 @@ struct Attention {
     int64_t place = 0;            // floats from the beginning of a block
 
     int64_t floats() const { return 2 * shared * width * KEPT; } // of a block
+};
+
+// Latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1) without positions. A token leaves one row of R numbers, of
+// which matrices of each head make keys and values, and S channels that the keys of all heads have in common. What is
+// kept is that row: a head's query goes through its matrix of keys instead, and what it gathers through that of values.
+struct Latent {
+    Linear narrow, q; // (rank of queries), (H (N + S)): of each head N channels that meet the row, then S; narrow may be none
+    Linear row, o;    // (R + S); (d_model, H P)
+    std::vector<float> q_norm, norm; // of narrow's output, of the R numbers
+    std::vector<std::shared_ptr<const Matrix>> keys, values; // of each head: (R, N), (P, R)
+    int64_t heads, rank, common, own, width; // H, R, S, N, P
+    float scale, epsilon; // of the scores; of the norms
+    int64_t place = 0;    // floats from the beginning of a block: the row (R, KEPT), then (S, KEPT)
+
+    int64_t floats() const { return (rank + common) * KEPT; } // of a block
 };
 
 enum class Curve : uint8_t { silu, gelu, relu2 };
@@ -126,7 +151,7 @@ struct Part {
     std::vector<float> after; // of a norm of what it gives; empty: there is none
     bool beside = false;     // what it gives does not go to the stream, but replaces what is beside it
     float scale = 1;         // of what is added to the stream
-    std::variant<Mamba, Delta, Attention, Mlp, Experts, Linear> what;
+    std::variant<Mamba, Delta, Attention, Latent, Mlp, Experts, Linear> what;
     size_t share = 0;        // where in Step::shares its matrices begin
 };
 

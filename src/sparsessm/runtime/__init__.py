@@ -6,7 +6,8 @@ Place in the flow: after everything that prunes, above `checkpoint/` and `kernel
     reference.py    the definition, in plain PyTorch, with reference_parts.py
     families.py     what a stock model consists of: plan.py
     engine.py       the same in native code, from encoded tensors (weights.py)
-    part.py         a part of a layer of it; kinds: mamba1.py and mamba2.py (mixer.py), attention.py, mlp.py
+    part.py         a part of a layer of it; kinds: mamba1.py and mamba2.py (mixer.py), delta.py,
+                    attention.py, latent.py, mlp.py
     keys.py         where keys and values lie in a state, and how it grows
     sampling.py     logits -> the next token
     text.py         tokens -> text, piece by piece

@@ -26,7 +26,7 @@ class Attention(Part):
         at: floats of a block of keys and values that are other parts'.
     """
 
-    ORDER = "tokens; blocks of 64: layer, [keys (heads, channels, 64); values (heads, 64, channels)]"
+    ORDER = "tokens; blocks of 64: layer, [keys (heads, channels, 64); values alike]"
 
     def __init__(
         self, told: plan.Attention, products: Products, place: Place, at: int, whole: plan.Plan

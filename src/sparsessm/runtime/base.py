@@ -79,6 +79,12 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
         *("conv_kernel", "time_step_min", "layer_norm_epsilon", "layers_block_type", "moe_latent_size"),
         *("num_experts_per_tok", "n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor"),
     ),
+    "kimi_linear": (
+        *(*_HYBRID, "layer_types", "mlp_layer_types", "hidden_act", "rms_norm_eps", "linear_head_dim"),
+        *("linear_num_heads", "linear_conv_kernel_dim", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim"),
+        *("qk_rope_head_dim", "v_head_dim", "num_experts_per_tok", "n_group", "topk_group"),
+        *("norm_topk_prob", "routed_scaling_factor"),
+    ),
     "olmo_hybrid": (*_HYBRID, *_DELTA, "linear_allow_neg_eigval"),
     "qwen3_5_text": (*_HYBRID, *_DELTA, "head_dim"),
     "qwen3_5_moe_text": (*_HYBRID, *_DELTA, "head_dim", "num_experts_per_tok"),

@@ -22,6 +22,7 @@ from sparsessm.runtime.base import joined, trace
 from sparsessm.runtime.delta import Delta
 from sparsessm.runtime.families import plan_of
 from sparsessm.runtime.keys import Keys
+from sparsessm.runtime.latent import Latent
 from sparsessm.runtime.mamba1 import Mamba1
 from sparsessm.runtime.mamba2 import Mamba2
 from sparsessm.runtime.mixer import Mixer
@@ -98,7 +99,7 @@ class NativeEngine:
         assert self.keys.block == sum(part.block for part in self._parts)
         orders = dict.fromkeys(MIXERS[mixer.dual].ORDER for mixer in told.mixers)
         orders |= {Delta.ORDER: None} if any(isinstance(part, Delta) for part in self._parts) else {}
-        orders |= {Attention.ORDER: None} if self.keys.block else {}
+        orders |= {part.ORDER: None for part in self._parts if isinstance(part, (Attention, Latent))}
         self.layout = joined(config, tensors.traces(), "; ".join(orders))
 
     @property
@@ -204,6 +205,8 @@ def _parts(told: Plan, tensors: Traced) -> Iterator[Part]:
             part = Delta(what, products, whole, place)
         elif isinstance(what, plan.Attention):
             part = Attention(what, products, place, at, told)
+        elif isinstance(what, plan.Latent):
+            part = Latent(what, products, whole, place, at)
         elif isinstance(what, plan.Mlp):
             part = Mlp(what, products, place)
         elif isinstance(what, plan.Experts):

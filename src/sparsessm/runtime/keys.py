@@ -4,7 +4,7 @@ Place in the flow: below the parts of a layer and the engines, which ask it for 
 is one row of floats: what mixers carry, which has one size; of a model with attention then the number of
 tokens that were read, and blocks of `BLOCK` tokens, each with what all layers' attention keeps of them. So a
 state grows by floats behind it, and is kept, copied and saved as before. Values are float32; another form of
-them would be another size of `block`, and of what attention.py and attention_impl.h write into it.
+them would be another size of `block`, and of what attention.py, latent.py and attention_impl.h write into it.
 """
 
 from __future__ import annotations
@@ -145,20 +145,24 @@ class Reading:
         """Add those of the piece, (L, heads, width) each, to a layer's.
 
         Args:
-            place: floats before the layer's in a block: keys (heads, width, BLOCK), values
-                (heads, BLOCK, width).
+            place: floats before the layer's in a block: keys (heads, width, BLOCK), then values alike.
 
         Returns:
             all so far, (heads, start + L, width) each.
         """
-        _, heads, width = keys.shape
-        size = heads * width * BLOCK
-        own = self.blocks[:, place : place + 2 * size]
-        of_keys, of_values = own[:, :size].unflatten(1, (heads, width, BLOCK)), own[:, size:]
-        of_values = of_values.unflatten(1, (heads, BLOCK, width))
+        return self.add(place, keys), self.add(place + keys[0].numel() * BLOCK, values)
+
+    def add(self, place: int, entering: Tensor) -> Tensor:
+        """Add what each token of the piece leaves, (L, heads, width).
+
+        Args:
+            place: floats before it in a block: (heads, width, BLOCK).
+
+        Returns:
+            all so far, (heads, start + L, width).
+        """
+        _, heads, width = entering.shape
+        own = self.blocks[:, place : place + heads * width * BLOCK].unflatten(1, (heads, width, BLOCK))
         at = torch.arange(self.start, self.start + self.length)
-        of_keys[at // BLOCK, :, :, at % BLOCK] = keys
-        of_values[at // BLOCK, :, at % BLOCK] = values
-        count = self.start + self.length
-        known = of_keys.permute(1, 0, 3, 2).flatten(1, 2)[:, :count]
-        return known, of_values.transpose(0, 1).flatten(1, 2)[:, :count]
+        own[at // BLOCK, :, :, at % BLOCK] = entering
+        return own.permute(1, 0, 3, 2).flatten(1, 2)[:, : self.start + self.length]

@@ -32,13 +32,13 @@ from sparsessm.runtime.base import (
 )
 from sparsessm.runtime.families import plan_of
 from sparsessm.runtime.keys import BLOCK, Keys
-from sparsessm.runtime.plan import Attention, Delta, Experts, Mamba, Mlp
+from sparsessm.runtime.plan import Attention, Delta, Experts, Latent, Mamba, Mlp
 
 SLAB = 512  # tokens of a prompt that are in memory together
 ORDER = "layer, [inputs of the convolution (K-1, D), oldest first; scan (D, N)]"
 ORDER2 = "layer, [inputs of the convolution (K-1, D + 2GN), oldest first; scan (H, P, N)]"
 ORDER_OF_DELTA = "layer, [inputs of the convolution (K-1, 2GK + HP), oldest first; states (H, K, P)]"
-ORDER_OF_KEYS = "tokens; blocks of 64: token, layer, [keys (heads, width); values (heads, width)]"
+ORDER_OF_KEYS = "tokens; blocks of 64: token, layer, [keys (heads, width); values (heads, width)] or row"
 
 
 class ReferenceEngine:
@@ -76,8 +76,8 @@ class ReferenceEngine:
                 taps = self._of(mixer, "conv1d.weight")
                 inner = heads(mixer.config).inner if mixer.dual else len(taps)
                 self._sizes += [(taps.shape[-1] - 1) * len(taps), inner * self._states(mixer)]
-        self._attention = [part.what for part in told.parts if isinstance(part.what, Attention)]
-        per_token = sum(2 * what.shared * what.width for what in self._attention)
+        self._per_token = [size for part in told.parts if (size := _kept(part.what))]
+        per_token = sum(self._per_token)
         self.vocabulary = int(config.vocab_size)
         self.state_size = sum(self._sizes) + bool(per_token)
         self.keys = Keys(self.state_size, per_token * BLOCK)
@@ -148,9 +148,8 @@ class ReferenceEngine:
         embedded = F.embedding(tokens, self._weights[told.embedding]) * told.embedding_scale
         hidden, beside, x = embedded, embedded, embedded
         mixing = iter(state[: sum(self._sizes)].split(self._sizes))
-        per_token = [2 * what.shared * what.width for what in self._attention]
-        behind = state[self.keys.fixed :]  # nothing, where there is no attention
-        kept = iter(behind.view(-1, sum(per_token)).split(per_token, -1) if per_token else ())
+        behind, each = state[self.keys.fixed :], self._per_token  # nothing, where there is no attention
+        kept = iter(behind.view(-1, sum(each)).split(each, -1) if each else ())
         for part in told.parts:
             sources = {"stream": hidden, "side": beside, "sum": hidden + beside, "before": x}
             x = torch.cat([hidden, embedded], -1) if part.reads == "both" else sources[part.reads]
@@ -164,6 +163,8 @@ class ReferenceEngine:
                 own = next(kept).unflatten(-1, (2, what.shared, what.width))
                 turning = told.angles, told.turned
                 out = parts.attention(self._weights, what, *turning, x, own, start, self._named)
+            elif isinstance(what, Latent):
+                out = parts.latent(self._weights, what, x, next(kept), start)
             elif isinstance(what, Delta):
                 out = parts.delta(self._weights, what, x, next(mixing), next(mixing))
             elif isinstance(what, Mlp):
@@ -252,6 +253,13 @@ class ReferenceEngine:
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return F.linear(self._named(hidden, self._plan.norm), self._head) * self._plan.logit_scale
+
+
+def _kept(what: Any) -> int:
+    """Numbers that a token leaves in a part."""
+    if isinstance(what, Attention):
+        return 2 * what.shared * what.width
+    return what.kept if isinstance(what, Latent) else 0
 
 
 def _checked(config: Any, weights: Mapping[str, Tensor]) -> Iterable[str]:
