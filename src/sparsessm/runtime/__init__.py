@@ -71,10 +71,12 @@ def _loaded(
     from sparsessm.checkpoint import open_checkpoint, packed, tokenizing
     from sparsessm.checkpoint.shelf import give_back
 
-    from .base import refuse_type
+    from .base import refuse_type, refuse_window
 
     opened = open_checkpoint(path)
     refuse_type(opened.model_type)  # before gigabytes are read
+    told = opened.fields  # a field that transformers does not know is not in its configuration
+    refuse_window(told.get("sliding_window"), told.get("use_sliding_window"))
     found = packed.stream(opened)
     words = found.tokenizer(tokenizer)
     model = _model(found, words, threads)

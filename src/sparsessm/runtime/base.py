@@ -95,6 +95,7 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
         *("use_mem_rope", "rope_parameters", "use_shared_attention_adapter"),
     ),
 }
+_KINDS = {"attention", "full_attention", "hybrid", "linear_attention", "mamba", "mlp", "moe"}
 PURE = ("mamba", "falcon_mamba", "mamba2")  # which consist of mixers alone
 _SAMPLES = 64  # values of a tensor that go into a fingerprint as they are
 _PART = 1 << 20  # values that are added up at once
@@ -204,6 +205,34 @@ def refuse_type(kind: str) -> None:
     if kind not in FIELDS:
         known = ", ".join(sorted(FIELDS))
         raise ValueError(f"the runtime does not run model type {kind!r}; supported: {known}")
+
+
+def refuse_window(window: Any, used: Any = None) -> None:
+    """Check that attention sees the whole text: the engines know no window.
+
+    transformers computes none for the families here either, though NemotronH's configuration has the field.
+
+    Args:
+        window, used: what a configuration says as `sliding_window` and `use_sliding_window`.
+
+    Raises:
+        ValueError: there is a window.
+    """
+    if window is not None and used is not False:
+        raise ValueError(f"sliding_window is {window!r}; allowed: null, as the runtime attends to the whole text")
+
+
+def refuse_windows(config: Any) -> None:
+    """The same of a configuration of transformers, and of the kinds of its layers.
+
+    Raises:
+        ValueError: a window, or a layer of a kind that is not known.
+    """
+    refuse_window(optional(config, "sliding_window"), optional(config, "use_sliding_window"))
+    for name in ("layer_types", "layers_block_type"):
+        for kind in optional(config, name) or ():
+            if kind not in _KINDS:
+                raise ValueError(f"{name} has {kind!r}; supported: {', '.join(sorted(_KINDS))}")
 
 
 def described(config: Any) -> dict[str, Any]:

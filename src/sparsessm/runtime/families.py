@@ -12,7 +12,7 @@ from typing import Any
 
 from sparsessm.architectures.attention import frequencies
 from sparsessm.runtime import usual
-from sparsessm.runtime.base import model_type
+from sparsessm.runtime.base import model_type, refuse_windows
 from sparsessm.runtime.families_delta import kimi, olmo, qwen
 from sparsessm.runtime.plan import Attention, Experts, Mamba, Mlp, Plain, Plan, Planned, Product
 
@@ -24,8 +24,9 @@ def plan_of(config: Any) -> Plan:
         config: of a model type of `base.FIELDS`, checked by `base.refuse_unsupported`.
 
     Raises:
-        ValueError: positions of a kind that does not run here.
+        ValueError: positions of a kind that does not run here, attention that sees a window of the text.
     """
+    refuse_windows(config)
     return FAMILIES[model_type(config)](config)
 
 
