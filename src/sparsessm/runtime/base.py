@@ -219,7 +219,9 @@ def refuse_window(window: Any, used: Any = None) -> None:
         ValueError: there is a window.
     """
     if window is not None and used is not False:
-        raise ValueError(f"sliding_window is {window!r}; allowed: null, as the runtime attends to the whole text")
+        raise ValueError(
+            f"sliding_window is {window!r}; allowed: null, as the runtime attends to the whole text"
+        )
 
 
 def refuse_windows(config: Any) -> None:
