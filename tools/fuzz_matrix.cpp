@@ -443,7 +443,7 @@ void others(Draws &s, Network &net, std::vector<std::unique_ptr<Guarded>> &keep,
         return m;
     };
     const int64_t width = s.pick<int64_t>({1, 2, 5, 16, 20, 40});
-    net.turns = numbers(s.below(static_cast<int>(width / 2 + 1)));
+    net.turns = numbers(s.below(static_cast<int>(width / 2 + 1))), net.int8 = s.below(2);
     bool side = false;
     int64_t reads = 0;
     for (int count = s.below(4); count > 0; --count) {
@@ -467,7 +467,7 @@ void others(Draws &s, Network &net, std::vector<std::unique_ptr<Guarded>> &keep,
             a.norm_whole = s.below(2);
             if (s.below(2)) a.q_norm = numbers((a.norm_whole ? a.heads : 1) * width);
             if (s.below(2)) a.k_norm = numbers((a.norm_whole ? a.shared : 1) * width);
-            a.rotary = s.below(2), a.place = net.block, net.block += a.floats();
+            a.rotary = s.below(2), a.place = net.block, net.block += a.floats(net.int8);
             part.what = std::move(a);
         } else if (kind == 1) {
             part.what = mlp(1 + s.below(70), s.below(2), reads, d);
@@ -482,8 +482,8 @@ void others(Draws &s, Network &net, std::vector<std::unique_ptr<Guarded>> &keep,
             e.choice = s.pick<Choice>({Choice::softmax, Choice::softmax_of_chosen, Choice::sigmoid});
             e.groups = groups, e.chosen_groups = 1 + s.below(static_cast<int>(groups));
             e.chosen = 1 + s.below(static_cast<int>(many / groups * e.chosen_groups)), e.normalised = s.below(2);
-            if (!latent && reads != d) continue; // what experts read and give has one width
-            part.what = std::move(e);
+            if (latent || reads == d) part.what = std::move(e);
+            else part.what = linear(d, reads); // what experts read and give has one width
         } else if (kind == 3 && reads == d) {
             Delta m;
             m.groups = 1 + s.below(3), m.heads = m.groups * (1 + s.below(3)), m.keys = 1 + s.below(20);
@@ -522,7 +522,7 @@ void others(Draws &s, Network &net, std::vector<std::unique_ptr<Guarded>> &keep,
                 m.keys.push_back(random_matrix(s, m.rank, m.own, keep));
                 m.values.push_back(random_matrix(s, m.width, m.rank, keep));
             }
-            m.place = net.block, net.block += m.floats();
+            m.place = net.block, net.block += m.floats(net.int8);
             part.what = std::move(m);
         } else {
             part.what = linear(d, reads);

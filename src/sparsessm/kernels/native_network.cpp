@@ -347,6 +347,7 @@ Network network(const nb::dict &sizes, const std::vector<nb::dict> &parts, const
         net.turns.assign(turns.data(), turns.data() + turns.shape(0));
         net.turned = number(rest, "turned", 1);
     }
+    net.int8 = rest.contains("int8") && nb::cast<bool>(rest["int8"]);
     int64_t reads = 0;
     bool side = false;
     for (const nb::dict &fields : parts) {
@@ -381,12 +382,12 @@ Network network(const nb::dict &sizes, const std::vector<nb::dict> &parts, const
         } else if (kind == "attention") {
             Attention a = attention(fields, net, reads);
             a.place = net.block;
-            net.block += a.floats();
+            net.block += a.floats(net.int8);
             part.what = std::move(a);
         } else if (kind == "latent") {
             Latent m = latent(fields, net, reads);
             m.place = net.block;
-            net.block += m.floats();
+            net.block += m.floats(net.int8);
             part.what = std::move(m);
         } else if (kind == "mlp") {
             part.what = mlp(fields, reads, net.width);

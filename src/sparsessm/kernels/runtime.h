@@ -93,6 +93,14 @@ struct Delta {
 // So a query meets KEPT keys lane by lane, and nothing is summed across lanes before its end. Where they lie in a block
 // of a sequence's state says `place`.
 constexpr int KEPT = 64;
+// Of what a head keeps in a block: (width, KEPT) numbers, or as many bytes and behind them a scale for each token. Four
+// bytes are a float in the state: token t of a channel is byte t / 16 of word t % 16. Byte 3 changed by 0x7f and the word
+// turned right by one, no float is an infinity or NaN: bytes are -127 to 127, and the one that would be the largest exponent
+// is -128.
+constexpr int KEPT_WORDS = KEPT / 4;
+constexpr uint32_t NO_EXPONENT = 0x7f000000;
+inline int64_t kept_floats(int64_t width, bool int8) { return int8 ? width * KEPT_WORDS + KEPT : width * KEPT; }
+
 struct Attention {
     Linear q, k, v, o;
     int64_t heads, shared, width; // of queries; of keys and values; channels of one
@@ -104,7 +112,7 @@ struct Attention {
     bool norm_whole = false;
     int64_t place = 0;            // floats from the beginning of a block
 
-    int64_t floats() const { return 2 * shared * width * KEPT; } // of a block
+    int64_t floats(bool int8) const { return 2 * shared * kept_floats(width, int8); } // of a block
 };
 
 // Latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1) without positions. A token leaves one row of R numbers, of
@@ -117,9 +125,9 @@ struct Latent {
     std::vector<std::shared_ptr<const Matrix>> keys, values; // of each head: (R, N), (P, R)
     int64_t heads, rank, common, own, width; // H, R, S, N, P
     float scale, epsilon; // of the scores; of the norms
-    int64_t place = 0;    // floats from the beginning of a block: the row (R, KEPT), then (S, KEPT)
+    int64_t place = 0;    // floats from the beginning of a block: of the row R channels, then S
 
-    int64_t floats() const { return (rank + common) * KEPT; } // of a block
+    int64_t floats(bool int8) const { return kept_floats(rank, int8) + kept_floats(common, int8); } // of a block
 };
 
 enum class Curve : uint8_t { silu, gelu, relu2 };
@@ -168,6 +176,7 @@ struct Network {
     float turned = 1;         // factor of what is turned
     // Behind the state of a sequence are blocks of keys and values; the last float before them says of how many tokens.
     int64_t block = 0; // floats; 0: there are none
+    bool int8 = false; // keys and values are bytes
     static constexpr float MOST = 16777216; // tokens, which a float counts
 };
 

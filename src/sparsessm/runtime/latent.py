@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from sparsessm.kernels.matrix import Matrix
 from sparsessm.runtime import plan
-from sparsessm.runtime.keys import BLOCK, Reading
+from sparsessm.runtime.keys import Reading, floats_of
 from sparsessm.runtime.part import Linear, Part, Place, Products, native_of
 from sparsessm.runtime.weights import Weights, matrices
 
@@ -30,12 +30,18 @@ class Latent(Part):
         at: floats of a block that are other parts'.
     """
 
-    ORDER = "tokens; blocks of 64: layer, row (channels, 64)"
+    ORDER = "tokens; blocks of 64: layer, numbers (channels, 64), common (channels, 64)"
 
     def __init__(
-        self, told: plan.Latent, products: Products, weights: Weights, place: Place, at: int
+        self,
+        told: plan.Latent,
+        products: Products,
+        weights: Weights,
+        place: Place,
+        at: int,
+        int8: bool = False,
     ) -> None:
-        """weights: by full names."""
+        """weights: by full names. int8: as of `Keys`; numbers and common channels then have a scale each."""
         super().__init__(place)
         self._told, self.at = told, at
         self._narrow = None if told.narrow is None else products.one(told.narrow)
@@ -48,7 +54,8 @@ class Latent(Part):
         # Matrices are stored by rows; these are read by columns, so that each has a copy of its own.
         whole = _exact(stored.decode(torch.float32))
         self._keys = [Matrix.dense(whole[own[: told.own]].T.contiguous()) for own in rows]
-        self.block = told.kept * BLOCK
+        self._numbers = floats_of(told.rank, int8)
+        self.block = self._numbers + floats_of(told.common, int8)
 
     def read(self, x: Tensor, state: Tensor, kept: Reading | None = None) -> Tensor:
         """As `Part.read`."""
@@ -59,8 +66,9 @@ class Latent(Part):
         else:
             q = self._q(x)
         numbers, common = self._row(x).split([told.rank, told.common], -1)
-        rows = torch.cat([_normed(numbers, self._norm, told.epsilon), common], -1)
-        (known,) = kept.add(self.at, rows[:, None])  # (T, rank + common)
+        (numbers,) = kept.add(self.at, _normed(numbers, self._norm, told.epsilon)[:, None])
+        (common,) = kept.add(self.at + self._numbers, common[:, None])
+        known = torch.cat([numbers, common], -1)  # (T, rank + common)
         own, common = q.unflatten(-1, (told.heads, -1)).split([told.own, told.common], -1)
         through = [matrix.linear(own[:, h].contiguous()) for h, matrix in enumerate(self._keys)]
         queries = torch.cat([torch.stack(through), common.transpose(0, 1)], -1)  # (heads, L, rank + common)

@@ -31,7 +31,7 @@ from sparsessm.runtime.base import (
     scan_shapes,
 )
 from sparsessm.runtime.families import plan_of
-from sparsessm.runtime.keys import BLOCK, Keys
+from sparsessm.runtime.keys import BLOCK, Keys, checked_form
 from sparsessm.runtime.plan import Attention, Delta, Experts, Latent, Mamba, Mlp
 
 SLAB = 512  # tokens of a prompt that are in memory together
@@ -50,18 +50,21 @@ class ReferenceEngine:
     number of tokens follows, and of each token all layers' keys and values (layer, 2, heads, width).
     """
 
-    def __init__(self, config: Any, weights: Mapping[str, Tensor]) -> None:
+    def __init__(self, config: Any, weights: Mapping[str, Tensor], keys: str = "float32") -> None:
         """Take the weights of a stock model.
 
         Args:
             config: a configuration of transformers of a type of `base.FIELDS`, or alike.
             weights: tensors of any floating dtype under the names of the stock model's `state_dict()`;
                 `lm_head.weight` may be missing where it is tied to the embedding.
+            keys: a form of `keys.FORMS`; "int8" is rounded as in native code, but held in float32.
 
         Raises:
             ValueError: as `refuse_unsupported`; a tensor that is missing or of a wrong shape.
         """
         refuse_unsupported(config)
+        int8 = checked_form(keys) == "int8"
+        self._held = parts.rounded if int8 else _same
         self._plan = told = plan_of(config)
         shapes = _checked(config, weights)
         self._weights = {name: weights[name].detach().to("cpu", torch.float32) for name in shapes}
@@ -85,6 +88,7 @@ class ReferenceEngine:
         if any(isinstance(part.what, Delta) for part in told.parts):
             orders |= {ORDER_OF_DELTA: None}
         orders |= {ORDER_OF_KEYS: None} if per_token else {}
+        orders |= {"int8": None} if per_token and int8 else {}
         self.layout = fingerprint(config, self._weights, "; ".join(orders))
 
     def _of(self, mixer: Mamba, name: str) -> Tensor:
@@ -162,9 +166,9 @@ class ReferenceEngine:
             elif isinstance(what, Attention):
                 own = next(kept).unflatten(-1, (2, what.shared, what.width))
                 turning = told.angles, told.turned
-                out = parts.attention(self._weights, what, *turning, x, own, start, self._named)
+                out = parts.attention(self._weights, what, *turning, x, own, start, self._named, self._held)
             elif isinstance(what, Latent):
-                out = parts.latent(self._weights, what, x, next(kept), start)
+                out = parts.latent(self._weights, what, x, next(kept), start, self._held)
             elif isinstance(what, Delta):
                 out = parts.delta(self._weights, what, x, next(mixing), next(mixing))
             elif isinstance(what, Mlp):
@@ -253,6 +257,10 @@ class ReferenceEngine:
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return F.linear(self._named(hidden, self._plan.norm), self._head) * self._plan.logit_scale
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
 
 
 def _kept(what: Any) -> int:

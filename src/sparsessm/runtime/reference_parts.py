@@ -50,6 +50,7 @@ def attention(
     kept: Tensor,
     start: int,
     norm: Callable[[Tensor, str], Tensor],
+    held: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """Causal attention of tokens that come after `start` others.
 
@@ -57,6 +58,7 @@ def attention(
         angles: radians a token of each pair of channels. factor: of what they turn.
         norm: of vectors, by the name of its weight.
         kept: (tokens, 2, shared, width) keys and values of all tokens, filled in from `start` on.
+        held: what is left of vectors where they are kept.
     """
     q, gate = linear(tensors, told.q, x).unflatten(-1, (told.heads, -1)) * told.q.scale, None
     if told.gated:
@@ -74,7 +76,7 @@ def attention(
         if told.rotary:
             assert angles is not None
             now, k[t] = (turned(head, (start + t) * angles, factor) for head in (now, k[t]))
-        kept[start + t, 0], kept[start + t, 1] = k[t], v[t]
+        kept[start + t, 0], kept[start + t, 1] = held(k[t]), held(v[t])
         keys, values = (
             kept[: start + t + 1, i].repeat_interleave(told.heads // told.shared, 1) for i in (0, 1)
         )
@@ -117,12 +119,20 @@ def delta(tensors: Tensors, told: Delta, x: Tensor, conv: Tensor, rule: Tensor) 
     return linear(tensors, told.out, (y * gate).flatten(1))
 
 
-def latent(tensors: Tensors, told: Latent, x: Tensor, kept: Tensor, start: int) -> Tensor:
+def latent(
+    tensors: Tensors,
+    told: Latent,
+    x: Tensor,
+    kept: Tensor,
+    start: int,
+    held: Callable[[Tensor], Tensor],
+) -> Tensor:
     """(L, in) -> (L, in) by latent attention of tokens that come after `start` others.
 
     Args:
         kept: (tokens, rank + common) rows of all tokens, filled in from `start` on. The keys and values of
             all heads are made of them for each token anew.
+        held: as of `attention`.
     """
 
     def normed(row: Tensor, name: str) -> Tensor:
@@ -131,7 +141,7 @@ def latent(tensors: Tensors, told: Latent, x: Tensor, kept: Tensor, start: int) 
     narrow = x if told.narrow is None else normed(linear(tensors, told.narrow, x), told.q_norm)
     q, rows = linear(tensors, told.q, narrow).unflatten(-1, (told.heads, -1)), []
     numbers, common = linear(tensors, told.row, x).split([told.rank, told.common], -1)
-    kept[start : start + len(x)] = torch.cat([normed(numbers, told.norm), common], -1)
+    kept[start : start + len(x)] = torch.cat([held(normed(numbers, told.norm)), held(common)], -1)
     for t in range(len(x)):
         numbers, common = kept[: start + t + 1].split([told.rank, told.common], -1)
         both = linear(tensors, told.wide, numbers).unflatten(-1, (told.heads, -1))
@@ -140,6 +150,12 @@ def latent(tensors: Tensors, told: Latent, x: Tensor, kept: Tensor, start: int) 
         weights = torch.softmax(torch.einsum("hc,thc->ht", q[t], keys) * told.scale, -1)
         rows.append(torch.einsum("ht,thc->hc", weights, values).flatten())
     return linear(tensors, told.o, torch.stack(rows))
+
+
+def rounded(x: Tensor) -> Tensor:
+    """(..., width) to 255 values, the largest magnitude of each vector the last of them."""
+    unit = x.abs().amax(-1, keepdim=True) / 127
+    return torch.where(unit > 1e-30 / 127, (x / unit).round() * unit, 0 * x)
 
 
 def turned(x: Tensor, angles: Tensor, factor: float) -> Tensor:
