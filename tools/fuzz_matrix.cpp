@@ -443,7 +443,7 @@ void others(Draws &s, Network &net, std::vector<std::unique_ptr<Guarded>> &keep,
         return m;
     };
     const int64_t width = s.pick<int64_t>({1, 2, 5, 16, 20, 40});
-    net.turns = numbers(s.below(static_cast<int>(width / 2 + 1)));
+    net.turns = numbers(s.below(static_cast<int>(width / 2 + 1))), net.int8 = s.below(2);
     bool side = false;
     int64_t reads = 0;
     for (int count = s.below(4); count > 0; --count) {
@@ -457,7 +457,7 @@ void others(Draws &s, Network &net, std::vector<std::unique_ptr<Guarded>> &keep,
         part.beside = s.below(3) == 0, part.scale = 0.5f;
         if (!part.beside && s.below(4) == 0) part.after = numbers(d);
         side = side || part.beside;
-        const int kind = s.below(5);
+        const int kind = s.below(6);
         if (kind == 0) {
             Attention a;
             a.shared = 1 + s.below(3), a.heads = a.shared * (1 + s.below(3)), a.width = width, a.scale = 0.3f;
@@ -467,7 +467,7 @@ void others(Draws &s, Network &net, std::vector<std::unique_ptr<Guarded>> &keep,
             a.norm_whole = s.below(2);
             if (s.below(2)) a.q_norm = numbers((a.norm_whole ? a.heads : 1) * width);
             if (s.below(2)) a.k_norm = numbers((a.norm_whole ? a.shared : 1) * width);
-            a.rotary = s.below(2), a.place = net.block, net.block += a.floats();
+            a.rotary = s.below(2), a.place = net.block, net.block += a.floats(net.int8);
             part.what = std::move(a);
         } else if (kind == 1) {
             part.what = mlp(1 + s.below(70), s.below(2), reads, d);
@@ -482,8 +482,8 @@ void others(Draws &s, Network &net, std::vector<std::unique_ptr<Guarded>> &keep,
             e.choice = s.pick<Choice>({Choice::softmax, Choice::softmax_of_chosen, Choice::sigmoid});
             e.groups = groups, e.chosen_groups = 1 + s.below(static_cast<int>(groups));
             e.chosen = 1 + s.below(static_cast<int>(many / groups * e.chosen_groups)), e.normalised = s.below(2);
-            if (!latent && reads != d) continue; // what experts read and give has one width
-            part.what = std::move(e);
+            if (latent || reads == d) part.what = std::move(e);
+            else part.what = linear(d, reads); // what experts read and give has one width
         } else if (kind == 3 && reads == d) {
             Delta m;
             m.groups = 1 + s.below(3), m.heads = m.groups * (1 + s.below(3)), m.keys = 1 + s.below(20);
@@ -493,13 +493,36 @@ void others(Draws &s, Network &net, std::vector<std::unique_ptr<Guarded>> &keep,
             std::vector<int64_t> apart{m.mixed_rows};
             if (s.below(2)) apart = {of_keys, of_keys, of_values};
             for (const int64_t count : apart) m.mixed.push_back(random_matrix(s, count, d, keep));
-            m.gate = random_matrix(s, of_values, d, keep), m.out = linear(d, of_values);
-            m.step = random_matrix(s, m.heads, d, keep), m.beta = random_matrix(s, m.heads, d, keep);
-            m.conv = numbers(m.taps * m.mixed_rows), m.dt_bias = numbers(m.heads), m.norm = numbers(m.channels);
+            const auto narrowed = [&](int64_t rows) {
+                Narrowed n;
+                if (s.below(2)) n.narrow = random_matrix(s, 1 + s.below(20), d, keep);
+                n.matrix = random_matrix(s, rows, n.narrow ? n.low() : d, keep);
+                return n;
+            };
+            m.by_channel = s.below(2), m.sigmoid = s.below(2);
+            m.gate = narrowed(of_values), m.step = narrowed(m.heads * (m.by_channel ? m.keys : 1));
+            m.out = linear(d, of_values), m.beta = random_matrix(s, m.heads, d, keep);
+            m.conv = numbers(m.taps * m.mixed_rows), m.norm = numbers(m.channels);
+            m.dt_bias = numbers(m.step.matrix->rows);
             m.A.assign(m.heads, -0.5f), m.epsilon = net.epsilon, m.most = s.below(2) ? 1.0f : 2.0f;
             for (int64_t h = 0; h < m.heads; ++h) m.places.push_back(s.below(4) ? m.kept++ : -1);
             m.conv_state = net.state_size, m.rule_state = m.conv_state + (m.taps - 1) * m.mixed_rows;
             net.state_size = m.rule_state + m.kept * m.keys * m.channels;
+            part.what = std::move(m);
+        } else if (kind == 4) {
+            Latent m;
+            m.heads = 1 + s.below(5), m.rank = s.pick<int64_t>({1, 3, 16, 40, 70}), m.common = 1 + s.below(9);
+            m.own = 1 + s.below(20), m.width = 1 + s.below(40), m.scale = 0.3f, m.epsilon = net.epsilon;
+            m.row = linear(m.rank + m.common, reads), m.o = linear(d, m.heads * m.width);
+            m.norm = numbers(m.rank);
+            int64_t low = reads;
+            if (s.below(2)) low = 1 + s.below(20), m.narrow = linear(low, reads), m.q_norm = numbers(low);
+            m.q = linear(m.heads * (m.own + m.common), low);
+            for (int64_t h = 0; h < m.heads; ++h) {
+                m.keys.push_back(random_matrix(s, m.rank, m.own, keep));
+                m.values.push_back(random_matrix(s, m.width, m.rank, keep));
+            }
+            m.place = net.block, net.block += m.floats(net.int8);
             part.what = std::move(m);
         } else {
             part.what = linear(d, reads);

@@ -27,7 +27,7 @@ from sparsessm.serving.events import Asked
 from sparsessm.serving.scheduler import Scheduler
 
 pytestmark = pytest.mark.skipif(not NEW, reason="hybrids need transformers 5")
-NAMES = ("bamba", "jamba", "nemotron_h-latent", "zamba2-two-blocks")
+NAMES = ("bamba", "jamba", "nemotron_h-latent", "zamba2-two-blocks", "kimi_linear-latent")
 PROMPT = [5, 9, 30, 2, 41, 17]
 
 
@@ -67,8 +67,9 @@ def test_going_on_from_a_state_is_one_long_text(make: Any, name: str, tmp_path: 
 
 
 @needs_native
-def test_a_batch_of_different_lengths_is_each_alone() -> None:
-    model = pico("falcon_h1")
+@pytest.mark.parametrize("name", ["falcon_h1", "kimi_linear"])
+def test_a_batch_of_different_lengths_is_each_alone(name: str) -> None:
+    model = pico(name)
     prompts = [PROMPT, [3], PROMPT * 12, PROMPT * 10]  # of the last two one is beyond a block, one reaches it
     for done, prompt in zip(model.generate(prompts, 20), prompts, strict=True):
         alone = model.generate(prompt, 20)

@@ -141,6 +141,15 @@ Length = Annotated[
 ]
 Compute = Annotated[str | None, field("compute")]
 Tokenizer = Annotated[str | None, field("tokenizer")]
+Kept = Annotated[
+    str,
+    option(
+        "--keys",
+        metavar="FORM",
+        help="How attention's keys and values are held: float32, or int8, which takes about a quarter of the "
+        "memory and is not exact.",
+    ),
+]
 Memory = Annotated[
     str | None,
     option(

@@ -17,6 +17,7 @@ from .answering import (
     SMALLER,
     Force,
     Json,
+    Kept,
     Quiet,
     Tokenizer,
     answering,
@@ -56,6 +57,7 @@ def generate(
         list[str] | None, option(help="Stop before this text; may be given several times.")
     ] = None,
     threads: Annotated[int | None, option(help="Number of threads [default: as many as torch uses].")] = None,
+    keys: Kept = "float32",
     tokenizer: Tokenizer = None,
     as_json: Json = False,
     quiet: Generating = False,
@@ -65,7 +67,7 @@ def generate(
         from ..runtime import load
 
         text = _standard_input() if prompt == "-" else prompt
-        ready = load(model, tokenizer=tokenizer, threads=threads)
+        ready = load(model, tokenizer=tokenizer, threads=threads, keys=keys)
         # the command's own is silent while it streams
         tell(ready.notes, to_stderr(quiet=quiet, events=as_json))
 

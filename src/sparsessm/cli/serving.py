@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Annotated
 
-from .answering import RUN, Quiet, Tokenizer, answering, app, argument, option, tell
+from .answering import RUN, Kept, Quiet, Tokenizer, answering, app, argument, option, tell
 
 KEY = "SPARSESSM_API_KEY"
 
@@ -36,6 +36,7 @@ def serve(
         bool, option("--watch", help="Compare the prompts with the fingerprint of `sparsessm watch --learn`.")
     ] = False,
     threads: Annotated[int | None, option(help="Number of threads [default: as many as torch uses].")] = None,
+    keys: Kept = "float32",
     tokenizer: Tokenizer = None,
     quiet: Quiet = False,
 ) -> None:
@@ -69,7 +70,7 @@ def serve(
             progress.note(f"note: {host} can be reached from other machines, and no {KEY} is set")
         with running.bound(host, port) as listening:
             progress.say(f"loading {model}")
-            loaded = load(model, tokenizer=tokenizer, threads=threads)
+            loaded = load(model, tokenizer=tokenizer, threads=threads, keys=keys)
             tell(loaded.notes, progress)
             monitor = None
             if watch:

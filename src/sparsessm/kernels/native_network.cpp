@@ -180,6 +180,33 @@ Attention attention(const nb::dict &from, const Network &net, int64_t reads) {
     return a;
 }
 
+Latent latent(const nb::dict &from, const Network &net, int64_t reads) {
+    Latent m;
+    m.heads = whole(from, "heads"), m.rank = whole(from, "rank"), m.common = whole(from, "common");
+    m.own = whole(from, "own"), m.width = whole(from, "head_width");
+    m.row = linear(from, "row", m.rank + m.common, reads), m.o = linear(from, "o", net.width, m.heads * m.width);
+    int64_t before = reads;
+    if (has(from, "narrow")) {
+        m.narrow = linear(from, "narrow", 0, reads), before = m.narrow.matrix->rows;
+        m.q_norm = floats(from, "q_norm", before);
+    }
+    m.q = linear(from, "q", m.heads * (m.own + m.common), before);
+    m.norm = floats(from, "row_norm", m.rank);
+    m.scale = number(from, "score_scale", 1), m.epsilon = number(from, "row_epsilon", net.epsilon);
+    const auto each = [&](const char *name, int64_t rows, int64_t cols) {
+        if (!has(from, name)) refuse(std::string(name) + " is missing");
+        std::vector<std::shared_ptr<const Matrix>> found;
+        for (const auto &one : nb::cast<std::vector<std::shared_ptr<Matrix>>>(from[name])) {
+            if (one->rows != rows || one->cols != cols) refuse("a matrix of " + std::string(name) + " does not fit a head");
+            found.push_back(one);
+        }
+        if (static_cast<int64_t>(found.size()) != m.heads) refuse(std::string(name) + " does not have one matrix a head");
+        return found;
+    };
+    m.keys = each("keys", m.rank, m.own), m.values = each("values", m.width, m.rank);
+    return m;
+}
+
 Delta delta(const nb::dict &from, const Network &net) {
     Delta m;
     m.groups = whole(from, "groups"), m.keys = whole(from, "keys"), m.heads = whole(from, "heads");
@@ -195,11 +222,22 @@ Delta delta(const nb::dict &from, const Network &net) {
     }
     if (rows != m.mixed_rows)
         refuse("mixed has " + std::to_string(rows) + " rows, expected " + std::to_string(m.mixed_rows));
-    m.gate = matrix(from, "gate", m.heads * m.channels, net.width);
-    m.step = matrix(from, "step", m.heads, net.width), m.beta = matrix(from, "beta", m.heads, net.width);
+    // A matrix that reads the stream, or what another makes of it.
+    const auto behind = [&](const char *name, const char *before, int64_t rows) {
+        Narrowed n;
+        if (has(from, before)) n.narrow = matrix(from, before);
+        if (n.narrow && n.narrow->cols != net.width) refuse(std::string(before) + " does not read the stream");
+        n.matrix = matrix(from, name, rows, n.narrow ? n.low() : net.width);
+        return n;
+    };
+    m.by_channel = from.contains("by_channel") && nb::cast<bool>(from["by_channel"]);
+    m.sigmoid = from.contains("sigmoid") && nb::cast<bool>(from["sigmoid"]);
+    m.gate = behind("gate", "gate_narrow", m.heads * m.channels);
+    m.step = behind("step", "step_narrow", m.heads * (m.by_channel ? m.keys : 1));
+    m.beta = matrix(from, "beta", m.heads, net.width);
     m.out = linear(from, "out", net.width, m.heads * m.channels);
     m.conv = floats(from, "conv", m.taps * m.mixed_rows);
-    m.A = floats(from, "A", m.heads), m.dt_bias = floats(from, "dt_bias", m.heads);
+    m.A = floats(from, "A", m.heads), m.dt_bias = floats(from, "dt_bias", m.step.matrix->rows);
     m.norm = floats(from, "head_norm", m.channels);
     m.epsilon = number(from, "head_epsilon", net.epsilon), m.most = number(from, "most", 1);
     if (!from.contains("keeps")) refuse("keeps is missing");
@@ -309,6 +347,7 @@ Network network(const nb::dict &sizes, const std::vector<nb::dict> &parts, const
         net.turns.assign(turns.data(), turns.data() + turns.shape(0));
         net.turned = number(rest, "turned", 1);
     }
+    net.int8 = rest.contains("int8") && nb::cast<bool>(rest["int8"]);
     int64_t reads = 0;
     bool side = false;
     for (const nb::dict &fields : parts) {
@@ -343,8 +382,13 @@ Network network(const nb::dict &sizes, const std::vector<nb::dict> &parts, const
         } else if (kind == "attention") {
             Attention a = attention(fields, net, reads);
             a.place = net.block;
-            net.block += a.floats();
+            net.block += a.floats(net.int8);
             part.what = std::move(a);
+        } else if (kind == "latent") {
+            Latent m = latent(fields, net, reads);
+            m.place = net.block;
+            net.block += m.floats(net.int8);
+            part.what = std::move(m);
         } else if (kind == "mlp") {
             part.what = mlp(fields, reads, net.width);
         } else if (kind == "experts") {
@@ -352,7 +396,7 @@ Network network(const nb::dict &sizes, const std::vector<nb::dict> &parts, const
         } else if (kind == "linear") {
             part.what = linear(fields, "linear", net.width, reads);
         } else {
-            refuse("kind is '" + kind + "'; allowed: mamba, delta, attention, mlp, experts, linear");
+            refuse("kind is '" + kind + "'; allowed: mamba, delta, attention, latent, mlp, experts, linear");
         }
         net.parts.push_back(std::move(part));
     }

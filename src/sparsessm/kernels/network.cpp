@@ -19,13 +19,20 @@ std::vector<std::vector<const Matrix *>> matrices_of(const Part &part) {
     if (const auto *m = std::get_if<Delta>(&part.what)) {
         std::vector<std::vector<const Matrix *>> found;
         for (const auto &each : m->mixed) found.push_back({each.get()});
-        for (const auto *each : {&m->gate, &m->step, &m->beta}) found.push_back({each->get()});
-        found.push_back(all(m->out));
+        for (const auto *each : {&m->gate, &m->step}) found.push_back({(each->narrow ? each->narrow : each->matrix).get()});
+        found.push_back({m->beta.get()}), found.push_back(all(m->out));
+        for (const auto *each : {&m->gate, &m->step})
+            if (each->narrow) found.push_back({each->matrix.get()});
         return found;
     }
     if (const auto *a = std::get_if<Attention>(&part.what)) {
         std::vector<std::vector<const Matrix *>> found{all(a->q), all(a->k), all(a->v), all(a->o)};
         if (a->gate.matrix) found.push_back(all(a->gate));
+        return found;
+    }
+    if (const auto *m = std::get_if<Latent>(&part.what)) {
+        std::vector<std::vector<const Matrix *>> found{all(m->row), all(m->narrow.matrix ? m->narrow : m->q), all(m->o)};
+        if (m->narrow.matrix) found.push_back(all(m->q));
         return found;
     }
     if (const auto *l = std::get_if<Linear>(&part.what)) return {all(*l)};
@@ -68,10 +75,13 @@ struct Room {
             narrow = std::max(narrow, m->heads ? m->heads->count : m->x_proj->rows);
         } else if (const auto *m = std::get_if<Delta>(&part.what)) {
             wide = std::max(wide, m->mixed_rows), between = std::max(between, m->heads * m->channels);
-            narrow = std::max(narrow, 2 * m->heads);
+            narrow = std::max(narrow, m->step.matrix->rows + m->heads + m->gate.low() + m->step.low());
         } else if (const auto *a = std::get_if<Attention>(&part.what)) {
             wide = std::max({wide, (a->gate.matrix ? 2 : 1) * a->heads * a->width, 2 * a->shared * a->width});
             between = std::max(between, a->heads * a->width);
+        } else if (const auto *m = std::get_if<Latent>(&part.what)) {
+            wide = std::max({wide, m->q.matrix->rows, m->row.matrix->rows + (m->narrow.matrix ? m->narrow.matrix->rows : 0)});
+            between = std::max(between, m->heads * m->width);
         } else if (const auto *m = std::get_if<Mlp>(&part.what)) {
             wide = std::max(wide, m->up.matrix->rows);
         } else if (const auto *e = std::get_if<Experts>(&part.what)) {

@@ -63,15 +63,25 @@ struct Mamba {
     int64_t conv_state, scan_state; // floats from the beginning of a sequence's state
 };
 
+// A matrix that reads what a narrow one makes of the stream, or without that the stream.
+struct Narrowed {
+    std::shared_ptr<const Matrix> matrix, narrow;
+
+    int64_t low() const { return narrow ? narrow->rows : 0; }
+};
+
 // A mixer of the gated delta rule: G groups of queries and keys of K channels, H heads with values of P channels, whose
 // states (K, P) follow each other. A head whose decay is zero has none.
 struct Delta {
     std::vector<std::shared_ptr<const Matrix>> mixed; // queries, keys and values, one behind the other
-    std::shared_ptr<const Matrix> gate, step, beta;   // (H P), (H), (H)
+    Narrowed gate, step;                              // (H P), (H) or (H K)
+    std::shared_ptr<const Matrix> beta;               // (H)
     Linear out;
     int64_t groups, keys, heads, channels, taps, mixed_rows; // mixed_rows: 2 G K + H P
     std::vector<float> conv;       // (taps, mixed_rows)
-    std::vector<float> A, dt_bias; // (H)
+    std::vector<float> A, dt_bias; // (H), (step's rows)
+    bool by_channel = false;       // each channel of a key has a step of its own, and so a decay (Kimi, arXiv 2510.26692)
+    bool sigmoid = false;          // what the norm gives is multiplied by sigmoid(gate), else by silu(gate)
     std::vector<float> norm;       // (P), of each head
     float epsilon, most;           // of it; the largest share of a correction that is written
     std::vector<int64_t> places;   // of each head among those with a state, -1 without
@@ -79,10 +89,18 @@ struct Delta {
     int64_t conv_state = 0, rule_state = 0; // floats from the beginning of a sequence's state
 };
 
-// Keys and values of KEPT tokens lie together: for each head of keys (width, KEPT), then for each (KEPT, width) of
-// values. So a query meets KEPT keys lane by lane, and nothing is summed across lanes. Where they lie in a block of a
-// sequence's state says `place`; another way to store them is another block.
+// What KEPT tokens leave lies together, channel by channel: for each head of keys (width, KEPT), then the same of values.
+// So a query meets KEPT keys lane by lane, and nothing is summed across lanes before its end. Where they lie in a block
+// of a sequence's state says `place`.
 constexpr int KEPT = 64;
+// Of what a head keeps in a block: (width, KEPT) numbers, or as many bytes and behind them a scale for each token. Four
+// bytes are a float in the state: token t of a channel is byte t / 16 of word t % 16. Byte 3 changed by 0x7f and the word
+// turned right by one, no float is an infinity or NaN: bytes are -127 to 127, and the one that would be the largest exponent
+// is -128.
+constexpr int KEPT_WORDS = KEPT / 4;
+constexpr uint32_t NO_EXPONENT = 0x7f000000;
+inline int64_t kept_floats(int64_t width, bool int8) { return int8 ? width * KEPT_WORDS + KEPT : width * KEPT; }
+
 struct Attention {
     Linear q, k, v, o;
     int64_t heads, shared, width; // of queries; of keys and values; channels of one
@@ -94,7 +112,22 @@ struct Attention {
     bool norm_whole = false;
     int64_t place = 0;            // floats from the beginning of a block
 
-    int64_t floats() const { return 2 * shared * width * KEPT; } // of a block
+    int64_t floats(bool int8) const { return 2 * shared * kept_floats(width, int8); } // of a block
+};
+
+// Latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1) without positions. A token leaves one row of R numbers, of
+// which matrices of each head make keys and values, and S channels that the keys of all heads have in common. What is
+// kept is that row: a head's query goes through its matrix of keys instead, and what it gathers through that of values.
+struct Latent {
+    Linear narrow, q; // (rank of queries), (H (N + S)): of each head N channels that meet the row, then S; narrow may be none
+    Linear row, o;    // (R + S); (d_model, H P)
+    std::vector<float> q_norm, norm; // of narrow's output, of the R numbers
+    std::vector<std::shared_ptr<const Matrix>> keys, values; // of each head: (R, N), (P, R)
+    int64_t heads, rank, common, own, width; // H, R, S, N, P
+    float scale, epsilon; // of the scores; of the norms
+    int64_t place = 0;    // floats from the beginning of a block: of the row R channels, then S
+
+    int64_t floats(bool int8) const { return kept_floats(rank, int8) + kept_floats(common, int8); } // of a block
 };
 
 enum class Curve : uint8_t { silu, gelu, relu2 };
@@ -126,7 +159,7 @@ struct Part {
     std::vector<float> after; // of a norm of what it gives; empty: there is none
     bool beside = false;     // what it gives does not go to the stream, but replaces what is beside it
     float scale = 1;         // of what is added to the stream
-    std::variant<Mamba, Delta, Attention, Mlp, Experts, Linear> what;
+    std::variant<Mamba, Delta, Attention, Latent, Mlp, Experts, Linear> what;
     size_t share = 0;        // where in Step::shares its matrices begin
 };
 
@@ -143,6 +176,7 @@ struct Network {
     float turned = 1;         // factor of what is turned
     // Behind the state of a sequence are blocks of keys and values; the last float before them says of how many tokens.
     int64_t block = 0; // floats; 0: there are none
+    bool int8 = false; // keys and values are bytes
     static constexpr float MOST = 16777216; // tokens, which a float counts
 };
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsessm.runtime import plan
-from sparsessm.runtime.keys import BLOCK, Reading
+from sparsessm.runtime.keys import Reading, floats_of
 from sparsessm.runtime.part import Linear, Part, Place, Products, native_of
 
 
@@ -26,12 +26,18 @@ class Attention(Part):
         at: floats of a block of keys and values that are other parts'.
     """
 
-    ORDER = "tokens; blocks of 64: layer, [keys (heads, channels, 64); values (heads, 64, channels)]"
+    ORDER = "tokens; blocks of 64: layer, [keys (heads, channels, 64); values alike]"
 
     def __init__(
-        self, told: plan.Attention, products: Products, place: Place, at: int, whole: plan.Plan
+        self,
+        told: plan.Attention,
+        products: Products,
+        place: Place,
+        at: int,
+        whole: plan.Plan,
+        int8: bool = False,
     ) -> None:
-        """whole: the plan that it is a part of."""
+        """whole: the plan that it is a part of. int8: as of `Keys`."""
         super().__init__(place)
         self._told, self.at, self._epsilon = told, at, whole.epsilon
         self._gate: Linear | None = None
@@ -44,7 +50,7 @@ class Attention(Part):
         self._q_norm, self._k_norm = (
             whole.norm_of(products.vector(name)) if name else None for name in (told.q_norm, told.k_norm)
         )
-        self.block = 2 * told.shared * told.width * BLOCK
+        self.block = 2 * told.shared * floats_of(told.width, int8)
 
     def read(self, x: Tensor, state: Tensor, kept: Reading | None = None) -> Tensor:
         """As `Part.read`."""

@@ -79,6 +79,12 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
         *("conv_kernel", "time_step_min", "layer_norm_epsilon", "layers_block_type", "moe_latent_size"),
         *("num_experts_per_tok", "n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor"),
     ),
+    "kimi_linear": (
+        *(*_HYBRID, "layer_types", "mlp_layer_types", "hidden_act", "rms_norm_eps", "linear_head_dim"),
+        *("linear_num_heads", "linear_conv_kernel_dim", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim"),
+        *("qk_rope_head_dim", "v_head_dim", "num_experts_per_tok", "n_group", "topk_group"),
+        *("norm_topk_prob", "routed_scaling_factor"),
+    ),
     "olmo_hybrid": (*_HYBRID, *_DELTA, "linear_allow_neg_eigval"),
     "qwen3_5_text": (*_HYBRID, *_DELTA, "head_dim"),
     "qwen3_5_moe_text": (*_HYBRID, *_DELTA, "head_dim", "num_experts_per_tok"),
@@ -89,6 +95,7 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
         *("use_mem_rope", "rope_parameters", "use_shared_attention_adapter"),
     ),
 }
+_KINDS = {"attention", "full_attention", "hybrid", "linear_attention", "mamba", "mlp", "moe"}
 PURE = ("mamba", "falcon_mamba", "mamba2")  # which consist of mixers alone
 _SAMPLES = 64  # values of a tensor that go into a fingerprint as they are
 _PART = 1 << 20  # values that are added up at once
@@ -198,6 +205,36 @@ def refuse_type(kind: str) -> None:
     if kind not in FIELDS:
         known = ", ".join(sorted(FIELDS))
         raise ValueError(f"the runtime does not run model type {kind!r}; supported: {known}")
+
+
+def refuse_window(window: Any, used: Any = None) -> None:
+    """Check that attention sees the whole text: the engines know no window.
+
+    transformers computes none for the families here either, though NemotronH's configuration has the field.
+
+    Args:
+        window, used: what a configuration says as `sliding_window` and `use_sliding_window`.
+
+    Raises:
+        ValueError: there is a window.
+    """
+    if window is not None and used is not False:
+        raise ValueError(
+            f"sliding_window is {window!r}; allowed: null, as the runtime attends to the whole text"
+        )
+
+
+def refuse_windows(config: Any) -> None:
+    """The same of a configuration of transformers, and of the kinds of its layers.
+
+    Raises:
+        ValueError: a window, or a layer of a kind that is not known.
+    """
+    refuse_window(optional(config, "sliding_window"), optional(config, "use_sliding_window"))
+    for name in ("layer_types", "layers_block_type"):
+        for kind in optional(config, name) or ():
+            if kind not in _KINDS:
+                raise ValueError(f"{name} has {kind!r}; supported: {', '.join(sorted(_KINDS))}")
 
 
 def described(config: Any) -> dict[str, Any]:

@@ -22,11 +22,12 @@ from sparsessm.runtime.keys import Reading
 from sparsessm.runtime.mixer import convolved
 from sparsessm.runtime.part import Part, Place, Products
 from sparsessm.runtime.weights import Weights, matrices
+from sparsessm.runtime.weights import matrix as matrix_of
 
 
 @final
 class Delta(Part):
-    """Of Qwen3.5 and Qwen3-Next."""
+    """Of all families."""
 
     ORDER = "layer, [inputs of the convolution (K-1, 2GK + HP); states of heads with memory (K, P)]"
 
@@ -34,14 +35,18 @@ class Delta(Part):
         """weights: by full names."""
         super().__init__(place)
         self._told = told
-        stored = weights.stored(f"{told.name}.A_log")
+        stored = weights.stored(f"{told.decay}.A_log")
         a_log, forgets = stored.decode(torch.float32).flatten(), removed_a_log(stored.dtype)["memoryless"]
         self._keeps, self._a = a_log < forgets, -torch.exp(a_log)
-        self._dt_bias = weights.vector(f"{told.name}.dt_bias").flatten()
+        self._dt_bias = weights.vector(f"{told.decay}.dt_bias").flatten()
         self._norm = weights.vector(told.norm)
         self._conv = weights.vector(f"{told.name}.conv1d.weight")[:, 0]
-        made = _rows(weights, [*told.mixed, told.gate, told.step, told.beta])
-        *self._mixed, self._gate, self._step, self._beta = made
+        made = _rows(weights, [*told.mixed, told.beta, told.gate, told.step])
+        *self._mixed, self._beta, gate, step = made
+        self._gate, self._step = (
+            _Narrowed(matrix, weights, rows.narrow)
+            for matrix, rows in zip((gate, step), (told.gate, told.step), strict=True)
+        )
         self._out = products.one(told.out)
         self.inputs = (told.taps - 1) * len(self._conv)
         self._kept = (int(self._keeps.sum()), told.keys, told.channels)
@@ -57,14 +62,16 @@ class Delta(Part):
         q, k, v = mixed[None].split([share, share, told.heads * told.channels], -1)
         q, k = (unit(part.unflatten(-1, (told.groups, told.keys))) for part in (q, k))
         v = v.unflatten(-1, (told.heads, told.channels))
-        g = self._a * F.softplus(self._step.linear(x) + self._dt_bias)
+        step = F.softplus(self._step(x) + self._dt_bias)
+        g = self._a * step if not told.by_channel else self._a[:, None] * step.unflatten(-1, (told.heads, -1))
         beta = told.most * torch.sigmoid(self._beta.linear(x))
         start = torch.zeros(1, told.heads, told.keys, told.channels)
         start[0, self._keeps] = rule
         y, last = gated_delta(q * told.keys**-0.5, k, v, g[None], beta[None], start)
         rule.copy_(last[0, self._keeps])
-        gate = self._gate.linear(x).unflatten(-1, (told.heads, told.channels))
-        y = F.rms_norm(y[0], (told.channels,), self._norm, told.epsilon) * F.silu(gate)
+        gate = self._gate(x).unflatten(-1, (told.heads, told.channels))
+        gate = torch.sigmoid(gate) if told.curve == "sigmoid" else F.silu(gate)
+        y = F.rms_norm(y[0], (told.channels,), self._norm, told.epsilon) * gate
         return self._out(y.flatten(1))
 
     def native(self) -> dict[str, Any]:
@@ -73,8 +80,12 @@ class Delta(Part):
         return self.place.native() | {
             "kind": "delta",
             "mixed": list(self._mixed),
-            "gate": self._gate,
-            "step": self._step,
+            "gate": self._gate.matrix,
+            "gate_narrow": self._gate.narrow,
+            "step": self._step.matrix,
+            "step_narrow": self._step.narrow,
+            "by_channel": told.by_channel,
+            "sigmoid": told.curve == "sigmoid",
             "beta": self._beta,
             "out": self._out.native(),
             "conv": self._conv.T.contiguous().flatten(),
@@ -92,7 +103,7 @@ class Delta(Part):
         }
 
     def _matrices(self) -> list[Matrix]:
-        return [*self._mixed, self._gate, self._step, self._beta]
+        return [*self._mixed, *self._gate.matrices(), *self._step.matrices(), self._beta]
 
     def _vectors(self) -> list[Tensor | None]:
         return [self.place.norm, self._conv, self._a, self._dt_bias, self._norm]
@@ -107,6 +118,22 @@ class Delta(Part):
         """As `Part.held`; vectors are held twice, for prompts and for decoding."""
         yield from (*self._matrices(), *self._vectors(), *self._vectors())
         yield from self._out.held()
+
+
+@final
+class _Narrowed:
+    """A matrix that reads what a narrow one makes of the stream, or without that the stream."""
+
+    def __init__(self, matrix: Matrix, weights: Weights, narrow: str) -> None:
+        self.matrix = matrix
+        self.narrow = matrix_of(weights.stored(f"{narrow}.weight")) if narrow else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.matrix.linear(x if self.narrow is None else self.narrow.linear(x))
+
+    def matrices(self) -> list[Matrix]:
+        """What it has."""
+        return [self.matrix, *([] if self.narrow is None else [self.narrow])]
 
 
 def _rows(weights: Weights, wanted: list[plan.Rows]) -> list[Matrix]:

@@ -21,7 +21,8 @@ from sparsessm.runtime.attention import Attention
 from sparsessm.runtime.base import joined, trace
 from sparsessm.runtime.delta import Delta
 from sparsessm.runtime.families import plan_of
-from sparsessm.runtime.keys import Keys
+from sparsessm.runtime.keys import Keys, checked_form
+from sparsessm.runtime.latent import Latent
 from sparsessm.runtime.mamba1 import Mamba1
 from sparsessm.runtime.mamba2 import Mamba2
 from sparsessm.runtime.mixer import Mixer
@@ -64,7 +65,13 @@ class Traced(Unread):
 class NativeEngine:
     """A model in native code; weights in the precision they are stored in, everything else in float32."""
 
-    def __init__(self, config: Any, tensors: Mapping[str, PackedTensor], threads: int | None = None) -> None:
+    def __init__(
+        self,
+        config: Any,
+        tensors: Mapping[str, PackedTensor],
+        threads: int | None = None,
+        keys: str = "float32",
+    ) -> None:
         """Lay out the weights.
 
         Args:
@@ -72,19 +79,21 @@ class NativeEngine:
             tensors: of a packed or stock checkpoint, checked, by their stock names. Each is asked for once,
                 if all are used, and not kept: they may be read from a file just then.
             threads: of decoding; torch's number if None.
+            keys: a form of `keys.FORMS`.
         """
+        int8 = checked_form(keys) == "int8"
         told, tensors = plan_of(config), Traced(tensors)
         self._plan, self._threads, self._epsilon = told, threads, told.epsilon
         # The largest first: while one is laid out it is in memory twice.
         self._embedding = matrix(tensors[told.embedding])
         own = "lm_head.weight" in tensors
         self._head = matrix(tensors["lm_head.weight"]) if own else self._embedding
-        self._parts = list(_parts(told, tensors))
+        self._parts = list(_parts(told, tensors, int8))
         self._norm = told.norm_of(tensors[told.norm].decode(torch.float32))
         if told.logit_scale != 1:
             self._norm = self._norm * told.logit_scale
         sizes = {"width": int(config.hidden_size), "vocabulary": int(config.vocab_size)}
-        rest = {"norm": self._norm, "embedding": self._embedding, "head": self._head}
+        rest = {"norm": self._norm, "embedding": self._embedding, "head": self._head, "int8": int8}
         if told.embedding_scale != 1:
             rest |= {"embedding_scale": told.embedding_scale}
         if told.angles is not None:
@@ -92,13 +101,14 @@ class NativeEngine:
         natives = [part.native() for part in self._parts]
         self._decoder = Decoder(sizes | {"epsilon": self._epsilon} | _sizes(told), natives, rest)
         self.vocabulary, self.state_size = self._decoder.vocabulary, self._decoder.state_size
-        self.keys = Keys(self.state_size, self._decoder.block)
+        self.keys = Keys(self.state_size, self._decoder.block, int8)
         self._sizes = [part.state_size for part in self._parts]
         assert self.state_size == sum(self._sizes) + bool(self.keys.block)
         assert self.keys.block == sum(part.block for part in self._parts)
         orders = dict.fromkeys(MIXERS[mixer.dual].ORDER for mixer in told.mixers)
         orders |= {Delta.ORDER: None} if any(isinstance(part, Delta) for part in self._parts) else {}
-        orders |= {Attention.ORDER: None} if self.keys.block else {}
+        orders |= {part.ORDER: None for part in self._parts if isinstance(part, (Attention, Latent))}
+        orders |= {"int8": None} if int8 and self.keys.block else {}
         self.layout = joined(config, tensors.traces(), "; ".join(orders))
 
     @property
@@ -189,7 +199,7 @@ def _source(reads: str, hidden: Tensor, embedded: Tensor, beside: Tensor) -> Ten
     return beside if reads == "side" else hidden
 
 
-def _parts(told: Plan, tensors: Traced) -> Iterator[Part]:
+def _parts(told: Plan, tensors: Traced, int8: bool) -> Iterator[Part]:
     """The parts of all layers, with their weights."""
     whole = Weights(tensors, "")
     products, at = Products(whole), 0
@@ -203,7 +213,9 @@ def _parts(told: Plan, tensors: Traced) -> Iterator[Part]:
         elif isinstance(what, plan.Delta):
             part = Delta(what, products, whole, place)
         elif isinstance(what, plan.Attention):
-            part = Attention(what, products, place, at, told)
+            part = Attention(what, products, place, at, told, int8)
+        elif isinstance(what, plan.Latent):
+            part = Latent(what, products, whole, place, at, int8)
         elif isinstance(what, plan.Mlp):
             part = Mlp(what, products, place)
         elif isinstance(what, plan.Experts):

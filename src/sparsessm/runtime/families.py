@@ -12,8 +12,8 @@ from typing import Any
 
 from sparsessm.architectures.attention import frequencies
 from sparsessm.runtime import usual
-from sparsessm.runtime.base import model_type
-from sparsessm.runtime.families_delta import olmo, qwen
+from sparsessm.runtime.base import model_type, refuse_windows
+from sparsessm.runtime.families_delta import kimi, olmo, qwen
 from sparsessm.runtime.plan import Attention, Experts, Mamba, Mlp, Plain, Plan, Planned, Product
 
 
@@ -24,8 +24,9 @@ def plan_of(config: Any) -> Plan:
         config: of a model type of `base.FIELDS`, checked by `base.refuse_unsupported`.
 
     Raises:
-        ValueError: positions of a kind that does not run here.
+        ValueError: positions of a kind that does not run here, attention that sees a window of the text.
     """
+    refuse_windows(config)
     return FAMILIES[model_type(config)](config)
 
 
@@ -131,7 +132,7 @@ def _nemotron_h(config: Any) -> Plan:
 
 def _nemotron_experts(name: str, config: Any, curve: str) -> Experts:
     latent = config.moe_latent_size is not None
-    return Experts(
+    plain = Experts(
         Product(f"{name}.gate"),
         f"{name}.experts.up_proj",
         f"{name}.experts.down_proj",
@@ -141,12 +142,8 @@ def _nemotron_experts(name: str, config: Any, curve: str) -> Experts:
         choice="sigmoid",
         before=Product(f"{name}.fc1_latent_proj") if latent else None,
         behind=Product(f"{name}.fc2_latent_proj") if latent else None,
-        favour=f"{name}.gate.e_score_correction_bias",
-        groups=int(config.n_group),
-        chosen_groups=int(config.topk_group),
-        normalised=bool(config.norm_topk_prob),
-        factor=float(config.routed_scaling_factor),
     )
+    return usual.sigmoid_experts(plain, config)
 
 
 def _jamba(config: Any) -> Plan:
@@ -259,6 +256,7 @@ FAMILIES: Mapping[str, Callable[[Any], Plan]] = {
     "granitemoehybrid": _granite,
     "jamba": _jamba,
     "nemotron_h": _nemotron_h,
+    "kimi_linear": kimi,
     "olmo_hybrid": olmo,
     "qwen3_5_text": qwen,
     "qwen3_5_moe_text": qwen,

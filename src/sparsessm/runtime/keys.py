@@ -3,14 +3,16 @@
 Place in the flow: below the parts of a layer and the engines, which ask it for everything that grows. A state
 is one row of floats: what mixers carry, which has one size; of a model with attention then the number of
 tokens that were read, and blocks of `BLOCK` tokens, each with what all layers' attention keeps of them. So a
-state grows by floats behind it, and is kept, copied and saved as before. Values are float32; another form of
-them would be another size of `block`, and of what attention.py and attention_impl.h write into it.
+state grows by floats behind it, and is kept, copied and saved as before.
+
+What a token leaves may be held as bytes, four in a float of the state, with a scale for each head and token
+(kernels/runtime.h says how; attention_impl.h reads it while decoding). That is not exact.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -18,7 +20,60 @@ from torch.nn import functional as F
 
 BLOCK = 64  # tokens; KEPT in kernels/runtime.h
 MOST = 1 << 24  # tokens that a float counts
+FORMS = ("float32", "int8")
 SPARE = 8  # a state that has no room gets at least a part of so many more
+
+
+_WORDS = BLOCK // 4
+_NO_EXPONENT = 0x7F000000  # by which no four bytes become an infinity or NaN; as in kernels/runtime.h
+_TINY = 1e-30  # what is no larger is zero, as in kernels/matrix.py
+
+
+def checked_form(form: Any) -> str:
+    """How keys and values are held.
+
+    Raises:
+        ValueError: not as one of `FORMS`.
+    """
+    if form not in FORMS:
+        raise ValueError(f"keys is {form!r}; allowed: {', '.join(FORMS)}")
+    return form
+
+
+def floats_of(width: int, int8: bool) -> int:
+    """Of a block, for (width,) numbers of each token."""
+    return width * _WORDS + BLOCK if int8 else width * BLOCK
+
+
+def coded(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers as bytes.
+
+    Args:
+        x: (..., width) float32.
+
+    Returns:
+        int8 (..., width), -127 to 127, and what 1 is worth, float32 (...,). A row that holds NaN or Inf is
+        worth NaN.
+    """
+    most = x.abs().amax(-1)
+    inverse = torch.where(most > _TINY, torch.full_like(most, 127.0) / most, 0.0)
+    sane = torch.isfinite(x).all(-1)
+    codes = torch.round(x * inverse[..., None]).nan_to_num(0.0, 0.0, 0.0).to(torch.int8)
+    return codes * sane[..., None], torch.where(sane, most / 127.0, torch.nan)
+
+
+def _packed(codes: Tensor) -> Tensor:
+    """int8 (..., BLOCK) -> float32 (..., BLOCK / 4)."""
+    words = codes.unflatten(-1, (4, _WORDS)).transpose(-1, -2).contiguous().view(torch.int32)[..., 0]
+    words = words ^ _NO_EXPONENT
+    return ((words >> 1 & 0x7FFFFFFF) | words << 31).view(torch.float32)
+
+
+def _unpacked(words: Tensor) -> Tensor:
+    """The other way."""
+    whole = words.contiguous().view(torch.int32)
+    whole = (whole << 1 | (whole >> 31 & 1)) ^ _NO_EXPONENT
+    return whole[..., None].view(torch.int8).transpose(-1, -2).flatten(-2)
 
 
 @final
@@ -29,10 +84,12 @@ class Keys:
     Attributes:
         fixed: floats before the blocks; the last is the number of tokens, where there are blocks.
         block: floats of a block; 0: nothing grows.
+        int8: what tokens leave is held as bytes.
     """
 
     fixed: int
     block: int
+    int8: bool = False
 
     def tokens(self, state: Tensor) -> int:
         """How many tokens' keys and values are in a state (n,); 0 where nothing grows."""
@@ -112,7 +169,7 @@ class Keys:
         if angles is not None:
             turned = torch.arange(start, start + length).float()[:, None] * angles
             cosines, sines = turned.cos() * factor, turned.sin() * factor
-        return Reading(blocks, start, length, cosines, sines)
+        return Reading(blocks, start, length, cosines, sines, self.int8)
 
 
 @final
@@ -124,11 +181,19 @@ class Reading:
         start, length: tokens before the piece, and of it.
         cosines, sines: (length, pairs) of the piece's positions; None where nothing is turned.
         mask: (length, start + length), True where a token sees another.
+        int8: as of `Keys`.
     """
 
     def __init__(
-        self, blocks: Tensor, start: int, length: int, cosines: Tensor | None, sines: Tensor | None
+        self,
+        blocks: Tensor,
+        start: int,
+        length: int,
+        cosines: Tensor | None,
+        sines: Tensor | None,
+        int8: bool = False,
     ) -> None:
+        self.int8 = int8
         self.blocks, self.start, self.length = blocks, start, length
         self.cosines, self.sines = cosines, sines
         self.mask = torch.ones(length, start + length, dtype=torch.bool).tril(start)
@@ -145,20 +210,42 @@ class Reading:
         """Add those of the piece, (L, heads, width) each, to a layer's.
 
         Args:
-            place: floats before the layer's in a block: keys (heads, width, BLOCK), values
-                (heads, BLOCK, width).
+            place: floats before the layer's in a block: keys, then values.
 
         Returns:
-            all so far, (heads, start + L, width) each.
+            all so far, (heads, start + L, width) each, as they are held.
         """
         _, heads, width = keys.shape
-        size = heads * width * BLOCK
-        own = self.blocks[:, place : place + 2 * size]
-        of_keys, of_values = own[:, :size].unflatten(1, (heads, width, BLOCK)), own[:, size:]
-        of_values = of_values.unflatten(1, (heads, BLOCK, width))
-        at = torch.arange(self.start, self.start + self.length)
-        of_keys[at // BLOCK, :, :, at % BLOCK] = keys
-        of_values[at // BLOCK, :, at % BLOCK] = values
-        count = self.start + self.length
-        known = of_keys.permute(1, 0, 3, 2).flatten(1, 2)[:, :count]
-        return known, of_values.transpose(0, 1).flatten(1, 2)[:, :count]
+        return self.add(place, keys), self.add(place + heads * floats_of(width, self.int8), values)
+
+    def add(self, place: int, entering: Tensor) -> Tensor:
+        """Add what each token of the piece leaves, (L, heads, width).
+
+        Args:
+            place: floats before it in a block: for each head (width, BLOCK) numbers; or as many bytes and
+                the scales (BLOCK,).
+
+        Returns:
+            all so far, (heads, start + L, width), as they are held.
+        """
+        _, heads, width = entering.shape
+        each, count = floats_of(width, self.int8), self.start + self.length
+        own = self.blocks[:, place : place + heads * each].unflatten(1, (heads, each))
+        at = torch.arange(self.start, count)
+        if self.int8:
+            known = self._code(own, entering, at, width)
+        else:
+            known = own.unflatten(2, (width, BLOCK))
+            known[at // BLOCK, :, :, at % BLOCK] = entering
+        return known.permute(1, 0, 3, 2).flatten(1, 2)[:, :count]
+
+    def _code(self, own: Tensor, entering: Tensor, at: Tensor, width: int) -> Tensor:
+        """`entering` to places `at` in blocks `own` (n, heads, floats) -> all, (n, heads, width, BLOCK)."""
+        words, scales = own[..., : width * _WORDS].unflatten(2, (width, _WORDS)), own[..., width * _WORDS :]
+        codes, worth = coded(entering)
+        touched = slice(int(at[0]) // BLOCK, int(at[-1]) // BLOCK + 1)
+        some = _unpacked(words[touched])
+        some[at // BLOCK - touched.start, :, :, at % BLOCK] = codes
+        words[touched] = _packed(some)
+        scales[at // BLOCK, :, at % BLOCK] = worth
+        return _unpacked(words).float() * scales[:, :, None]

@@ -1,7 +1,8 @@
 """A part of a layer in the native engine: what it reads, what it is, and where what it gives goes.
 
 Place in the flow: what `engine.py` has a list of. The kinds are `mamba1.py` and `mamba2.py` (over
-`mixer.py`), `attention.py` and `mlp.py`; each has a counterpart in the decoder (kernels/runtime.h).
+`mixer.py`), `delta.py`, `attention.py`, `latent.py` and `mlp.py`; each has a counterpart in the decoder
+(kernels/runtime.h).
 """
 
 from __future__ import annotations

@@ -49,10 +49,12 @@ class Rows:
 
     Attributes:
         name: of the stock module. rows: which, in their order here; None: all.
+        narrow: name of a linear layer whose output it reads; "" if it reads what the mixer reads.
     """
 
     name: str
     rows: Tensor | None = None
+    narrow: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,14 +62,16 @@ class Delta:
     """A mixer of the gated delta rule.
 
     Attributes:
-        name: of the stock module, which has conv1d, A_log and dt_bias.
+        name: of the stock module, which has conv1d. decay: of the one that has A_log and dt_bias.
         mixed: queries, keys and values of all heads, one behind the other. gate, step, beta: of all heads.
         out: the last projection. norm: name of the weight of each head's norm. epsilon: of it.
         groups, keys: of queries and keys, channels of each. heads, channels: of values.
         taps: of the convolution. most: the largest share of a correction that is written.
+        by_channel: whether step has a row for each channel. curve: of the gate, "silu" or "sigmoid".
     """
 
     name: str
+    decay: str
     mixed: Sequence[Rows]
     gate: Rows
     step: Rows
@@ -81,6 +85,8 @@ class Delta:
     channels: int
     taps: int
     most: float = 1.0
+    by_channel: bool = False
+    curve: str = "silu"
 
 
 @dataclass(frozen=True)
@@ -108,6 +114,41 @@ class Attention:
     q_norm: str = ""
     k_norm: str = ""
     norm_whole: bool = False
+
+
+@dataclass(frozen=True)
+class Latent:
+    """Latent attention without positions (DeepSeek-V2, arXiv 2405.04434, section 2.1).
+
+    Attributes:
+        q: of each head `own` channels and then `common` ones. narrow: what q reads comes out of it; None: q
+            reads what the part reads.
+        row: of a token the `rank` numbers that keys and values of all heads are made of, and the `common`
+            channels that all heads' keys have beside their own.
+        wide: of each head the `own` channels of its key and the `width` of its value, of the `rank` numbers.
+        scale: of the scores. q_norm, norm: names of the weights of the norms of what `narrow` gives, and of
+            the `rank` numbers. epsilon: of both.
+    """
+
+    narrow: Product | None
+    q: Product
+    row: Product
+    wide: Product
+    o: Product
+    heads: int
+    rank: int
+    common: int
+    own: int
+    width: int
+    scale: float
+    q_norm: str
+    norm: str
+    epsilon: float
+
+    @property
+    def kept(self) -> int:
+        """Numbers that a token leaves."""
+        return self.rank + self.common
 
 
 @dataclass(frozen=True)
@@ -175,7 +216,7 @@ class Planned:
         after: name of the weight of the norm of what it gives; None: it goes to the stream as it is.
     """
 
-    what: Mamba | Delta | Attention | Mlp | Experts | Plain
+    what: Mamba | Delta | Attention | Latent | Mlp | Experts | Plain
     norm: str | None
     reads: str = "stream"
     beside: bool = False

@@ -31,14 +31,14 @@ from sparsessm.runtime.base import (
     scan_shapes,
 )
 from sparsessm.runtime.families import plan_of
-from sparsessm.runtime.keys import BLOCK, Keys
-from sparsessm.runtime.plan import Attention, Delta, Experts, Mamba, Mlp
+from sparsessm.runtime.keys import BLOCK, Keys, checked_form
+from sparsessm.runtime.plan import Attention, Delta, Experts, Latent, Mamba, Mlp
 
 SLAB = 512  # tokens of a prompt that are in memory together
 ORDER = "layer, [inputs of the convolution (K-1, D), oldest first; scan (D, N)]"
 ORDER2 = "layer, [inputs of the convolution (K-1, D + 2GN), oldest first; scan (H, P, N)]"
 ORDER_OF_DELTA = "layer, [inputs of the convolution (K-1, 2GK + HP), oldest first; states (H, K, P)]"
-ORDER_OF_KEYS = "tokens; blocks of 64: token, layer, [keys (heads, width); values (heads, width)]"
+ORDER_OF_KEYS = "tokens; blocks of 64: token, layer, [keys (heads, width); values (heads, width)] or row"
 
 
 class ReferenceEngine:
@@ -50,18 +50,21 @@ class ReferenceEngine:
     number of tokens follows, and of each token all layers' keys and values (layer, 2, heads, width).
     """
 
-    def __init__(self, config: Any, weights: Mapping[str, Tensor]) -> None:
+    def __init__(self, config: Any, weights: Mapping[str, Tensor], keys: str = "float32") -> None:
         """Take the weights of a stock model.
 
         Args:
             config: a configuration of transformers of a type of `base.FIELDS`, or alike.
             weights: tensors of any floating dtype under the names of the stock model's `state_dict()`;
                 `lm_head.weight` may be missing where it is tied to the embedding.
+            keys: a form of `keys.FORMS`; "int8" is rounded as in native code, but held in float32.
 
         Raises:
             ValueError: as `refuse_unsupported`; a tensor that is missing or of a wrong shape.
         """
         refuse_unsupported(config)
+        int8 = checked_form(keys) == "int8"
+        self._held = parts.rounded if int8 else _same
         self._plan = told = plan_of(config)
         shapes = _checked(config, weights)
         self._weights = {name: weights[name].detach().to("cpu", torch.float32) for name in shapes}
@@ -76,8 +79,8 @@ class ReferenceEngine:
                 taps = self._of(mixer, "conv1d.weight")
                 inner = heads(mixer.config).inner if mixer.dual else len(taps)
                 self._sizes += [(taps.shape[-1] - 1) * len(taps), inner * self._states(mixer)]
-        self._attention = [part.what for part in told.parts if isinstance(part.what, Attention)]
-        per_token = sum(2 * what.shared * what.width for what in self._attention)
+        self._per_token = [size for part in told.parts if (size := _kept(part.what))]
+        per_token = sum(self._per_token)
         self.vocabulary = int(config.vocab_size)
         self.state_size = sum(self._sizes) + bool(per_token)
         self.keys = Keys(self.state_size, per_token * BLOCK)
@@ -85,6 +88,7 @@ class ReferenceEngine:
         if any(isinstance(part.what, Delta) for part in told.parts):
             orders |= {ORDER_OF_DELTA: None}
         orders |= {ORDER_OF_KEYS: None} if per_token else {}
+        orders |= {"int8": None} if per_token and int8 else {}
         self.layout = fingerprint(config, self._weights, "; ".join(orders))
 
     def _of(self, mixer: Mamba, name: str) -> Tensor:
@@ -148,9 +152,8 @@ class ReferenceEngine:
         embedded = F.embedding(tokens, self._weights[told.embedding]) * told.embedding_scale
         hidden, beside, x = embedded, embedded, embedded
         mixing = iter(state[: sum(self._sizes)].split(self._sizes))
-        per_token = [2 * what.shared * what.width for what in self._attention]
-        behind = state[self.keys.fixed :]  # nothing, where there is no attention
-        kept = iter(behind.view(-1, sum(per_token)).split(per_token, -1) if per_token else ())
+        behind, each = state[self.keys.fixed :], self._per_token  # nothing, where there is no attention
+        kept = iter(behind.view(-1, sum(each)).split(each, -1) if each else ())
         for part in told.parts:
             sources = {"stream": hidden, "side": beside, "sum": hidden + beside, "before": x}
             x = torch.cat([hidden, embedded], -1) if part.reads == "both" else sources[part.reads]
@@ -163,7 +166,9 @@ class ReferenceEngine:
             elif isinstance(what, Attention):
                 own = next(kept).unflatten(-1, (2, what.shared, what.width))
                 turning = told.angles, told.turned
-                out = parts.attention(self._weights, what, *turning, x, own, start, self._named)
+                out = parts.attention(self._weights, what, *turning, x, own, start, self._named, self._held)
+            elif isinstance(what, Latent):
+                out = parts.latent(self._weights, what, x, next(kept), start, self._held)
             elif isinstance(what, Delta):
                 out = parts.delta(self._weights, what, x, next(mixing), next(mixing))
             elif isinstance(what, Mlp):
@@ -252,6 +257,17 @@ class ReferenceEngine:
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return F.linear(self._named(hidden, self._plan.norm), self._head) * self._plan.logit_scale
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+def _kept(what: Any) -> int:
+    """Numbers that a token leaves in a part."""
+    if isinstance(what, Attention):
+        return 2 * what.shared * what.width
+    return what.kept if isinstance(what, Latent) else 0
 
 
 def _checked(config: Any, weights: Mapping[str, Tensor]) -> Iterable[str]:

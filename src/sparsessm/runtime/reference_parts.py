@@ -15,7 +15,18 @@ from torch.nn import functional as F
 
 from sparsessm.checkpoint.known_fields import optional
 from sparsessm.kernels import reference as kernels
-from sparsessm.runtime.plan import Attention, Delta, Experts, Mamba, Mlp, Plan, Planned, Product, Rows
+from sparsessm.runtime.plan import (
+    Attention,
+    Delta,
+    Experts,
+    Latent,
+    Mamba,
+    Mlp,
+    Plan,
+    Planned,
+    Product,
+    Rows,
+)
 
 Tensors = Mapping[str, Tensor]
 CURVES = {"silu": F.silu, "gelu": F.gelu, "relu2": lambda x: F.relu(x) ** 2}
@@ -39,6 +50,7 @@ def attention(
     kept: Tensor,
     start: int,
     norm: Callable[[Tensor, str], Tensor],
+    held: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """Causal attention of tokens that come after `start` others.
 
@@ -46,6 +58,7 @@ def attention(
         angles: radians a token of each pair of channels. factor: of what they turn.
         norm: of vectors, by the name of its weight.
         kept: (tokens, 2, shared, width) keys and values of all tokens, filled in from `start` on.
+        held: what is left of vectors where they are kept.
     """
     q, gate = linear(tensors, told.q, x).unflatten(-1, (told.heads, -1)) * told.q.scale, None
     if told.gated:
@@ -63,7 +76,7 @@ def attention(
         if told.rotary:
             assert angles is not None
             now, k[t] = (turned(head, (start + t) * angles, factor) for head in (now, k[t]))
-        kept[start + t, 0], kept[start + t, 1] = k[t], v[t]
+        kept[start + t, 0], kept[start + t, 1] = held(k[t]), held(v[t])
         keys, values = (
             kept[: start + t + 1, i].repeat_interleave(told.heads // told.shared, 1) for i in (0, 1)
         )
@@ -77,7 +90,9 @@ def delta(tensors: Tensors, told: Delta, x: Tensor, conv: Tensor, rule: Tensor) 
     """(L, in) -> (L, in) by the gated delta rule; `conv` and `rule` are the mixer's parts of the state."""
 
     def some(rows: Rows) -> Tensor:
-        weight = tensors[f"{rows.name}.weight"]
+        weight, narrow = tensors[f"{rows.name}.weight"], rows.narrow
+        if narrow:
+            return F.linear(F.linear(x, tensors[f"{narrow}.weight"]), weight)
         return F.linear(x, weight if rows.rows is None else weight[rows.rows])
 
     entering, before = torch.cat([some(rows) for rows in told.mixed], -1), conv.view(told.taps - 1, -1)
@@ -90,8 +105,9 @@ def delta(tensors: Tensors, told: Delta, x: Tensor, conv: Tensor, rule: Tensor) 
     q, k = (part.unflatten(-1, (told.groups, told.keys)) for part in (q, k))
     q, k = (part / (part.square().sum(-1, keepdim=True) + 1e-6).sqrt() for part in (q, k))
     v = v.unflatten(-1, (told.heads, told.channels))
-    a = torch.exp(tensors[f"{told.name}.A_log"].flatten())
-    g = -a * F.softplus(some(told.step) + tensors[f"{told.name}.dt_bias"].flatten())
+    a = torch.exp(tensors[f"{told.decay}.A_log"].flatten())
+    step = F.softplus(some(told.step) + tensors[f"{told.decay}.dt_bias"].flatten())
+    g = -a[:, None] * step.unflatten(-1, (told.heads, told.keys)) if told.by_channel else -a * step
     beta = told.most * torch.sigmoid(some(told.beta))
     state = rule.view(1, told.heads, told.keys, told.channels)
     q, k, v, g, beta = (part[None] for part in (q / told.keys**0.5, k, v, g, beta))
@@ -99,7 +115,47 @@ def delta(tensors: Tensors, told: Delta, x: Tensor, conv: Tensor, rule: Tensor) 
     rule.copy_(last.flatten())
     gate = some(told.gate).unflatten(-1, (told.heads, told.channels))
     y = y[0] * torch.rsqrt(y[0].square().mean(-1, keepdim=True) + told.epsilon) * tensors[told.norm]
-    return linear(tensors, told.out, (y * F.silu(gate)).flatten(1))
+    gate = torch.sigmoid(gate) if told.curve == "sigmoid" else F.silu(gate)
+    return linear(tensors, told.out, (y * gate).flatten(1))
+
+
+def latent(
+    tensors: Tensors,
+    told: Latent,
+    x: Tensor,
+    kept: Tensor,
+    start: int,
+    held: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """(L, in) -> (L, in) by latent attention of tokens that come after `start` others.
+
+    Args:
+        kept: (tokens, rank + common) rows of all tokens, filled in from `start` on. The keys and values of
+            all heads are made of them for each token anew.
+        held: as of `attention`.
+    """
+
+    def normed(row: Tensor, name: str) -> Tensor:
+        return tensors[name] * row * torch.rsqrt(row.square().mean(-1, keepdim=True) + told.epsilon)
+
+    narrow = x if told.narrow is None else normed(linear(tensors, told.narrow, x), told.q_norm)
+    q, rows = linear(tensors, told.q, narrow).unflatten(-1, (told.heads, -1)), []
+    numbers, common = linear(tensors, told.row, x).split([told.rank, told.common], -1)
+    kept[start : start + len(x)] = torch.cat([held(normed(numbers, told.norm)), held(common)], -1)
+    for t in range(len(x)):
+        numbers, common = kept[: start + t + 1].split([told.rank, told.common], -1)
+        both = linear(tensors, told.wide, numbers).unflatten(-1, (told.heads, -1))
+        own, values = both.split([told.own, told.width], -1)
+        keys = torch.cat([own, common[:, None].expand(-1, told.heads, -1)], -1)
+        weights = torch.softmax(torch.einsum("hc,thc->ht", q[t], keys) * told.scale, -1)
+        rows.append(torch.einsum("ht,thc->hc", weights, values).flatten())
+    return linear(tensors, told.o, torch.stack(rows))
+
+
+def rounded(x: Tensor) -> Tensor:
+    """(..., width) to 255 values, the largest magnitude of each vector the last of them."""
+    unit = x.abs().amax(-1, keepdim=True) / 127
+    return torch.where(unit > 1e-30 / 127, (x / unit).round() * unit, 0 * x)
 
 
 def turned(x: Tensor, angles: Tensor, factor: float) -> Tensor:
@@ -189,11 +245,13 @@ def _of(part: Planned) -> Iterator[str]:
             yield f"{what.name}.norm.weight"
         return
     if isinstance(what, Delta):
-        yield from (f"{what.name}.{name}" for name in ("A_log", "dt_bias", "conv1d.weight"))
-        yield what.norm
-        yield from (f"{rows.name}.weight" for rows in (*what.mixed, what.gate, what.step, what.beta))
+        yield from (f"{what.decay}.A_log", f"{what.decay}.dt_bias", f"{what.name}.conv1d.weight", what.norm)
+        for rows in (*what.mixed, what.gate, what.step, what.beta):
+            yield from (f"{name}.weight" for name in (rows.name, rows.narrow) if name)
     if isinstance(what, Attention):
         yield from filter(None, (what.q_norm, what.k_norm))
+    if isinstance(what, Latent):
+        yield from filter(None, (what.q_norm, what.norm))
     products = [value for value in vars(what).values() if isinstance(value, Product)]
     for product in products:
         yield f"{product.name}.weight"

@@ -5,6 +5,7 @@ Place in the flow: what `families.py` and `families_delta.py` have in common.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from sparsessm.checkpoint.known_fields import optional
@@ -49,6 +50,19 @@ def experts(name: str, router: str, config: Any, choice: str) -> Experts:
     wide, down = f"{name}.experts.gate_up_proj", f"{name}.experts.down_proj"
     chosen = int(config.num_experts_per_tok)
     return Experts(Product(f"{name}.{router}"), wide, down, True, curve(config.hidden_act), chosen, choice)
+
+
+def sigmoid_experts(plain: Experts, config: Any) -> Experts:
+    """`plain` with the router of DeepSeek-V3 (arXiv 2412.19437, section 2.1.2) under its usual names."""
+    return replace(
+        plain,
+        choice="sigmoid",
+        favour=f"{plain.router.name}.e_score_correction_bias",
+        groups=int(config.n_group),
+        chosen_groups=int(config.topk_group),
+        normalised=bool(config.norm_topk_prob),
+        factor=float(config.routed_scaling_factor),
+    )
 
 
 def curve(activation: str) -> str:
