@@ -18,6 +18,7 @@ import sparsessm
 from sparsessm import Run, kernels, runtime
 from sparsessm.checkpoint import Streaming, load, packed, unfinished, unpack
 from sparsessm.checkpoint.coded import Coded
+from sparsessm.checkpoint.stacked import matrices_of
 from sparsessm.evaluation.perplexity import measure
 from sparsessm.kernels import entropy
 from sparsessm.methods import dial
@@ -173,20 +174,22 @@ def test_unpacked_it_is_a_stock_checkpoint_in_the_stored_dtype(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("name", sorted({*MODELS} - {*PURE}))
-def test_hybrids_are_saved_and_read_experts_apart(name: str, tmp_path: Path) -> None:
-    """Experts lie in one tensor: they are refused by name, and may stay as they are."""
+def test_hybrids_are_saved_and_read_with_their_experts(name: str, tmp_path: Path) -> None:
+    """Experts lie in one tensor, of which a file holds each matrix as the codes that it has."""
     source, out = written(name, tmp_path / "m", torch.bfloat16), tmp_path / "out"
-    fields: dict[str, Any] = {"bits": 4.0}
-    routed = [target for target in load(source).architecture().targets if target.slice is not None]
-    if routed:
-        experts = routed[0].module_class
-        with pytest.raises(ValueError, match=f"bits: .*experts.* is one of several .*: ignore {experts}"):
-            pruned(source, None, **LINEAR | fields)
-        fields["ignore"] = [experts]
-    checkpoint, report = pruned(source, None, **LINEAR | fields)
+    checkpoint, report = pruned(source, None, **LINEAR | {"bits": 4.0})
     sparsessm.save(checkpoint, out, report)
-    again = load(out)
-    assert same(values(again), values(checkpoint)) and again.stored == checkpoint.stored
+    for streaming in (None, NOTHING):
+        again = load(out, streaming=streaming)
+        assert same(values(again), values(checkpoint)) and again.stored == checkpoint.stored
+    tensors, targets = packed.read(out).tensors, checkpoint.architecture().targets
+    bits = {row.target: row.bits for row in report.rows}
+    for target in targets:
+        if target.slice is not None:
+            found = list(matrices_of(tensors[target.name.rpartition(".")[0]]))[target.slice]
+            assert isinstance(found, Coded) and 8 * found.nbytes == bits[target.name]
+    spent = [(row.bits, row.total) for row in report.rows if row.bits is not None]
+    assert sum(b for b, _ in spent) / sum(total for _, total in spent) == pytest.approx(4.0, rel=0.03)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from stock import stock_logits
 
 from sparsessm import checkpoint
 from sparsessm.checkpoint import container, packed
-from sparsessm.checkpoint.encoding import encode
+from sparsessm.checkpoint.encoding import Encoded, encode
 from sparsessm.checkpoint.stacked import Stacked, matrices_of, stacked
 
 ROUTERS = ("conv1d", "router", ".gate.", "_gate.", "A_log", "in_proj_ba", "in_proj_a", "in_proj_b")
@@ -85,7 +85,9 @@ def test_int8_and_floats_take_experts_as_they_take_other_matrices(name: str, tmp
             )
             small &= not (word == "fp32" and key.endswith("dt_proj.weight"))
             for place, one in enumerate(matrices_of(tensor) if ".experts." in key else [tensor]):
-                assert one.values.dtype == (torch.bfloat16 if small else dtype), key
+                assert isinstance(one, Encoded) and one.values.dtype == (
+                    torch.bfloat16 if small else dtype
+                ), key
                 want = (whole[place] if ".experts." in key else whole).float()
                 most = want.abs().amax(-1, keepdim=True) / 127 if word == "int8" and not small else 0.0
                 assert ((one.decode(torch.float32) - want).abs() <= 0.5001 * most).all(), key

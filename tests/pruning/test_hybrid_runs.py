@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +23,6 @@ from sparsessm.architectures import MODEL_TYPES, adapt
 from sparsessm.architectures.hybrid_block import HybridBlock
 from sparsessm.calibration import prices
 from sparsessm.recipe.recipe import Recipe
-from sparsessm.recipe.rules import assign
-from sparsessm.studies import cells, windows
 
 WHOLE: Mapping[str, Mapping[str, Any]] = {
     "default": {},
@@ -100,17 +96,20 @@ def test_experts_and_all_uses_have_a_price(name: str) -> None:
 
 @pytest.mark.parametrize("recipe", ["wanda", "sparsegpt", "default"])
 @pytest.mark.parametrize("name", MIXTURES)
-def test_an_expert_that_saw_too_few_tokens_falls_back_to_magnitude(name: str, recipe: str) -> None:
+def test_an_expert_that_saw_no_token_borrows_all(name: str, recipe: str) -> None:
+    """It is pruned like the others, with what its layer says, and the report names it."""
     architecture = one_sided(name)
-    inputs = {target.name: target.matrix.shape[1] for target in architecture.targets}
+    targets = {target.name: target.matrix.shape[1] for target in architecture.targets}
     report = prune(architecture, recipe, **({"ignore": "dt_proj"} if name == "jamba" else {}))
     experts = [row for row in report.rows if "experts." in row.target and row.target[-1].isdigit()]
-    few = [row for row in experts if row.tokens is not None and row.tokens < inputs[row.target]]
-    assert few and all(row.method == "magnitude" and row.repair == "none" for row in few)
-    assert all(row.method != "magnitude" for row in experts if row not in few)
-    assert f"{len(few)} of {len(experts)} expert matrices saw fewer" in report.damped()
+    none = [row for row in experts if row.tokens == 0]
+    assert none and all(row.borrowed == 1.0 for row in none)
+    assert all(row.method != "magnitude" and row.borrowed is not None for row in experts)
+    assert {row.repair for row in none} == {row.repair for row in experts}
+    few = [row for row in experts if row.tokens is not None and row.tokens < targets[row.target]]
+    assert f"{len(few)} of {len(experts)} expert matrices saw fewer calibration tokens" in report.damped()
     assert few[0].target in report.damped()
-    assert {row.tokens for row in report.rows if row not in experts} == {None}
+    assert {(row.tokens, row.borrowed) for row in report.rows if row not in experts} == {(None, None)}
     assert_same(logits_of(architecture, TOKENS), stock_logits(architecture.model))
 
 
@@ -187,19 +186,3 @@ def test_the_last_layer_of_a_kind_stays(name: str) -> None:
 def test_every_family_has_a_config_of_its_name() -> None:
     assert {AutoConfig.for_model(name).model_type for name in FAMILIES} == FAMILIES.keys()
     assert COMMON["vocab_size"] == 64
-
-
-@pytest.mark.parametrize("name", ["jamba", "zamba2"])
-def test_what_looks_at_single_matrices_leaves_out_experts_and_shared_ones(name: str) -> None:
-    """`analyze` and `samples: auto` look at matrices that all tokens meet, in one block."""
-    architecture = hybrid(name)
-    plain = {target.name for target in architecture.targets if target.plain}
-    assert plain and plain != {target.name for target in architecture.targets}
-    recipe = Recipe(target="projections").resolved(model="m", trained_length=37)
-    chosen = assign(recipe, architecture.targets)
-    assert {name for name in windows.watched(architecture, chosen)} <= plain
-    rules = {name: rule for name, rule in chosen.rules.items() if name in plain}
-    rules = {name: replace(rule, repair="self") for name, rule in rules.items()}
-    found = list(cells.measure(architecture, rules, [0.5], MORE_TOKENS, TOKENS, set(), None))
-    assert {cell.target for one in found for cell in one} == rules.keys()
-    assert all(cell.kl >= 0 and math.isfinite(cell.kl) for one in found for cell in one)

@@ -63,12 +63,23 @@ def targets(
         )
 
 
+def common(kind: str) -> str:
+    """What the matrices of all experts of a layer are, of the kind of one."""
+    return kind.rpartition(".")[0]
+
+
+def reads_stream(kind: str) -> bool:
+    """Whether an expert's matrix reads the stream, as those of the other experts do; else channels of its
+    own."""
+    return common(kind) != "experts.down_proj"
+
+
 def abreast(targets: Sequence[Target]) -> list[list[Target]]:
     """The targets of a block in the order of the data, those together of which none sees another's outputs:
     all experts' first matrices, then all their second ones; of the others each alone."""
     found: dict[str, list[Target]] = {}
     for target in targets:
-        kind = target.kind.rpartition(".")[0] if target.routed else target.kind
+        kind = common(target.kind) if target.routed else target.kind
         found.setdefault(kind, []).append(target)
     return list(found.values())
 
@@ -80,9 +91,12 @@ def run(experts: Any, hidden: Tensor, index: Tensor, weights: Tensor, fed: Fed, 
         index, weights: (tokens, k), the experts of each token and what their outputs count. An index beyond
             the last expert is no expert.
         fed, made: called before and after each product, that of an expert without tokens (n = 0) included.
+            `fed` is also told what all experts' first matrices read, and what their second ones do, under
+            their common kinds (`common`).
     """
     first = _first(experts)
     out = torch.zeros_like(hidden)
+    fed(f"experts.{first}", hidden[None], torch.arange(len(hidden), device=hidden.device))
     for e in range(experts.down_proj.shape[0]):
         rows, place = torch.where(index == e)
         x = hidden[rows]
@@ -90,6 +104,7 @@ def run(experts: Any, hidden: Tensor, index: Tensor, weights: Tensor, fed: Fed, 
         inside = products.linear(x, experts.get_parameter(first)[e])
         made(f"experts.{first}.{e}", inside)
         inside = experts._apply_gate(inside) if experts.has_gate else experts.act_fn(inside)
+        fed("experts.down_proj", inside[None], rows)
         fed(f"experts.down_proj.{e}", inside[None], rows)
         part = products.linear(inside, experts.down_proj[e])
         made(f"experts.down_proj.{e}", part)

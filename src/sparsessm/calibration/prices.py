@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsessm.architectures import Architecture, Block
+from sparsessm.architectures.experts import abreast, reads_stream
 from sparsessm.calibration import vocabulary
 from sparsessm.calibration.journal import Forgetful, Journal, each
 from sparsessm.calibration.loss import nats, predictions
@@ -27,6 +28,7 @@ from sparsessm.calibration.walk import backwards, walk
 
 ROWS = 2048  # tokens that go through the model together: several short windows, or one long one
 PRICED_TOKENS = 16_384  # of the calibration windows that the backward pass looks at
+SENT = "sent "  # before the name of an expert's matrix: how many tokens it got
 ALSO = "also "  # before the name of an embedding: what its Hessian gets added for that use of it
 
 
@@ -127,6 +129,7 @@ def output_fisher(
 
         for found in each(ranks, journal, "prices", len(groups), make):
             sums = {name: sums[name] + energy if name in sums else energy for name, energy in found.items()}
+    sums = _with_one_token_more(architecture, sums)
     means = {name: energy / tokens.numel() for name, energy in sums.items()}
     also: dict[str, Tensor] = {}
     if head:
@@ -140,13 +143,42 @@ def output_fisher(
     return {t.name: means[t.name] for t in architecture.targets if t.name in means} | also
 
 
+def _with_one_token_more(architecture: Architecture, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The sums, those of experts as if each had got one token more, an average one of its layer.
+
+    That no token was sent to an expert does not say that none will be (Laplace's rule of succession): with a
+    price of nothing it would be removed as a whole. Outputs of first matrices are channels that each expert
+    has of its own, and of the tokens only the mean over rows counts; those of second ones are the stream's.
+
+    Args:
+        sums: by target; with `SENT` before the name of an expert's how many tokens it got.
+
+    Returns:
+        Without those numbers.
+    """
+    found = {name: part for name, part in sums.items() if not name.startswith(SENT)}
+    for block in architecture.blocks:
+        for part in abreast([target for target in block.targets if SENT + target.name in sums]):
+            names = [target.name for target in part]
+            sent = sum(int(sums[SENT + name]) for name in names)
+            one = torch.stack([sums[name] for name in names]).sum(0) / max(sent, 1)
+            if reads_stream(part[0].kind):
+                one = one.mean().expand_as(one)
+            found |= {name: sums[name] + one for name in names}
+    return found
+
+
 def _energies(architecture: Architecture, group: Tensor, steps: Steps, head: bool) -> dict[str, Tensor]:
     """Squared gradients at the outputs of each layer, summed over a group of windows (W, L)."""
     sums: dict[str, Tensor] = {}
 
     def add(name: str, grad: Tensor) -> None:  # (..., out)
-        sums[name] = sums[name] + energy(grad) if name in sums else energy(grad)
+        found = {name: energy(grad)}
+        if name in routed:
+            found[SENT + name] = torch.tensor(grad.numel() // grad.shape[-1])
+        sums.update({key: sums[key] + part if key in sums else part for key, part in found.items()})
 
+    routed = {target.name for target in architecture.targets if target.routed}
     group = group.clone()
     entering = _forward(architecture, group, steps)
     back = torch.empty_like(entering[-1])

@@ -11,12 +11,13 @@ from typing import Any
 from torch import Tensor
 
 from sparsessm.architectures import Architecture, Target
-from sparsessm.architectures.experts import abreast
+from sparsessm.architectures.experts import abreast, common, reads_stream
 from sparsessm.calibration.journal import Forgetful, Stage, Stream
 from sparsessm.calibration.progress import Progress, Steps
 from sparsessm.calibration.slabs import share, slab_count
 from sparsessm.calibration.walk import Stop, walk
-from sparsessm.methods.observers import InputGram
+from sparsessm.methods import borrowing
+from sparsessm.methods.observers import InputGram, Moments
 
 # A new observer of a target, None: it needs none.
 Watch = Callable[[Target], Any | None]
@@ -94,9 +95,53 @@ def _look(stop: Stop, part: Sequence[Target], watch: Watch, owners: Mapping[str,
     if not part[0].routed:
         return {t.name: stop.look(t, watched[t.name], owners[t.name]) for t in part if t.name in watched}
     kinds = {target.kind: watched[target.name] for target in part if target.name in watched}
-    if kinds:
-        stop.run(kinds, until=list(kinds)[-1])
-    return stop.results(watched, owners)
+    if not kinds:
+        return {}
+    layer, last = watching_layers(part, watched), list(kinds)[-1]
+    if layer and not reads_stream(last):  # what it says is of all experts, whoever is looked at here
+        last = [target.kind for target in stop.block.targets if common(target.kind) in layer][-1]
+    stop.run({**kinds, **layer}, until=last)
+    of_layer, found = lent(stop, layer), stop.results(watched, owners)
+    return {t.name: with_layer(t, found[t.name], of_layer) for t in part if t.name in watched}
+
+
+def watching_layers(targets: Sequence[Target], watched: Mapping[str, Any]) -> dict[str, Any]:
+    """What watches all tokens of the layer for those of these targets that are experts'.
+
+    Args:
+        watched: target -> its observer.
+
+    Returns:
+        By the kind that all experts' matrices have in common.
+    """
+    kinds: dict[str, list[Any]] = {}
+    for target in targets:
+        if target.routed and target.name in watched:
+            kinds.setdefault(common(target.kind), []).append((target, watched[target.name]))
+    found = {}
+    for kind, pairs in kinds.items():
+        observer = borrowing.of_layer([one for _, one in pairs], reads_stream(pairs[0][0].kind))
+        if observer is not None:
+            found[kind] = observer
+    return found
+
+
+def lent(stop: Stop, layer: Mapping[str, Any]) -> dict[str, Moments]:
+    """What the layer lends to its experts, by their common kind.
+
+    Args:
+        layer: what `watching_layers` gave, after a pass.
+    """
+    seen = stop.results(layer)
+    return {kind: borrowing.settled(one, reads_stream(f"{kind}.0")) for kind, one in seen.items()}
+
+
+def with_layer(target: Target, seen: Any, layer: Mapping[str, Any]) -> Any:
+    """What was seen of a target; of an expert with what it borrows of its layer."""
+    of_all = layer.get(common(target.kind)) if target.routed else None
+    if of_all is None or not isinstance(seen, Moments):
+        return seen
+    return borrowing.drawn(seen, of_all, target.matrix.shape[1], reads_stream(target.kind))
 
 
 def _look_behind(
@@ -157,11 +202,13 @@ def survey(
         block = stop.block
         watched = [(target, observer) for target in block.targets if (observer := watch(target)) is not None]
         again = [(target, observer) for target, observer in shared if block.index in target.uses]
-        stop.run({target.kind: observer for target, observer in (*watched, *again)})
+        layer = watching_layers(block.targets, {target.name: observer for target, observer in watched})
+        stop.run({target.kind: observer for target, observer in (*watched, *again)} | layer)
+        of_layer = lent(stop, layer)
         shared += [(target, observer) for target, observer in watched if target.uses]
         for target, observer in (*watched, *again):
             if not target.uses or target.uses[-1] == block.index:
-                yield target, stop.result(observer)
+                yield target, with_layer(target, stop.result(observer), of_layer)
 
 
 def _of_inputs(watch: Watch) -> Watch:

@@ -104,6 +104,12 @@ static void route(const Experts &m, const float *logits, int64_t *chosen, float 
     for (int64_t k = 0; k < m.chosen; ++k) weights[k] = (m.normalised ? weights[k] / total : weights[k]) * m.factor;
 }
 
+// A token that goes to an expert, and what that gives counts.
+struct Sent {
+    int64_t expert, row;
+    float weight;
+};
+
 static void take_part(const Experts &m, const Part &part, Own &o) {
     const Step &s = o.s;
     Workspace &w = s.work;
@@ -120,26 +126,49 @@ static void take_part(const Experts &m, const Part &part, Own &o) {
     }
     o.wait();
 
-    std::vector<int64_t> chosen(s.batch * K);
-    std::vector<float> weights(s.batch * K);
-    o.share(part.share + 1, begin, end);
+    // Tokens by their experts, which lie in ascending order: an expert's weights are read once for all its tokens, and
+    // what a token's experts give is added in the same order whoever else is there.
+    std::vector<Sent> sent;
+    std::vector<int64_t> chosen(K);
+    std::vector<float> weights(K);
     for (int64_t b = 0; b < s.batch; ++b) {
-        route(m, w.dbc.data() + b * many, chosen.data() + b * K, weights.data() + b * K);
-        for (int64_t k = b * K; k < (b + 1) * K; ++k)
-            widen(m.each[chosen[k]], o, x + b * outer, 1, begin, end, w.u.data() + k * inner, w.z.data() + k * inner);
+        route(m, w.dbc.data() + b * many, chosen.data(), weights.data());
+        for (int64_t k = 0; k < K; ++k) sent.push_back({chosen[k], b, weights[k]});
     }
+    std::stable_sort(sent.begin(), sent.end(), [](const Sent &l, const Sent &r) { return l.expert < r.expert; });
+    const auto each = [&](const auto &take) { // (expert, where its tokens begin, how many there are)
+        for (size_t first = 0, last; first < sent.size(); first = last) {
+            for (last = first; last < sent.size() && sent[last].expert == sent[first].expert;) ++last;
+            take(m.each[sent[first].expert], static_cast<int64_t>(first), static_cast<int64_t>(last - first));
+        }
+    };
+    std::vector<float> room; // (tokens, outer): of an expert what goes in, then what comes out
+    o.share(part.share + 1, begin, end);
+    if (begin < end)
+        each([&](const Mlp &expert, int64_t first, int64_t count) {
+            const float *reads = x + sent[first].row * outer;
+            if (count > 1) {
+                room.resize(count * outer);
+                for (int64_t i = 0; i < count; ++i)
+                    std::copy_n(x + sent[first + i].row * outer, outer, room.data() + i * outer);
+                reads = room.data();
+            }
+            widen(expert, o, reads, count, begin, end, w.u.data() + first * inner, w.z.data() + first * inner);
+        });
     o.wait();
 
     o.share(part.share + 2, begin, end); // of all experts the same rows, which are then one thread's
-    std::vector<float> one(outer);
     const int64_t r0 = begin * GROUP, r1 = std::min(outer, end * GROUP);
     float *sums = m.behind.matrix ? w.y.data() : o.added;
-    for (int64_t b = 0; b < s.batch && r0 < r1; ++b) {
-        std::fill(sums + b * outer + r0, sums + b * outer + r1, 0.0f);
-        for (int64_t k = b * K; k < (b + 1) * K; ++k) {
-            linear(m.each[chosen[k]].down, o, w.u.data() + k * inner, 1, begin, end, one.data(), outer);
-            for (int64_t r = r0; r < r1; ++r) sums[b * outer + r] += weights[k] * one[r];
-        }
+    if (r0 < r1) {
+        for (int64_t b = 0; b < s.batch; ++b) std::fill(sums + b * outer + r0, sums + b * outer + r1, 0.0f);
+        each([&](const Mlp &expert, int64_t first, int64_t count) {
+            room.resize(count * outer);
+            linear(expert.down, o, w.u.data() + first * inner, count, begin, end, room.data(), outer);
+            for (int64_t i = 0; i < count; ++i)
+                for (int64_t r = r0; r < r1; ++r)
+                    sums[sent[first + i].row * outer + r] += sent[first + i].weight * room[i * outer + r];
+        });
     }
     if (m.behind.matrix) {
         o.wait();

@@ -65,7 +65,6 @@ DEFAULTS: Mapping[str, str] = {
     "embedding": "absorb",
 }
 UNITS_DEFAULT = "exact"
-WITHOUT_DATA = magnitude.magnitude  # for a matrix of which the calibration windows say nothing
 
 
 def entry_methods() -> dict[str, EntryMethod]:
@@ -82,7 +81,6 @@ __all__ = [
     "DEFAULTS",
     "METHODS",
     "UNITS_DEFAULT",
-    "WITHOUT_DATA",
     "EntryMethod",
     "Method",
     "Rule",

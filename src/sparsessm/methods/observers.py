@@ -46,12 +46,14 @@ class Moments:
             pruned one; None if not asked for.
         diagonal: only the diagonal was asked for: gram is (in,), or (out, in) for a depthwise layer.
         tokens: that were seen; None where it is not known. An expert may see none: gram is empty then.
+        borrowed: share of them that is its layer's (borrowing.py).
     """
 
     gram: Tensor
     cross: Tensor | None = None
     diagonal: bool = False
     tokens: int | None = None
+    borrowed: float = 0.0
 
     @property
     def power(self) -> Tensor:

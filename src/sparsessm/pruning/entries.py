@@ -19,7 +19,7 @@ from sparsessm.calibration import prices
 from sparsessm.calibration.journal import Journal
 from sparsessm.calibration.progress import Progress
 from sparsessm.calibration.visit import Look, Watch, visit
-from sparsessm.methods import WITHOUT_DATA, Rule, on_grid
+from sparsessm.methods import Rule, on_grid
 from sparsessm.methods.base import scorer
 from sparsessm.methods.grids import Dial, Rounding
 from sparsessm.methods.hessian import Factor, by_power, factorise
@@ -30,7 +30,7 @@ from sparsessm.methods.repair import dense_target, output_error, refit, sweep
 from sparsessm.pruning import preview
 from sparsessm.pruning.naming import naming
 from sparsessm.pruning.plan import Outcome, Plan, Preview, Rows
-from sparsessm.pruning.shares import starved, stepped, surveyed
+from sparsessm.pruning.shares import stepped, surveyed
 from sparsessm.recipe.recipe import Recipe
 from sparsessm.recipe.rules import Assignment, words
 from sparsessm.report.row import Row
@@ -123,16 +123,16 @@ def _prune(target: Target, rule: Rule, seen: Any) -> tuple[Row, CodedLevels | No
     Args:
         seen: 1 calibrate: what its observer saw, None where it has none.
     """
-    tokens = seen.tokens if target.routed and isinstance(seen, Moments) else None
-    if starved(target, seen):
-        rule, seen = replace(rule, method=WITHOUT_DATA, repair="none", price="none", prices=None), None
+    few: dict[str, Any] = {}
+    if target.routed and isinstance(seen, Moments):
+        few = {"tokens": seen.tokens, "inputs": target.matrix.shape[1], "borrowed": seen.borrowed}
     done = solve(target, rule, seen)
     companions = write(target, rule, done)
     error = rule.method.error(done.seen, done.keep, rule) if rule.method.error else None
     if done.factor is not None:
         gram, start, unit = done.seen.gram, done.start, done.unit
         error = unit * output_error(target.matrix - start, gram), unit * output_error(start, gram)
-    row = replace(_row(target, rule, done.keep, done.factor, companions, error), tokens=tokens)
+    row = replace(_row(target, rule, done.keep, done.factor, companions, error), **few)
     if done.levels is None:
         return row, None
     coded = done.levels.coded()

@@ -21,18 +21,11 @@ from sparsessm.methods.allocation import Profile
 from sparsessm.methods.base import Member
 from sparsessm.methods.dial import Curve, step
 from sparsessm.methods.grids import Dial
-from sparsessm.methods.observers import Moments
 from sparsessm.pruning.naming import naming
 from sparsessm.recipe.rules import Assignment
 from sparsessm.report.row import Row
 
 SURVEY_TOKENS = 32_768  # of the calibration windows: shares need less than masks (docs/methods.md)
-
-
-def starved(target: Target, seen: Any) -> bool:
-    """Whether an expert saw fewer tokens than it has inputs: too few to say what its weights are good for."""
-    few = target.matrix.shape[1]
-    return target.routed and isinstance(seen, Moments) and seen.tokens is not None and seen.tokens < few
 
 
 def surveyed(
@@ -104,7 +97,6 @@ def _shares(
 
     targets = {target.name: target for target in architecture.targets if target.name in rules}
     seen: dict[str, Any] = {}
-    little: set[str] = set()  # experts of which nothing is known: they keep the rule's own share
     if any(watch(target) is not None for target in targets.values()):
         assert tokens is not None
         few = first_tokens(tokens, SURVEY_TOKENS)
@@ -113,22 +105,17 @@ def _shares(
         # sums over what blocks share would be lost between them
         stage = None if any(target.uses for target in targets.values()) else journal.stage("survey")
         for past in stage.left.values() if stage else ():
-            seen |= {name: _restored(what) for name, what in past["seen"].items()}
-            little |= set(past["little"])
-        told = seen.keys() | little
+            seen |= {name: _restored(what) for name, what in past.items()}
+        told = set(seen)
 
         def note() -> dict[str, Any]:
             nonlocal told
-            new, told = (seen.keys() | little) - told, seen.keys() | little
-            plain = {name: seen[name] for name in sorted(new - little)}
-            return {"seen": {n: _plain(what) for n, what in plain.items()}, "little": sorted(new & little)}
+            new, told = seen.keys() - told, set(seen)
+            return {name: _plain(seen[name]) for name in sorted(new)}
 
         for target, what in survey(architecture, few, watch, steps, stage=stage, note=note):
-            if starved(target, what):
-                little.add(target.name)
-            else:
-                seen[target.name] = reduced(target, rules[target.name], what)
-    for name in sorted(targets.keys() - seen.keys() - little):
+            seen[target.name] = reduced(target, rules[target.name], what)
+    for name in sorted(targets.keys() - seen.keys()):
         with architecture.holding(targets[name].layer):
             seen[name] = reduced(targets[name], rules[name], None)
     return {

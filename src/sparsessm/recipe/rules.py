@@ -76,7 +76,7 @@ def assign(recipe: Recipe, targets: Iterable[Target]) -> Assignment:
     Raises:
         ValueError: a recipe that is not resolved; a selector or rule that selects nothing; a rule, or a
             recipe, with options that none of its targets reads; an N:M pattern whose M does not divide a
-            row of a target; experts on a grid. Each names what it is about.
+            row of a target. Each names what it is about.
     """
     if recipe.length is None:
         raise ValueError("the recipe has no length; call Recipe.resolved first")
@@ -159,11 +159,6 @@ def _rule(recipe: Recipe, choice: Choice, target: Target, hit: Sequence[Target])
     assert not isinstance(pattern, patterns.Structured), "whole units are sizes.py's part"
     grid = (choice.grid or method.defaults.get("grid")) if applies("grid", "", target.family) else None
     bits = choice.bits if reads(method, "bits") and applies("bits", "", target.family) else None
-    if (grid or bits) and target.slice is not None:
-        raise ValueError(
-            f"{'grid' if grid else 'bits'}: {target.name} is one of several matrices in a tensor, which a "
-            f"packed file cannot hold as codes yet; leave it as it is: ignore {target.module_class}"
-        )
     values = grids.parse(grid) if grid and reads(method, "grid") else None
     if values is not None and values.blocks:
         _refuse_broken(values, target)

@@ -191,12 +191,11 @@ class Report:
         """The sentences for experts that saw too little, and for Hessians that had to be damped more than
         usual; empty if there are none."""
         experts = [row for row in self.rows if row.tokens is not None]
-        few = [f"{row.target} ({row.tokens})" for row in experts if row.method == "magnitude"]
-        wanted = self.recipe.get("method") == "magnitude"
+        few = [f"{row.target} ({row.tokens})" for row in experts if row.starved]
         starved = (
             f"{len(few)} of {len(experts)} expert matrices saw fewer calibration tokens than they have "
-            f"inputs and were pruned by magnitude: {', '.join(few[:8])}{' ...' if len(few) > 8 else ''}. "
-            if few and not wanted
+            f"inputs, and borrowed from their layer: {', '.join(few[:8])}{' ...' if len(few) > 8 else ''}. "
+            if few
             else ""
         )
         shares = {row.target: row.damping for row in self.rows if row.damping is not None}

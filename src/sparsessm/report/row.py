@@ -26,7 +26,8 @@ class Row:
         error: energy of the output error with the layer's input fixed, against what the repair aims at; None
             where the method does not know it.
         signal: energy of the layer's output, in the unit of `error`.
-        tokens: calibration tokens that an expert saw; None elsewhere.
+        tokens: calibration tokens that an expert saw. inputs: of its matrix. borrowed: share of its moments
+            that is its layer's. None elsewhere.
         repaired: other parameters that were changed to make up for the removal, by full name.
         grid: the values that weights could take, or how many bits were asked for; "none": any.
         bits: stored for the matrix on its grid, masks and scales counted. entropy: the same under an ideal
@@ -48,6 +49,8 @@ class Row:
     error: float | None = None
     signal: float | None = None
     tokens: int | None = None
+    inputs: int | None = None
+    borrowed: float | None = None
     repaired: tuple[str, ...] = ()
     grid: str = "none"
     bits: int | None = None
@@ -58,6 +61,11 @@ class Row:
     def sparsity(self) -> float:
         """Share of entries removed."""
         return self.pruned / self.total if self.total else 0.0
+
+    @property
+    def starved(self) -> bool:
+        """Whether it is an expert's that saw fewer tokens than it has inputs."""
+        return self.tokens is not None and self.inputs is not None and self.tokens < self.inputs
 
     @property
     def relative_error(self) -> float | None:

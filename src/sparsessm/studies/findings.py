@@ -16,6 +16,7 @@ from sparsessm.studies.tolerance import Analysis, replace_file
 # A divergence of so many nats raises the perplexity by about as much: 0.01 is 1 %.
 TOLERATED = 0.01
 LISTED = 5  # most sensitive cells that are told
+MOST_STARVED = 8  # experts of a layer that are told
 PICTURE = "analysis.png"
 Table = tuple[str, list[str], list[list[str]], int]  # title, columns, cells, columns that are words
 
@@ -54,7 +55,8 @@ def summary(analysis: Analysis) -> dict[str, Any]:
         "tolerated": nats, the limit. "kinds": of each kind its entries, the sum of KL over its layers by
         sparsity ("kl"), the largest sparsity at which that sum is within the limit ("tolerates", None if
         none is), and its most sensitive layer ("worst"). "most_sensitive": cells at the largest sparsity, the
-        worst first, with their share of all KL there. "conclusion": a sentence.
+        worst first, with their share of all KL there. "experts": by the name of the tensor that holds their
+        matrices, the "tokens" that each saw and the "inputs" of one. "conclusion": a sentence.
     """
     sparsities = _sparsities(analysis)
     highest = [cell for cell in analysis.cells if cell.sparsity == max(sparsities, default=0)]
@@ -79,7 +81,12 @@ def summary(analysis: Analysis) -> dict[str, Any]:
         | {"share": c.kl / total if total > 0 else 0.0}
         for c in worst
     ]
-    found = {"tolerated": TOLERATED, "kinds": kinds, "most_sensitive": listed}
+    experts = {
+        cell.target: {"tokens": list(cell.tokens), "inputs": cell.inputs}
+        for cell in analysis.cells
+        if cell.tokens is not None
+    }
+    found = {"tolerated": TOLERATED, "kinds": kinds, "most_sensitive": listed, "experts": experts}
     return {**found, "conclusion": _conclusion(found, sparsities)}
 
 
@@ -108,7 +115,7 @@ def summary_tables(found: dict[str, Any]) -> list[Table]:
         [cell["target"], _percent(cell["sparsity"]), brief(cell["kl"]), _percent(cell["share"])]
         for cell in found["most_sensitive"]
     ]
-    return [
+    tables: list[Table] = [
         (
             f"KL by kind, sums over layers; tolerated: {limit:g}, about {_percent(limit)} of perplexity",
             columns,
@@ -117,6 +124,24 @@ def summary_tables(found: dict[str, Any]) -> list[Table]:
         ),
         ("The most sensitive matrices", ["matrix", "sparsity", "KL", "share of all"], cells, 1),
     ]
+    if found["experts"]:
+        tables.append(_experts_table(found["experts"]))
+    return tables
+
+
+def _experts_table(experts: dict[str, Any]) -> Table:
+    """How many tokens experts saw, and which saw fewer than they have inputs."""
+    cells = []
+    for name, facts in experts.items():
+        tokens, inputs = facts["tokens"], facts["inputs"]
+        few = [f"{e} ({count})" for e, count in enumerate(tokens) if count < inputs]
+        told = ", ".join(few[:MOST_STARVED]) + (" ..." if len(few) > MOST_STARVED else "")
+        middle = sorted(tokens)[len(tokens) // 2]
+        cells.append(
+            [name, told or "none", f"{min(tokens):,}", f"{middle:,}", f"{max(tokens):,}", f"{inputs:,}"]
+        )
+    columns = ["matrices", "experts with fewer tokens than inputs", "fewest", "middle", "most", "inputs"]
+    return "Calibration tokens of experts", columns, cells, 2
 
 
 def draw(analysis: Analysis, path: Path) -> None:

@@ -30,7 +30,7 @@ from sparsessm.methods.base import UNIFORM
 from sparsessm.pruning.entries import priced
 from sparsessm.recipe.recipe import Recipe, window_length
 from sparsessm.recipe.rules import assign, words
-from sparsessm.studies.cells import Cell, measure
+from sparsessm.studies.cells import Cell, measure, parts_of
 
 FORMAT = 1
 FILE = "analysis.json"
@@ -119,8 +119,6 @@ def analyze(
     if not recipes:
         raise ValueError("sparsities is empty; give at least one")
     rules = assign(recipes[0], architecture.targets).rules
-    left_out = {target.name for target in architecture.targets if not target.plain}
-    rules = {name: rule for name, rule in rules.items() if name not in left_out}
     calibration = calibration_windows(
         data, checkpoint.tokenizer, samples=samples, length=length, seed=seed, column=column
     )
@@ -139,7 +137,7 @@ def analyze(
         "calibration": fingerprint(calibration),
         "held_out": fingerprint(held_out),
     }
-    found = Analysis(settings, len(rules) * len(asked))
+    found = Analysis(settings, len(parts_of(architecture, rules)) * len(asked))
     path = None if out is None else Path(out) / FILE
     if path is not None:
         found.cells = architecture.ranks.given(_continued(path, settings, force))

@@ -19,11 +19,12 @@ from typing import Any
 from torch import Tensor
 
 from sparsessm.architectures import Architecture, Target
+from sparsessm.architectures.experts import reads_stream
 from sparsessm.calibration.progress import Progress, Steps
 from sparsessm.calibration.slabs import slab_count
 from sparsessm.calibration.visit import survey
 from sparsessm.methods import Rule
-from sparsessm.methods.observers import ErrorSums, InputGram, Moments, StateError
+from sparsessm.methods.observers import ErrorSums, InputGram, InputNorm, Moments, StateError
 from sparsessm.methods.repair import error_of, output_error
 from sparsessm.pruning.entries import priced, solve
 from sparsessm.pruning.naming import naming
@@ -52,12 +53,16 @@ class Step:
         error: on the held-out windows: energy of what pruning changes in a layer's output over that of the
             output, mean over the matrices weighted by their entries.
         seconds: that this point took; the windows of those before it were not looked at again.
+        experts: of the layers that are looked at. starved: how many of them saw fewer tokens than they have
+            inputs.
     """
 
     windows: int
     agreement: float
     error: float
     seconds: float
+    experts: int = 0
+    starved: int = 0
 
 
 def steps(
@@ -65,7 +70,9 @@ def steps(
 ) -> Iterator[Step]:
     """Measure the curve, as far as it is asked for; the model is not changed.
 
-    Where the recipe weighs rows by the loss, the weights come from the first windows, once.
+    Where the recipe weighs rows by the loss, the weights come from the first windows, once. Of experts only
+    the tokens are counted: what they lack they borrow (methods/borrowing.py), and one that hardly any token
+    reaches would ask for windows without end.
 
     Args:
         tokens: (W, L) int64, all different: the last are held out, the first are calibrated on.
@@ -96,21 +103,49 @@ def steps(
     held: Sums = {}
     _look(architecture, tokens[count:], lambda target: _referee(target, rules), held, bar)
     halves: tuple[Sums, Sums] = {}, {}
+    fed = _Fed(architecture, assignment, targets)
     size, done = FIRST, 0
     while size <= min(count, MOST):
         new = tokens[done:size].chunk(2)
         walked = 2 * slab_count(*new[0].shape) * len(architecture.blocks)
         bar = Steps(f"{size} windows", walked + 3 * len(targets), progress)
         for part, sums in zip(new, halves, strict=True):
-            _look(architecture, part, lambda target: _observer(target, rules), sums, bar)
+            _look(architecture, part, lambda target: fed.watch(target) or _observer(target, rules), sums, bar)
+            fed.take(sums)
         with ExitStack() as stack:  # at most `LAYERS` blocks
             for layer in sorted({target.layer for target in targets.values()}):
                 stack.enter_context(architecture.holding(layer))
             same = _agreement(targets, chosen, halves, bar)
             error = _mean_error(targets, chosen, halves, held, bar)
         # whether to go on is decided once for all processes
-        yield architecture.ranks.given(Step(size, same, error, time.perf_counter() - began))
+        seconds = time.perf_counter() - began
+        yield architecture.ranks.given(Step(size, same, error, seconds, *fed.told()))
         began, size, done = time.perf_counter(), 2 * size, size
+
+
+class _Fed:
+    """How many tokens reach the experts of the layers that are looked at."""
+
+    def __init__(
+        self, architecture: Architecture, assignment: Assignment, targets: Mapping[str, Target]
+    ) -> None:
+        layers = {target.layer for target in targets.values()}
+        some = [t for t in architecture.targets if t.layer in layers and t.name in assignment.rules]
+        self._inputs = {t.name: t.matrix.shape[1] for t in some if t.routed and reads_stream(t.kind)}
+        self._tokens = dict.fromkeys(self._inputs, 0)
+
+    def watch(self, target: Target) -> Any | None:
+        """What counts the tokens of an expert."""
+        return InputNorm() if target.name in self._inputs else None
+
+    def take(self, sums: Sums) -> None:
+        """Count what was seen, and take it out of the sums."""
+        for name in self._inputs:
+            self._tokens[name] += sums.pop(name).tokens
+
+    def told(self) -> tuple[int, int]:
+        """Experts, and those that saw fewer tokens than they have inputs."""
+        return len(self._inputs), sum(self._tokens[name] < inputs for name, inputs in self._inputs.items())
 
 
 def choose(
@@ -157,16 +192,19 @@ def agreement(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
 
 def advice_table(curve: Sequence[Mapping[str, Any]], chosen: int) -> tuple[list[str], list[list[str]]]:
     """Columns and text cells: a line for each size of a recorded curve."""
+    mixture = any(step.get("experts") for step in curve)
     cells = [
         [
             str(step["windows"]) + (" (chosen)" if step["windows"] == chosen else ""),
             f"{step['agreement']:.4f}",
             f"{step['error']:.3e}",
             f"{step['seconds']:.1f}",
+            *([f"{step['starved']} of {step['experts']}"] if mixture else []),
         ]
         for step in curve
     ]
-    return ["windows", "agreement of halves", "held-out error", "seconds"], cells
+    starved = ["experts with fewer tokens than inputs"] if mixture else []
+    return ["windows", "agreement of halves", "held-out error", "seconds", *starved], cells
 
 
 def watched(architecture: Architecture, assignment: Assignment) -> dict[str, Target]:
