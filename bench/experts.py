@@ -7,20 +7,27 @@ the energy of what pruning changes in the outputs, over that of the outputs, on 
 model's router sends there; the mean over experts, and over those that saw fewer tokens than inputs.
 
     python bench/experts.py
+
+With --memory: what a wider one takes in the runtime, its matrices in other forms.
 """
 
 from __future__ import annotations
 
 import argparse
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, models
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+import sparsessm
+from sparsessm import checkpoint, runtime
 from sparsessm.architectures import Architecture, adapt
 from sparsessm.calibration import visit
 from sparsessm.methods import borrowing
@@ -34,7 +41,7 @@ DRAWN = borrowing.drawn
 Seen = dict[str, Moments]
 
 
-def model(seed: int) -> Any:
+def model(seed: int, **more: Any) -> Any:
     """Two layers of eight experts, of which each token takes two; their popularity differs by far."""
     fields: dict[str, Any] = {
         "mamba_n_heads": 8,
@@ -46,7 +53,7 @@ def model(seed: int) -> Any:
     fields |= {"hidden_size": 64, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
     fields |= {"vocab_size": VOCABULARY, "num_hidden_layers": 2, "layer_types": ["linear_attention"] * 2}
     torch.manual_seed(seed)
-    made = AutoModelForCausalLM.from_config(AutoConfig.for_model("granitemoehybrid", **fields)).eval()
+    made = AutoModelForCausalLM.from_config(AutoConfig.for_model("granitemoehybrid", **fields | more)).eval()
     with torch.no_grad():
         for name, parameter in made.named_parameters():
             if "router" in name:
@@ -108,13 +115,50 @@ def lost(seed: int, windows: int, how: Callable[..., Moments]) -> dict[str, tupl
     }
 
 
+def memory() -> None:
+    """Print what the weights of a model take, of which experts are nine tenths."""
+    asked: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
+        "dense bfloat16": ({}, None),
+        "half, bfloat16": ({"method": "magnitude", "sparsity": 0.5}, {}),
+        "half, int8": ({"method": "magnitude", "sparsity": 0.5}, {"dtype": "int8"}),
+        "dense int8": ({}, {"dtype": "int8"}),
+        "4 bits": ({"method": "rtn", "grid": "int4"}, None),
+    }
+    wide = {"hidden_size": 256, "intermediate_size": 512, "mamba_n_heads": 16}
+    print("| | MB of all weights | MB that a step reads | MB on the disk |")
+    print("|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        model(0, **wide).bfloat16().save_pretrained(folder / "dense")
+        Tokenizer(models.WordLevel({str(i): i for i in range(VOCABULARY)}, "0")).save(str(folder / "words"))
+        PreTrainedTokenizerFast(tokenizer_file=str(folder / "words")).save_pretrained(folder / "dense")
+        for place, (name, (recipe, packing)) in enumerate(asked.items()):
+            source = folder / "dense"
+            if recipe:
+                came = sparsessm.load(source)
+                report = sparsessm.prune(came, target="projections", measure=False, **recipe)
+                source = sparsessm.save(came, folder / f"{place}", report)
+            if packing is not None:
+                checkpoint.pack(source, folder / f"packed {place}", **packing)
+                source = folder / f"packed {place}"
+            engine = runtime.load(source).engine
+            stored = sum(file.stat().st_size for file in source.glob("*.safetensors"))
+            sizes = (f"{size / 1e6:.2f}" for size in (engine.resident, engine.nbytes, stored))
+            print(f"| {name} | {' | '.join(sizes)} |", flush=True)
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, default=3, help="random models and texts")
-    seeds = parser.parse_args().seeds
+    parser.add_argument("--memory", action="store_true", help="the runtime's memory instead")
+    asked = parser.parse_args()
+    if asked.memory:
+        memory()
+        return
+    seeds = asked.seeds
     print("| windows | matrices | with few tokens | former | now | of those with few: former | now |")
     print("|---|---|---|---|---|---|---|")
     for windows in WINDOWS:

@@ -14,6 +14,7 @@ from torch import Tensor
 from sparsessm.architectures import REMOVED_A_LOG, REMOVED_A_LOG_FLOAT16, REMOVED_WEIGHT
 from sparsessm.checkpoint import AtRest
 from sparsessm.report.contents import HALVES, Table, contents, halves
+from sparsessm.report.fed import fed, fed_table
 from sparsessm.report.record import kind_of, number, percent, recipe_table, removed_table, targets_table
 
 # Word of a record -> the numbers that it may be stored as.
@@ -83,6 +84,7 @@ def inspection_tables(facts: Mapping[str, Any]) -> list[Table]:
         found += [
             ("What was removed (counted again in the tensors)", *targets_table(*parts), 2),
             ("The same by kind", *removed_table(*parts), 2),
+            *([fed_table(experts)] if (experts := fed(record["targets"])) else []),
             ("Recipe", *recipe_table(record["recipe"]), 2),
         ]
     return found

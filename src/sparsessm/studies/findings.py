@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sparsessm.report.fed import fed_table
 from sparsessm.studies.tolerance import Analysis, replace_file
 
 # A divergence of so many nats raises the perplexity by about as much: 0.01 is 1 %.
 TOLERATED = 0.01
 LISTED = 5  # most sensitive cells that are told
-MOST_STARVED = 8  # experts of a layer that are told
 PICTURE = "analysis.png"
 Table = tuple[str, list[str], list[list[str]], int]  # title, columns, cells, columns that are words
 
@@ -125,23 +125,8 @@ def summary_tables(found: dict[str, Any]) -> list[Table]:
         ("The most sensitive matrices", ["matrix", "sparsity", "KL", "share of all"], cells, 1),
     ]
     if found["experts"]:
-        tables.append(_experts_table(found["experts"]))
+        tables.append(fed_table(found["experts"]))
     return tables
-
-
-def _experts_table(experts: dict[str, Any]) -> Table:
-    """How many tokens experts saw, and which saw fewer than they have inputs."""
-    cells = []
-    for name, facts in experts.items():
-        tokens, inputs = facts["tokens"], facts["inputs"]
-        few = [f"{e} ({count})" for e, count in enumerate(tokens) if count < inputs]
-        told = ", ".join(few[:MOST_STARVED]) + (" ..." if len(few) > MOST_STARVED else "")
-        middle = sorted(tokens)[len(tokens) // 2]
-        cells.append(
-            [name, told or "none", f"{min(tokens):,}", f"{middle:,}", f"{max(tokens):,}", f"{inputs:,}"]
-        )
-    columns = ["matrices", "experts with fewer tokens than inputs", "fewest", "middle", "most", "inputs"]
-    return "Calibration tokens of experts", columns, cells, 2
 
 
 def draw(analysis: Analysis, path: Path) -> None:
