@@ -23,7 +23,9 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 import sparsessm
 from sparsessm import checkpoint, runtime
 from sparsessm.architectures import MODEL_TYPES, adapt
+from sparsessm.checkpoint.assembly import find_places, stock_model
 from sparsessm.checkpoint.opened import stock_config
+from sparsessm.checkpoint.stock_names import in_files
 
 pytestmark = pytest.mark.skipif(not NEW, reason="the models of transformers 5")
 AXES = [
@@ -106,6 +108,20 @@ def test_a_published_config_is_read_as_stock_code_reads_it(name: str) -> None:
     assert held > 0.5 * BILLIONS[name] * 1e9
 
 
+DELTA = [kind for kind in MODEL_TYPES if kind in (*WRAPPED.values(), *OLDER, "olmo_hybrid")]
+
+
+@pytest.mark.parametrize("name", [*PUBLISHED, *DELTA])
+def test_the_tensors_of_the_full_size_are_found_in_its_files(name: str) -> None:
+    """By the names that stock code gives them there. Of the delta rule four layers of the size that the stock
+    class has by default: OLMo-Hybrid's convolution has more channels than there are names."""
+    fields = PUBLISHED.get(name, {"model_type": name, "num_hidden_layers": 4})
+    empty, expected, copies = stock_model(name, stock_config(name, json.loads(json.dumps(fields)), False))
+    names = {part for key, tensor in expected.items() for part in in_files(empty, key, tensor)}
+    places = find_places(empty, expected, copies, names)
+    assert places.wanted.keys() == names and not places.extra
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_small_one_goes_out_as_it_came_and_no_code_is_run(name: str, tmp_path: Path) -> None:
     write_published(tmp_path / "in", name)
@@ -169,6 +185,32 @@ def test_a_packed_one_runs_and_comes_back(name: str, tmp_path: Path) -> None:
     assert_same_tensors(tmp_path / "in", tmp_path / "out")
     for file in ("config.json", *(path.name for path in (tmp_path / "in").glob("*.py"))):
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "in" / file).read_bytes(), file
+
+
+def test_newer_fields_of_nemotron_and_layers_for_drafting(tmp_path: Path) -> None:
+    """As in Nemotron 3.5: kinds of layers by name, in the older words, and what drafts (of tests that quote
+    it). A shorter model has a shorter list, and the layers for drafting as they came."""
+    write_published(
+        tmp_path / "in",
+        "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16",
+        hybrid_override_pattern=None,
+        layers_block_type=["mamba", "moe", "mamba", "attention", "mamba", "moe"],
+        mtp_layers_block_type=["attention", "moe"],
+        num_nextn_predict_layers=1,
+        moe_latent_size=8,
+    )
+    drafts = {
+        "mtp.layers.0.mixer.q_proj.weight": torch.ones(16, 16),
+        "mtp.layers.1.norm.weight": torch.ones(16),
+    }
+    edit_shard(tmp_path / "in", **drafts)
+    model = pruned(tmp_path / "in", tmp_path / "out", pattern="structured:block", sparsity=1 / 6)
+    assert_same(stock_logits(stock(tmp_path / "out")), stock_logits(model.model))
+    told = json.loads((tmp_path / "out/config.json").read_text())
+    assert told["num_hidden_layers"] == len(told["layers_block_type"]) == 5
+    assert told["mtp_layers_block_type"] == ["attention", "moe"]
+    assert all(torch.equal(tensors(tmp_path / "out")[name], value) for name, value in drafts.items())
+    assert_continues(tmp_path / "out", model.model)
 
 
 def edit_shard(folder: Path, **more: Tensor) -> None:
