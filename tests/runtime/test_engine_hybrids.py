@@ -17,6 +17,8 @@ import sparsessm
 from sparsessm import kernels
 from sparsessm.checkpoint import packed
 from sparsessm.checkpoint.encoding import encode
+from sparsessm.checkpoint.packed_tensor import PackedTensor
+from sparsessm.checkpoint.stacked import stacked
 from sparsessm.runtime import engine as native_engine
 from sparsessm.runtime.base import FIELDS, Engine
 from sparsessm.runtime.engine import NativeEngine
@@ -189,13 +191,18 @@ def test_slabs_of_a_prompt_are_the_prompt(name: str, monkeypatch: pytest.MonkeyP
 
 
 def encoded(model: Any, int8: bool) -> dict[str, Any]:
-    """Every matrix pruned by half and stored as packed; experts in tensors of three axes stay dense."""
-    made = {}
+    """Every matrix pruned by half and stored as packed, those of experts too."""
+
+    def half(name: str, whole: Tensor) -> PackedTensor:
+        return encode(name, torch.where(whole.abs() < whole.abs().median(), 0.0, whole), int8=int8)
+
+    made: dict[str, Any] = {}
     for name, tensor in packed.of(held(model)).tensors.items():
         whole = tensor.decode()
-        if whole.ndim == 2 and "A_log" not in name:
-            whole = torch.where(whole.abs() < whole.abs().median(), 0.0, whole)
-            made[name] = encode(name, whole, int8=int8)
+        if ".experts." in name and whole.ndim == 3:
+            made[name] = stacked(name, whole, half)
+        elif whole.ndim == 2 and "A_log" not in name:
+            made[name] = half(name, whole)
         else:
             made[name] = tensor
     return made

@@ -31,8 +31,8 @@ from .shelf import Unread
 from .stacked import Stacked
 
 PACKED = "packed.safetensors"
-HEADER_BYTES = 1 << 24
-"""Largest header: room for a hundred thousand tensors."""
+HEADER_BYTES = 1 << 26
+"""Largest header: room for seventy thousand matrices of experts, of which one takes up to a kilobyte."""
 _DTYPES = {
     "F32": torch.float32,
     "BF16": torch.bfloat16,
