@@ -170,6 +170,15 @@ def test_older_fields_say_the_same(kind: str, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out/config.json").read_text()) == told
 
 
+def test_latent_attention_with_positions_is_refused(tmp_path: Path) -> None:
+    """transformers would leave the field out, and compute another model."""
+    pico_hybrid("kimi_linear").save_pretrained(tmp_path / "in")
+    file = tmp_path / "in/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"mla_use_nope": False}))
+    with pytest.raises(ValueError, match=r"config\.json: mla_use_nope is false; allowed: true"):
+        checkpoint.load(tmp_path / "in")
+
+
 def test_a_strange_older_field_is_refused(tmp_path: Path) -> None:
     pico_hybrid("kimi_linear").save_pretrained(tmp_path / "in")
     pico_tokenizer().save_pretrained(tmp_path / "in")

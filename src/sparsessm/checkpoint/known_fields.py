@@ -87,6 +87,10 @@ def config_fields(kind: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     """
     if fields.get("per_layer_config"):
         raise ValueError("per_layer_config is not supported; all layers must share one configuration")
+    if kind == "kimi_linear" and fields.get("mla_use_nope") is False:
+        raise ValueError(
+            "mla_use_nope is false; allowed: true, as transformers' latent attention has no positions"
+        )
     known, whole = _known(kind)
     kept: dict[str, Any] = {}
     for name in fields.keys() & known:
