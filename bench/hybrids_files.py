@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import copy
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import torch
-from peers_files import BESIDE, WORDS, Missing
+from peers_files import BESIDE, WORDS, once, quantise
 from runtime import coded  # bench/runtime.py
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -108,7 +107,6 @@ PURE: dict[str, Shape] = {  # beside them in bench/long_context.py
     "mamba2-130m": ("mamba2", 24, [""] * 6, _OF_130M | {"state_size": 128}),
     "mamba2-130m, 64 states": ("mamba2", 24, [""] * 6, _OF_130M | {"state_size": 64}),
 }
-NAMES = ("stock-bf16", "int8", "bits-4.25", "BF16.gguf", "Q8_0.gguf", "Q4_0.gguf")
 
 
 def shape_of(name: str) -> Shape:
@@ -138,37 +136,36 @@ def configuration(shape: str, periods: int) -> Any:
 
 
 def made(folder: Path, shape: str, periods: int, name: str, llama: Path | None) -> Path:
-    """A file or directory of a shape, one of `NAMES`; made if it is not there.
+    """A file or directory of a shape, as `VARIANTS` of bench/hybrids.py names it; made if it is not there.
 
     Args:
         folder: of all shapes. llama: where llama.cpp's programs are.
     """
-    target = folder / directory(shape) / str(periods) / name
-    if target.exists():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f"partial-{name}")
-    if partial.is_dir():
-        shutil.rmtree(partial)
-    print(f"making {target.relative_to(folder)}", flush=True)
+
+    def write(target: Path) -> None:
+        _write(folder, shape, periods, name, llama, target)
+
+    return once(folder / directory(shape) / str(periods) / name, write)
+
+
+def _write(folder: Path, shape: str, periods: int, name: str, llama: Path | None, target: Path) -> None:
     if name == "stock-bf16":
         torch.manual_seed(0)
         model: Any = AutoModelForCausalLM.from_config(configuration(shape, periods), dtype=torch.bfloat16)
-        model.save_pretrained(partial)
+        model.save_pretrained(target)
         for file in BESIDE[2:]:
-            shutil.copy(WORDS / file, partial)
+            shutil.copy(WORDS / file, target)
     else:
         stock = made(folder, shape, periods, "stock-bf16", llama)
         if name == "int8":
-            checkpoint.pack(stock, partial, dtype="int8", head="int8")
+            checkpoint.pack(stock, target, dtype="int8", head="int8")
         elif name.startswith("bits-"):
-            _codes(stock, partial, float(name.removeprefix("bits-")))
+            _codes(stock, target, float(name.removeprefix("bits-")))
         elif name == "BF16.gguf":
-            checkpoint.export(stock, partial, type="bf16", force=True)
+            checkpoint.export(stock, target, type="bf16", force=True)
         else:
-            _quantised(made(folder, shape, periods, "BF16.gguf", llama), partial, name, llama)
-    partial.rename(target)
-    return target
+            whole = made(folder, shape, periods, "BF16.gguf", llama)
+            quantise(whole, target, name.removesuffix(".gguf"), llama)
 
 
 def _codes(stock: Path, target: Path, bits: float) -> None:
@@ -186,16 +183,3 @@ def _codes(stock: Path, target: Path, bits: float) -> None:
             large = len(tensor.shape) == 2 and min(tensor.shape) > 64
             held[name] = coded(name, tensor.shape, bits) if large else tensor
     packed_file.write(target / PACKED, "transformers", held)
-
-
-def _quantised(whole: Path, target: Path, name: str, llama: Path | None) -> None:
-    if llama is None:
-        raise Missing("--llama not given")
-    kind = name.removesuffix(".gguf")
-    done = subprocess.run(
-        [str(llama / "llama-quantize"), str(whole), str(target), kind, "2"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    if done.returncode:
-        raise Missing(f"llama-quantize to {kind} failed: {done.stdout.decode(errors='replace')[-300:]}")

@@ -40,18 +40,26 @@ def made(folder: Path, shape: str, name: str, llama: Path | None) -> Path:
     Args:
         folder: of all shapes. llama: where llama.cpp's programs are.
     """
-    target = folder / shape / name
+
+    def write(target: Path) -> None:
+        if name.endswith(".gguf"):
+            _gguf(folder, shape, name.removesuffix(".gguf"), llama, target)
+        else:
+            DIRECTORIES[name](folder, shape, target)
+
+    return once(folder / shape / name, write)
+
+
+def once(target: Path, write: Callable[[Path], None]) -> Path:
+    """`target`; if it is not there, what `write` makes, whole."""
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f"partial-{name}")
+    partial = target.with_name(f"partial-{target.name}")
     if partial.is_dir():
         shutil.rmtree(partial)
     print(f"making {target}", flush=True)
-    if name.endswith(".gguf"):
-        _gguf(folder, shape, name.removesuffix(".gguf"), llama, partial)
-    else:
-        DIRECTORIES[name](folder, shape, partial)
+    write(partial)
     partial.rename(target)
     return target
 
@@ -76,9 +84,13 @@ def _gguf(folder: Path, shape: str, kind: str, llama: Path | None, target: Path)
     if kind == "BF16":
         checkpoint.export(made(folder, shape, "stock-bf16", llama), target, type="bf16", force=True)
         return
+    quantise(made(folder, shape, "BF16.gguf", llama), target, kind, llama)
+
+
+def quantise(whole: Path, target: Path, kind: str, llama: Path | None) -> None:
+    """A GGUF file in another type, by llama.cpp's own program."""
     if llama is None:
         raise Missing("--llama not given")
-    whole = made(folder, shape, "BF16.gguf", llama)
     command = [llama / "llama-quantize", whole, target, kind, 1]
     done = subprocess.run([str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     if done.returncode:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .gguf_part import FLOATS, Part
+from .gguf_part import FLOATS, Part, describe_attention
 
 NAMES = {  # model type -> architecture in GGUF
     "qwen3_5_text": "qwen35",
@@ -151,14 +151,7 @@ def _columns(whole: Tensor, order: Tensor) -> Tensor:
 
 def describe(writer: Any, config: Any) -> None:
     """The metadata that llama.cpp's code for the model asks for, beside name and type of the file."""
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
+    describe_attention(writer, config, config.num_key_value_heads, config.head_dim, config.rms_norm_eps)
     rope = config.rope_parameters
     writer.add_rope_dimension_count(int(config.head_dim * rope.get("partial_rotary_factor", 0.25)))
     writer.add_rope_freq_base(rope["rope_theta"])

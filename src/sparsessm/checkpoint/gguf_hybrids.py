@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .gguf_part import FLOATS, Part
+from .gguf_part import FLOATS, Part, describe_attention
 from .known_fields import optional
 
 NAMES = {  # model type -> architecture in GGUF; NemotronH with experts has one of its own
@@ -251,16 +251,11 @@ def _factor(config: Any, source: str) -> Tensor | None:
 
 def describe(writer: Any, config: Any) -> None:
     """The metadata that llama.cpp's code for the model asks for, beside name and type of the file."""
-    kind, kinds, heads = config.model_type, _kinds(config), config.num_attention_heads
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_head_count(heads)
+    kind, kinds = config.model_type, _kinds(config)
     keys = config.num_key_value_heads
-    writer.add_head_count_kv([keys if one == "full_attention" else 0 for one in kinds] or keys)
-    writer.add_layer_norm_rms_eps(config.layer_norm_epsilon if kind == "nemotron_h" else config.rms_norm_eps)
-    writer.add_key_length(_head(config))
-    writer.add_value_length(_head(config))
+    epsilon = config.layer_norm_epsilon if kind == "nemotron_h" else config.rms_norm_eps
+    shared = [keys if one == "full_attention" else 0 for one in kinds] or keys
+    describe_attention(writer, config, shared, _head(config), epsilon)
     if rotated := _rotated(config):
         writer.add_rope_dimension_count(rotated)
         writer.add_rope_freq_base(config.rope_parameters["rope_theta"])

@@ -45,12 +45,16 @@ from .writing import refuse_existing, write
 DTYPES = ("fp32", "bf16", "int8")
 _FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _MIXERS = "in_proj|x_proj|out_proj|in_proj_qkvz?|in_proj_z"
-_OTHERS = "[qkvo]_proj|gate_proj|up_proj|gate_up_proj|down_proj|input_linear|output_linear"  # attention, MLPs
+_OTHERS = (
+    "[qkvog]_proj|gate_proj|up_proj|gate_up_proj|down_proj|input_linear|output_linear"  # attention, MLPs
+)
+# Latent attention and latent experts; what brings Zamba2's shared blocks to each of their places.
+_NARROW = r"[qg]_[ab]_proj|kv_a_proj_with_mqa|kv_b_proj|fc[12]_latent_proj|linear|\w+_adapter_list\.\d+\.[01]"
 # The matrices of all experts of a layer: the one kind of tensor that has several.
 _EXPERTS = re.compile(r".*\.experts\.(gate_up_proj|up_proj|down_proj)")
 # Routers and gates are small and decide; dt_proj is small (a rank of d_model / 16) and sets the step sizes,
 # which the state multiplies up.
-_INT8 = re.compile(rf".*\.({_MIXERS}|{_OTHERS})\.weight|{_EXPERTS.pattern}(\.\d+)?")
+_INT8 = re.compile(rf".*\.({_MIXERS}|{_OTHERS}|{_NARROW})\.weight|{_EXPERTS.pattern}(\.\d+)?")
 _LINEAR = re.compile(rf".*\.dt_proj\.weight|{_INT8.pattern}")
 _HEAD = re.compile(r"(backbone|model)\.(embeddings|embed_tokens)\.weight|lm_head\.weight")
 
