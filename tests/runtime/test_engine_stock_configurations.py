@@ -29,7 +29,9 @@ def test_logits_and_512_greedy_tokens_are_those_of_the_stock_model(name: str) ->
         chosen.append(int(rows[-1].argmax()))
     read = torch.tensor(chosen[:-1])
     expected = stock_logits(model, read[None])[0]
-    assert expected.argmax(1).tolist() == chosen[1:]
+    bound = 2e-5 * expected.abs().max()
+    # of two logits that are nearer than what is allowed below, another processor may choose the other one
+    assert (expected.amax(1) - expected.gather(1, torch.tensor(chosen[1:])[:, None])[:, 0]).max() < 2 * bound
     state = engine.keys.room(engine.new_state(1), GREEDY)[0]
     for found in (torch.stack(rows), engine.prompt(read, state, every=True)):
-        assert (found - expected).abs().max() < 2e-5 * expected.abs().max()
+        assert (found - expected).abs().max() < bound
