@@ -94,8 +94,8 @@ class Ring:
             return
         gone = f"process {self._following} of this run has gone without a word (killed, or out of reach)"
         self._why = told.decode(errors="replace").strip() or gone
+        self._tell(self._why.encode())  # before who waits in `why` can go on, leave, and close the lines
         self._heard.set()
-        self._tell(self._why.encode())
         if self._left.wait(GRACE):
             return
         with self._speaking:
