@@ -1,4 +1,4 @@
-"""The files that bench/hybrids.py measures: models of random weights, one or two periods of their layers.
+"""The files that bench/hybrids.py measures: models of random weights, some periods of their layers.
 
 A stock directory in bfloat16; packed ones of int8 (`sparsessm pack`) and of codes that take so many bits as
 those of the dial; GGUF in BF16 (`sparsessm export`), and of that by llama-quantize its other types. The
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 import shutil
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from sparsessm.checkpoint.stacked import stacked
 
 LINEAR, FULL, MLP = "linear_attention", "full_attention", "mlp"
 ALONE = " (recurrent layers alone)"
+MOST = 3e9  # bytes of weights in bfloat16 of a model that is measured, if its two periods have no more
 Shape = tuple[str, int, list[str], dict[str, Any]]
 SHAPES: dict[str, Shape] = {  # model type, layers, a period, fields
     "qwen3.5-0.8b": (
@@ -133,6 +136,26 @@ def configuration(shape: str, periods: int) -> Any:
         if all(period):
             told["layer_types"] = period * periods
     return AutoConfig.for_model(kind, **told, pad_token_id=0, bos_token_id=0, eos_token_id=0)
+
+
+@cache
+def depths(shape: str, most: float) -> tuple[int, ...]:
+    """Periods of the models that are measured: one, and as many as the whole model has or, if it is larger,
+    as have `most` bytes of weights in bfloat16; at least two."""
+    _, layers, period, _ = shape_of(shape)
+    with torch.device("meta"):
+        one, two = (
+            2 * sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
+            for config in (configuration(shape, 1), configuration(shape, 2))
+        )
+    return 1, min(layers // len(period), max(2, 1 + int((most - one) / (two - one))))
+
+
+def extrapolated(shape: str, periods: Sequence[int], values: Sequence[float]) -> float:
+    """Of the whole depth, from two models of other depths."""
+    _, layers, period, _ = shape_of(shape)
+    slope = (values[1] - values[0]) / (periods[1] - periods[0])
+    return values[0] + (layers / len(period) - periods[0]) * slope
 
 
 def made(folder: Path, shape: str, periods: int, name: str, llama: Path | None) -> Path:

@@ -5,7 +5,7 @@
 
 A pure model, with all its states and with half of them; a hybrid with attention in every layer, one with
 attention in every tenth, and one of the delta rule; keys and values in float32 and in int8. Random weights
-in int8, one and two periods of layers, extrapolated to the whole depth as in bench/hybrids.py. The keys of
+in int8, with the periods of layers of bench/hybrids.py, extrapolated where those are not all. The keys of
 the context are zeros: a step takes the same time, and no prompt has to be read. All lengths and both forms
 in turn, medians. Options: --threads N (2), --rounds N (5), --shape NAME..., --plot FOLDER (long-context.png).
 """
@@ -22,9 +22,10 @@ from typing import Any
 
 import torch
 from bench import cpu
-from hybrids_files import PURE, made, shape_of
+from hybrids_files import MOST, PURE, depths, extrapolated, made
 
 from sparsessm import kernels, runtime
+from sparsessm.runtime.keys import FORMS
 
 RESULTS = Path(__file__).parent / "results/long_context.json"
 MODELS = (*PURE, "falcon-h1-0.5b", "granite-4.0-h-micro", "qwen3.5-0.8b")
@@ -34,7 +35,7 @@ STEPS = 4
 
 def engines(path: Path, shape: str, threads: int) -> dict[str, Any]:
     """By the form of keys and values; a pure model has none."""
-    forms = ("float32",) if shape in PURE else runtime.keys.FORMS
+    forms = ("float32",) if shape in PURE else FORMS
     return {form: runtime.load(path, threads=threads, keys=form).engine for form in forms}
 
 
@@ -47,10 +48,10 @@ def behind(engine: Any, tokens: int) -> torch.Tensor:
 
 
 def measured(shape: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Form of keys -> length -> bytes and milliseconds, each with one and with two periods."""
+    """Form of keys -> length -> bytes and milliseconds, each with both numbers of periods."""
     found: dict[str, Any] = {}
     token = torch.zeros(1, dtype=torch.int64)
-    for periods in (1, 2):
+    for periods in depths(shape, MOST):
         path = made(options.models, shape, periods, "int8", None)
         both = engines(path, shape, options.threads)
         times: dict[tuple[str, int], list[float]] = {}
@@ -74,18 +75,14 @@ def measured(shape: str, options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def extrapolated(shape: str, both: list[float]) -> float:
-    _, layers, period, _ = shape_of(shape)
-    return both[0] + (layers / len(period) - 1) * (both[1] - both[0])
-
-
 def rows(found: dict[str, Any]) -> list[tuple[str, list[float], list[float]]]:
     """Name, then for each of `LENGTHS` megabytes of a state and tokens a second."""
     whole = []
     for shape, forms in found["models"].items():
         for form, lengths in forms.items():
-            sizes = [extrapolated(shape, lengths[str(n)]["bytes"]) / 1e6 for n in LENGTHS]
-            speeds = [1e3 / extrapolated(shape, lengths[str(n)]["ms"]) for n in LENGTHS]
+            periods, cells = depths(shape, MOST), [lengths[str(n)] for n in LENGTHS]
+            sizes = [extrapolated(shape, periods, cell["bytes"]) / 1e6 for cell in cells]
+            speeds = [1e3 / extrapolated(shape, periods, cell["ms"]) for cell in cells]
             whole.append((shape + (f", keys in {form}" if shape not in PURE else ""), sizes, speeds))
     return whole
 

@@ -35,9 +35,10 @@ Step = Callable[[torch.Tensor], Any]
 class Running(NamedTuple):
     """A model: `prompt` reads (L,) tokens from an empty state up to the last one's logits; `begin` makes the
     empty states of a batch and returns what takes (batch,) tokens one further. `state`: bytes of one behind a
-    prompt, as far as we know them."""
+    prompt, `weights`: of those that a token meets, as far as we know them."""
 
     state: int
+    weights: int
     vocabulary: int
     prompt: Callable[[torch.Tensor], Any]
     begin: Callable[[int], Step]
@@ -57,7 +58,7 @@ def ours(path: Path, threads: int) -> Running:
     def prompt(text: torch.Tensor) -> Any:
         return engine.prompt(text, room(1, len(text))[0])
 
-    return Running(room(1, PROMPT).nbytes, engine.vocabulary, prompt, begin)
+    return Running(room(1, PROMPT).nbytes, engine.nbytes, engine.vocabulary, prompt, begin)
 
 
 def stock(path: Path, dtype: torch.dtype) -> Running:
@@ -73,7 +74,7 @@ def stock(path: Path, dtype: torch.dtype) -> Running:
     def prompt(text: torch.Tensor) -> Any:
         return model(text[None], use_cache=True, logits_to_keep=1)
 
-    return Running(0, model.config.vocab_size, prompt, begin)
+    return Running(0, 0, model.config.vocab_size, prompt, begin)
 
 
 def loaded(kind: str, path: Path, threads: int) -> Running:
@@ -125,7 +126,8 @@ def main() -> None:
         for _ in sys.stdin:
             found: dict[str, float] = dict(seconds(running, options.steps))
             sizes = {"loaded": weights, "grown": status("VmRSS") - before, "peak": status("VmHWM") - before}
-            print(json.dumps(found | sizes | {"state": running.state}), flush=True)
+            sizes |= {"state": running.state, "weights": running.weights}
+            print(json.dumps(found | sizes), flush=True)
 
 
 if __name__ == "__main__":

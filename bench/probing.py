@@ -60,6 +60,23 @@ def fastest(threads: int, run: Callable[[int], object]) -> float:
     return min(found)
 
 
+def reading(probe: Any, threads: int, whole: int = MEMORY) -> float:
+    """Bytes a second that so many threads read together, each a part of so many bytes.
+
+    Args:
+        probe: `compiled()`.
+    """
+    room = np.ones(MEMORY + 64, np.uint8)
+    start = room.ctypes.data + -room.ctypes.data % 64
+    part, turns = whole // threads // 512 * 512, MEMORY // whole
+
+    def read(number: int) -> None:
+        for _ in range(turns):
+            probe.read_bytes(ctypes.c_void_p(start + number * part), ctypes.c_int64(part))
+
+    return part * threads * turns / fastest(threads, read)
+
+
 def limits(threads: int, levels: list[str]) -> dict[str, Any]:
     """Of so many threads together.
 
@@ -70,16 +87,8 @@ def limits(threads: int, levels: list[str]) -> dict[str, Any]:
     probe = compiled()
     seconds = fastest(threads, lambda _: probe.chain(ctypes.c_int64(ADDITIONS)))
     found: dict[str, Any] = {"hertz": ADDITIONS / seconds, "bytes": {}, "products": {}}
-    room = np.ones(MEMORY + 64, np.uint8)
-    start = room.ctypes.data + -room.ctypes.data % 64
     for name, whole in (("memory", MEMORY), ("cache", CACHE)):
-        part, turns = whole // threads // 512 * 512, MEMORY // whole
-
-        def read(number: int, part: int = part, turns: int = turns) -> None:
-            for _ in range(turns):
-                probe.read_bytes(ctypes.c_void_p(start + number * part), ctypes.c_int64(part))
-
-        found["bytes"][name] = part * threads * turns / fastest(threads, read)
+        found["bytes"][name] = reading(probe, threads, whole)
     rates = dict[str, float]()
     for name in {name for level in levels for name in PRODUCTS[level]}:
         function = getattr(probe, name)

@@ -120,6 +120,19 @@ def test_prompts_and_steps_are_the_definition_at_every_level(name: str) -> None:
 
 
 @needs_native
+@pytest.mark.parametrize("queries", [1, 3, 5, 6, 7])
+def test_any_number_of_queries_meets_a_head_of_keys(queries: int) -> None:
+    """Some of them together, the others alone: steps are the prompt's products, in bytes and in floats."""
+    heads = {"num_attention_heads": 2 * queries, "num_key_value_heads": 2, "head_dim": 12}
+    model, ids = pico_hybrid("falcon_h1", **heads), ids_of(BLOCK + 9)
+    for engine, bound in ((native(model), 1e-5), (bytes_of(model), 2e-3)):
+        expected = engine.prompt(ids, begun(engine, LENGTH), every=True)
+        for level in kernels.LEVELS[1:]:
+            kernels.LEVEL = level
+            assert far(stepped(engine, ids, begun(engine, LENGTH)), expected) < bound, level
+
+
+@needs_native
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_of_a_batch_are_alone_whatever_the_threads(name: str) -> None:
     engine = bytes_of(pico_hybrid(name))

@@ -60,22 +60,27 @@ template <bool INT8> static inline void get(const float *kept, int64_t c, vec *o
     }
 }
 
-// Of a query (width), times scale and log2(e), with the keys of a block; adds to `score`.
-template <bool INT8> static void score_of(const float *query, const float *keys, int64_t width, vec *score) {
-    vec own[VECTORS] = {}, key[VECTORS];
+// Queries that meet a block together: what is kept is read, and made floats of, once for all of them.
+constexpr int MOST_QUERIES = LANES == 16 ? 4 : 2;
+
+// Of Q queries (width), `apart` from each other, times scale and log2(e), with the keys of a block; adds to `score`.
+template <bool INT8, int Q>
+static void score_of(const float *queries, int64_t apart, const float *keys, int64_t width, vec (*score)[VECTORS]) {
+    vec own[Q][VECTORS] = {}, key[VECTORS];
     for (int64_t c = 0; c < width; ++c) {
-        const vec q = splat(query[c]);
         get<INT8>(keys, c, key);
-        for (int v = 0; v < VECTORS; ++v) own[v] += q * key[v];
+        for (int h = 0; h < Q; ++h) {
+            const vec q = splat(queries[h * apart + c]);
+            for (int v = 0; v < VECTORS; ++v) own[h][v] += q * key[v];
+        }
     }
-    for (int v = 0; v < VECTORS; ++v)
-        score[v] += INT8 ? own[v] * load(keys + width * KEPT_WORDS + v * LANES) : own[v];
+    for (int h = 0; h < Q; ++h)
+        for (int v = 0; v < VECTORS; ++v)
+            score[h][v] += INT8 ? own[h][v] * load(keys + width * KEPT_WORDS + v * LANES) : own[h][v];
 }
 
-// Scores of the first `count` tokens of a block weigh its values; `sums` (width, LANES) go on, of which each lane has some
-// of the tokens.
-template <bool INT8>
-static void gather(const vec *score, const float *values, int64_t width, int64_t count, Seen &seen, float *sums) {
+// Scores of the first `count` tokens of a block become what their values weigh; `sums` (width, LANES) are of those before.
+static void weigh(vec *score, int64_t width, int64_t count, Seen &seen, float *sums) {
     alignas(64) float scores[KEPT];
     for (int v = 0; v < VECTORS; ++v) store(scores + v * LANES, score[v], LANES);
     const float most = std::max(seen.most, *std::max_element(scores, scores + count));
@@ -86,17 +91,27 @@ static void gather(const vec *score, const float *values, int64_t width, int64_t
     }
     seen.most = most;
     std::fill(scores + count, scores + KEPT, -INFINITY);
-    vec weight[VECTORS], total{}, value[VECTORS];
-    for (int v = 0; v < VECTORS; ++v) {
-        total += weight[v] = exp2v(load(scores + v * LANES) - splat(most));
-        if (INT8) weight[v] *= load(values + width * KEPT_WORDS + v * LANES);
-    }
+    vec total{};
+    for (int v = 0; v < VECTORS; ++v) total += score[v] = exp2v(load(scores + v * LANES) - splat(most));
     seen.total += sum(total);
+}
+
+// The values of a block, weighed, go to the `sums` of Q queries, each (width, LANES), of which each lane has some of the
+// tokens.
+template <bool INT8, int Q>
+static void gather(const vec (*weight)[VECTORS], const float *values, int64_t width, float *sums) {
+    vec by[Q][VECTORS], value[VECTORS];
+    for (int h = 0; h < Q; ++h)
+        for (int v = 0; v < VECTORS; ++v)
+            by[h][v] = INT8 ? weight[h][v] * load(values + width * KEPT_WORDS + v * LANES) : weight[h][v];
     for (int64_t c = 0; c < width; ++c) {
-        vec own = load(sums + c * LANES);
         get<INT8>(values, c, value);
-        for (int v = 0; v < VECTORS; ++v) own += weight[v] * value[v];
-        store(sums + c * LANES, own, LANES);
+        for (int h = 0; h < Q; ++h) {
+            float *at = sums + (h * width + c) * LANES;
+            vec own = load(at);
+            for (int v = 0; v < VECTORS; ++v) own += by[h][v] * value[v];
+            store(at, own, LANES);
+        }
     }
 }
 
@@ -107,21 +122,30 @@ struct Meeting {
     int64_t tokens, apart;
     const float *block;
 
+    // Q queries (Q, first + second) meet the block at `at`, which has `count` tokens.
+    template <bool INT8, int Q>
+    void meet(const float *queries, const float *at, int64_t count, Seen *seen, float *sums) const {
+        vec score[Q][VECTORS] = {};
+        score_of<INT8, Q>(queries, first + second, at, first, score);
+        if (second) score_of<INT8, Q>(queries + first, first + second, at + kept_floats(first, INT8), second, score);
+        for (int h = 0; h < Q; ++h) weigh(score[h], width, count, seen[h], sums + h * width * LANES);
+        gather<INT8, Q>(score, at + values, width, sums);
+    }
+
     // Queries (count, first + second) -> what they gather, (count, width) with a stride; sums: (count, width, LANES). All
     // of them meet a block before the next one is read.
     template <bool INT8> void run(const float *queries, int64_t count, float *sums, float *out, int64_t stride) const {
         std::fill(sums, sums + count * width * LANES, 0.0f);
         std::vector<Seen> seen(count);
         const float *at = block;
-        for (int64_t t = 0; t < tokens; t += KEPT, at += apart)
-            for (int64_t h = 0; h < count; ++h) {
-                const float *query = queries + h * (first + second);
-                vec score[VECTORS] = {};
-                score_of<INT8>(query, at, first, score);
-                if (second) score_of<INT8>(query + first, at + kept_floats(first, INT8), second, score);
-                gather<INT8>(score, at + values, width, std::min<int64_t>(KEPT, tokens - t), seen[h],
-                             sums + h * width * LANES);
-            }
+        for (int64_t t = 0; t < tokens; t += KEPT, at += apart) {
+            const int64_t here = std::min<int64_t>(KEPT, tokens - t);
+            int64_t h = 0;
+            for (; h + MOST_QUERIES <= count; h += MOST_QUERIES)
+                meet<INT8, MOST_QUERIES>(queries + h * (first + second), at, here, &seen[h], sums + h * width * LANES);
+            for (; h < count; ++h)
+                meet<INT8, 1>(queries + h * (first + second), at, here, &seen[h], sums + h * width * LANES);
+        }
         for (int64_t h = 0; h < count; ++h)
             for (int64_t c = 0; c < width; ++c)
                 out[h * stride + c] = sum(load(sums + (h * width + c) * LANES)) / seen[h].total;
