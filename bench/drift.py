@@ -5,7 +5,8 @@
 DIR is a result that was pruned for `stdlib`; its fingerprint is made anew, on some of the held-out windows.
 The others are the usual text. FOLDER has wikitext2.test.raw.txt, warandpeace.txt and tinystories_sample.txt.
 Streams of prompts are drawn from the usual text, from another text, or from both; `alarm after` is the median
-number of prompts until the first alarm over `--draws` streams, none of them longer than `--most`.
+number of prompts until the first alarm over `--draws` streams, none of them longer than `--most`. In growing
+streams the other text's share rises evenly from nothing to all.
 """
 
 from __future__ import annotations
@@ -74,6 +75,31 @@ def first_alarm(detector: drift.Detector, stream: Sequence[tuple[Any, int]]) -> 
     return None
 
 
+def drawn(
+    usual: Sequence[Any], other: Sequence[Any], shares: Sequence[float], draw: random.Random
+) -> list[Any]:
+    """A stream with so much of the other text at each of its prompts."""
+    return [draw.choice(other) if draw.random() < share else draw.choice(usual) for share in shares]
+
+
+def summed(delays: Sequence[int | None]) -> dict[str, Any]:
+    """Of streams: in how many there was an alarm, and after how many prompts, the median."""
+    median = statistics.median(one or 10**9 for one in delays)
+    found = sum(one is not None for one in delays) / len(delays)
+    return {"found": found, "alarm_after": median if median < 10**9 else None}
+
+
+def growing(
+    detector: drift.Detector, usual: list[Any], others: dict[str, list[Any]], draws: int, most: int
+) -> dict[str, Any]:
+    """The same of streams whose share of the other text rises evenly, by text."""
+    draw, shares = random.Random(6), [i / most for i in range(most)]
+    return {
+        name: summed([first_alarm(detector, drawn(usual, other, shares, draw)) for _ in range(draws)])
+        for name, other in others.items()
+    }
+
+
 def false_alarms(detector: drift.Detector, usual: list[tuple[Any, int]], draws: int) -> dict[str, Any]:
     """Of blocks of the usual text: in its order, from every start, and drawn at random."""
     count, found = len(usual), {}
@@ -113,19 +139,16 @@ def main() -> None:
         table: dict[str, dict[str, Any]] = {}
         for name, other in {"usual text": usual, **others}.items():
             for share in (1.0,) if name == "usual text" else (1.0, *SHARES):
-                delays = []
-                for _ in range(options.draws):
-                    stream = [
-                        draw.choice(other) if draw.random() < share else draw.choice(usual)
-                        for _ in range(options.most)
-                    ]
-                    delays.append(first_alarm(detector, stream))
-                hits = sorted(one for one in delays if one is not None)
-                median = statistics.median(one or 10**9 for one in delays)
-                row = {"found": len(hits) / len(delays), "alarm_after": median if median < 10**9 else None}
+                streams = (drawn(usual, other, [share] * options.most, draw) for _ in range(options.draws))
+                row = summed([first_alarm(detector, stream) for stream in streams])
                 table.setdefault(name, {})[f"{share:g}"] = row
             print(mode, name, json.dumps(table[name]), flush=True)
-        found["modes"][mode] = {"false": false_alarms(detector, usual, 1000), "streams": table}
+        found["modes"][mode] = {
+            "false": false_alarms(detector, usual, 1000),
+            "streams": table,
+            "growing": growing(detector, usual, others, options.draws, options.most),
+        }
+        print(mode, "growing", json.dumps(found["modes"][mode]["growing"]), flush=True)
         print(mode, json.dumps(found["modes"][mode]["false"]), flush=True)
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")

@@ -23,11 +23,25 @@ def test_some_rows_foretell_the_bits_of_all(size: float, spread: float) -> None:
     W, X = problem(1, 400, 96)
     weight, factor = torch.from_numpy(W), factorise(torch.from_numpy(X @ X.T / X.shape[1]))
     prices = torch.from_numpy(np.exp(spread * np.random.default_rng(0).standard_normal(400)))
-    curve = foretell(weight, factor, prices, weight == 0)
+    curve = foretell(weight, factor, torch.arange(96), prices, weight == 0)
     middle = float((weight / factor.pivots * prices.sqrt()[:, None]).square().mean().sqrt())
     rounding = Dial(size * middle).rounding(weight, factor.pivots, False, prices, False)
     sweep(weight, lambda now, part: now.abs(), Unstructured(), 0.0, factor, rounding=rounding)
     assert curve.at(size * middle) == pytest.approx(rounding.levels().coded().bits, rel=0.05)
+
+
+def test_a_part_of_a_vocabulary_foretells_the_bits_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few tokens occur, and an error in the rows of the others costs next to nothing."""
+    W, X = problem(1, 50_000, 24)
+    weight, order = torch.from_numpy(W), torch.from_numpy(np.random.default_rng(1).permutation(24))
+    gram = torch.from_numpy(X @ X.T / X.shape[1])[order][:, order]
+    prices = torch.from_numpy(np.random.default_rng(0).pareto(1.2, 50_000)) + 1e-6
+    told = foretell(weight, factorise(gram), order, prices, weight == 0)
+    monkeypatch.setattr("sparsessm.methods.dial.COUNTED", 50_000)
+    every = foretell(weight, factorise(gram), order, prices, weight == 0)
+    assert told.entries == every.entries and told.least == every.least
+    for size in (0.1, 0.5, 2.0, 8.0):
+        assert told.at(size) == pytest.approx(every.at(size), rel=0.02)
 
 
 def test_rows_that_cost_nothing_take_no_bits() -> None:
@@ -35,8 +49,9 @@ def test_rows_that_cost_nothing_take_no_bits() -> None:
     weight, factor = torch.from_numpy(W), factorise(torch.from_numpy(X @ X.T / X.shape[1]))
     prices = torch.ones(40, dtype=torch.float64)
     prices[:20] = 0
-    curve = foretell(weight, factor, prices, weight == 0)
-    half = foretell(weight[20:], factor, prices[20:], weight[20:] == 0)
+    order = torch.arange(16)
+    curve = foretell(weight, factor, order, prices, weight == 0)
+    half = foretell(weight[20:], factor, order, prices[20:], weight[20:] == 0)
     assert curve.at(0.3) - curve.least == pytest.approx(half.at(0.3) - half.least, rel=0.1)
 
 
@@ -63,5 +78,5 @@ def test_a_curve_beyond_its_ends() -> None:
 
 def test_a_matrix_of_zeros_has_a_flat_curve() -> None:
     weight = torch.zeros(3, 8)
-    curve = foretell(weight, factorise(torch.eye(8)), None, weight == 0)
+    curve = foretell(weight, factorise(torch.eye(8)), torch.arange(8), None, weight == 0)
     assert curve.at(0.1) == curve.at(10) == 8 * (3 + 8) + coded_bits(weight)

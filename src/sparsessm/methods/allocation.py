@@ -200,7 +200,7 @@ def _curve(weight: Tensor, seen: Any, rule: Rule, gone: Tensor) -> Curve:
     moments, unit = joined(seen, rule.also, weight.shape[1]).scaled(weight.dtype)
     order = by_power(moments.gram)
     prices = None if rule.prices is None else rule.prices * unit
-    return foretell(weight[:, order], factorise(moments.reordered(order).gram), prices, gone[:, order])
+    return foretell(weight, factorise(moments.reordered(order).gram), order, prices, gone)
 
 
 def _share_as_asked(members: Sequence[Member], sparsity: float, number: float) -> list[float]:

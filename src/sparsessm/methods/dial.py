@@ -24,6 +24,7 @@ from sparsessm.methods.repair import sweep
 
 ROWS = 96  # of a matrix that are swept at every step
 CODED = 1 << 17  # of its entries, about, that are coded at every step
+COUNTED = 1 << 14  # rows, about, whose bits are counted at every step: a vocabulary has many more, all alike
 CHEAPEST = 1e-40  # price of a row that costs nothing: its step must be a number
 FINEST, COARSEST = -9, 3  # steps that are tried, as powers of two of the root mean square of a weight
 
@@ -88,33 +89,36 @@ class _Ladder(Rounder):
         return codes * steps
 
 
-def foretell(weight: Tensor, factor: Factor, prices: Tensor | None, gone: Tensor) -> Curve:
+def foretell(weight: Tensor, factor: Factor, order: Tensor, prices: Tensor | None, gone: Tensor) -> Curve:
     """The curve of a matrix.
 
     What lies left of a weight changes it before it is rounded, so the bits of plain rounding are too few.
-    They are taken of all rows, and some rows say by how much a sweep takes more at every step. How many a
-    file takes is measured, of so many rows that its tables hardly count.
+    They are taken of all rows (`COUNTED` of a matrix of many), and some rows say by how much a sweep takes
+    more at every step. How many a file takes is measured, of so many rows that its tables hardly count.
 
     Args:
-        weight: (out, in). factor: of its Hessian. prices: (out,) float64, in the unit of that Hessian; None
-            where all rows have the same. gone: (out, in) bool, zero whatever the step.
+        weight: (out, in). order: (in,), in which columns are swept. factor: of its Hessian, in that order.
+        prices: (out,) float64, in the unit of that Hessian; None where all rows have the same. gone: (out,
+            in) bool, zero whatever the step.
     """
-    out, columns = weight.shape
-    pivots = factor.pivots
+    every, columns = weight.shape
+    counted = torch.arange(0, every, -(-every // COUNTED), device=weight.device)
+    weight, gone = weight[counted][:, order], gone[counted][:, order]
+    out, pivots = len(counted), factor.pivots
     units = torch.ones(out, dtype=torch.float64, device=weight.device)
     if prices is not None:
-        units = prices.clamp(min=CHEAPEST).rsqrt()
+        units = prices[counted].clamp(min=CHEAPEST).rsqrt()
     size = weight.masked_fill(gone, 0.0) / pivots / units[:, None].to(weight.dtype)
     middle = float(size.double().square().mean().sqrt())
     if not middle > 0 or not math.isfinite(middle):
         nothing = torch.zeros(0, dtype=torch.float64)
-        zeros = torch.zeros(out, columns, dtype=torch.int16)
-        return Curve(nothing, nothing, factor_bits(out, columns) + coded_bits(zeros), out * columns)
+        zeros = torch.zeros(every, columns, dtype=torch.int16)
+        return Curve(nothing, nothing, factor_bits(every, columns) + coded_bits(zeros), every * columns)
     ladder = [middle * 2.0**power for power in range(FINEST, COARSEST + 1)]
     some = torch.arange(0, out, -(-out // ROWS), device=weight.device)
     few = torch.arange(0, out, -(-out * columns // CODED), device=weight.device)
     more, thrift = [], []
-    for rung in ladder:  # one after the other: of a large head they would not be in memory together
+    for rung in ladder:
         values = size / rung
         thrifts = thrift_of(values)
         thrift.append(thrifts[some])
@@ -128,6 +132,6 @@ def foretell(weight: Tensor, factor: Factor, prices: Tensor | None, gone: Tensor
     none = gone[some].repeat(len(ladder), 1)
     sweep(chosen, lambda now, part: now.abs(), Unstructured(), 0.0, factor, gone=none, rounding=rounding)
     swept = row_bits(torch.stack(rounding.codes, 1)).view(len(ladder), -1).sum(1)
-    bits = swept * torch.stack(more)
-    sides = factor_bits(out, columns)
-    return Curve(torch.tensor(ladder, dtype=torch.float64), bits.cpu() + sides, sides, out * columns)
+    bits = swept * torch.stack(more) * (every / out)
+    sides = factor_bits(every, columns)
+    return Curve(torch.tensor(ladder, dtype=torch.float64), bits.cpu() + sides, sides, every * columns)

@@ -19,7 +19,8 @@ from sparsessm.methods.levels import Levels, as_factors, as_scales
 PASSES = 2  # of coordinate descent
 ROUNDS = 3  # of row and column factors in turn
 TOGETHER = 4096  # rows of a matrix that are worked on at once: a vocabulary has many
-MOST = 1 << 26  # numbers that scales of groups are found from at once
+HEAVIEST = 4 * TOGETHER  # rows of a matrix of many by which its columns are fitted
+MOST = 1 << 26  # numbers that scales are found from at once
 FARTHEST = 2.0  # a fit changes a scale by this factor at most
 RIDGE = 1e-3  # share of the mean diagonal, in the least squares of column factors
 
@@ -127,19 +128,45 @@ def fit_factors(
     hessian = hessian.double()
     costs = torch.ones_like(levels.rows[:, 0], dtype=torch.float64) if prices is None else prices
     rows, columns = levels.rows[:, 0].double(), levels.columns.double()
+    some = _heaviest(goal, costs)
+    columns = _fitted_columns(levels.codes[some], rows[some], columns, goal[some], hessian, costs[some], rounds)
+    found = with_factors(levels, rows, columns)
+    before, change, power, aim = [], [], [], []
+    for first in range(0, len(goal), TOGETHER):
+        part = slice(first, first + TOGETHER)
+        wanted, old, new = goal[part].double() @ hessian, values(levels, part), values(found, part)
+        before.append((((old @ hessian - 2 * wanted) * old) * costs[part, None]).sum())
+        power.append(((new @ hessian) * new).sum(1))
+        aim.append((wanted * new).sum(1))
+        change.append(_least(power[-1], aim[-1]))
+    fitted = with_factors(levels, found.rows[:, 0].double() * torch.cat(change), found.columns.double())
+    scale = (fitted.rows / found.rows)[:, 0].double()  # of what the file can say; columns move by powers of two
+    scale *= float(fitted.columns[0].double() / found.columns[0].double())
+    after = (costs * scale * (scale * torch.cat(power) - 2 * torch.cat(aim))).sum()
+    return fitted if after < sum(before) else levels
+
+
+def _heaviest(goal: Tensor, costs: Tensor) -> Tensor | slice:
+    """Rows whose errors say what columns should be: all, or those of most power times price."""
+    if len(goal) <= HEAVIEST:
+        return slice(None)
+    return (costs * goal.double().square().sum(1)).topk(HEAVIEST).indices.sort().values
+
+
+def _fitted_columns(
+    codes: Tensor, rows: Tensor, columns: Tensor, goal: Tensor, hessian: Tensor, costs: Tensor, rounds: int
+) -> Tensor:
+    """The columns' factors (in,) after so many rounds; codes and goal are of the `rows` that say them."""
     parts = [slice(first, first + TOGETHER) for first in range(0, len(goal), TOGETHER)]
-
-    def of_rows(value: Tensor, wanted: Tensor) -> Tensor:
-        power = ((value @ hessian) * value).sum(1)
-        change = torch.where(power > 0, (wanted * value).sum(1) / power.clamp(min=1e-300), 1.0)
-        return change.clamp(1 / FARTHEST, FARTHEST)
-
+    kept = goal.numel() <= MOST // 2  # what is wanted of the rows, the same in every round
+    aims = [goal[part].double() @ hessian for part in parts] if kept else [None] * len(parts)
+    rows = rows.clone()
     for _ in range(rounds):
         products, target = torch.zeros_like(hessian), torch.zeros_like(columns)
-        for part in parts:
-            wanted = goal[part].double() @ hessian
-            value = levels.codes[part].double() * rows[part, None] * columns
-            change = of_rows(value, wanted)
+        for part, aim in zip(parts, aims, strict=True):
+            wanted = goal[part].double() @ hessian if aim is None else aim
+            value = codes[part].double() * rows[part, None] * columns
+            change = _least(((value @ hessian) * value).sum(1), (wanted * value).sum(1))
             rows[part], value = rows[part] * change, value * change[:, None]
             priced = costs[part, None] * value
             products += value.T @ priced
@@ -147,20 +174,14 @@ def fit_factors(
         products *= hessian
         damp = RIDGE * products.diagonal().mean().clamp(min=1e-300)
         products.diagonal().add_(damp)
-        columns *= torch.linalg.solve(products, target + damp).clamp(1 / FARTHEST, FARTHEST)
-    found = with_factors(levels, rows, columns)
-    for part in parts:  # rows once more, to the columns as they are now
-        rows[part] = of_rows(values(found, part), goal[part].double() @ hessian)
-    found = with_factors(levels, found.rows[:, 0].double() * rows, columns)
+        columns = columns * torch.linalg.solve(products, target + damp).clamp(1 / FARTHEST, FARTHEST)
+    return columns
 
-    def error(levels: Levels) -> float:
-        total = 0.0
-        for part in parts:
-            value, wanted = values(levels, part), goal[part].double() @ hessian
-            total += float((((value @ hessian - 2 * wanted) * value) * costs[part, None]).sum())
-        return total
 
-    return found if error(found) < error(levels) else levels
+def _least(power: Tensor, aim: Tensor) -> Tensor:
+    """By what rows (rows,) should change for the least error."""
+    change = torch.where(power > 0, aim / power.clamp(min=1e-300), 1.0)
+    return change.clamp(1 / FARTHEST, FARTHEST)
 
 
 def values(levels: Levels, rows: slice) -> Tensor:
