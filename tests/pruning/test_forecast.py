@@ -70,6 +70,20 @@ def test_memory_is_what_the_probe_took_and_what_grows_with_the_windows(tmp_path:
     assert found == {NOTHING.memory: 1000, PLENTY: 1000 + 4 * states + kept}
 
 
+def test_a_vocabulary_is_solved_in_part(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its other rows take as long each, and are in memory too."""
+    how: dict[str, Any] = {"bits": 4.0, "samples": 2}
+    all_of_it = forecast(monkeypatch, tmp_path, **how)
+    monkeypatch.setattr(forecasts, "PROBED", 16)
+    part = forecast(monkeypatch, tmp_path, **how)
+    rows = load(tmp_path / "m").model.config.vocab_size
+    assert rows > 16
+    assert part.seconds["blocks"] - all_of_it.seconds["blocks"] == pytest.approx(rows / 16 - 1)
+    without = forecast(monkeypatch, tmp_path, **how | {"target": "projections"})
+    assert without.seconds["blocks"] < all_of_it.seconds["blocks"]
+    assert without.seconds["survey"] < all_of_it.seconds["survey"]
+
+
 def test_the_peak_of_this_process_is_what_it_once_had() -> None:
     before, held = peak(), torch.ones(1 << 24)
     del held

@@ -183,7 +183,7 @@ def solve(target: Target, rule: Rule, seen: Any) -> Solution:
             order = by_power(seen.gram)
             weight, gone, seen = weight[:, order], gone[:, order], seen.reordered(order)
         factor = factorise(seen.gram)
-        start = weight.clone()  # the target's matrix is a view of what will be replaced
+        start = weight.clone() if order is None else weight  # a view of what will be replaced is copied
         if rule.paired:
             start = dense_target(weight, seen, factor, rule.strength)
     repairing = factor if rule.repair != "none" else None

@@ -31,6 +31,8 @@ from sparsessm.report.cost import time_in_words
 
 WINDOWS = 16
 LENGTH = ROWS // WINDOWS  # of random hidden states: one slab as large as a run's
+PROBED = 4096  # rows of a vocabulary that are solved; the others take as long each
+BESIDE = 24  # bytes for each of its weights while it is solved, beside the model; measured (dev/LOG.md)
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,10 @@ def forecast(
         through_both = (took.forward + took.backward) * fewer
         seconds["prices"] += count * (through_both + 2 * groups * took.open) * priced
         seconds["perplexity"] += 2 * count * (took.forward * measured + took.open * bool(measured))
+    looked, shared, solved, weights = _vocabulary(architecture, rules, width, surveyed)
+    looking += looked * tokens
+    seconds["survey"] += shared
+    seconds["blocks"] += solved
     seconds["prices"] += head_back * fewer * priced
     seconds["perplexity"] += 2 * head * measured
     seconds["blocks"] += looking
@@ -120,7 +126,7 @@ def forecast(
     held = states if architecture.residence.stays(4 * tokens * width) else 0
     kept = _kept_bytes(architecture, tokens) * watches
     rounded = {name: round(value, 3) for name, value in seconds.items()}
-    memory = peak() + held + kept + preview.coded(architecture, rules)
+    memory = peak() + held + kept + preview.coded(architecture, rules) + BESIDE * weights
     return Forecast(rounded, memory, states + preview.working(architecture, rules), faster)
 
 
@@ -207,6 +213,34 @@ def _probe(
     finally:
         architecture.residence.close(block)
     return took
+
+
+def _vocabulary(
+    architecture: Architecture, rules: Mapping[str, Rule], width: int, surveyed: bool
+) -> tuple[float, float, float, int]:
+    """Embedding and head where rules hit them: seconds of looking, a token; of what the survey makes of it; of
+    solving; and the weights of the larger one."""
+    look, shared, solved, weights = 0.0, 0.0, 0.0, 0
+    states = torch.randn(WINDOWS, LENGTH, width, generator=torch.Generator().manual_seed(0))
+    for target in architecture.tail.targets:
+        if (rule := rules.get(target.name)) is None:
+            continue
+        seen, streams = None, Streams(architecture.residence, Stream("probe", [states.clone()]))
+        with opened(architecture.tail, streams, (), None) as stop:
+            if rule.method.watch and not target.looked_up:
+                began = _now(architecture)
+                seen = stop.look(target, rule.method.watch(target.matrix, rule))
+                look += (_now(architecture) - began) / states[..., 0].numel()
+            began = _now(architecture)
+            if surveyed:
+                reduced(target, replace(rule, repair="none"), seen)
+            between = _now(architecture)
+            part = replace(target, parameter=target.matrix[:PROBED])
+            solve(part, rule, seen)
+            shared += between - began
+            solved += (_now(architecture) - between) * target.matrix.numel() / part.matrix.numel()
+            weights = max(weights, target.matrix.numel())
+    return look, shared, solved, weights
 
 
 def _head_seconds(architecture: Architecture, width: int) -> tuple[float, float]:
