@@ -67,11 +67,13 @@ class DeltaKind(MixerKind):
     """Mixers of the gated delta rule.
 
     Attributes:
-        inputs: paths of the linear layers in front, in the order of the data. decay: path of A_log.
+        inputs: paths of the linear layers in front, in the order of the data. behind: those of them that
+            read another one's outputs, not the mixer's inputs. decay: path of A_log.
         norm, out: names of the norm behind the rule and of the last projection.
     """
 
     inputs: ClassVar[tuple[str, ...]]
+    behind: ClassVar[tuple[str, ...]] = ()
     decay: ClassVar[str] = "A_log"
     norm: ClassVar[str] = "o_norm"
     out: ClassVar[str] = "o_proj"
@@ -106,6 +108,8 @@ class DeltaKind(MixerKind):
             owner, parameter = mixer, mixer.get_parameter(name.removeprefix(prefix))
             dtype = stored.get(name, parameter.dtype)
             what: dict[str, Any] = {"depthwise": kind == "conv1d"}
+            if path in self.inputs and kind not in self.behind:
+                what["reads"] = prefix
             if state:
                 what["removed"] = removed_a_log(dtype)
             else:
@@ -268,6 +272,7 @@ class KimiDelta(DeltaKind):
         *("q_proj", "k_proj", "v_proj", "b_proj"),
         *("forget_gate.f_a_proj", "forget_gate.f_b_proj", "g_a_proj", "g_b_proj"),
     )
+    behind = ("f_b_proj", "g_b_proj")
     decay = "forget_gate.A_log"
 
     def sizes(self, mixer: Any) -> Sizes:

@@ -59,6 +59,10 @@ class _Reached(Exception):
     """The tap of `until` was fed."""
 
 
+# Linear layers of attention and MLPs that read what the module does, whichever of them a module has.
+FIRST = {"q_proj", "k_proj", "v_proj", "q_a_proj", "kv_a_proj_with_mqa", "gate_proj", "up_proj"}
+
+
 class HybridBlock(Block):
     """One stock layer, whatever is in it."""
 
@@ -108,7 +112,9 @@ class HybridBlock(Block):
         if uses[0] != self.index:
             return None
         shared = uses if len(uses) > 1 else ()
-        return Target(name, "projections", kind, self.index, module.weight, dtype, uses=shared)
+        reads = path.rpartition(".")[0] if kind in FIRST and not shared else ""
+        owned = "projections", kind, self.index, module.weight, dtype
+        return Target(name, *owned, uses=shared, reads=reads)
 
     def forward(
         self,

@@ -63,6 +63,7 @@ class Target:
         depthwise: every row has inputs of its own (a depthwise convolution's taps).
         uses: indices of all blocks whose data meets it, ascending, where several share it; it is a target of
             the first of them. `Stop.look` sees them all.
+        reads: what those of a block that read the very same inputs have in common; "" where it is alone.
         slice: of a parameter (E, out, in) that holds the matrices of all experts, which of them; else None.
     """
 
@@ -78,6 +79,7 @@ class Target:
     fed_by: tuple[str, int] | None = None
     depthwise: bool = False
     uses: tuple[int, ...] = ()
+    reads: str = ""
     slice: int | None = None
 
     @property

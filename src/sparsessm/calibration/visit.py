@@ -42,7 +42,7 @@ def visit(
     note: Callable[[], Any] = lambda: None,
 ) -> Iterator[tuple[list[Target], Look]]:
     """The targets of these names in the order of the data, with a way to look at them: one at a time, of
-    experts as many as one pass can look at.
+    experts as many as one pass can look at, and together those that read the same.
 
     They see what the targets before them, as the caller left them, make of the windows.
 
@@ -74,7 +74,7 @@ def visit(
     behind = any(target.name in watched for target in head)
     parts = (part for block in architecture.blocks for part in together(block.targets, watch))
     # looks at what blocks share are not counted by `Stop`
-    looks = sum(any(t.name in watched and not t.uses for t in part) for part in parts)
+    looks = sum(len(_passes([t for t in part if t.name in watched and not t.uses], watch)) for part in parts)
     passes = len(architecture.blocks) + looks + (1 if behind else -1)
     slabs = _slabs(architecture, tokens)
     steps = Steps("calibrate", passes * slabs, progress, len(architecture.blocks))
@@ -84,16 +84,27 @@ def visit(
     for stop in walk(architecture, tokens, **how, stage=stage, note=note):
         for part in together(stop.block.targets, watch):
             if asked := [target for target in part if target.name in names]:
-                yield asked, partial(_look, stop, asked, watch)
+                yield asked, partial(_look, stop, asked, watch, architecture.ranks.number)
         if stop.block is architecture.blocks[-1] and not behind:
             stop.drop_windows()
 
 
-def _look(stop: Stop, part: Sequence[Target], watch: Watch, owners: Mapping[str, int]) -> dict[str, Any]:
-    """Look at the targets of one part of a block: at experts in one pass."""
+def _look(
+    stop: Stop, part: Sequence[Target], watch: Watch, number: int, owners: Mapping[str, int]
+) -> dict[str, Any]:
+    """Look at the targets of one part of a block: at experts, and at what reads the same, in one pass.
+
+    Args:
+        number: of this process.
+    """
     watched = {target.name: observer for target in part if (observer := watch(target)) is not None}
     if not part[0].routed:
-        return {t.name: stop.look(t, watched[t.name], owners[t.name]) for t in part if t.name in watched}
+        found = dict[str, Any]()
+        for alike in _passes([target for target in part if target.name in watched], watch):
+            whose = {owners[target.name] for target in alike}
+            seen = stop.look(alike[0], watched[alike[0].name], whose.pop() if len(whose) == 1 else None)
+            found |= {t.name: seen if owners[t.name] == number else None for t in alike}
+        return found
     kinds = {target.kind: watched[target.name] for target in part if target.name in watched}
     if not kinds:
         return {}
@@ -103,6 +114,17 @@ def _look(stop: Stop, part: Sequence[Target], watch: Watch, owners: Mapping[str,
     stop.run({**kinds, **layer}, until=last)
     of_layer, found = lent(stop, layer), stop.results(watched, owners)
     return {t.name: with_layer(t, found[t.name], of_layer) for t in part if t.name in watched}
+
+
+def _passes(watched: Sequence[Target], watch: Watch) -> list[list[Target]]:
+    """Targets of one part of a block, those together that one pass looks at; experts are one."""
+    found: dict[Any, list[Target]] = {}
+    for target in watched:
+        key: Any = "" if target.routed else target.name
+        if target.reads and type(observer := watch(target)) is InputGram:
+            key = target.reads, observer.paired
+        found.setdefault(key, []).append(target)
+    return list(found.values())
 
 
 def watching_layers(targets: Sequence[Target], watched: Mapping[str, Any]) -> dict[str, Any]:
@@ -219,12 +241,15 @@ def _of_inputs(watch: Watch) -> Watch:
 def together(targets: Sequence[Target], watch: Watch) -> Iterator[list[Target]]:
     """The targets of a block in the order of the data, in parts that one pass can look at.
 
-    That is many only of experts, whose Hessians are then held together, up to `HELD` bytes of them.
+    Those are what reads the same, and experts, whose Hessians are held together, up to `HELD` bytes of them.
 
     Args:
         watch: target -> its observer, or None to leave it out.
     """
+    parts: dict[str, list[Target]] = {}
     for part in abreast(targets):
+        parts.setdefault(part[0].reads or part[0].name, []).extend(part)
+    for part in parts.values():
         some, held = [part[0]], _size(part[0], watch)
         for target in part[1:]:
             size = _size(target, watch)

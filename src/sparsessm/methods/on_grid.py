@@ -129,7 +129,9 @@ def fit_factors(
     costs = torch.ones_like(levels.rows[:, 0], dtype=torch.float64) if prices is None else prices
     rows, columns = levels.rows[:, 0].double(), levels.columns.double()
     some = _heaviest(goal, costs)
-    columns = _fitted_columns(levels.codes[some], rows[some], columns, goal[some], hessian, costs[some], rounds)
+    columns = _fitted_columns(
+        levels.codes[some], rows[some], columns, goal[some], hessian, costs[some], rounds
+    )
     found = with_factors(levels, rows, columns)
     before, change, power, aim = [], [], [], []
     for first in range(0, len(goal), TOGETHER):
@@ -140,7 +142,9 @@ def fit_factors(
         aim.append((wanted * new).sum(1))
         change.append(_least(power[-1], aim[-1]))
     fitted = with_factors(levels, found.rows[:, 0].double() * torch.cat(change), found.columns.double())
-    scale = (fitted.rows / found.rows)[:, 0].double()  # of what the file can say; columns move by powers of two
+    scale = (fitted.rows / found.rows)[
+        :, 0
+    ].double()  # of what the file can say; columns move by powers of two
     scale *= float(fitted.columns[0].double() / found.columns[0].double())
     after = (costs * scale * (scale * torch.cat(power) - 2 * torch.cat(aim))).sum()
     return fitted if after < sum(before) else levels

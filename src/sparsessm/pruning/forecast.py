@@ -218,8 +218,8 @@ def _probe(
 def _vocabulary(
     architecture: Architecture, rules: Mapping[str, Rule], width: int, surveyed: bool
 ) -> tuple[float, float, float, int]:
-    """Embedding and head where rules hit them: seconds of looking, a token; of what the survey makes of it; of
-    solving; and the weights of the larger one."""
+    """Embedding and head where rules hit them: seconds of looking, a token; of what the survey makes of it;
+    of solving; and the weights of the larger one."""
     look, shared, solved, weights = 0.0, 0.0, 0.0, 0
     states = torch.randn(WINDOWS, LENGTH, width, generator=torch.Generator().manual_seed(0))
     for target in architecture.tail.targets:
