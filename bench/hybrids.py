@@ -1,6 +1,7 @@
 """Hybrids at real shapes, random weights: our runtime, llama.cpp and transformers, in turn in one run.
 
     python bench/hybrids.py --models FOLDER --llama FOLDER --json bench/results/hybrids.json
+    python bench/hybrids.py --table                             # prints what was measured
     python bench/hybrids.py --models FOLDER --llama FOLDER --shape qwen3.5-0.8b --alone
 
 A model has one period of its layers (three of the delta rule and one of attention; nine of Mamba-2 and one of
@@ -48,6 +49,7 @@ VARIANTS = {  # what measures it, and the file; bits that are compared stand bes
     "ours 4.25 bits": ("ours", "bits-4.25"),
     "ours 3.25 bits": ("ours", "bits-3.25"),
 }
+RESULTS = Path(__file__).parent / "results/hybrids.json"
 MEASURES = {"decode": "decode", "batch": "16 at once", "prompt": "prompt of 512"}
 
 
@@ -126,7 +128,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--models", type=Path, required=True)
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--models", type=Path, default=Path("build/hybrids"))
     parser.add_argument("--llama", type=Path)
     parser.add_argument("--shape", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--alone", action="store_true")
@@ -138,6 +141,10 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if options.table:
+        for shape, cells in json.loads(RESULTS.read_text())["cells"].items():
+            shown(shape, cells)
+        return
     found: dict[str, Any] = {
         "cpu": cpu(),
         "kernels": kernels.LEVEL,

@@ -118,7 +118,7 @@ def hybrid_tables(name: str) -> dict[str, tuple[dict[str, Fields], dict[str, Fie
     for where in kinds:
         alone = {**LINEAR, "ignore": [other for kind, other in kinds.items() if kind != where]}
         rows = {"sparsegpt": {**alone, "method": "sparsegpt"}, "absorb": alone}
-        found[f"parts of the {name}, {where}"] = rows, shares, model
+        found[f"parts of the {name}, {where}"] = rows, {"50 %": DENSITIES["50 %"]}, model
     return found
 
 

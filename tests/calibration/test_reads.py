@@ -69,7 +69,10 @@ def test_what_is_said_to_read_the_same_does(name: str) -> None:
                 alike = both[0].shape == both[1].shape and torch.equal(*both)
                 said = one is other or bool(one.reads) and one.reads == other.reads
                 # a layer's router and shared expert read what its MLP does, in modules of their own
-                assert said == alike or alike and one.name.split(".")[4] != other.name.split(".")[4], (one, other)
+                assert said == alike or alike and one.name.split(".")[4] != other.name.split(".")[4], (
+                    one,
+                    other,
+                )
 
 
 def one_by_one(targets: Sequence[Target], watch: Any) -> Iterator[list[Target]]:

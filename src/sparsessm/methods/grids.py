@@ -34,6 +34,9 @@ THRIFT = 0.1  # of the dial: what a bit is worth, in squares of the step
 LARGE = 1.7  # mean size of the codes of a row, above which it has no thrift
 FARTHEST_STEP = 4.0  # times a row's largest weight, with which it is zero
 ALL = slice(None)  # rows
+MANY = (
+    1 << 14
+)  # rows that are worked on at once, of which a vocabulary has more: it is in memory several times
 
 
 class Rounder(ABC):
@@ -274,7 +277,8 @@ class _Dialled(Rounding):
         rows = torch.where(rows > 0, rows, rows.max() if rows.max() > 0 else 1.0)
         self._rows, self._columns = as_factors(rows, columns)
         self._row, self._column = self._rows.to(weight.dtype), self._columns.to(weight.dtype)
-        self._thrift = thrift_of(weight / (self._row[:, None] * self._column))
+        parts = zip(weight.split(MANY), self._row[:, None].split(MANY), strict=True)
+        self._thrift = torch.cat([thrift_of(part / (row * self._column)) for part, row in parts])
 
     def reach(self, weight: Tensor, keep: Tensor, columns: slice) -> None:
         pass

@@ -53,10 +53,10 @@ class Levels:
 
     def values(self) -> Tensor:
         """(out, in) float32, bit for bit what a reader of the file gets."""
-        values = self.codes.float() * self._by_row()
+        values = self.codes.to(torch.float32, copy=True).mul_(self._by_row())
         if self.masked:
             values += 0.0  # what is not kept is 0, not -0
-        return values if self.columns is None else values * self.columns.float()
+        return values if self.columns is None else values.mul_(self.columns.float())
 
     def scales(self) -> Tensor:
         """(out, in) or (out, 1) float32: what one step of the code is worth."""

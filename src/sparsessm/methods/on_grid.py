@@ -12,14 +12,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from sparsessm.methods.grids import Rounding
+from sparsessm.methods.grids import MANY, Rounding
 from sparsessm.methods.hessian import Factor
 from sparsessm.methods.levels import Levels, as_factors, as_scales
 
 PASSES = 2  # of coordinate descent
 ROUNDS = 3  # of row and column factors in turn
 TOGETHER = 4096  # rows of a matrix that are worked on at once: a vocabulary has many
-HEAVIEST = 4 * TOGETHER  # rows of a matrix of many by which its columns are fitted
 MOST = 1 << 26  # numbers that scales are found from at once
 FARTHEST = 2.0  # a fit changes a scale by this factor at most
 RIDGE = 1e-3  # share of the mean diagonal, in the least squares of column factors
@@ -152,9 +151,9 @@ def fit_factors(
 
 def _heaviest(goal: Tensor, costs: Tensor) -> Tensor | slice:
     """Rows whose errors say what columns should be: all, or those of most power times price."""
-    if len(goal) <= HEAVIEST:
+    if len(goal) <= MANY:
         return slice(None)
-    return (costs * goal.double().square().sum(1)).topk(HEAVIEST).indices.sort().values
+    return (costs * torch.linalg.vector_norm(goal, dim=1).square()).topk(MANY).indices.sort().values
 
 
 def _fitted_columns(

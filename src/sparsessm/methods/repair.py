@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sparsessm.methods.grids import Rounder
+from sparsessm.methods.grids import MANY, Rounder
 from sparsessm.methods.hessian import Factor, near
 from sparsessm.methods.observers import ErrorSums, Moments
 from sparsessm.methods.patterns import NofM, Pattern
@@ -157,9 +157,18 @@ def dense_target(
         (out, in) in the weight's dtype; columns of dead inputs are those of W.
     """
     assert seen.cross is not None
-    start = weight if start is None else start
+    start, cross = weight if start is None else start, seen.cross.to(weight.dtype)
+    if len(weight) <= MANY:
+        return _nearest(weight, start, cross, factor, strength)
+    found = torch.empty_like(start)
+    for part, old, new in zip(weight.split(MANY), start.split(MANY), found.split(MANY), strict=True):
+        new.copy_(_nearest(part, old, cross, factor, strength))
+    return found
+
+
+def _nearest(weight: Tensor, start: Tensor, cross: Tensor, factor: Factor, strength: float) -> Tensor:
     upper = factor.upper
-    solved = _times(weight, seen.cross.to(weight.dtype)) + factor.added * start
+    solved = _times(weight, cross) + factor.added * start
     solved = _times(_times(solved, upper.mT), upper)
     return start + strength * (solved - start).masked_fill(factor.dead, 0.0)
 
@@ -291,6 +300,8 @@ def refit(
 
 def output_error(change: Tensor, gram: Tensor) -> float:
     """tr(change H change'): mean energy that a change of the weights (out, in) adds to the layer's output."""
+    if gram.ndim == 2 and len(change) > MANY:
+        return sum(output_error(part, gram) for part in change.split(MANY))
     return float((_times(change, gram) * change).sum())
 
 
