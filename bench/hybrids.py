@@ -92,7 +92,7 @@ def whole(shape: str, cells: dict[str, Any]) -> dict[str, dict[str, float]]:
         read = values.get("weights") or values["disk"]
         row = {measure: 1 / values[measure] for measure in MEASURES} | {"MB": read / 1e6}
         if not shape_of(shape)[3].get("num_local_experts"):
-            row["share"] = read / values["decode"] / statistics.mean(one["rate"] for one in both)
+            row["share"] = read / values["decode"] / both[-1]["rate"]
         if values.get("state"):
             row["state MB"] = values["state"] / 1e6
         rows[name] = row

@@ -19,6 +19,7 @@ OTHER_ORDERS = {  # that choose no elements of a matrix
     "methods/allocation.py": 4,  # shares of matrices
     "methods/grids.py": 1,  # the value farthest from 0, which gives a block its scale
     "methods/hessian.py": 1,  # columns, for a sweep
+    "methods/on_grid.py": 1,  # rows by which factors of columns are fitted
     "methods/exact.py": 1,  # the order in which a greedy search takes entries out, then scores
     "methods/structured.py": 2,  # whole units
     "pruning/projection.py": 1,  # directions of layers

@@ -24,7 +24,7 @@ from sparsessm.methods.repair import sweep
 
 ROWS = 96  # of a matrix that are swept at every step
 CODED = 1 << 17  # of its entries, about, that are coded at every step
-COUNTED = 1 << 13  # rows at most whose bits are counted at every step: a vocabulary has many more
+COUNTED = 1 << 14  # rows at most whose bits are counted at every step: a vocabulary has many more
 CHEAPEST = 1e-40  # price of a row that costs nothing: its step must be a number
 FINEST, COARSEST = -9, 3  # steps that are tried, as powers of two of the root mean square of a weight
 
@@ -93,9 +93,8 @@ def foretell(weight: Tensor, factor: Factor, order: Tensor, prices: Tensor | Non
     """The curve of a matrix.
 
     What lies left of a weight changes it before it is rounded, so the bits of plain rounding are too few.
-    They are taken of all rows (of a matrix of many `COUNTED` of all sizes), and some rows say by how much a
-    sweep takes more at every step. How many a file takes is measured, of so many rows that its tables hardly
-    count.
+    They are taken of all rows (of a matrix of many `COUNTED`, evenly), and some rows say by how much a sweep
+    takes more at every step. How many a file takes is measured, of so many rows that its tables hardly count.
 
     Args:
         weight: (out, in). order: (in,), in which columns are swept. factor: of its Hessian, in that order.
@@ -103,13 +102,7 @@ def foretell(weight: Tensor, factor: Factor, order: Tensor, prices: Tensor | Non
             in) bool, zero whatever the step.
     """
     every, columns = weight.shape
-    counted = torch.arange(every, device=weight.device)
-    if (
-        every > COUNTED
-    ):  # what a row takes follows from its size in units of its step: evenly from small to large
-        size = torch.linalg.vector_norm(weight, dim=1) * (1.0 if prices is None else prices.sqrt())
-        counted = size.argsort(stable=True)[torch.arange(COUNTED, device=weight.device) * every // COUNTED]
-        counted = counted.sort().values
+    counted = torch.arange(0, every, -(-every // COUNTED), device=weight.device)
     weight, gone = weight[counted][:, order], gone[counted][:, order]
     out, pivots = len(counted), factor.pivots
     units = torch.ones(out, dtype=torch.float64, device=weight.device)

@@ -123,37 +123,41 @@ def fit_factors(
     Rows: a_i = <z_i, V_i> / <z_i, z_i> under H. Columns: (H o W'FW) g = diag(W'F V H), damped towards 1.
     Factors are coarse: where rounding them loses what the fit gains, they stay.
     """
-    assert levels.columns is not None
     hessian = hessian.double()
     costs = torch.ones_like(levels.rows[:, 0], dtype=torch.float64) if prices is None else prices
-    rows, columns = levels.rows[:, 0].double(), levels.columns.double()
+    rows, columns = _factors(levels)
     some = _heaviest(goal, costs)
     columns = _fitted_columns(
         levels.codes[some], rows[some], columns, goal[some], hessian, costs[some], rounds
     )
     found = with_factors(levels, rows, columns)
-    before, change, power, aim = [], [], [], []
+    before, power, aim = [], [], []
     for first in range(0, len(goal), TOGETHER):
         part = slice(first, first + TOGETHER)
         wanted, old, new = goal[part].double() @ hessian, values(levels, part), values(found, part)
         before.append((((old @ hessian - 2 * wanted) * old) * costs[part, None]).sum())
         power.append(((new @ hessian) * new).sum(1))
         aim.append((wanted * new).sum(1))
-        change.append(_least(power[-1], aim[-1]))
-    fitted = with_factors(levels, found.rows[:, 0].double() * torch.cat(change), found.columns.double())
-    scale = (fitted.rows / found.rows)[
-        :, 0
-    ].double()  # of what the file can say; columns move by powers of two
-    scale *= float(fitted.columns[0].double() / found.columns[0].double())
-    after = (costs * scale * (scale * torch.cat(power) - 2 * torch.cat(aim))).sum()
+    powers, aims = torch.cat(power), torch.cat(aim)
+    rows, columns = _factors(found)
+    fitted = with_factors(levels, rows * _least(powers, aims), columns)
+    new_rows, new_columns = _factors(fitted)
+    scale = new_rows / rows * (new_columns[0] / columns[0])  # columns change by a power of two at most
+    after = (costs * scale * (scale * powers - 2 * aims)).sum()
     return fitted if after < sum(before) else levels
+
+
+def _factors(levels: Levels) -> tuple[Tensor, Tensor]:
+    """(out,), (in,) float64."""
+    assert levels.columns is not None
+    return levels.rows[:, 0].double(), levels.columns.double()
 
 
 def _heaviest(goal: Tensor, costs: Tensor) -> Tensor | slice:
     """Rows whose errors say what columns should be: all, or those of most power times price."""
     if len(goal) <= MANY:
         return slice(None)
-    return (costs * torch.linalg.vector_norm(goal, dim=1).square()).topk(MANY).indices.sort().values
+    return (costs * torch.linalg.vector_norm(goal, dim=1).square()).topk(MANY).indices
 
 
 def _fitted_columns(
