@@ -1,4 +1,4 @@
-"""The chunked gated delta rule, against the plain rule in float64, matrix by matrix, on hostile shapes."""
+"""The gated delta rule in chunks, against the plain rule in float64, matrix by matrix, on hostile shapes."""
 
 from __future__ import annotations
 
@@ -6,58 +6,14 @@ from functools import partial
 
 import pytest
 import torch
+from delta_rules import FORGETS, assert_close, inputs, plain
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 from torch.nn import functional as F
 
 from sparsessm.kernels import reference
 from sparsessm.kernels.delta import energies, gated_delta
-
-FORGETS = -3e16  # the logarithm of a memoryless head's decay
-Inputs = list[Tensor]
-
-
-def inputs(W: int, T: int, G: int, many: int, K: int, P: int, *, channels: bool, seed: int = 0) -> Inputs:
-    """q, k, v, g, beta and a state in float64; some steps forget all, some nothing, betas go up to 2."""
-    random = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=random, dtype=torch.float64)
-
-    H = G * many
-    q, k = (F.normalize(normal(W, T, G, K), dim=-1) for _ in range(2))
-    g = -F.softplus(normal(W, T, H, *([K] if channels else [])) * 3)
-    g = torch.where(normal(*g.shape) > 2, torch.full_like(g, FORGETS), g)
-    g = torch.where(normal(*g.shape) > 2, torch.zeros_like(g), g)
-    beta = 2 * torch.sigmoid(normal(W, T, H))
-    return [q, k, normal(W, T, H, P), g, beta, normal(W, H, K, P)]
-
-
-def plain(x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    """y, the last state and the squared norms of the states before each step: S (K, P) of one head at a time,
-    multiplied by (1 - beta k k') Diag(exp(g)) as in the paper."""
-    q, k, v, g, beta, start = x
-    (W, T, H, _), (G, K) = v.shape, q.shape[2:]
-    y, last, norms = torch.zeros_like(v), torch.zeros_like(start), torch.zeros(W, T, H, dtype=torch.float64)
-    for w in range(W):
-        for h in range(H):
-            S, group = start[w, h].clone(), h // (H // G)
-            for t in range(T):
-                norms[w, t, h] = S.square().sum()
-                key, b = k[w, t, group][:, None], beta[w, t, h]
-                decay = torch.exp(g[w, t, h]).expand(K).diag()
-                eye = torch.eye(K, dtype=torch.float64)
-                S = (eye - b * key @ key.T) @ decay @ S + b * key @ v[w, t, h][None]
-                y[w, t, h] = S.T @ q[w, t, group]
-            last[w, h] = S
-    return y, last, norms
-
-
-def assert_close(got: Tensor, want: Tensor, tolerance: float) -> None:
-    assert got.shape == want.shape
-    if want.numel():
-        assert (got.double() - want).abs().max() <= tolerance * want.abs().max().clamp(min=1.0)
+from sparsessm.kernels.delta_chunked import delta_chunked
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -70,14 +26,14 @@ def assert_close(got: Tensor, want: Tensor, tolerance: float) -> None:
 def test_hostile_shapes(shape: tuple[int, ...], channels: bool, chunk: int | None, seed: int) -> None:
     x = inputs(*shape, channels=channels, seed=seed)
     y, last, norms = plain(x)
-    for rule in (lambda x: gated_delta(*x, chunk=chunk), lambda x: reference.gated_delta(*x)):
+    for rule in (lambda x: delta_chunked(*x, chunk=chunk), lambda x: reference.gated_delta(*x)):
         got, state = rule(x)
         assert_close(got, y, 1e-10)
         assert_close(state, last, 1e-10)
     squares, state = energies(*x[1:])
     assert_close(squares, norms, 1e-9)
     assert_close(state, last, 1e-10)
-    single, state = gated_delta(*(part.float() for part in x), chunk=chunk)
+    single, state = delta_chunked(*(part.float() for part in x), chunk=chunk)
     assert single.dtype == state.dtype == torch.float32
     assert_close(single, y, 1e-3)  # betas near 2 with keys alike turn rounding into more
 
@@ -121,7 +77,7 @@ def test_gradients(channels: bool) -> None:
     x = inputs(1, 7, 1, 2, 3, 2, channels=channels, seed=3)
     x[3] = x[3].clamp(min=-5)
     x = [part.requires_grad_() for part in x]
-    assert torch.autograd.gradcheck(partial(gated_delta, chunk=3), x)
+    assert torch.autograd.gradcheck(partial(delta_chunked, chunk=3), x)
 
 
 def test_half_precision_is_computed_in_float32() -> None:
@@ -154,4 +110,4 @@ def test_what_does_not_fit_is_named(place: int, shape: tuple[int, ...], told: st
 
 def test_a_chunk_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="chunk is 0; it must be at least 1"):
-        gated_delta(*inputs(1, 2, 1, 1, 2, 2, channels=False), chunk=0)
+        delta_chunked(*inputs(1, 2, 1, 1, 2, 2, channels=False), chunk=0)

@@ -188,6 +188,58 @@ void ssd_scan(const std::string &level, int threads, Floats<3> u, Floats<3> delt
     kernels.dual(s, bounded(threads));
 }
 
+Rule describe_rule(const std::optional<Floats<3>> &q, const Floats<3> &k, const Floats<3> &v, const Floats<3> &g,
+                   const Floats<3> &beta, int64_t groups, const std::optional<Floats<4>> &initial) {
+    Rule r{};
+    r.batch = v.shape(0), r.length = v.shape(1), r.heads = beta.shape(2), r.groups = groups;
+    if (r.heads < 1 || groups < 1 || v.shape(2) % r.heads || r.heads % groups || k.shape(2) % groups || !k.shape(2))
+        throw std::invalid_argument("v is not made of whole heads, heads of whole groups or k of keys for each group");
+    r.channels = v.shape(2) / r.heads, r.keys = k.shape(2) / groups;
+    r.by_channel = static_cast<int64_t>(g.shape(2)) != r.heads;
+    if (q) r.q = rows("q", *q, r.batch, r.length, groups * r.keys);
+    r.k = rows("k", k, r.batch, r.length, groups * r.keys);
+    r.v = rows("v", v, r.batch, r.length, r.heads * r.channels);
+    r.g = rows("g", g, r.batch, r.length, r.by_channel ? r.heads * r.keys : r.heads);
+    r.beta = rows("beta", beta, r.batch, r.length, r.heads);
+    r.initial = packed("initial_state", initial, {r.batch, r.heads, r.keys, r.channels});
+    return r;
+}
+
+void gated_delta(const std::string &level, int threads, std::optional<Floats<3>> q, Floats<3> k, Floats<3> v,
+                 Floats<3> g, Floats<3> beta, int64_t groups, std::optional<Floats<4>> initial,
+                 std::optional<Floats<3>> y, Floats<4> last, std::optional<Floats<3>> squares) {
+    Rule r = describe_rule(q, k, v, g, beta, groups, initial);
+    if (!squares == !y || !q != !y) throw std::invalid_argument("q and y come together, or squares without them");
+    if (y) r.y = rows("y", *y, r.batch, r.length, r.heads * r.channels);
+    r.squares = packed("squares", squares, {r.batch, r.heads, r.length});
+    expect("last_state", last, {r.batch, r.heads, r.keys, r.channels}, true);
+    r.last = last.data();
+    const Level &kernels = find(level);
+    nb::gil_scoped_release release;
+    kernels.rule(r, bounded(threads));
+}
+
+void gated_delta_backward(const std::string &level, int threads, Floats<3> dy, std::optional<Floats<4>> dlast,
+                          Floats<3> q, Floats<3> k, Floats<3> v, Floats<3> g, Floats<3> beta, int64_t groups,
+                          std::optional<Floats<4>> initial, Floats<3> dq, Floats<3> dk, Floats<3> dv, Floats<3> dg,
+                          Floats<3> dbeta, Floats<4> dinitial) {
+    const Rule r = describe_rule(q, k, v, g, beta, groups, initial);
+    RuleBackward b{};
+    const int64_t steps = r.by_channel ? r.heads * r.keys : r.heads;
+    b.dy = rows("dy", dy, r.batch, r.length, r.heads * r.channels);
+    b.dq = rows("dq", dq, r.batch, r.length, r.heads * r.keys);
+    b.dk = rows("dk", dk, r.batch, r.length, r.heads * r.keys);
+    b.dv = rows("dv", dv, r.batch, r.length, r.heads * r.channels);
+    b.dg = rows("dg", dg, r.batch, r.length, steps);
+    b.dbeta = rows("dbeta", dbeta, r.batch, r.length, r.heads);
+    b.dlast = packed("dlast", dlast, {r.batch, r.heads, r.keys, r.channels});
+    expect("dinitial", dinitial, {r.batch, r.heads, r.keys, r.channels}, true);
+    b.dinitial = dinitial.data();
+    const Level &kernels = find(level);
+    nb::gil_scoped_release release;
+    kernels.rule_backward(r, b, bounded(threads));
+}
+
 #ifdef SPARSESSM_ROUNDED
 
 using Numbers = nb::ndarray<uint16_t, nb::ndim<1>, nb::device::cpu>;
@@ -294,4 +346,11 @@ NB_MODULE(_native, m) {
     m.def("ssd_scan", &ssd_scan, nb::arg("level"), nb::arg("threads"), array("u"), array("delta"), array("A"),
           array("B"), array("C"), nb::arg("groups"), maybe("D"), maybe("initial_state"), array("y"),
           array("last_state"), maybe("states"), nb::arg("every"));
+    m.def("gated_delta", &gated_delta, nb::arg("level"), nb::arg("threads"), maybe("q"), array("k"), array("v"),
+          array("g"), array("beta"), nb::arg("groups"), maybe("initial_state"), maybe("y"), array("last_state"),
+          maybe("squares"));
+    m.def("gated_delta_backward", &gated_delta_backward, nb::arg("level"), nb::arg("threads"), array("dy"),
+          maybe("dlast"), array("q"), array("k"), array("v"), array("g"), array("beta"), nb::arg("groups"),
+          maybe("initial_state"), array("dq"), array("dk"), array("dv"), array("dg"), array("dbeta"),
+          array("dinitial"));
 }

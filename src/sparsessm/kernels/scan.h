@@ -59,6 +59,24 @@ struct Dual {
     int64_t updates() const { return batch * length * heads * channels * states; }
 };
 
+// The gated delta rule. A head's channels lie side by side, and so do a group's keys.
+struct Rule {
+    int64_t batch, length, heads, groups, keys, channels; // channels of a head's value
+    bool by_channel;            // each channel of a key has a decay of its own
+    Rows q, k, v, g, beta, y;   // q, k: groups * keys; v, y: heads * channels; g: heads or heads * keys; beta: heads
+    const float *initial;       // (batch, heads, keys, channels) or null
+    float *last;                // (batch, heads, keys, channels)
+    float *squares;             // (batch, heads, length), zeros at first: of the state before each step; then no q and no y
+
+    int64_t updates() const { return batch * length * heads * keys * channels; }
+};
+
+struct RuleBackward {
+    Rows dy, dq, dk, dv, dg, dbeta; // dq, dk: heads * keys, zeros at first as dg and dbeta are; the caller sums over groups
+    const float *dlast;             // (batch, heads, keys, channels) or null
+    float *dinitial;                // (batch, heads, keys, channels)
+};
+
 struct Product; // runtime.h
 struct Step;
 
@@ -70,6 +88,8 @@ struct Level {
     void (*backward)(const Scan &, const Backward &, int threads);
     void (*conv)(const Conv &, int threads);
     void (*dual)(const Dual &, int threads);
+    void (*rule)(const Rule &, int threads);
+    void (*rule_backward)(const Rule &, const RuleBackward &, int threads);
     void (*product)(const Product &, int threads);
     void (*step)(const Step &, int thread, int threads);
 };

@@ -401,6 +401,7 @@ void conv(const Conv &c, int threads) {
 #include "product_impl.h"
 #include "step_impl.h"
 #include "ssd_impl.h"
+#include "delta_scan_impl.h"
 
 } // namespace
 
@@ -409,7 +410,8 @@ void conv(const Conv &c, int threads) {
 #define QUOTE(name) #name
 #define NAME(name) QUOTE(name)
 const Level &LEVEL_FUNCTION(LEVEL)() {
-    static const Level level{NAME(LEVEL), scan, stats, backward, conv, dual, product, step};
+    static const Level level{NAME(LEVEL), scan, stats, backward, conv, dual, rule, rule_backward,
+                             product, step};
     return level;
 }
 
