@@ -18,6 +18,7 @@ from sparsessm.methods.levels import Levels, as_factors, as_scales
 
 PASSES = 2  # of coordinate descent
 ROUNDS = 3  # of row and column factors in turn
+BLOCK = 32  # columns after which what they changed reaches all others, by one product
 TOGETHER = 4096  # rows of a matrix that are worked on at once: a vocabulary has many
 MOST = 1 << 26  # numbers that scales are found from at once
 FARTHEST = 2.0  # a fit changes a scale by this factor at most
@@ -79,13 +80,16 @@ def descend(
         scales = some.scales().T.to(goal.dtype).expand(codes.shape).contiguous()
         lanes, kept, power = codes * scales, keep[rows].T.contiguous(), hessian.diagonal()
         rest = hessian @ (lanes - goal[rows].T)
-        for _ in range(passes):
-            for column, lane in enumerate(lanes):
-                wanted = (lane - rest[column] / power[column]) / scales[column]
-                code = torch.where(kept[column], nearest(wanted, costs[column], rows), 0.0)
-                rest.addr_(hessian[column], (code - codes[column]) * scales[column])
-                codes[column] = code
-                lane.copy_(code * scales[column])
+        for block in (slice(at, at + BLOCK) for _ in range(passes) for at in range(0, len(lanes), BLOCK)):
+            near, before = rest[block].clone(), lanes[block].clone()
+            for own, mutual in zip(range(*block.indices(len(lanes))), hessian[block, block], strict=True):
+                asked, lane = near[own - block.start], lanes[own]
+                wanted = (lane - asked / power[own]) / scales[own]
+                codes[own] = torch.where(kept[own], nearest(wanted, costs[own], rows), 0.0)
+                value = codes[own] * scales[own]
+                near.addr_(mutual, value - lane)
+                lane.copy_(value)
+            rest.addmm_(hessian[:, block], lanes[block] - before)
         found[rows] = codes.T.short()
     return replace(levels, codes=found)
 
