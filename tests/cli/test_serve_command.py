@@ -67,6 +67,7 @@ def test_what_cannot_be_served_is_refused_before_the_model_is_read(monkeypatch: 
         assert f"cannot listen on 127.0.0.1 port {port}" in refused("serve", "builtin:pycode", "--port", port)
     assert "no.such.host.invalid" in refused("serve", "x", "--host", "no.such.host.invalid", "--port", "0")
     assert "--cache is 'much'" in refused("serve", "x", "--cache", "much", "--port", "0")
+    assert "--watch compares states" in refused("serve", "x", "--watch", "--keys", "int8", "--port", "0")
     monkeypatch.setenv("SPARSESSM_API_KEY", "tab\there")
     assert "SPARSESSM_API_KEY is not a key" in refused("serve", "x", "--port", "0")
     monkeypatch.delenv("SPARSESSM_API_KEY")

@@ -101,6 +101,8 @@ def test_a_fingerprint_is_read_as_it_was_written(result: Path, model: Any, tmp_p
 
 
 def test_a_damaged_or_foreign_fingerprint_is_refused(result: Path, model: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="does not exist; `sparsessm watch .* --learn` writes"):
+        traffic.load(tmp_path / traffic.FILE, model)
     with pytest.raises(ValueError, match="another model"):
         traffic.load(result / traffic.FILE, runtime.load("builtin:pycode"))
     tensors = load_file(result / traffic.FILE)

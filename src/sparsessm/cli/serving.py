@@ -66,6 +66,8 @@ def serve(
             prompt_tokens=prompt_tokens,
             seconds=seconds,
         )
+        if watch and keys != "float32":
+            raise ValueError(f"--watch compares states of --keys float32; given: {keys}")
         if not settings.local and key is None:
             progress.note(f"note: {host} can be reached from other machines, and no {KEY} is set")
         with running.bound(host, port) as listening:

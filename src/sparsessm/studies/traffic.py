@@ -150,6 +150,10 @@ def load(path: str | os.PathLike[str], model: Model) -> Fingerprint:
     Raises:
         ValueError: there is none, it is damaged, or it is of another model.
     """
+    if not Path(path).exists():
+        raise ValueError(
+            f"{path} does not exist; `sparsessm watch {Path(path).parent} --learn` writes a fingerprint"
+        )
     tensors, notes = read_one(Path(path))
     if notes.get("format") != FORMAT:
         raise ValueError(f"{path}: not a fingerprint (format: {notes.get('format', 'none')})")
