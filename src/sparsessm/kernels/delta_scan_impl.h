@@ -69,14 +69,13 @@ struct Columns {
         for (int i = 0; i < STRIP; ++i)
             if (lanes[i]) store(head + c0 + i * LANES, from[i], lanes[i]);
     }
-    const float *of(const Rows &rows, int64_t t) const { return rows.at(b, t) + h * r.channels; }
-    float *state(float *states) const { return states + (b * r.heads + h) * r.keys * r.channels; }
+    float *of(const Rows &rows, int64_t t) const { return rows.at(b, t) + h * r.channels; }
+    int64_t state() const { return (b * r.heads + h) * r.keys * r.channels; } // where that of the head begins
 
     void start(const float *states, std::vector<vec> &to) const {
-        const float *from = states ? state(const_cast<float *>(states)) : nullptr;
         for (int64_t n = 0; n < r.keys; ++n) {
             Strip row{};
-            if (from) get(from + n * r.channels, row);
+            if (states) get(states + state() + n * r.channels, row);
             for (int i = 0; i < STRIP; ++i) to[n * STRIP + i] = row[i];
         }
     }
@@ -84,7 +83,7 @@ struct Columns {
         for (int64_t n = 0; n < r.keys; ++n) {
             Strip row;
             for (int i = 0; i < STRIP; ++i) row[i] = from[n * STRIP + i];
-            put(state(states) + n * r.channels, row);
+            put(states + state() + n * r.channels, row);
         }
     }
 };
@@ -133,7 +132,7 @@ template <bool SQUARES> static void through(const Rule &r, const Columns &column
             else y[i] = read[i] + splat(now->meeting) * w[i];
         }
         if (SQUARES) squares[t] += total;
-        else columns.put(const_cast<float *>(columns.of(r.y, t)), y);
+        else columns.put(columns.of(r.y, t), y);
         if (t + 1 < r.length) {
             next->open(t + 1);
             pass<SQUARES>(now, w, *next, state.data(), r.keys, answer, read);
@@ -196,7 +195,7 @@ struct Back {
 
     int64_t size() const { return r.keys * STRIP; }
 
-    // Step t from `state`, which is left as it is before the step, to `after`; returns what it corrects.
+    // Step t from `state` to `after`, which may be the same, or null where only `missed` is asked for.
     void forward(int64_t t, Keyed &step, const vec *state, vec *after, Strip &missed) const {
         Strip v, w;
         step.open(t);
@@ -229,7 +228,7 @@ struct Back {
             w[i] = splat(step.beta) * missed[i], dv[i] = splat(step.beta) * dw[i];
             dbeta += sum(dw[i] * missed[i]), written += sum(w[i] * dy[i]);
         }
-        columns.put(g.dv.at(columns.b, t) + columns.h * r.channels, dv);
+        columns.put(columns.of(g.dv, t), dv);
         g.dbeta.at(columns.b, t)[columns.h] += dbeta;
         vec all{};
         for (int64_t n = 0; n < keys; ++n) {
