@@ -71,7 +71,7 @@ def sweep(
         if rounding is not None and rounding.group < columns:  # groups do not reach over a batch
             batch = math.lcm(chosen, rounding.group)
     lanes = weight.T.clone(memory_format=torch.contiguous_format)  # (in, out): a column is contiguous
-    keep = torch.empty(out, columns, dtype=torch.bool, device=weight.device)
+    keep = torch.empty(columns, out, dtype=torch.bool, device=weight.device)
 
     def mask(part: slice) -> Tensor:
         return _mask(score(lanes[part].T, part), pattern, sparsity, by_row, gone, part)
@@ -81,7 +81,7 @@ def sweep(
         errors = torch.zeros_like(lanes[block])
         for first in range(block.start, block.stop, chosen):
             part = slice(first, min(first + chosen, block.stop))
-            keep[:, part] = mask(part)
+            keep[part] = mask(part).T
             if factor is None and rounding is None:
                 continue
             for column in range(part.start, part.stop):
@@ -89,12 +89,12 @@ def sweep(
                     group = slice(column, min(column + rounding.group, columns))
                     if group.stop > part.stop:  # as they would be masked now
                         rest = slice(part.stop, group.stop)
-                        keep[:, rest] = mask(rest)
-                    rounding.reach(lanes[group].T, keep[:, group], group)
-                _settle(lanes, keep[:, column], rounding, factor, column, block, errors)
+                        keep[rest] = mask(rest).T
+                    rounding.reach(lanes[group].T, keep[group].T, group)
+                _settle(lanes, keep[column], rounding, factor, column, block, errors)
         if factor is not None and block.stop < columns:
             _push(lanes[block.stop :], factor.upper[..., block, block.stop :], errors)
-    return (lanes.T * keep).contiguous(), keep
+    return (lanes * keep).T.contiguous(), keep.T.contiguous()
 
 
 def _mask(
