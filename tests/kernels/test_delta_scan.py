@@ -120,8 +120,7 @@ def test_views_are_read_as_they_lie(level: str) -> None:
         assert torch.equal(has, of)
 
 
-def test_what_forgets_hides_an_infinite_past_from_no_one(level: str) -> None:
-    """A memoryless head answers with what it is told alone."""
+def test_a_memoryless_head_at_every_level(level: str) -> None:
     q, k, v, g, beta, state = single(inputs(2, 90, 2, 2, 6, 5, channels=False))
     y, _ = gated_delta(q, k, v, torch.full_like(g, FORGETS), beta, state)
     alone = (beta * (q * k).sum(-1).repeat_interleave(2, 2))[..., None] * v

@@ -29,8 +29,8 @@ def gated_delta(
 ) -> tuple[Tensor, Tensor]:
     """The gated delta rule for each head.
 
-    On the CPU float64 and devices other than the CPU run in chunks (`delta_chunked`), which differ from the
-    native steps by rounding.
+    Float64, and what does not lie on the CPU, goes through `delta_chunked`, which differs from the native
+    steps by rounding.
 
     Args:
         q, k: (W, T, G, K), as they enter the rule: normalised and scaled by the caller. Head h belongs to

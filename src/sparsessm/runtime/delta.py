@@ -1,6 +1,6 @@
 """A mixer of the gated delta rule in the native engine (arXiv 2412.06464).
 
-Place in the flow: a `Part` (part.py). A prompt goes through the chunked rule (kernels/delta.py), decoding
+Place in the flow: a `Part` (part.py). A prompt goes through kernels/delta.py, decoding token by token
 through kernels/delta_impl.h. A head whose decay is zero answers with beta (q.k) v at once and has no place in
 the state.
 """
