@@ -39,9 +39,9 @@ def test_every_level_on_hostile_shapes(name: str, shape: tuple[int, ...], channe
         patch.setattr(kernels, "LEVEL", name)
         got, state = gated_delta(*single(x))
         squares, behind = energies(*single(x)[1:])
-    assert_close(got, y, 1e-4)
-    assert_close(state, last, 1e-4)
-    assert_close(squares, norms, 1e-4)
+    assert_close(got, y, 3e-6)
+    assert_close(state, last, 3e-6)
+    assert_close(squares, norms, 3e-6)
     assert torch.equal(state, behind)
 
 
@@ -65,7 +65,7 @@ def test_gradients_of_every_level(name: str, shape: tuple[int, ...], channels: b
         got = gradients(single(x), gated_delta, toward)  # pyright: ignore[reportArgumentType]
     for has, of in zip(got, want, strict=True):
         assert has.dtype == torch.float32
-        assert_close(has, of, 2e-4)
+        assert_close(has, of, 5e-6)
 
 
 def test_gradients_where_only_some_are_asked_for(level: str) -> None:
